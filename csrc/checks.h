@@ -1,0 +1,89 @@
+// Checks that every op makes of its arguments, before anything is computed. They mirror tokenprune_kernels/_checks.py.
+#pragma once
+
+#include <cmath>
+#include <initializer_list>
+#include <limits>
+#include <string_view>
+
+#include "tensor.h"
+
+namespace tokenprune {
+
+inline bool is_floating(ScalarType t) {
+  return t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::Half || t == ScalarType::BFloat16;
+}
+
+// A required floating-point tensor of the given rank; `layout` is its shape in words, as [B, N, C].
+inline void check_floating(const char* op, const char* name, const Tensor& t, const char* layout, int64_t rank) {
+  if (!is_floating(t.scalar_type()))
+    fail(op, name, "be float16, bfloat16, float32 or float64", dtype_name(t.scalar_type()));
+  if (t.dim() != rank) fail(op, name, std::string("have shape ") + layout, shape_text(t));
+}
+
+// A tensor on the device of `first`; -1 in `shape` leaves that size free; no dtype means any floating one.
+inline void check_beside(const char* op, const char* name, const Tensor& t, const Tensor& first, const char* layout,
+                         std::initializer_list<int64_t> shape, std::optional<ScalarType> dtype) {
+  const ScalarType got = t.scalar_type();
+  if (dtype ? got != *dtype : !is_floating(got))
+    fail(op, name, dtype ? "be " + dtype_name(*dtype) : "be floating point", dtype_name(got));
+  bool fits = t.dim() == static_cast<int64_t>(shape.size());
+  int64_t d = 0;
+  for (int64_t want : shape) {
+    fits = fits && (want == -1 || want == t.size(d));
+    ++d;
+  }
+  if (!fits) {
+    std::ostringstream text;
+    text << "have shape " << layout << " = [";
+    const char* comma = "";
+    for (int64_t want : shape) {
+      text << comma;
+      want == -1 ? text << "any" : text << want;
+      comma = ", ";
+    }
+    fail(op, name, text.str() + "]", shape_text(t));
+  }
+  if (device_text(t) != device_text(first)) fail(op, name, "be on " + device_text(first), device_text(t));
+}
+
+inline void check_beside(const char* op, const char* name, const OptionalTensor& t, const Tensor& first,
+                         const char* layout, std::initializer_list<int64_t> shape, std::optional<ScalarType> dtype) {
+  if (t) check_beside(op, name, *t, first, layout, shape, dtype);
+}
+
+inline void check_count(const char* op, const char* name, int64_t k) {
+  if (k < 0) fail(op, name, "be non-negative", k);
+}
+
+inline void check_real(const char* op, const char* name, double value, double low, bool above = false,
+                       double high = std::numeric_limits<double>::infinity()) {
+  if ((above ? value > low : value >= low) && value <= high) return;  // NaN fails both
+  std::ostringstream text;
+  text << "be " << (above ? "> " : ">= ") << low << " and <= " << high;
+  fail(op, name, text.str(), value);
+}
+
+// The position of `value` among the allowed words.
+inline int check_option(const char* op, const char* name, std::string_view value,
+                        std::initializer_list<const char*> allowed) {
+  int position = 0;
+  std::string list;
+  for (const char* word : allowed) {
+    if (value == word) return position;
+    list += (position++ ? ", " : "") + std::string(word);
+  }
+  fail(op, name, "be one of " + list, "'" + std::string(value) + "'");
+}
+
+// Contract: index values outside [-1, size) raise IndexError (std::out_of_range becomes one in Python).
+inline void check_index_values(const char* op, const char* name, const int64_t* values, int64_t count, int64_t size) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (values[i] >= -1 && values[i] < size) continue;
+    std::ostringstream text;
+    text << "tokenprune::" << op << ": " << name << " must lie in [-1, " << size << "), got " << values[i];
+    throw std::out_of_range(text.str());
+  }
+}
+
+}  // namespace tokenprune

@@ -1,0 +1,47 @@
+#include "cpu/simd/rows.h"
+
+#include "cpu/simd/dot.h"
+
+namespace tokenprune::TOKENPRUNE_SIMD {
+
+namespace {
+
+template <class A>
+void pack(const A* rows, int64_t row_stride, int64_t n, int64_t dim, A* panel) {
+  pack_panel<A>(rows, row_stride, n, dim, panel);
+}
+
+template <class A>
+void against_panel(const A* panel, int64_t dim, const A* keys, int64_t key_stride, int64_t n_keys, A* out) {
+  panel_dots<A>(panel, dim, keys, key_stride, n_keys, out);
+}
+
+template <class A>
+void against_row(const A* a, const A* rows, int64_t row_stride, int64_t n, int64_t dim, A* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = dot(a, rows + i * row_stride, dim);
+}
+
+template <class T, class A>
+void normalize(const T* row, int64_t dim, A* unit) {
+  widen(row, dim, unit);
+  const A squares = dot(unit, unit, dim);
+  const A root = sizeof(A) == 4 ? A(__builtin_sqrtf(float(squares))) : A(__builtin_sqrt(double(squares)));
+  const A norm = root < A(1e-12) ? A(1e-12) : root;
+  for (int64_t d = 0; d < dim; ++d) unit[d] /= norm;
+}
+
+}  // namespace
+
+extern const RowKernels<float> rows_f32;
+extern const RowKernels<double> rows_f64;
+const RowKernels<float> rows_f32 = {kPanelLanes<float>,
+                                    pack<float>,
+                                    against_panel<float>,
+                                    against_row<float>,
+                                    normalize<float, float>,
+                                    normalize<Half, float>,
+                                    normalize<BFloat16, float>};
+const RowKernels<double> rows_f64 = {kPanelLanes<double>, pack<double>, against_panel<double>, against_row<double>,
+                                     normalize<double, double>, nullptr, nullptr};
+
+}  // namespace tokenprune::TOKENPRUNE_SIMD

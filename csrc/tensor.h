@@ -1,0 +1,47 @@
+// Thin helpers over torch::stable::Tensor: allocation (with poisoning for tests), layout, dtype names, argument errors.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace tokenprune {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Shape = std::vector<int64_t>;
+
+// Fresh output or workspace on the device of `like`. TOKENPRUNE_POISON=1 fills it with NaN or a poison integer, which
+// shows elements that a kernel forgot to write.
+Tensor new_empty(const Tensor& like, const Shape& shape, ScalarType dtype);
+
+// `t` itself when its last dimension has stride 1 (or at most one element), a contiguous copy otherwise.
+Tensor with_contiguous_rows(const Tensor& t);
+
+// A contiguous copy in another dtype, or `t` itself when nothing has to change.
+Tensor contiguous_as(const Tensor& t, ScalarType dtype);
+
+inline bool is_float64(const Tensor& t) { return t.scalar_type() == ScalarType::Double; }
+// float64 inputs are computed and returned in float64, all others in float32.
+inline ScalarType wide_type(const Tensor& t) { return is_float64(t) ? ScalarType::Double : ScalarType::Float; }
+
+std::string dtype_name(ScalarType dtype);
+std::string shape_text(const Tensor& t);
+std::string device_text(const Tensor& t);
+
+template <class Got>
+[[noreturn]] void fail(const char* op, const char* argument, const std::string& expected, const Got& got) {
+  std::ostringstream text;
+  text << "tokenprune::" << op << ": " << argument << " must " << expected << ", got " << got;
+  throw std::runtime_error(text.str());
+}
+
+}  // namespace tokenprune

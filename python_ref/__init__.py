@@ -1,0 +1,27 @@
+"""The specification: every op of tokenprune_kernels in short, literal PyTorch.
+
+These functions run on any device and in float64. They favour being obviously right over being fast, and every compiled
+backend is tested against them. They do not validate their arguments; `tokenprune_kernels.<op>` does.
+"""
+
+from .attention import attention_entropy, attention_scores, cross_attention_scores
+from .compaction import gather_compact
+from .greedy import repulsion_sample, spatial_semantic_nms
+from .selection import mask_to_indices, score_entropy, select_mixture, select_topk, select_two_tailed
+from .similarity import contrastive_scores, cosine_scores
+
+__all__ = [
+    "attention_entropy",
+    "attention_scores",
+    "contrastive_scores",
+    "cosine_scores",
+    "cross_attention_scores",
+    "gather_compact",
+    "mask_to_indices",
+    "repulsion_sample",
+    "score_entropy",
+    "select_mixture",
+    "select_topk",
+    "select_two_tailed",
+    "spatial_semantic_nms",
+]

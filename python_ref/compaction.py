@@ -1,0 +1,27 @@
+"""Keeping the selected tokens of any number of tensors."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._common import entries
+
+
+def _gather(tensor: Tensor, indices: Tensor, dim: int, batch_dim: int) -> Tensor:
+    front = tensor.movedim((batch_dim, dim), (0, 1))  # [B, T, ...]
+    index, valid = entries(indices, front.shape[1])
+    shape = indices.shape + (1,) * (front.dim() - 2)
+    if front.shape[1] == 0:
+        kept = front.new_zeros(indices.shape + front.shape[2:])
+    else:
+        kept = torch.where(valid.view(shape), front.take_along_dim(index.view(shape), dim=1), front.new_zeros(()))
+    return kept.movedim((0, 1), (batch_dim, dim)).contiguous()
+
+
+def gather_compact(
+    tensors: Sequence[Tensor], indices: Tensor, *, dims: Sequence[int], batch_dims: Sequence[int] | None = None
+) -> list[Tensor]:
+    """out[b, ..., n, ...] = t[b, ..., indices[b, n], ...] for each tensor t; an index of -1 gives zeros."""
+    batch_dims = [0] * len(tensors) if batch_dims is None else batch_dims
+    return [_gather(t, indices, d, b) for t, d, b in zip(tensors, dims, batch_dims, strict=True)]

@@ -1,0 +1,117 @@
+"""Greedy selection: repulsion sampling and spatial-semantic non-maximum suppression, one pick per step."""
+
+import torch
+from torch import Tensor
+
+from ._common import best_candidate, entries, normalize, ones_like_mask, widen
+
+
+def _squared_distances(positions: Tensor) -> Tensor:
+    """||p_i - p_j||^2 from differences, which stays exact on integer grids."""
+    p = widen(positions)
+    return (p.unsqueeze(2) - p.unsqueeze(1)).square().sum(-1)
+
+
+def _first_objective(cosine: Tensor, unit: Tensor, valid: Tensor, first: str) -> Tensor:
+    """What the very first pick minimises when there is neither a seed nor an energy."""
+    if first == "index":
+        return torch.zeros_like(cosine[..., 0])
+    if first == "outlier":
+        total = torch.where(valid.unsqueeze(-1), unit, 0).sum(1, keepdim=True)
+        return (unit @ normalize(total).mT).squeeze(-1)
+    others = valid.unsqueeze(1) & ~torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
+    return torch.where(others, cosine, -torch.inf).amax(-1) if valid.shape[1] else torch.zeros_like(cosine[..., 0])
+
+
+def repulsion_sample(
+    features: Tensor,
+    k: int,
+    *,
+    positions: Tensor | None = None,
+    seed_indices: Tensor | None = None,
+    energy: Tensor | None = None,
+    mask: Tensor | None = None,
+    potential: str = "cosine",
+    aggregate: str = "max",
+    feature_weight: float = 1.0,
+    position_weight: float = 1.0,
+    exponent: float = 1.0,
+    sigma: float = 1.0,
+    epsilon: float = 1e-6,
+    first: str = "outlier",
+) -> tuple[Tensor, Tensor]:
+    """Repeatedly pick the token with the smallest U(i) = aggregate over the selected j of phi(i, j), plus energy(i)."""
+    batch, n, _ = features.shape
+    unit = normalize(features)
+    cosine = unit @ unit.mT
+    r2 = feature_weight * 2 * (1 - cosine)
+    if positions is not None:
+        r2 = r2 + position_weight * _squared_distances(positions)
+    if potential == "cosine":
+        phi = cosine
+    elif potential == "riesz":
+        phi = 1 / (r2.clamp_min(0) ** (exponent / 2) + epsilon)
+    else:
+        phi = torch.exp(-r2 / (2 * sigma**2))
+
+    valid = ones_like_mask(features[..., 0], mask)
+    selected = torch.zeros_like(valid)
+    if seed_indices is not None and n:
+        index, entry = entries(seed_indices, n)
+        selected = selected.long().scatter_reduce(1, index, entry.long(), "amax").bool()
+    started = selected.any(-1, keepdim=True)  # is anything selected yet?
+    own = torch.zeros_like(phi[..., 0]) if energy is None else widen(energy).to(phi.dtype)
+    start = own if energy is not None else _first_objective(cosine, unit, valid, first)
+    of_seeds = torch.where(selected.unsqueeze(1), phi, -torch.inf if aggregate == "max" else 0.0)
+    total = (of_seeds.amax(-1) if n else of_seeds.sum(-1)) if aggregate == "max" else of_seeds.sum(-1)
+
+    indices = features.new_full((batch, k), -1, dtype=torch.int64)
+    for step in range(min(k, n)):
+        pick = best_candidate(torch.where(started, total + own, start), valid & ~selected, largest=False)
+        indices[:, step] = pick.squeeze(-1)
+        new = phi.take_along_dim(pick.clamp_min(0).unsqueeze(-1), dim=2).squeeze(-1)
+        before = total if aggregate == "sum" else torch.where(started, total, -torch.inf)
+        total = before + new if aggregate == "sum" else torch.maximum(before, new)
+        started = started | (pick >= 0)
+        selected = selected.scatter(1, pick.clamp_min(0), True) | (pick < 0)
+    return indices, (indices >= 0).sum(-1)
+
+
+def spatial_semantic_nms(
+    scores: Tensor,
+    features: Tensor,
+    positions: Tensor,
+    k: int,
+    *,
+    groups: Tensor | None = None,
+    mask: Tensor | None = None,
+    radius: float = 5.0,
+    sigma_spatial: float = 1.5,
+    sigma_semantic: float = 0.05,
+    mode: str = "soft",
+    threshold: float = 0.5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """AdaptPrune (arXiv 2503.08019): pick the best token, then weaken the similar tokens around it, k times."""
+    batch, n, _ = features.shape
+    score, unit, place = widen(scores), normalize(features), widen(positions)
+    available = ones_like_mask(scores, mask)
+    indices = scores.new_full((batch, k), -1, dtype=torch.int64)
+    selected_scores = torch.zeros(batch, k, dtype=score.dtype, device=score.device)
+    token = torch.arange(n, device=scores.device)
+    for step in range(min(k, n)):
+        pick = best_candidate(score, available)
+        m = pick.clamp_min(0)
+        indices[:, step] = pick.squeeze(-1)
+        selected_scores[:, step] = torch.where(pick >= 0, score.gather(1, m), 0.0).squeeze(-1)
+        d2 = (place - place.take_along_dim(m.unsqueeze(-1), dim=1)).square().sum(-1)
+        cosine = (unit @ unit.take_along_dim(m.unsqueeze(-1), dim=1).mT).squeeze(-1)
+        w = torch.exp(-d2 / (2 * sigma_spatial**2)) * torch.exp(-((1 - cosine) ** 2) / (2 * sigma_semantic**2))
+        near = d2.sqrt() <= radius
+        if groups is not None:
+            near = near & (groups == groups.gather(1, m))
+        if mode == "soft":
+            score = torch.where(near, score * (1 - w), score)
+        else:
+            available = available & ~(near & (w >= threshold))
+        available = available & (token != pick)
+    return indices, selected_scores, (indices >= 0).sum(-1)

@@ -1,0 +1,33 @@
+"""Cosine similarity of visual tokens to queries, and COAST's contrast between anchors and references."""
+
+import torch
+from torch import Tensor
+
+from ._common import entries, normalize
+
+
+def _reduce(similarity: Tensor, valid: Tensor, reduction: str) -> Tensor:
+    """max or mean of similarity [B, N, M] over the valid [B, M] entries; 0 where there is none."""
+    valid = valid.unsqueeze(1)
+    if reduction == "mean":
+        return torch.where(valid, similarity, 0).sum(-1) / valid.sum(-1).clamp_min(1)
+    if similarity.shape[-1] == 0:
+        return similarity.new_zeros(similarity.shape[:-1])
+    return torch.where(valid.any(-1), torch.where(valid, similarity, -torch.inf).amax(-1), 0)
+
+
+def cosine_scores(features: Tensor, queries: Tensor, *, query_mask: Tensor | None = None, reduction: str = "max") -> Tensor:
+    """max or mean over the valid queries of cos(feature, query): [B, N, C], [B, M, C] -> [B, N]."""
+    valid = torch.ones_like(queries[..., 0], dtype=torch.bool) if query_mask is None else query_mask
+    return _reduce(normalize(features) @ normalize(queries).mT, valid, reduction)
+
+
+def contrastive_scores(features: Tensor, anchor_indices: Tensor, reference_indices: Tensor) -> Tensor:
+    """COAST (arXiv 2605.09429): max over anchors of cos(f_j, f_a) minus mean over references of cos(f_j, f_r)."""
+    unit = normalize(features)
+
+    def to_listed(indices: Tensor, reduction: str) -> Tensor:
+        index, valid = entries(indices, features.shape[1])
+        return _reduce(unit @ unit.take_along_dim(index.unsqueeze(-1), dim=1).mT, valid, reduction)
+
+    return to_listed(anchor_indices, "max") - to_listed(reference_indices, "mean")

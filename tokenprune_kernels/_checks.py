@@ -1,0 +1,258 @@
+"""Argument checks of every op: they name the op, the argument, what was expected and what came.
+
+The Python functions raise what these raise (ValueError, TypeError); the fakes and the fallback ops turn it into the
+RuntimeError that torch.ops promises; the compiled ops check the same conditions in C++ (csrc/args).
+"""
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+HEAD_REDUCTIONS = ("mean", "sum", "max", "none")
+QUERY_REDUCTIONS = ("mean", "sum", "max", "last")
+
+
+def _fail(error: type[Exception], op: str, argument: str, expected: str, got: object) -> NoReturn:
+    raise error(f"tokenprune::{op}: {argument} must {expected}, got {got}")
+
+
+def _shape(t: Tensor) -> str:
+    return str(list(t.shape))
+
+
+def _floating(op: str, name: str, t: Tensor, layout: str, rank: int) -> None:
+    """A required floating-point tensor of the given rank; `layout` is its shape in words, as [B, N, C]."""
+    if not isinstance(t, Tensor):
+        _fail(TypeError, op, name, "be a tensor", type(t).__name__)
+    if t.dtype not in FLOATS:
+        _fail(TypeError, op, name, "be float16, bfloat16, float32 or float64", t.dtype)
+    if t.dim() != rank:
+        _fail(ValueError, op, name, f"have shape {layout}", _shape(t))
+
+
+def _beside(
+    op: str, name: str, t: Tensor | None, first: Tensor, layout: str, shape: tuple[int, ...], dtype: torch.dtype | None
+) -> None:
+    """An optional tensor on the device of `first`; -1 in `shape` leaves that size free; dtype None means any float."""
+    if t is None:
+        return
+    if not isinstance(t, Tensor):
+        _fail(TypeError, op, name, "be a tensor or None", type(t).__name__)
+    if (t.dtype not in FLOATS) if dtype is None else (t.dtype != dtype):
+        _fail(TypeError, op, name, "be floating point" if dtype is None else f"be {dtype}", t.dtype)
+    if t.dim() != len(shape) or any(want != -1 and want != have for want, have in zip(shape, t.shape, strict=True)):
+        sizes = ", ".join("any" if s == -1 else str(s) for s in shape)
+        _fail(ValueError, op, name, f"have shape {layout} = [{sizes}]", _shape(t))
+    if t.device != first.device:
+        _fail(ValueError, op, name, f"be on {first.device}", t.device)
+
+
+def _count(op: str, name: str, k: int) -> None:
+    if not isinstance(k, (int, torch.SymInt)):
+        _fail(TypeError, op, name, "be an int", type(k).__name__)
+    if k < 0:
+        _fail(ValueError, op, name, "be non-negative", k)
+
+
+def _option(op: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        _fail(ValueError, op, name, f"be one of {', '.join(allowed)}", repr(value))
+
+
+def _real(op: str, name: str, value: float, low: float, *, above: bool = False, high: float = float("inf")) -> None:
+    """A real number in [low, high], or in (low, high] with `above`. NaN is outside."""
+    if not isinstance(value, (int, float)):
+        _fail(TypeError, op, name, "be a number", type(value).__name__)
+    if not ((value > low if above else value >= low) and value <= high):
+        _fail(ValueError, op, name, f"be {'>' if above else '>='} {low:g} and <= {high:g}", value)
+
+
+def attention(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor | None,
+    key_indices: Tensor | None,
+    query_mask: Tensor | None,
+    key_mask: Tensor | None,
+    query_positions: Tensor | None,
+    head_reduction: str,
+    query_reduction: str,
+) -> None:
+    _floating(op, "query", query, "[B, Hq, M, D]", 4)
+    _floating(op, "key", key, "[B, Hkv, N, D]", 4)
+    batch, heads, rows, dim = query.shape
+    key_batch, key_heads, keys, key_dim = key.shape
+    if key.dtype != query.dtype:
+        _fail(TypeError, op, "key", f"have the dtype of query ({query.dtype})", key.dtype)
+    if key.device != query.device:
+        _fail(ValueError, op, "key", f"be on {query.device}", key.device)
+    if key_batch != batch or key_dim != dim:
+        _fail(ValueError, op, "key", f"have shape [B, Hkv, N, D] = [{batch}, any, any, {dim}]", _shape(key))
+    if dim < 1:
+        _fail(ValueError, op, "query", "have a last dimension D >= 1", _shape(query))
+    if heads != key_heads and (key_heads == 0 or heads % key_heads):
+        _fail(ValueError, op, "query", f"have a number of heads that is a multiple of Hkv = {key_heads}", heads)
+    _beside(op, "lse", lse, query, "[B, Hq, M]", (batch, heads, rows), None)
+    _beside(op, "key_indices", key_indices, query, "[B, V]", (batch, -1), torch.int64)
+    _beside(op, "query_mask", query_mask, query, "[B, M]", (batch, rows), torch.bool)
+    _beside(op, "key_mask", key_mask, query, "[B, N]", (batch, keys), torch.bool)
+    _beside(op, "query_positions", query_positions, query, "[B, M]", (batch, rows), torch.int64)
+    _option(op, "head_reduction", head_reduction, HEAD_REDUCTIONS)
+    for reduction in query_reduction.split("+"):
+        if reduction not in QUERY_REDUCTIONS:
+            expected = f"be one of {', '.join(QUERY_REDUCTIONS)}, or several joined by +"
+            _fail(ValueError, op, "query_reduction", expected, repr(query_reduction))
+
+
+def score_entropy(scores: Tensor, mask: Tensor | None) -> None:
+    _floating("score_entropy", "scores", scores, "[B, N]", 2)
+    _beside("score_entropy", "mask", mask, scores, "[B, N]", tuple(scores.shape), torch.bool)
+
+
+def cosine_scores(features: Tensor, queries: Tensor, query_mask: Tensor | None, reduction: str) -> None:
+    op = "cosine_scores"
+    _floating(op, "features", features, "[B, N, C]", 3)
+    _floating(op, "queries", queries, "[B, M, C]", 3)
+    batch, _, channels = features.shape
+    _beside(op, "queries", queries, features, "[B, M, C]", (batch, -1, channels), features.dtype)
+    _beside(op, "query_mask", query_mask, features, "[B, M]", (batch, queries.shape[1]), torch.bool)
+    _option(op, "reduction", reduction, ("max", "mean"))
+
+
+def contrastive_scores(features: Tensor, anchor_indices: Tensor, reference_indices: Tensor) -> None:
+    op = "contrastive_scores"
+    _floating(op, "features", features, "[B, N, C]", 3)
+    shape = (features.shape[0], -1)
+    for name, indices in (("anchor_indices", anchor_indices), ("reference_indices", reference_indices)):
+        if indices is None:
+            _fail(TypeError, op, name, "be a tensor", None)
+        _beside(op, name, indices, features, "[B, A]" if name == "anchor_indices" else "[B, R]", shape, torch.int64)
+
+
+def select_topk(scores: Tensor, k: int, mask: Tensor | None) -> None:
+    _floating("select_topk", "scores", scores, "[B, N]", 2)
+    _count("select_topk", "k", k)
+    _beside("select_topk", "mask", mask, scores, "[B, N]", tuple(scores.shape), torch.bool)
+
+
+def select_two_tailed(scores: Tensor, num_low: Tensor, k: int, mask: Tensor | None) -> None:
+    op = "select_two_tailed"
+    _floating(op, "scores", scores, "[B, N]", 2)
+    if num_low is None:
+        _fail(TypeError, op, "num_low", "be a tensor", None)
+    _beside(op, "num_low", num_low, scores, "[B]", (scores.shape[0],), torch.int64)
+    _count(op, "k", k)
+    _beside(op, "mask", mask, scores, "[B, N]", tuple(scores.shape), torch.bool)
+
+
+def select_mixture(text_scores: Tensor, visual_scores: Tensor, k: int, floor: float, mask: Tensor | None) -> None:
+    op = "select_mixture"
+    _floating(op, "text_scores", text_scores, "[B, N]", 2)
+    _floating(op, "visual_scores", visual_scores, "[B, N]", 2)
+    shape = tuple(text_scores.shape)
+    _beside(op, "visual_scores", visual_scores, text_scores, "[B, N]", shape, None)
+    _count(op, "k", k)
+    _real(op, "floor", floor, 0.0, high=0.5)
+    _beside(op, "mask", mask, text_scores, "[B, N]", shape, torch.bool)
+
+
+def mask_to_indices(mask: Tensor, capacity: int) -> None:
+    op = "mask_to_indices"
+    if mask is None:
+        _fail(TypeError, op, "mask", "be a tensor", None)
+    _beside(op, "mask", mask, mask, "[B, N]", (-1, -1), torch.bool)
+    _count(op, "capacity", capacity)
+
+
+def repulsion_sample(
+    features: Tensor,
+    k: int,
+    positions: Tensor | None,
+    seed_indices: Tensor | None,
+    energy: Tensor | None,
+    mask: Tensor | None,
+    potential: str,
+    aggregate: str,
+    feature_weight: float,
+    position_weight: float,
+    exponent: float,
+    sigma: float,
+    epsilon: float,
+    first: str,
+) -> None:
+    op = "repulsion_sample"
+    _floating(op, "features", features, "[B, N, C]", 3)
+    _count(op, "k", k)
+    batch, n, _ = features.shape
+    _beside(op, "positions", positions, features, "[B, N, P]", (batch, n, -1), None)
+    _beside(op, "seed_indices", seed_indices, features, "[B, S]", (batch, -1), torch.int64)
+    _beside(op, "energy", energy, features, "[B, N]", (batch, n), None)
+    _beside(op, "mask", mask, features, "[B, N]", (batch, n), torch.bool)
+    _option(op, "potential", potential, ("cosine", "riesz", "gaussian"))
+    _option(op, "aggregate", aggregate, ("max", "sum"))
+    _option(op, "first", first, ("outlier", "isolated", "index"))
+    _real(op, "feature_weight", feature_weight, 0.0)
+    _real(op, "position_weight", position_weight, 0.0)
+    _real(op, "exponent", exponent, 0.0, above=True)
+    _real(op, "sigma", sigma, 0.0, above=True)
+    _real(op, "epsilon", epsilon, 0.0)
+
+
+def spatial_semantic_nms(
+    scores: Tensor,
+    features: Tensor,
+    positions: Tensor,
+    k: int,
+    groups: Tensor | None,
+    mask: Tensor | None,
+    radius: float,
+    sigma_spatial: float,
+    sigma_semantic: float,
+    mode: str,
+    threshold: float,
+) -> None:
+    op = "spatial_semantic_nms"
+    _floating(op, "scores", scores, "[B, N]", 2)
+    _floating(op, "features", features, "[B, N, C]", 3)
+    _floating(op, "positions", positions, "[B, N, 2]", 3)
+    batch, n = scores.shape
+    _beside(op, "features", features, scores, "[B, N, C]", (batch, n, -1), None)
+    _beside(op, "positions", positions, scores, "[B, N, 2]", (batch, n, 2), None)
+    _count(op, "k", k)
+    _beside(op, "groups", groups, scores, "[B, N]", (batch, n), torch.int64)
+    _beside(op, "mask", mask, scores, "[B, N]", (batch, n), torch.bool)
+    _real(op, "radius", radius, 0.0)
+    _real(op, "sigma_spatial", sigma_spatial, 0.0, above=True)
+    _real(op, "sigma_semantic", sigma_semantic, 0.0, above=True)
+    _option(op, "mode", mode, ("soft", "hard"))
+    _real(op, "threshold", threshold, float("-inf"))
+
+
+def gather_compact(
+    tensors: Sequence[Tensor], indices: Tensor, dims: Sequence[int], batch_dims: Sequence[int] | None
+) -> None:
+    op = "gather_compact"
+    if indices is None:
+        _fail(TypeError, op, "indices", "be a tensor", None)
+    _beside(op, "indices", indices, indices, "[B, K]", (-1, -1), torch.int64)
+    for name, listed in (("dims", dims), ("batch_dims", batch_dims)):
+        if listed is not None and len(listed) != len(tensors):
+            _fail(ValueError, op, name, f"have one entry per tensor ({len(tensors)})", len(listed))
+    batch = indices.shape[0]
+    for i, t in enumerate(tensors):
+        if not isinstance(t, Tensor):
+            _fail(TypeError, op, f"tensors[{i}]", "be a tensor", type(t).__name__)
+        rank, dim, batch_dim = t.dim(), dims[i], 0 if batch_dims is None else batch_dims[i]
+        for name, d in (("dims", dim), ("batch_dims", batch_dim)):
+            if not -rank <= d < rank:
+                _fail(ValueError, op, f"{name}[{i}]", f"lie in [{-rank}, {rank})", d)
+        if dim % rank == batch_dim % rank:
+            _fail(ValueError, op, f"dims[{i}]", f"differ from batch_dims[{i}] = {batch_dim}", dim)
+        if t.shape[batch_dim] != batch:
+            _fail(ValueError, op, f"tensors[{i}]", f"have size B = {batch} in dimension {batch_dim}", _shape(t))
+        if t.device != indices.device:
+            _fail(ValueError, op, f"tensors[{i}]", f"be on {indices.device}", t.device)

@@ -1,0 +1,119 @@
+"""Makes torch.ops.tokenprune.* exist: from the compiled library where there is one, from the references otherwise."""
+
+import functools
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks, _fakes, _vmap, reference
+from ._schemas import SCHEMAS
+
+_library: torch.library.Library | None = None  # keeps the registrations alive
+_binary: Any = None
+_load_error: str | None = None
+
+
+def compiled() -> bool:
+    """Is the compiled library loaded?"""
+    return _binary is not None
+
+
+def load_error() -> str | None:
+    """Why the compiled library is not loaded, or None."""
+    return _load_error
+
+
+@functools.cache
+def build_info() -> dict[str, Any]:
+    """What the compiled library says about its build; empty without one."""
+    return json.loads(_binary.build_info()) if _binary is not None else {}
+
+
+def _as_runtime_error(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.ops promises RuntimeError for bad arguments, from every implementation."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except (ValueError, TypeError) as error:
+            raise RuntimeError(str(error)) from None
+
+    return wrapped
+
+
+def _fallback(name: str) -> Callable[..., Any]:
+    """The reference behind the op: checked, without gradients, and with the op's [B, R, ...] scores."""
+    compute = getattr(reference, name)
+    check = getattr(_fakes, name)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        with torch.no_grad():
+            result = compute(*args, **kwargs)
+        if name in ("cross_attention_scores", "attention_scores") and "+" not in kwargs.get("query_reduction", "mean"):
+            if name == "attention_scores":
+                return result.unsqueeze(1)
+            return result[0].unsqueeze(1), result[1], result[2]
+        return result
+
+    return _as_runtime_error(run)
+
+
+def _gather_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+    tensors, indices = inputs
+    ctx.save_for_backward(indices)
+    ctx.shapes = [t.shape for t in tensors]
+    ctx.dims = list(keyword_only_inputs["dims"])
+    ctx.batch_dims = list(keyword_only_inputs.get("batch_dims") or [0] * len(tensors))
+
+
+def _gather_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], None]:
+    """The transpose of the gather: each kept token's gradient goes back to its place, every other token gets zero."""
+    (indices,) = ctx.saved_tensors
+    back: list[Tensor | None] = []
+    for grad, shape, dim, batch_dim in zip(grads, ctx.shapes, ctx.dims, ctx.batch_dims, strict=True):
+        if grad is None:
+            back.append(None)
+            continue
+        front = grad.movedim((batch_dim, dim), (0, 1))
+        # One extra slot swallows the -1 entries, so that no data-dependent shape appears.
+        index = torch.where(indices < 0, shape[dim], indices).view(indices.shape + (1,) * (front.dim() - 2))
+        padded = front.new_zeros((front.shape[0], shape[dim] + 1, *front.shape[2:]))
+        padded = padded.scatter(1, index.expand_as(front), front)
+        back.append(padded[:, :-1].movedim((0, 1), (batch_dim, dim)))
+    return back, None
+
+
+def load() -> None:
+    """Load the compiled library, or define the ops from the references; then add fakes, vmap and autograd."""
+    global _library, _binary, _load_error
+    if _library is not None:
+        return
+    try:
+        _binary = importlib.import_module("tokenprune_kernels._C")
+    except ImportError as error:
+        _load_error = str(error)
+    _library = torch.library.Library("tokenprune", "FRAGMENT")
+    for name, schema in SCHEMAS.items():
+        if _binary is None:
+            _library.define(name + schema)
+        # Serves every device that has no kernel of its own.
+        _library.impl(name, _fallback(name), "CompositeExplicitAutograd")
+        torch.library.register_fake(
+            f"tokenprune::{name}", _as_runtime_error(getattr(_fakes, name)), lib=_library, allow_override=True
+        )
+        if name != "gather_compact":
+            # Indices, scores and entropies carry no gradient: autograd is skipped, at no cost per call.
+            _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_autograd(
+        "tokenprune::gather_compact", _gather_backward, setup_context=_gather_setup, lib=_library
+    )
+    _vmap.register(_library)
+
+
+__all__ = ["_checks", "build_info", "compiled", "load", "load_error", "reference"]
