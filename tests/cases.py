@@ -1,0 +1,30 @@
+"""What every test file shares: the backends that run here, the dtypes, and the tolerance rule."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import tokenprune_kernels as tp
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPE_IDS = tuple(str(d).removeprefix("torch.") for d in DTYPES)
+BACKENDS = tuple(name for name in ("cpu", "reference") if tp.config()["backends"][name] is None)
+
+over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+over_backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def assert_as_good_as_torch(got: Tensor, exact: Tensor, plain: Tensor, scale: float = 1.0) -> None:
+    """`got` errs at most twice as much as plain PyTorch in the input dtype does, plus a floor of a few roundings.
+
+    exact: the reference in float64. plain: the reference run on the inputs as they are. The floor is 16 units in the
+    last place of `scale` in the output dtype, for results where plain PyTorch happens to be exact.
+    """
+    assert got.dtype == plain.dtype
+    assert got.shape == exact.shape
+    finite = exact.isfinite()
+    torch.testing.assert_close(got[~finite].double(), exact[~finite].double(), equal_nan=True, rtol=0, atol=0)
+    error = (got.double() - exact)[finite].abs().max() if finite.any() else torch.zeros(())
+    allowed = (plain.double() - exact)[finite].abs().max() if finite.any() else torch.zeros(())
+    floor = 16 * torch.finfo(got.dtype).eps * scale
+    assert error <= 2 * allowed + floor, f"error {error:.3e}, plain PyTorch {allowed:.3e}, floor {floor:.3e}"
