@@ -54,7 +54,7 @@ def repulsion_sample(
     else:
         phi = torch.exp(-r2 / (2 * sigma**2))
 
-    valid = ones_like_mask(features[..., 0], mask)
+    valid = features.new_ones(batch, n, dtype=torch.bool) if mask is None else mask
     selected = torch.zeros_like(valid)
     if seed_indices is not None and n:
         index, entry = entries(seed_indices, n)
