@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Model:
-    """Sizes of one vision-language model at one image size (public configurations; see DESIGN.md and ecosystem notes)."""
+    """Sizes of one vision-language model at one image size, from its public configuration."""
 
     name: str
     tokens: int  # visual tokens N

@@ -12,7 +12,8 @@ def widen(x: Tensor) -> Tensor:
 def normalize(x: Tensor) -> Tensor:
     """x / max(||x||, 1e-12) along the last dimension, so that a zero vector has cosine 0 with everything."""
     x = widen(x)
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / norm.clamp_min(1e-12)
 
 
 def ones_like_mask(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -28,7 +29,7 @@ def entries(indices: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def candidate_order(value: Tensor, mask: Tensor, largest: bool = True) -> Tensor:
-    """Positions from best to worst along the last dimension: by value, ties by lower index, NaN last, masked after that."""
+    """Positions from best to worst along the last dimension: by value, ties by lower index, NaN last, then masked."""
     value = widen(value) if largest else -widen(value)
     group = torch.where(mask, value.isnan().int(), 2)
     by_value = value.nan_to_num(0.0, torch.inf, -torch.inf).argsort(dim=-1, descending=True, stable=True)

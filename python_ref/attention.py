@@ -79,7 +79,7 @@ def attention_scores(
     head_reduction: str = "mean",
     query_reduction: str = "mean",
 ) -> Tensor:
-    """Scores of the keys from a given lse [B, Hq, M]: heads are reduced first, then rows. Several row reductions join by +."""
+    """Scores of the keys from a given lse [B, Hq, M]: heads are reduced first, then rows; row reductions join by +."""
     logits = _hide(_logits(query, key, scale, cosine), key_mask, query_positions, causal)
     p = _reduce_heads(_probabilities(logits, lse), head_reduction)
     scores = torch.stack([_reduce_rows(p, query_mask, r) for r in query_reduction.split("+")], dim=1)  # [B, R, H', N]

@@ -47,12 +47,11 @@ def show_config() -> None:
     """
     lines = []
     for name, value in config().items():
-        if isinstance(value, dict):
-            lines.append(f"{name}:")
-            lines += [
-                f"  {key}: {('available' if inner is None else f'unavailable, {inner}') if name == 'backends' else inner}"
-                for key, inner in value.items()
-            ]
-        else:
+        if not isinstance(value, dict):
             lines.append(f"{name}: {value}")
+            continue
+        lines.append(f"{name}:")
+        for key, inner in value.items():
+            state = "available" if inner is None else f"unavailable, {inner}"
+            lines.append(f"  {key}: {state if name == 'backends' else inner}")
     print("\n".join(lines))

@@ -33,9 +33,7 @@ def attention_entropy(
     causal: bool = False,
     cosine: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    _checks.attention(
-        "attention_entropy", query, key, None, None, None, key_mask, query_positions, "mean", "mean"
-    )
+    _checks.attention("attention_entropy", query, key, None, None, None, key_mask, query_positions, "mean", "mean")
     shape = query.shape[:3]
     return query.new_empty(shape, dtype=_wide(query)), query.new_empty(shape, dtype=_wide(query))
 
@@ -59,9 +57,7 @@ def attention_scores(
         "attention_scores",
         query, key, lse, key_indices, query_mask, key_mask, query_positions, head_reduction, query_reduction,
     )  # fmt: skip
-    return query.new_empty(
-        _scores_shape(query, key, key_indices, head_reduction, query_reduction), dtype=_wide(query)
-    )
+    return query.new_empty(_scores_shape(query, key, key_indices, head_reduction, query_reduction), dtype=_wide(query))
 
 
 def cross_attention_scores(

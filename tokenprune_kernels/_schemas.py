@@ -1,4 +1,4 @@
-"""The thirteen op schemas. csrc/ops.cpp holds the same strings for processes without Python; a test compares the two."""
+"""The thirteen op schemas; csrc/ops.cpp holds the same strings for processes without Python (a test compares)."""
 
 _ATTENTION = (
     "Tensor? key_mask=None, Tensor? query_positions=None, float? scale=None, bool causal=False, bool cosine=False"
