@@ -144,7 +144,9 @@ class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         compiler = find_compiler()
         if compiler is None:
-            raise SystemExit(f"no C++ compiler ({os.environ.get('CXX') or 'g++ or c++'}); TOKENPRUNE_CPU=0 does without")
+            raise SystemExit(
+                f"no C++ compiler ({os.environ.get('CXX') or 'g++ or c++'}); TOKENPRUNE_CPU=0 does without"
+            )
         cuda_sources = sorted((CSRC / "cuda").glob("*.cu"))
         nvcc = cuda_compiler(cuda_sources)
         print(f"tokenprune: C++ compiler {shlex.join(compiler)}, CUDA {f'with {nvcc}' if nvcc else 'off'}", flush=True)
@@ -160,7 +162,9 @@ class NinjaBuild(build_ext):
         detail = ["--verbose"] if self.verbose > 1 else []
         command = [*ninja_command(), "-C", str(build), *(["-j", jobs] if jobs else []), *detail]
         if subprocess.run(command).returncode:
-            raise SystemExit(f"building {ext.name} failed, see above; TOKENPRUNE_CPU=0 installs without compiled kernels")
+            raise SystemExit(
+                f"building {ext.name} failed, see above; TOKENPRUNE_CPU=0 installs without compiled kernels"
+            )
 
 
 def ninja_file(target: Path, compiler: list[str], nvcc: str | None, cuda_sources: list[Path]) -> str:

@@ -19,8 +19,8 @@ fi
 
 echo "setup: $venv with $("$PYTHON" --version)"
 [[ -x $venv/bin/python ]] || "$PYTHON" -m venv "$venv"
-# The pip and setuptools that come with Python 3.10 and 3.11 are too old for pyproject.toml.
-"$venv/bin/python" -m pip install -q --upgrade pip 'setuptools>=77' wheel
+# The pip and setuptools of Python 3.10 and 3.11 are too old for pyproject.toml; ninja compiles the editable install.
+"$venv/bin/python" -m pip install -q --upgrade pip 'setuptools>=77' 'ninja>=1.11'
 
 echo "setup: $TORCH"
 "$venv/bin/python" -m pip install -q "$TORCH" 'numpy>=1.26'
@@ -36,4 +36,5 @@ if sys.argv[1] == "no" and torch.version.cuda:
 PYTHON
 
 echo "setup: development tools and this checkout"
-"$venv/bin/python" -m pip install -q -e '.[demo,bench,test,lint,abi]' --no-build-isolation
+# setuptools warns of folders that shadow an editable package; here the folder is the package.
+PYTHONWARNINGS="ignore:Editable installation" "$venv/bin/python" -m pip install -q -e '.[demo,bench,test,lint,abi]' --no-build-isolation
