@@ -162,9 +162,7 @@ class NinjaBuild(build_ext):
         detail = ["--verbose"] if self.verbose > 1 else []
         command = [*ninja_command(), "-C", str(build), *(["-j", jobs] if jobs else []), *detail]
         if subprocess.run(command).returncode:
-            raise SystemExit(
-                f"building {ext.name} failed, see above; TOKENPRUNE_CPU=0 installs without compiled kernels"
-            )
+            raise SystemExit(f"building {ext.name} failed, see above; TOKENPRUNE_CPU=0 installs without it")
 
 
 def ninja_file(target: Path, compiler: list[str], nvcc: str | None, cuda_sources: list[Path]) -> str:
