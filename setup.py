@@ -1,31 +1,36 @@
 """Builds `tokenprune_kernels._C`: one abi3 extension on the LibTorch stable ABI, compiled with ninja.
 
 Switches, read here and printed in the build log:
-  TOKENPRUNE_CUDA=auto|0|1   CUDA kernels: when sources and nvcc are there (default), never, or always (error without nvcc)
-  TOKENPRUNE_CPU=auto|0|1    compiled CPU kernels: when a compiler is there (default), never, or always (error without)
-  CUDA_HOME, TORCH_CUDA_ARCH_LIST (default "8.0;9.0a;10.0+PTX"), MAX_JOBS, CXX, CXXFLAGS
+  TOKENPRUNE_CPU=auto|0|1    compiled kernels: when a compiler is there (default), never, or always (error without one)
+  TOKENPRUNE_CUDA=auto|0|1   CUDA kernels: when sources and nvcc are there (default), never, or always (error without)
+  CUDA_HOME, TORCH_CUDA_ARCH_LIST (default "8.0;9.0a;10.0+PTX"), MAX_JOBS, CXX, CXXFLAGS, LDFLAGS
   TOKENPRUNE_WERROR=1        compiler warnings are errors
   TOKENPRUNE_SANITIZE=1      AddressSanitizer and UndefinedBehaviorSanitizer, for `make sanitize`
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+TORCH_FLOOR = (2, 10)
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]  # torch 2.10, CPython 3.10
-# Warnings are errors in development and CI; a user's newer compiler must not fail an installation.
-WARNINGS = ["-Wall", "-Wextra", *(["-Werror"] if os.environ.get("TOKENPRUNE_WERROR") == "1" else [])]
+DEFAULT_ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 
 # The files below csrc/cpu/simd are compiled once per capability, in a namespace of that name; the best one that the
 # machine has is chosen at run time. Everything else is compiled for the baseline, so that one binary runs anywhere.
@@ -36,6 +41,8 @@ CAPABILITIES = {
         "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"],
     }
 }
+# Fused multiply-adds only where the vector code wants them: scalar code gives the same bits on every machine.
+CONTRACT_VECTORS, CONTRACT_SCALARS = "-ffp-contract=fast", "-ffp-contract=off"
 
 
 def capabilities() -> dict[str, list[str]]:
@@ -43,21 +50,50 @@ def capabilities() -> dict[str, list[str]]:
 
 
 def wanted(switch: str) -> str:
-    value = os.environ.get(switch, "auto")
+    value = os.environ.get(switch) or "auto"
     if value not in ("auto", "0", "1"):
         raise SystemExit(f"{switch} must be auto, 0 or 1, got {value!r}")
     return value
 
 
+def find_compiler() -> list[str] | None:
+    """The C++ compiler as a command (CXX may carry words in front, such as ccache), or None."""
+    for candidate in [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++"]:
+        program, *words = shlex.split(candidate)
+        if found := shutil.which(program):
+            return [found, *words]
+    return None
+
+
 def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME")
-    return str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc")
+    return shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
+
+
+def cuda_compiler(sources: list[Path]) -> str | None:
+    """The nvcc to use, None for a build without CUDA kernels; an error when CUDA was demanded and cannot be had."""
+    wish, nvcc = wanted("TOKENPRUNE_CUDA"), find_nvcc()
+    if wish == "1" and nvcc is None:
+        where = f"in CUDA_HOME={os.environ['CUDA_HOME']}" if os.environ.get("CUDA_HOME") else "on PATH"
+        raise SystemExit(f"TOKENPRUNE_CUDA=1, but nvcc was not found {where}: set CUDA_HOME or put nvcc on PATH")
+    if wish == "1" and not sources:
+        raise SystemExit("TOKENPRUNE_CUDA=1, but this version has no CUDA sources (csrc/cuda/*.cu)")
+    return nvcc if wish != "0" and sources else None
+
+
+def toolkit_libraries(nvcc: str) -> Path:
+    """nvcc may be a wrapper script somewhere else, so it is asked where its toolkit is."""
+    told = subprocess.run([nvcc, "-dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True, check=True)
+    top = re.search(r"^#\$ TOP=(.+)$", told.stderr, re.MULTILINE)
+    if top is None:
+        raise SystemExit(f"{nvcc} does not say where its toolkit is")
+    return Path(top.group(1).strip(), "lib64").resolve()
 
 
 def nvcc_architectures() -> list[str]:
     """TORCH_CUDA_ARCH_LIST as -gencode flags; +PTX embeds the intermediate code of that architecture."""
     flags = []
-    for entry in re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0+PTX").strip()):
+    for entry in re.split(r"[;\s]+", (os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES).strip("; \t")):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
         if not match:
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST: cannot read {entry!r}, expected for instance 9.0a or 10.0+PTX")
@@ -68,112 +104,141 @@ def nvcc_architectures() -> list[str]:
     return flags
 
 
-def torch_paths() -> tuple[list[str], str]:
-    """Include folders and library folder of the torch that is installed, without initialising it."""
-    import torch.utils.cpp_extension as cpp
+def torch_folder() -> Path:
+    """Where the torch to build against lies; it is not imported, only its headers and libtorch_cpu are needed."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise SystemExit("building needs torch in this environment: install it, or build without --no-build-isolation")
+    version = importlib.metadata.version("torch")
+    if tuple(int(part) for part in version.split(".")[:2]) < TORCH_FLOOR:
+        raise SystemExit(f"building needs torch >= {'.'.join(map(str, TORCH_FLOOR))}, found {version}")
+    return Path(spec.origin).parent
 
-    return [p for p in cpp.include_paths() if Path(p).is_dir()], cpp.library_paths()[0]
+
+def ninja_command() -> list[str]:
+    if importlib.util.find_spec("ninja"):
+        return [sys.executable, "-m", "ninja"]
+    if found := shutil.which("ninja"):
+        return [found]
+    raise SystemExit("building needs ninja: pip install ninja")
+
+
+def write_if_changed(file: Path, text: str) -> None:
+    if not file.exists() or file.read_text() != text:
+        file.write_text(text)
+
+
+def shell(words: list[str]) -> str:
+    """A command line for a ninja rule."""
+    return shlex.join(words).replace("$", "$$")
+
+
+def path(name: object) -> str:
+    """A path in a ninja build line."""
+    return re.sub(r"([$ :])", r"$\1", str(name))
 
 
 class NinjaBuild(build_ext):
-    """Writes build.ninja and runs it; without a compiler (and none demanded) the package installs without a binary."""
-
-    built = False
+    """Writes build.ninja and runs it."""
 
     def build_extension(self, ext: Extension) -> None:
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        try:
-            self.compile(target)
-            self.built = True
-        except (OSError, subprocess.CalledProcessError) as error:
-            if wanted("TOKENPRUNE_CPU") == "1" or not isinstance(error, FileNotFoundError):
-                raise SystemExit(f"building {ext.name} failed: {error}") from error
-            self.warn(f"{error.filename} was not found: installing without compiled kernels, the references serve")
-
-    def copy_extensions_to_source(self) -> None:
-        self.extensions = [e for e in self.extensions if self.built]
-        super().copy_extensions_to_source()
-
-    def get_outputs(self) -> list[str]:
-        return super().get_outputs() if self.built else []
-
-    def compile(self, target: Path) -> None:
-        compiler = shutil.which(os.environ.get("CXX", "g++"))
+        compiler = find_compiler()
         if compiler is None:
-            raise FileNotFoundError(2, "no such program", os.environ.get("CXX", "g++"))
-        nvcc = find_nvcc()
-        cuda_sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-        cuda = wanted("TOKENPRUNE_CUDA")
-        if cuda == "1" and (nvcc is None or not Path(nvcc).exists()):
-            raise SystemExit("TOKENPRUNE_CUDA=1, but nvcc was not found: set CUDA_HOME or put nvcc on PATH")
-        use_cuda = cuda != "0" and nvcc is not None and bool(cuda_sources)
-        print(f"tokenprune: C++ compiler {compiler}, CUDA {'with ' + str(nvcc) if use_cuda else 'off'}", flush=True)
-
-        build = Path(self.build_temp).resolve()
-        build.mkdir(parents=True, exist_ok=True)
-        (build / "build.ninja").write_text(self.ninja_file(target, compiler, nvcc if use_cuda else None, cuda_sources))
-        target.parent.mkdir(parents=True, exist_ok=True)
+            raise SystemExit(
+                f"no C++ compiler ({os.environ.get('CXX') or 'g++ or c++'}); TOKENPRUNE_CPU=0 does without"
+            )
+        cuda_sources = sorted((CSRC / "cuda").glob("*.cu"))
+        nvcc = cuda_compiler(cuda_sources)
+        print(f"tokenprune: C++ compiler {shlex.join(compiler)}, CUDA {f'with {nvcc}' if nvcc else 'off'}", flush=True)
+        # pip gives an editable installation a temporary folder; the permanent one keeps its builds incremental.
+        permanent = ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
+        build = permanent if self.editable_mode else Path(self.build_temp).resolve()
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        for folder in (build, target.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_if_changed(build / "exports", "{ global: PyInit__C; local: *; };\n")
+        write_if_changed(build / "build.ninja", ninja_file(target, compiler, nvcc, cuda_sources))
         jobs = os.environ.get("MAX_JOBS")
-        command = [sys.executable, "-m", "ninja"] if not shutil.which("ninja") else ["ninja"]
-        subprocess.run([*command, "-C", str(build), *(["-j", jobs] if jobs else [])], check=True)
-
-    def ninja_file(self, target: Path, compiler: str, nvcc: str | None, cuda_sources: list[Path]) -> str:
-        includes, library = torch_paths()
-        include_flags = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"]
-        include_flags += [f"-isystem {p}" for p in [*includes, sysconfig.get_path("include")]]
-        sanitize = os.environ.get("TOKENPRUNE_SANITIZE") == "1"
-        checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if sanitize else []
-        levels = ["-O1", "-g"] if sanitize else ["-O3", "-DNDEBUG"]
-        info = f'-DTOKENPRUNE_CAPABILITIES=\\"{",".join(capabilities())}\\"'
-        common = [
-            "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
-            *levels, *checks, *WARNINGS, *STABLE_ABI, info, *include_flags, os.environ.get("CXXFLAGS", ""),
-        ]  # fmt: skip
-        link = ["-shared", *checks, *([] if sanitize else ["-s"]), f"-L{library}", "-ltorch_cpu"]
-        lines = [
-            "ninja_required_version = 1.3",
-            f"cxx = {compiler}",
-            f"flags = {' '.join(common)}",
-            "rule cxx\n  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-            f"rule link\n  command = $cxx $in -o $out {' '.join(link)} $libs",
-        ]
-        objects = []
-
-        def add(source: Path, suffix: str, extra: list[str]) -> None:
-            name = f"{source.relative_to(ROOT / 'csrc').with_suffix('')}.{suffix}.o"
-            objects.append(name)
-            lines.append(f"build {name}: cxx {source}\n  extra = {' '.join(extra)}")
-
-        add(ROOT / "csrc" / "ops.cpp", "o", [])
-        add(ROOT / "csrc" / "tensor.cpp", "o", [])
-        for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
-            add(source, "o", [])
-        for source in sorted((ROOT / "csrc" / "cpu" / "simd").glob("*.cpp")):
-            for name, flags in capabilities().items():
-                add(source, name, [f"-DTOKENPRUNE_SIMD={name}", f"-DTOKENPRUNE_SIMD_{name.upper()}", *flags])
-        libs = []
-        if nvcc is not None:
-            host = ["-fPIC", "-fvisibility=hidden", *WARNINGS]
-            cuda_flags = ["-std=c++17", "-O3", "-lineinfo", *nvcc_architectures(), "-cudart", "static", *STABLE_ABI]
-            cuda_flags += [f"-Xcompiler={','.join(host)}", *include_flags]
-            lines.append(f"rule nvcc\n  command = {nvcc} {' '.join(cuda_flags)} -MD -MF $out.d -c $in -o $out")
-            lines.append("  depfile = $out.d\n  deps = gcc")
-            for source in cuda_sources:
-                objects.append(f"cuda/{source.stem}.o")
-                lines.append(f"build cuda/{source.stem}.o: nvcc {source}")
-            toolkit = Path(nvcc).resolve().parent.parent
-            libs = [f"-L{toolkit / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-        lines.append(f"build {target}: link {' '.join(objects)}\n  libs = {' '.join(libs)}")
-        return "\n".join(lines) + "\n"
+        detail = ["--verbose"] if self.verbose > 1 else []
+        command = [*ninja_command(), "-C", str(build), *(["-j", jobs] if jobs else []), *detail]
+        if subprocess.run(command).returncode:
+            raise SystemExit(f"building {ext.name} failed, see above; TOKENPRUNE_CPU=0 installs without it")
 
 
-def bdist_wheel_options() -> dict[str, dict[str, str]]:
-    return {"bdist_wheel": {"py_limited_api": "cp310"}}
+def ninja_file(target: Path, compiler: list[str], nvcc: str | None, cuda_sources: list[Path]) -> str:
+    torch = torch_folder()
+    includes = [f"-I{CSRC}", f"-I{CSRC / 'include'}"]
+    for folder in (torch / "include", sysconfig.get_path("include")):
+        includes += ["-isystem", str(folder)]
+    # Warnings are errors in development and CI; a user's newer compiler must not fail an installation.
+    warnings = ["-Wall", "-Wextra", *(["-Werror"] if os.environ.get("TOKENPRUNE_WERROR") == "1" else [])]
+    sanitize = os.environ.get("TOKENPRUNE_SANITIZE") == "1"
+    checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if sanitize else []
+    common = [
+        "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math",
+        *(["-O1", "-g"] if sanitize else ["-O3", "-DNDEBUG"]), *checks, *warnings, *STABLE_ABI,
+        f'-DTOKENPRUNE_CAPABILITIES="{",".join(capabilities())}"', *includes,
+    ]  # fmt: skip
+    # Only the module's entry is exported: templates of the standard library would otherwise be visible too.
+    finish = checks if sanitize else ["-s", "-Wl,--version-script=exports"]
+    link = ["-shared", *finish, f"-L{torch / 'lib'}", "-ltorch_cpu", *shlex.split(os.environ.get("LDFLAGS", ""))]
+    lines = [
+        "ninja_required_version = 1.3",
+        f"rule cxx\n  command = {shell(compiler + common)} $extra -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d\n  deps = gcc\n  description = CXX $out",
+        f"rule link\n  command = {shell(compiler)} $in -o $out {shell(link)} $libs\n  description = LINK $out",
+    ]
+    objects = []
+
+    def add(source: Path, suffix: str, extra: list[str]) -> None:
+        name = f"{source.relative_to(CSRC).with_suffix('')}.{suffix}"
+        objects.append(name)
+        extra = [*extra, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        lines.append(f"build {path(name)}: cxx {path(source)}\n  extra = {shell(extra)}")
+
+    for source in sorted([*CSRC.glob("*.cpp"), *(CSRC / "cpu").glob("*.cpp")]):
+        add(source, "o", [CONTRACT_SCALARS])
+    for source in sorted((CSRC / "cpu" / "simd").glob("*.cpp")):
+        for name, flags in capabilities().items():
+            defines = [f"-DTOKENPRUNE_SIMD={name}", f"-DTOKENPRUNE_SIMD_{name.upper()}"]
+            add(source, f"{name}.o", [CONTRACT_VECTORS, *defines, *flags])
+    libs: list[str] = []
+    if nvcc is not None:
+        host = f"-Xcompiler={','.join(['-fPIC', '-fvisibility=hidden', *warnings])}"
+        flags = [nvcc, "-std=c++17", "-O3", "-lineinfo", *nvcc_architectures(), host, *STABLE_ABI, *includes]
+        lines.append(f"rule nvcc\n  command = {shell(flags)} -MD -MF $out.d -c $in -o $out")
+        lines.append("  depfile = $out.d\n  deps = gcc\n  description = NVCC $out")
+        for source in cuda_sources:
+            objects.append(f"cuda/{source.stem}.o")
+            lines.append(f"build {path(objects[-1])}: nvcc {path(source)}")
+        libs = [f"-L{toolkit_libraries(nvcc)}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    lines.append(f"build {path(target)}: link {' '.join(map(path, objects))} | exports\n  libs = {shell(libs)}")
+    return "\n".join(lines) + "\n"
 
 
-compiled = [] if wanted("TOKENPRUNE_CPU") == "0" else [Extension("tokenprune_kernels._C", [], py_limited_api=True)]
-setup(
-    ext_modules=compiled,
-    cmdclass={"build_ext": NinjaBuild},
-    options=bdist_wheel_options() if compiled else {},
-)
+def wants_binary() -> bool:
+    """Without a compiler, and away from Linux, the package installs pure: the references and Triton serve."""
+    wish = wanted("TOKENPRUNE_CPU")
+    if wish == "0" and wanted("TOKENPRUNE_CUDA") == "1":
+        raise SystemExit("TOKENPRUNE_CUDA=1 contradicts TOKENPRUNE_CPU=0: both kinds of kernels are in one library")
+    if wish == "auto" and wanted("TOKENPRUNE_CUDA") != "1" and (sys.platform != "linux" or find_compiler() is None):
+        print("tokenprune: no C++ compiler, installing without compiled kernels", flush=True)
+        return False
+    return wish != "0"
+
+
+def options(compiled: bool) -> dict[str, dict[str, str]]:
+    chosen = {"bdist_wheel": {"py_limited_api": "cp310"}} if compiled else {}
+    if not os.access(ROOT, os.W_OK):  # a read-only checkout: setuptools would write next to the sources
+        elsewhere = tempfile.mkdtemp(prefix="tokenprune-build-")
+        chosen |= {"egg_info": {"egg_base": elsewhere}, "build": {"build_base": elsewhere}}
+    return chosen
+
+
+if __name__ == "__main__":
+    compiled = wants_binary()
+    setup(
+        ext_modules=[Extension("tokenprune_kernels._C", [], py_limited_api=True)] if compiled else [],
+        cmdclass={"build_ext": NinjaBuild},
+        options=options(compiled),
+    )

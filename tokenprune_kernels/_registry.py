@@ -96,6 +96,8 @@ def load() -> None:
         return
     try:
         _binary = importlib.import_module("tokenprune_kernels._C")
+    except ModuleNotFoundError:
+        _load_error = "no compiled library was built: no C++ compiler at installation, or TOKENPRUNE_CPU=0"
     except ImportError as error:
         _load_error = str(error)
     _library = torch.library.Library("tokenprune", "FRAGMENT")

@@ -1,0 +1,68 @@
+# Development tasks; `make help` lists them. `make demo` and `make test` set everything up on a fresh machine with
+# Python >= 3.10 and g++.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+# Pinned, so that a machine without a GPU gets the CPU build its package index offers, and not gigabytes of CUDA.
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RESULTS ?= build/bench.json
+CSRC = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+
+# Names of the environment that change the build or the installation reach the recipes as they are.
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test bench build lint format sanitize check-abi clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  variables: PYTHON=$(PYTHON) TORCH=$(TORCH) ARGS= (more arguments for demo, test and bench)"
+
+demo: build  ## prune a photograph's visual tokens with every method
+	$(BIN)/python -m tokenprune_kernels demo $(ARGS)
+
+test: build  ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: build  ## run the microbenchmarks and print the table of ratios
+	@mkdir -p $(dir $(RESULTS))
+	env -u TOKENPRUNE_POISON $(BIN)/python -m pytest -q -c pyproject.toml -p no:hypothesispytest -p no:cacheprovider \
+	  --benchmark-json=$(RESULTS) --benchmark-columns=min,median,rounds $(wildcard bench/bench_*.py) $(ARGS)
+	$(BIN)/python -m bench.report $(RESULTS)
+
+build: $(STAMP)  ## compile what changed in csrc/, in place
+	@$(BIN)/python setup.py -q build_ext --inplace
+
+lint: $(STAMP)  ## ruff, mypy, clang-format, and a build in which warnings are errors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	TOKENPRUNE_WERROR=1 $(BIN)/python setup.py -q build_ext $(WERROR_FOLDER)
+
+# A build of its own, so that switching between `make lint` and `make test` does not compile everything again.
+WERROR_FOLDER = $(if $(filter 1,$(TOKENPRUNE_WERROR)),--inplace,--build-temp build/lint --build-lib build/lint)
+
+format: $(STAMP)  ## rewrite the sources in the project's format
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
+
+sanitize: $(STAMP)  ## run the tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	PYTHON=$(abspath $(BIN)/python) bash scripts/sanitize.sh
+
+check-abi: $(STAMP)  ## load one wheel in the oldest and the newest torch (downloads gigabytes)
+	$(BIN)/python scripts/check_abi.py $(ARGS)
+
+clean:  ## remove everything that was built or installed here
+	rm -rf $(VENV) build dist *.egg-info tokenprune_kernels/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+
+$(STAMP): pyproject.toml setup.py scripts/setup.sh
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" bash scripts/setup.sh $(VENV)
+	@touch $@
