@@ -14,6 +14,8 @@ from . import _registry
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
 _requested: ContextVar[str | None] = ContextVar("tokenprune_backend", default=None)
+# torch.compile can neither trace a context variable nor guard on one; in compiled code the block entered last counts.
+_entered_last: str | None = None
 _from_environment = os.environ.get("TOKENPRUNE_BACKEND") or "auto"
 
 
@@ -34,17 +36,21 @@ _check_name(_from_environment, "TOKENPRUNE_BACKEND")
 def use_backend(name: str) -> Iterator[None]:
     """Send every call inside the block to one backend: `cuda`, `triton`, `cpu`, `reference` or `auto`.
 
-    Holds for the current thread or task only. An explicit `backend=` argument still wins.
+    Holds for the current thread or task only (in code compiled by torch.compile: for the process). An explicit
+    `backend=` argument still wins.
 
     >>> import torch, tokenprune_kernels as tp
     >>> with tp.use_backend("reference"):
     ...     tp.select_topk(torch.tensor([[0.1, 0.9, 0.5]]), 2)
     (tensor([[1, 2]]), tensor([2]))
     """
-    token = _requested.set(_check_name(name, "backend"))
+    global _entered_last
+    token, before = _requested.set(_check_name(name, "backend")), _entered_last
+    _entered_last = name
     try:
         yield
     finally:
+        _entered_last = before
         _requested.reset(token)
 
 
@@ -67,7 +73,8 @@ def unavailable(name: str, device: str) -> str | None:
 
 def implementation(backend: str | None, tensor: Tensor) -> Any:
     """The namespace whose functions serve this call: torch.ops.tokenprune, or the reference module."""
-    name = backend or _requested.get() or _from_environment
+    requested = _entered_last if torch.compiler.is_dynamo_compiling() else _requested.get()
+    name = backend or requested or _from_environment
     if name == "auto":
         return torch.ops.tokenprune
     _check_name(name, "backend")
