@@ -15,9 +15,8 @@ bool poisoning() {
   return on;
 }
 
-}  // namespace
-
-Tensor new_empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
+// `code` is the C interface's number of the dtype.
+Tensor new_empty_of_code(const Tensor& like, const Shape& shape, int32_t code, bool floating) {
   Shape strides(shape.size());
   int64_t stride = 1;
   for (size_t d = shape.size(); d-- > 0;) {
@@ -29,17 +28,29 @@ Tensor new_empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle;
-  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
                                                   code, device_type, device_index, &handle));
   Tensor fresh(handle);
   if (poisoning() && fresh.is_cpu()) {
-    const bool floating = dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
-                          dtype == ScalarType::BFloat16;
     // All ones is a NaN in every floating dtype; 0x5A.. is no index anyone could mistake for a real one.
     std::memset(fresh.mutable_data_ptr(), floating ? 0xFF : 0x5A, fresh.numel() * fresh.element_size());
   }
   return fresh;
+}
+
+}  // namespace
+
+Tensor new_empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
+  const bool floating = dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
+                        dtype == ScalarType::BFloat16;
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  return new_empty_of_code(like, shape, code, floating);
+}
+
+Tensor new_empty_of_same_dtype(const Tensor& like, const Shape& shape) {
+  int32_t code;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &code));
+  return new_empty_of_code(like, shape, code, false);
 }
 
 Tensor with_contiguous_rows(const Tensor& t) {

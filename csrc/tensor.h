@@ -22,6 +22,8 @@ using Shape = std::vector<int64_t>;
 // Fresh output or workspace on the device of `like`. TOKENPRUNE_POISON=1 fills it with NaN or a poison integer, which
 // shows elements that a kernel forgot to write.
 Tensor new_empty(const Tensor& like, const Shape& shape, ScalarType dtype);
+// The same in the dtype of `like`, whichever it is: also one that this build's ScalarType does not know.
+Tensor new_empty_of_same_dtype(const Tensor& like, const Shape& shape);
 
 // `t` itself when its last dimension has stride 1 (or at most one element), a contiguous copy otherwise.
 Tensor with_contiguous_rows(const Tensor& t);

@@ -14,8 +14,8 @@ from . import _registry
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
 _requested: ContextVar[str | None] = ContextVar("tokenprune_backend", default=None)
-# torch.compile cannot read a ContextVar but guards on a global: while tracing, the block entered last counts.
-_traced: str | None = None
+# torch.compile can neither trace a context variable nor guard on one; in compiled code the block entered last counts.
+_entered_last: str | None = None
 _from_environment = os.environ.get("TOKENPRUNE_BACKEND") or "auto"
 
 
@@ -36,21 +36,21 @@ _check_name(_from_environment, "TOKENPRUNE_BACKEND")
 def use_backend(name: str) -> Iterator[None]:
     """Send every call inside the block to one backend: `cuda`, `triton`, `cpu`, `reference` or `auto`.
 
-    Holds for the current thread or task only (functions under torch.compile see the block of any thread, and recompile
-    when it changes). An explicit `backend=` argument still wins.
+    Holds for the current thread or task only (in code compiled by torch.compile: for the process). An explicit
+    `backend=` argument still wins.
 
     >>> import torch, tokenprune_kernels as tp
     >>> with tp.use_backend("reference"):
     ...     tp.select_topk(torch.tensor([[0.1, 0.9, 0.5]]), 2)
     (tensor([[1, 2]]), tensor([2]))
     """
-    global _traced
-    token = _requested.set(_check_name(name, "backend"))
-    outer, _traced = _traced, name
+    global _entered_last
+    token, before = _requested.set(_check_name(name, "backend")), _entered_last
+    _entered_last = name
     try:
         yield
     finally:
-        _traced = outer
+        _entered_last = before
         _requested.reset(token)
 
 
@@ -73,7 +73,7 @@ def unavailable(name: str, device: str) -> str | None:
 
 def implementation(backend: str | None, tensor: Tensor) -> Any:
     """The namespace whose functions serve this call: torch.ops.tokenprune, or the reference module."""
-    requested = _traced if torch.compiler.is_compiling() else _requested.get()
+    requested = _entered_last if torch.compiler.is_dynamo_compiling() else _requested.get()
     name = backend or requested or _from_environment
     if name == "auto":
         return torch.ops.tokenprune

@@ -3,13 +3,12 @@
 import functools
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from . import _checks, _fakes, _vmap, reference
+from . import _autograd, _checks, _fakes, _vmap, reference
 from ._schemas import SCHEMAS
 
 _library: torch.library.Library | None = None  # keeps the registrations alive
@@ -64,31 +63,6 @@ def _fallback(name: str) -> Callable[..., Any]:
     return _as_runtime_error(run)
 
 
-def _gather_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
-    tensors, indices = inputs
-    ctx.save_for_backward(indices)
-    ctx.shapes = [t.shape for t in tensors]
-    ctx.dims = list(keyword_only_inputs["dims"])
-    ctx.batch_dims = list(keyword_only_inputs.get("batch_dims") or [0] * len(tensors))
-
-
-def _gather_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[list[Tensor | None], None]:
-    """The transpose of the gather: each kept token's gradient goes back to its place, every other token gets zero."""
-    (indices,) = ctx.saved_tensors
-    back: list[Tensor | None] = []
-    for grad, shape, dim, batch_dim in zip(grads, ctx.shapes, ctx.dims, ctx.batch_dims, strict=True):
-        if grad is None:
-            back.append(None)
-            continue
-        front = grad.movedim((batch_dim, dim), (0, 1))
-        # One extra slot swallows the -1 entries, so that no data-dependent shape appears.
-        index = torch.where(indices < 0, shape[dim], indices).view(indices.shape + (1,) * (front.dim() - 2))
-        padded = front.new_zeros((front.shape[0], shape[dim] + 1, *front.shape[2:]))
-        padded = padded.scatter(1, index.expand_as(front), front)
-        back.append(padded[:, :-1].movedim((0, 1), (batch_dim, dim)))
-    return back, None
-
-
 def load() -> None:
     """Load the compiled library, or define the ops from the references; then add fakes, vmap and autograd."""
     global _library, _binary, _load_error
@@ -112,9 +86,7 @@ def load() -> None:
         if name != "gather_compact":
             # Indices, scores and entropies carry no gradient: autograd is skipped, at no cost per call.
             _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_autograd(
-        "tokenprune::gather_compact", _gather_backward, setup_context=_gather_setup, lib=_library
-    )
+    _autograd.register(_library)
     _vmap.register(_library)
 
 

@@ -1,38 +1,158 @@
 // CPU kernels of the selection ops.
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
+#include <cstring>
 #include <tuple>
 
 #include "args/selection.h"
-#include "parallel.h"
+#include "cpu/choose.h"
+#include "dispatch.h"
+#include "tokenprune/math.h"
 
 namespace tokenprune {
 
 namespace {
 
+struct Selected {
+  Selected(const Tensor& like, int64_t batch, int64_t k)
+      : indices(new_empty(like, {batch, k}, ScalarType::Long)),
+        counts(new_empty(like, {batch}, ScalarType::Long)),
+        capacity(k),
+        index(indices.mutable_data_ptr<int64_t>()),
+        count(counts.mutable_data_ptr<int64_t>()) {}
+
+  void list(int64_t sample, const uint8_t* marked, int64_t n) const {
+    count[sample] = list_ascending(marked, n, capacity, index + sample * capacity);
+  }
+  std::tuple<Tensor, Tensor> result() const { return {indices, counts}; }
+
+  Tensor indices, counts;
+  int64_t capacity;
+  int64_t *index, *count;
+};
+
+// keys[i] of the tokens that `mask` allows, ordered by value or, with `largest` false, by negated value.
+template <class T, class Key>
+void candidate_keys(const T* scores, const uint8_t* mask, int64_t n, bool largest, Key* keys) {
+  if (mask == nullptr && largest) {
+    for (int64_t i = 0; i < n; ++i) keys[i] = candidate_key(to_float(scores[i]), true);
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const auto value = to_float(scores[i]);
+    keys[i] = candidate_key(largest ? value : -value, mask == nullptr || mask[i]);
+  }
+}
+
 std::tuple<Tensor, Tensor> mask_to_indices(const Tensor& mask_in, int64_t capacity) {
   check_mask_to_indices(mask_in, capacity);
   const Tensor mask = with_contiguous_rows(mask_in);
   const int64_t batch = mask.size(0), n = mask.size(1), stride = mask.stride(0);
-  Tensor indices = new_empty(mask, {batch, capacity}, ScalarType::Long);
-  Tensor counts = new_empty(mask, {batch}, ScalarType::Long);
-  const bool* flags = mask.const_data_ptr<bool>();
-  int64_t* out = indices.mutable_data_ptr<int64_t>();
-  int64_t* count = counts.mutable_data_ptr<int64_t>();
+  const Selected selected(mask, batch, capacity);
+  const auto* flags = static_cast<const uint8_t*>(mask.const_data_ptr());
   parallel_for(batch, 1 + 16384 / (n + 1), [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      int64_t found = 0;
-      for (int64_t i = 0; i < n && found < capacity; ++i)
-        if (flags[b * stride + i]) out[b * capacity + found++] = i;
-      count[b] = found;
-      for (int64_t i = found; i < capacity; ++i) out[b * capacity + i] = -1;
-    }
+    for (int64_t b = begin; b < end; ++b) selected.list(b, flags + b * stride, n);
   });
-  return {indices, counts};
+  return selected.result();
+}
+
+// low[b] is how many of the k go to the lowest tokens; without `low` none do.
+template <class T>
+void select_tails(const Tensor& scores, const MaskRows& mask, const Tensor* num_low, bool largest,
+                  const Selected& selected) {
+  using Key = decltype(order_key(Wide<T>{}));
+  const int64_t n = scores.size(1), stride = scores.stride(0), k = selected.capacity;
+  const T* values = static_cast<const T*>(scores.const_data_ptr());
+  const int64_t* low = num_low != nullptr ? num_low->const_data_ptr<int64_t>() : nullptr;
+  const int64_t low_stride = num_low != nullptr ? num_low->stride(0) : 0;
+  over_samples<Workspace<Key>>(scores.size(0), n, [&](int64_t b, Workspace<Key>& space) {
+    Key* keys = space.keys.get();
+    uint8_t* chosen = space.chosen.get();
+    const T* row = values + b * stride;
+    const int64_t tail = low != nullptr ? std::clamp<int64_t>(low[b * low_stride], 0, k) : 0;
+    std::fill(chosen, chosen + n, uint8_t(0));
+    candidate_keys(row, mask.row(b), n, largest, keys);
+    choose_best(keys, n, k - tail, space.scratch.get(), chosen);
+    if (tail > 0) {
+      candidate_keys(row, mask.row(b), n, false, keys);
+      for (int64_t i = 0; i < n; ++i) keys[i] = chosen[i] ? 0 : keys[i];
+      choose_best(keys, n, tail, space.scratch.get(), chosen);
+    }
+    selected.list(b, chosen, n);
+  });
+}
+
+std::tuple<Tensor, Tensor> select(const Tensor& scores_in, const OptionalTensor& mask, const Tensor* num_low, int64_t k,
+                                  bool largest) {
+  const Tensor scores = with_contiguous_rows(scores_in);
+  const Selected selected(scores, scores.size(0), k);
+  dispatch_floating(scores.scalar_type(), [&](auto tag) {
+    select_tails<typename decltype(tag)::type>(scores, MaskRows(mask), num_low, largest, selected);
+  });
+  return selected.result();
+}
+
+std::tuple<Tensor, Tensor> select_topk(const Tensor& scores, int64_t k, const OptionalTensor& mask, bool largest) {
+  check_select_topk(scores, k, mask);
+  return select(scores, mask, nullptr, k, largest);
+}
+
+std::tuple<Tensor, Tensor> select_two_tailed(const Tensor& scores, const Tensor& num_low, int64_t k,
+                                             const OptionalTensor& mask) {
+  check_select_two_tailed(scores, num_low, k, mask);
+  return select(scores, mask, &num_low, k, true);
+}
+
+// Logarithms in the arithmetic type, sums in float64: a plain loop, and more accurate than a float32 sum in any order.
+template <class T>
+Wide<T> entropy(const T* scores, const uint8_t* mask, int64_t n, bool normalized) {
+  using A = Wide<T>;
+  const auto mass = [&](int64_t i) {
+    const A value = to_float(scores[i]);
+    return value > 0 && (mask == nullptr || mask[i]) ? value : A(0);  // NaN counts as 0
+  };
+  double total = 0;
+  int64_t tokens = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    total += mass(i);
+    tokens += mask == nullptr || mask[i];
+  }
+  if (tokens <= 1) return 0;
+  if (total == 0) return normalized ? A(1) : A(std::log(double(tokens)));
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += entropy_term(static_cast<A>(mass(i) / total));
+  if (normalized) {
+    sum /= std::log(double(tokens));
+    sum = sum < 0 ? 0 : (sum > 1 ? 1 : sum);
+  }
+  return static_cast<A>(sum);
+}
+
+Tensor score_entropy(const Tensor& scores_in, const OptionalTensor& mask_in, bool normalized) {
+  check_score_entropy(scores_in, mask_in);
+  const Tensor scores = with_contiguous_rows(scores_in);
+  const int64_t batch = scores.size(0), n = scores.size(1), stride = scores.stride(0);
+  const MaskRows mask(mask_in);
+  Tensor result = new_empty(scores, {batch}, wide_type(scores));
+  dispatch_floating(scores.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const T* values = static_cast<const T*>(scores.const_data_ptr());
+    auto* out = static_cast<Wide<T>*>(result.mutable_data_ptr());
+    parallel_for(batch, 1 + 4096 / (n + 1), [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) out[b] = entropy(values + b * stride, mask.row(b), n, normalized);
+    });
+  });
+  return result;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) { m.impl("mask_to_indices", TORCH_BOX(&mask_to_indices)); }
+STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) {
+  m.impl("select_topk", TORCH_BOX(&select_topk));
+  m.impl("select_two_tailed", TORCH_BOX(&select_two_tailed));
+  m.impl("mask_to_indices", TORCH_BOX(&mask_to_indices));
+  m.impl("score_entropy", TORCH_BOX(&score_entropy));
+}
 
 }  // namespace tokenprune
