@@ -1,0 +1,142 @@
+#include "cpu/simd/similarity.h"
+
+#include "cpu/simd/vec.h"
+
+namespace tokenprune::TOKENPRUNE_SIMD {
+
+namespace {
+
+template <class T>
+struct WideOf {
+  using type = float;
+};
+template <>
+struct WideOf<double> {
+  using type = double;
+};
+template <class T>
+using Wide = typename WideOf<T>::type;
+
+// One vector of elements, widened in registers.
+TOKENPRUNE_INLINE Vec<float> load_wide(const float* p) { return load(p); }
+TOKENPRUNE_INLINE Vec<double> load_wide(const double* p) { return load(p); }
+TOKENPRUNE_INLINE Vec<float> load_wide(const BFloat16* p) {
+  typedef uint16_t Bits __attribute__((vector_size(kVectorBytes / 2)));
+  Bits bits;
+  std::memcpy(&bits, p, sizeof bits);
+  const Vec<uint32_t> wide = __builtin_convertvector(bits, Vec<uint32_t>) << 16;
+  Vec<float> v;
+  std::memcpy(&v, &wide, sizeof v);
+  return v;
+}
+TOKENPRUNE_INLINE Vec<float> load_wide(const Half* p) {
+#if defined(TOKENPRUNE_SIMD_AVX512)
+  // The unmasked intrinsic reads an undefined register, which GCC 12 warns about.
+  return _mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(TOKENPRUNE_SIMD_AVX2)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vec<float> v;
+  for (int i = 0; i < kWidth<float>; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+
+// The last n elements of a row, zero beyond them.
+template <class T>
+TOKENPRUNE_INLINE Vec<Wide<T>> load_rest(const T* p, int64_t n) {
+  Wide<T> lanes[kWidth<Wide<T>>] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = to_float(p[i]);
+  return load(lanes);
+}
+
+template <class T>
+Wide<T> dot(const T* a, const T* b, int64_t dim) {
+  using A = Wide<T>;
+  constexpr int width = kWidth<A>;
+  Vec<A> sum[4] = {};
+  int64_t d = 0;
+  for (; d + 4 * width <= dim; d += 4 * width)
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) sum[u] += load_wide(a + d + u * width) * load_wide(b + d + u * width);
+  for (; d + width <= dim; d += width) sum[0] += load_wide(a + d) * load_wide(b + d);
+  if (d < dim) sum[0] += load_rest(a + d, dim - d) * load_rest(b + d, dim - d);
+  return horizontal_sum<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+// `count` dot products and, with `squared`, the row's own square, each summed in `chains` interleaved vectors: enough
+// independent sums to hide the latency of the multiply-add whatever `count` is.
+template <class T, int count, bool squared>
+void few(const T* row, int64_t dim, const Wide<T>* units, int64_t unit_stride, Wide<T>* dots, Wide<T>* squares) {
+  using A = Wide<T>;
+  constexpr int width = kWidth<A>, chains = count <= 1 ? 4 : 2, sums = count + squared;
+  Vec<A> sum[sums][chains] = {};
+  int64_t d = 0;
+  for (; d + chains * width <= dim; d += chains * width)
+#pragma GCC unroll 4
+    for (int u = 0; u < chains; ++u) {
+      const Vec<A> x = load_wide(row + d + u * width);
+#pragma GCC unroll 4
+      for (int q = 0; q < count; ++q) sum[q][u] += x * load(units + q * unit_stride + d + u * width);
+      if constexpr (squared) sum[count][u] += x * x;
+    }
+  for (; d < dim; d += width) {
+    const bool whole = d + width <= dim;
+    const Vec<A> x = whole ? load_wide(row + d) : load_rest(row + d, dim - d);
+#pragma GCC unroll 4
+    for (int q = 0; q < count; ++q) {
+      const A* unit = units + q * unit_stride + d;
+      sum[q][0] += x * (whole ? load(unit) : load_rest(unit, dim - d));
+    }
+    if constexpr (squared) sum[count][0] += x * x;
+  }
+#pragma GCC unroll 5
+  for (int q = 0; q < sums; ++q) {
+    Vec<A> total = sum[q][0] + sum[q][1];
+    if constexpr (chains == 4) total += sum[q][2] + sum[q][3];
+    (q < count ? dots[q] : *squares) = horizontal_sum<A>(total);
+  }
+}
+
+template <class T>
+void few_dots(const T* row, int64_t dim, const Wide<T>* units, int64_t unit_stride, int count, Wide<T>* dots,
+              Wide<T>* squares) {
+  using Kernel = void (*)(const T*, int64_t, const Wide<T>*, int64_t, Wide<T>*, Wide<T>*);
+  static constexpr Kernel with[] = {few<T, 0, true>, few<T, 1, true>, few<T, 2, true>, few<T, 3, true>,
+                                    few<T, 4, true>};
+  static constexpr Kernel without[] = {nullptr, few<T, 1, false>, few<T, 2, false>, few<T, 3, false>, few<T, 4, false>};
+  const Kernel kernel = squares != nullptr ? with[count] : without[count];
+  if (kernel != nullptr) kernel(row, dim, units, unit_stride, dots, squares);
+}
+
+template <class T>
+void add_scaled(const T* row, int64_t dim, double scale, double* sum) {
+  for (int64_t d = 0; d < dim; ++d) sum[d] += scale * double(to_float(row[d]));
+}
+
+template <class T>
+void widen_row(const T* row, int64_t dim, Wide<T>* wide) {
+  constexpr int width = kWidth<Wide<T>>;
+  int64_t d = 0;
+  for (; d + width <= dim; d += width) store(wide + d, load_wide(row + d));
+  for (; d < dim; ++d) wide[d] = to_float(row[d]);
+}
+
+template <class A>
+void max_into(const A* x, int64_t n, A* into) {
+  constexpr int width = kWidth<A>;
+  int64_t i = 0;
+  for (; i + width <= n; i += width) store(into + i, vec_max<A>(load(into + i), load(x + i)));
+  for (; i < n; ++i) into[i] = (into[i] > x[i] || into[i] != into[i]) ? into[i] : x[i];
+}
+
+template <class T>
+constexpr SimilarityKernels<T, Wide<T>> kKernels = {dot<T>, few_dots<T>, add_scaled<T>, widen_row<T>,
+                                                    max_into<Wide<T>>};
+
+}  // namespace
+
+extern const SimilarityTable similarity;
+const SimilarityTable similarity = {kKernels<float>, kKernels<double>, kKernels<Half>, kKernels<BFloat16>};
+
+}  // namespace tokenprune::TOKENPRUNE_SIMD
