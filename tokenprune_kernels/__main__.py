@@ -52,7 +52,13 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     demo.add_argument("--image", metavar="FILE", help="any picture Pillow reads (default: one from scikit-image)")
-    demo.add_argument("--method", default="all", metavar="NAME", help="all, or names joined by commas (default: all)")
+    demo.add_argument(
+        "--method",
+        default="all",
+        metavar="NAME",
+        help="all, or some of coast, sts, adafv, zspaprune, adaptprune, fastv, divprune, random, joined by commas "
+        "(default: all)",
+    )
     demo.add_argument("--keep", default="128", metavar="K", help="a count (128) or a ratio (0.22) (default: 128)")
     demo.add_argument(
         "--focus",

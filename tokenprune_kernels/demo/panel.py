@@ -14,6 +14,10 @@ GAP = 28
 CAPTION = 58
 HEADER = 92
 COLUMNS = 3
+HEADING_SIZE = 30
+SUBTITLE_SIZE = 17
+TITLE_SIZE = 23
+NOTE_SIZE = 15
 RING = QUESTION_RADIUS + 0.75  # in patches: the question lies inside
 
 BACKGROUND = (16, 19, 24)
@@ -31,6 +35,11 @@ class Tile(NamedTuple):
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
+
+
+def text_width(text: str, size: int) -> float:
+    """Pixels from the start of a line of text to its end."""
+    return _font(size).getlength(text)
 
 
 def panel_size(tiles: int) -> tuple[int, int]:
@@ -90,12 +99,12 @@ def draw(
     photo = square.resize((TILE, TILE), Image.Resampling.LANCZOS)
     panel = Image.new("RGB", panel_size(len(tiles)), BACKGROUND)
     draw = ImageDraw.Draw(panel)
-    draw.text((GAP, 24), heading, font=_font(30), fill=INK)
-    draw.text((GAP, 64), subtitle, font=_font(17), fill=QUIET)
+    draw.text((GAP, 24), heading, font=_font(HEADING_SIZE), fill=INK)
+    draw.text((GAP, 64), subtitle, font=_font(SUBTITLE_SIZE), fill=QUIET)
     for number, tile in enumerate(tiles):
         row, column = divmod(number, COLUMNS)
         x, y = GAP + column * (TILE + GAP), HEADER + row * (CAPTION + TILE + GAP)
-        draw.text((x, y + 8), tile.title, font=_font(23), fill=ACCENT if tile.kept is None else INK)
-        draw.text((x, y + 36), tile.note, font=_font(15), fill=QUIET)
+        draw.text((x, y + 8), tile.title, font=_font(TITLE_SIZE), fill=ACCENT if tile.kept is None else INK)
+        draw.text((x, y + 36), tile.note, font=_font(NOTE_SIZE), fill=QUIET)
         panel.paste(_tile(photo, focus, tile.kept), (x, y + CAPTION))
     return panel

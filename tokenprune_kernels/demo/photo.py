@@ -20,7 +20,7 @@ def load(path: str | None) -> Image.Image:
 
         return Image.fromarray(data.coffee())
     if not Path(path).is_file():
-        raise DemoError(f"--image: no such file: {path}")
+        raise DemoError(f"--image: {'not a file' if Path(path).exists() else 'no such file'}: {path}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -79,6 +79,9 @@ METHODS = {
 }
 
 
+SUBTITLE = "The question: the patches inside the ring. Features: colour and gradient statistics, no trained model."
+
+
 class Result(NamedTuple):
     kept: Tensor  # [K], ascending
     by_reference: Tensor
@@ -194,6 +197,15 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def without_kernels(device: torch.device) -> str | None:
+    """Why the references serve the ops on this device, which leaves nothing to compare; None if kernels do."""
+    backends = tp.config()["backends"]
+    reasons = [backends[name] for name in (("cuda", "triton") if device.type == "cuda" else ("cpu",))]
+    if None in reasons:
+        return None
+    return f"No kernels for {device.type}, both times are those of the references: {'; '.join(reasons)}"
+
+
 def _check_out(path: Path) -> None:
     if path.suffix.lower() != ".png":
         raise DemoError(f"--out: the panel is a PNG file, give a name that ends in .png, got {path}")
@@ -211,6 +223,8 @@ def run(options: argparse.Namespace) -> int:
     )
     if options.repeats < 1:
         raise DemoError(f"--repeats: must be at least 1, got {options.repeats}")
+    if not 0 <= options.seed < 2**63:
+        raise DemoError(f"--seed: must be at least 0 and below 2**63, got {options.seed}")
     _check_out(out)
     photo = load(options.image)
     pixels = parse_focus(options.focus, photo.size, default_photo=options.image is None)
@@ -220,14 +234,13 @@ def run(options: argparse.Namespace) -> int:
     results = _compare_all(names, x, k, options.seed, options.repeats, Console(stderr=True))
 
     heading = f"{k} of {TOKENS} visual tokens"
-    subtitle = "The question: the patches inside the ring. Features: colour and gradient statistics, no trained model."
     tiles = [panel.Tile("Photo", f"{GRID} x {GRID} patches", None)]
     tiles += [
         panel.Tile(f"{METHODS[name].title}: {result.kept.numel()} kept", METHODS[name].note, result.kept.tolist())
         for name, result in results.items()
     ]
     try:
-        panel.draw(square, focus, heading, subtitle, tiles).save(out, format="PNG")
+        panel.draw(square, focus, heading, SUBTITLE, tiles).save(out, format="PNG")
     except OSError as error:
         raise DemoError(f"--out: cannot write {out}: {error.strerror or error}") from None
 
@@ -238,8 +251,7 @@ def run(options: argparse.Namespace) -> int:
         f"{heads} heads, {rows} question rows, head dimension {width}; agreement: share of tokens both keep"
     )
     console.print(table(results, k, caption))
-    for name, result in results.items():
-        note = explain(name, x, k, options.seed, result)
+    for note in (without_kernels(device), *(explain(name, x, k, options.seed, r) for name, r in results.items())):
         if note:
             console.print(note, highlight=False)
     console.print(f"panel: {out}", highlight=False, soft_wrap=True)
