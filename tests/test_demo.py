@@ -125,8 +125,8 @@ def test_own_picture_one_method_ratio_and_focus(tmp_path, capsys):
         (["--method", "coats"], "unknown method 'coats'"),
         (["--method", ""], "unknown method ''"),
         (["--focus", "1.2,0.5"], "outside the photo"),
-        (["--focus", "600,-1"], "outside the photo"),
-        (["--focus", "601,10"], "outside the photo, which is 600 x 400"),
+        (["--focus", "451,-1"], "outside the photo"),
+        (["--focus", "452,10"], "outside the photo, which is 451 x 300"),
         (["--focus", "nan,nan"], "outside the photo"),
         (["--focus", "0.5,200"], "two fractions"),
         (["--focus", "here"], "expected X,Y"),
@@ -196,7 +196,7 @@ def test_help_names_every_method(capsys):
 
 @needs_extras
 def test_descriptors_are_deterministic_and_of_length_one():
-    image = photo.load(None).crop((100, 0, 500, 400))
+    image = photo.load(None).crop((75, 0, 375, 300))
     first, second = features.descriptors(image), features.descriptors(image)
     assert first.shape == (4, 576, 16)
     assert torch.equal(first, second)

@@ -63,12 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--focus",
         metavar="X,Y",
-        help="where the question points to: fractions of width and height (0.6,0.7) or pixels (360,280) of the photo "
-        "(default: its centre; the spoon in the default photo)",
+        help="where the question points to: fractions of width and height (0.6,0.7) or pixels (360,120) of the photo "
+        "(default: its centre; the eye in the default photo)",
     )
     demo.add_argument("--out", default="demo.png", metavar="FILE.png", help="the panel (default: demo.png)")
     demo.add_argument("--seed", type=int, default=0, metavar="S", help="for the random baseline (default: 0)")
-    demo.add_argument("--repeats", type=int, default=5, metavar="R", help="timed runs, after a warm-up (default: 5)")
+    demo.add_argument("--repeats", type=int, default=7, metavar="R", help="timed runs, after a warm-up (default: 7)")
     demo.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the ops run (default: cpu)")
     demo.set_defaults(run=_demo, parser=demo)
     return parser

@@ -4,6 +4,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +51,7 @@ METHODS = {
     "sts": Method("STS-style", "spread over the picture, then by attention", lambda x, k, _: _sts(x, k)),
     "adafv": Method(
         "AdaFV",
-        "a mixture of likeness to the question and saliency",
+        "likeness to the question, mixed with attention from all patches",
         lambda x, k, _: methods.adafv(x.text, x.features, x.saliency, k).indices,
     ),
     "zspaprune": Method(
@@ -110,27 +111,27 @@ def parse_methods(text: str) -> list[str]:
     return names
 
 
-def _timed(select: Callable[[], Tensor], repeats: int) -> tuple[Tensor, float]:
-    """The selection and the median time of `repeats` runs after one that warms up."""
-    kept = select()[0]
-    times = []
-    for _ in range(repeats):
-        if kept.is_cuda:
-            torch.cuda.synchronize()
+def _once(select: Callable[[], Tensor], backend: str | None) -> tuple[Tensor, float]:
+    """One selection, through the references or (None) through whatever serves the ops, and the time it took."""
+    with tp.use_backend(backend) if backend else nullcontext():
         start = time.perf_counter()
-        select()
+        kept = select()[0]
         if kept.is_cuda:
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return kept, statistics.median(times)
+        return kept, time.perf_counter() - start
 
 
 def compare(name: str, x: Inputs, k: int, seed: int, repeats: int) -> Result:
-    """Run one method through our ops, then through the references."""
-    method = METHODS[name]
-    kept, seconds = _timed(lambda: method.select(x, k, seed), repeats)
-    with tp.use_backend("reference"):
-        by_reference, reference_seconds = _timed(lambda: method.select(x, k, seed), repeats)
+    """Run one method through the ops and through the references; the median of `repeats` times after a warm-up."""
+
+    def select() -> Tensor:
+        return METHODS[name].select(x, k, seed)
+
+    kept, _ = _once(select, None)
+    by_reference, _ = _once(select, "reference")
+    # Taking turns, both meet the same disturbances of a busy machine.
+    times = [(_once(select, None)[1], _once(select, "reference")[1]) for _ in range(repeats)]
+    seconds, reference_seconds = (statistics.median(column) for column in zip(*times, strict=True))
     return Result(kept, by_reference, seconds, reference_seconds)
 
 
