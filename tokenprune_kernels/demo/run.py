@@ -247,8 +247,9 @@ def run(options: argparse.Namespace) -> int:
 
     console = Console()
     heads, rows, width = x.query.shape[1:]
+    runs = "one run" if options.repeats == 1 else f"median of {options.repeats} runs"
     caption = (
-        f"median of {options.repeats} runs on {device.type}, {torch.get_num_threads()} threads; "
+        f"{runs} on {device.type}, {torch.get_num_threads()} threads; "
         f"{heads} heads, {rows} question rows, head dimension {width}; agreement: share of tokens both keep"
     )
     console.print(table(results, k, caption))
