@@ -76,19 +76,19 @@ def coast(
         query, key, lse, key_indices=key_indices, query_mask=query_mask, key_mask=key_mask,
         query_positions=query_positions, scale=scale, causal=causal, query_reduction="max+last", backend=backend,
     )  # fmt: skip
-    of_image, last = both.unbind(1)  # S_glo, S_last
-    batch, tokens = of_image.shape
+    s_glo, s_last = both.unbind(1)
+    batch, tokens = s_glo.shape
     check_visual("coast", "features", features, batch, tokens)
 
-    entropy = score_entropy(of_image, mask=valid, backend=backend)
+    entropy = score_entropy(s_glo, mask=valid, backend=backend)
 
     num_anchors = min(k, max(1, math.floor(anchor_ratio * k)))
     rest = k - num_anchors
     alpha = low + (high - low) * entropy.double()
     num_low = (rest * alpha).floor().long().clamp(min(1, rest), max(rest - 1, min(1, rest)))
 
-    anchors, _ = select_topk(last, num_anchors, mask=valid, backend=backend)
-    references = _lowest(of_image, reference_ratio, valid, backend)
+    anchors, _ = select_topk(s_last, num_anchors, mask=valid, backend=backend)
+    references = _lowest(s_glo, reference_ratio, valid, backend)
     contrast = contrastive_scores(features, anchors, references, backend=backend)
 
     # Anchors at +inf come before every candidate and n_low <= K_rest, so that one two-tailed selection of K tokens
@@ -96,8 +96,8 @@ def coast(
     ranked = pad(contrast, (0, 1)).scatter(1, anchors.remainder(tokens + 1), math.inf)[:, :tokens]
     indices, counts = select_two_tailed(ranked, num_low, k, mask=valid, backend=backend)
     details = {
-        "global": of_image,
-        "last": last,
+        "global": s_glo,
+        "last": s_last,
         "entropy": entropy,
         "num_low": num_low,
         "anchors": anchors,
