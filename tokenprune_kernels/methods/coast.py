@@ -1,0 +1,122 @@
+"""COAST (arXiv 2605.09429): anchors, their aligned evidence, and complementary context, balanced by an entropy."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..ops import contrastive_scores, score_entropy, select_topk, select_two_tailed
+from ._common import Selection, check_count, check_ratio, check_visual, visual_attention, visual_mask
+
+
+@torch.no_grad()
+def coast(
+    query: Tensor,
+    key: Tensor,
+    features: Tensor,
+    k: int,
+    *,
+    key_indices: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    causal: bool = True,
+    lse: Tensor | None = None,
+    anchor_ratio: float = 0.8,
+    context_ratio: tuple[float, float] = (0.05, 0.15),
+    reference_ratio: float = 0.1,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Selection:
+    """COAST (arXiv 2605.09429), re-implemented from public descriptions; no code of the authors was found.
+
+    S is the attention of a decoder layer of the language model, averaged over heads, from text row i to visual token j.
+
+    1. S_glo(j) = max_i S(i, j)  (Eq. 3)  and  S_last(j) = S(last row, j).
+    2. p = S_glo / sum S_glo,  H = -sum_j p_j log p_j / log V, in [0, 1]  (Eq. 4): low when attention is concentrated.
+    3. K_anchor = max(1, floor(anchor_ratio * K)), the rest is K_rest = K - K_anchor.
+       alpha(H) = a + (b - a) * H with (a, b) = context_ratio.
+       n_low = floor(K_rest * alpha(H)), at least 1 and at most K_rest - 1 (K_rest = 1: 1; K_rest = 0: 0).
+    4. Anchors A: the K_anchor best by S_last. References R: the max(1, floor(reference_ratio * V)) lowest by S_glo.
+    5. Score(c) = max_{a in A} cos(f_c, f_a) - mean_{r in R} cos(f_c, f_r)  (Eq. 8 to 10).
+    6. Keep A, and of the other tokens the K_rest - n_low highest and the n_low lowest by Score.
+
+    query [B, Hq, M, D] are the text rows after the image, key [B, Hkv, N, D] all keys of the prompt, key_indices [B, V]
+    the places of the visual tokens among them (-1: padding, never selected; default: every key is visual), features
+    [B, V, C] their hidden states. query_mask [B, M] and key_mask [B, N] mark what is not padding; a visual token whose
+    key is masked is never selected. lse [B, Hq, M], if the attention that ran has it, saves a pass. The returned
+    indices are positions among the V visual tokens.
+
+    Where it comes from. The formulas and equation numbers, anchor_ratio, context_ratio, the tenth of the tokens as
+    references and the clamps are second hand, from a third-party adaptation of the paper. Ours: heads are averaged
+    before the maximum over rows; alpha is a share of K_rest; V counts the real tokens of a sample, so that padding
+    changes nothing; a reference stays a candidate, with its similarity to itself inside the mean; ties go to the lower
+    index. The same source advises layer 2 for LLaVA and layer 14 for Qwen2.5-VL-7B; that this means the attention of
+    the layer before it is our reading.
+
+    details: global, last, contrast [B, V]; entropy, num_low [B]; anchors, references (both ascending, -1 padded).
+
+    >>> import torch
+    >>> from tokenprune_kernels.methods import coast
+    >>> attention = torch.tensor([4.0, 0.0, 3.0, 1.0, -1.0, 2.0])  # logits of six visual tokens
+    >>> key, query = attention.view(1, 1, 6, 1), torch.ones(1, 1, 1, 1)
+    >>> angle = torch.tensor([0.0, 0.1, 0.2, 1.5, 3.0, 1.0])
+    >>> kept = coast(query, key, torch.stack([angle.cos(), angle.sin()], -1).unsqueeze(0), 4, anchor_ratio=0.5)
+    >>> kept.indices, kept.details["anchors"]  # the anchors, their neighbour 1, and the opposite token 4
+    (tensor([[0, 1, 2, 4]]), tensor([[0, 2]]))
+    """
+    check_count("coast", k)
+    check_ratio("coast", "anchor_ratio", anchor_ratio)
+    check_ratio("coast", "reference_ratio", reference_ratio)
+    low, high = context_ratio
+    valid = visual_mask(key_indices, key_mask, backend)
+
+    both = visual_attention(
+        query, key, lse, key_indices=key_indices, query_mask=query_mask, key_mask=key_mask,
+        query_positions=query_positions, scale=scale, causal=causal, query_reduction="max+last", backend=backend,
+    )  # fmt: skip
+    s_glo, s_last = both.unbind(1)
+    batch, tokens = s_glo.shape
+    check_visual("coast", "features", features, batch, tokens)
+
+    entropy = score_entropy(s_glo, mask=valid, backend=backend)
+
+    num_anchors = min(k, max(1, math.floor(anchor_ratio * k)))
+    rest = k - num_anchors
+    alpha = low + (high - low) * entropy.double()
+    num_low = (rest * alpha).floor().long().clamp(min(1, rest), max(rest - 1, min(1, rest)))
+
+    anchors, _ = select_topk(s_last, num_anchors, mask=valid, backend=backend)
+    references = _lowest(s_glo, reference_ratio, valid, backend)
+    contrast = contrastive_scores(features, anchors, references, backend=backend)
+
+    # Anchors at +inf come before every candidate and n_low <= K_rest, so that one two-tailed selection of K tokens
+    # returns the union of A and both tails, in raster order. A -1 anchor writes to the extra column, which is dropped.
+    ranked = pad(contrast, (0, 1)).scatter(1, anchors.remainder(tokens + 1), math.inf)[:, :tokens]
+    indices, counts = select_two_tailed(ranked, num_low, k, mask=valid, backend=backend)
+    details = {
+        "global": s_glo,
+        "last": s_last,
+        "entropy": entropy,
+        "num_low": num_low,
+        "anchors": anchors,
+        "references": references,
+        "contrast": contrast,
+    }
+    return Selection(indices, counts, details)
+
+
+def _lowest(scores: Tensor, ratio: float, valid: Tensor | None, backend: str | None) -> Tensor:
+    """The max(1, floor(ratio * V)) tokens with the lowest scores, V counted per sample without leaving the device."""
+    tokens = scores.shape[1]
+    most = max(1, math.floor(ratio * tokens))
+    if valid is None:
+        return select_topk(scores, most, largest=False, backend=backend)[0]
+    # A sample with fewer real tokens is due fewer references than its row has room for: fillers at -inf, lower than
+    # every attention score, take the places it is not due, and leave as -1.
+    due = (ratio * valid.sum(-1, keepdim=True).double()).long().clamp_min(1)
+    fillers = torch.arange(most, device=scores.device) < most - due
+    scores, valid = pad(scores, (0, most), value=-math.inf), torch.cat([valid, fillers], 1)
+    lowest, _ = select_topk(scores, most, mask=valid, largest=False, backend=backend)
+    return torch.where(lowest < tokens, lowest, -1)
