@@ -4,17 +4,30 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _registry
+from ._schemas import SCHEMAS
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
 _requested: ContextVar[str | None] = ContextVar("tokenprune_backend", default=None)
 _from_environment = os.environ.get("TOKENPRUNE_BACKEND") or "auto"
+
+
+# Called through the package, references carry no gradient either; gather_compact is differentiable everywhere.
+_references = SimpleNamespace(
+    **{
+        name: getattr(_registry.reference, name)
+        if name == "gather_compact"
+        else torch.no_grad()(getattr(_registry.reference, name))
+        for name in SCHEMAS
+    }
+)
 
 
 class BackendUnavailableError(RuntimeError):
@@ -72,7 +85,7 @@ def implementation(backend: str | None, tensor: Tensor) -> Any:
         return torch.ops.tokenprune
     _check_name(name, "backend")
     if name == "reference":
-        return _registry.reference
+        return _references
     reason = unavailable(name, tensor.device.type)
     if reason is not None:
         raise BackendUnavailableError(f"backend {name!r} was asked for, but {reason}")
