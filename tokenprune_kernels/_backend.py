@@ -1,9 +1,9 @@
 """Which implementation a call goes to: the argument, else `use_backend`, else TOKENPRUNE_BACKEND, else the dispatcher."""
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +15,15 @@ from ._schemas import SCHEMAS
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
-_requested: ContextVar[str | None] = ContextVar("tokenprune_backend", default=None)
+
+class _Requested(threading.local):
+    """What `use_backend` asks for. Thread-local and not a ContextVar: torch.compile traces and guards it."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None  # an instance attribute, because a class attribute would not be guarded
+
+
+_requested = _Requested()
 _from_environment = os.environ.get("TOKENPRUNE_BACKEND") or "auto"
 
 
@@ -47,18 +55,19 @@ _check_name(_from_environment, "TOKENPRUNE_BACKEND")
 def use_backend(name: str) -> Iterator[None]:
     """Send every call inside the block to one backend: `cuda`, `triton`, `cpu`, `reference` or `auto`.
 
-    Holds for the current thread or task only. An explicit `backend=` argument still wins.
+    Holds for the current thread only, and works inside torch.compile. An explicit `backend=` argument still wins.
 
     >>> import torch, tokenprune_kernels as tp
     >>> with tp.use_backend("reference"):
     ...     tp.select_topk(torch.tensor([[0.1, 0.9, 0.5]]), 2)
     (tensor([[1, 2]]), tensor([2]))
     """
-    token = _requested.set(_check_name(name, "backend"))
+    before = _requested.name
+    _requested.name = _check_name(name, "backend")
     try:
         yield
     finally:
-        _requested.reset(token)
+        _requested.name = before
 
 
 def unavailable(name: str, device: str) -> str | None:
@@ -80,7 +89,7 @@ def unavailable(name: str, device: str) -> str | None:
 
 def implementation(backend: str | None, tensor: Tensor) -> Any:
     """The namespace whose functions serve this call: torch.ops.tokenprune, or the reference module."""
-    name = backend or _requested.get() or _from_environment
+    name = backend or _requested.name or _from_environment
     if name == "auto":
         return torch.ops.tokenprune
     _check_name(name, "backend")
