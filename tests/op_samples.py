@@ -110,7 +110,9 @@ def _reduced(s: Sizes) -> dict[str, Any]:
 
 
 def _lse(s: Sizes, dtype: torch.dtype) -> dict[str, Any]:
-    lse = integers(6, 12, s.batch, s.heads, s.rows, dtype=torch.float64 if dtype == torch.float64 else torch.float32, seed=7)
+    lse = integers(
+        6, 12, s.batch, s.heads, s.rows, dtype=torch.float64 if dtype == torch.float64 else torch.float32, seed=7
+    )
     lse[..., :1] = -torch.inf
     return {"lse": lse}
 

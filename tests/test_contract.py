@@ -77,7 +77,9 @@ def test_agrees_with_the_reference_in_float64(op: str, name: str, backend: str, 
 
 @pytest.mark.parametrize("channels", [1, 72, 80, 129])
 @over_backends
-@pytest.mark.parametrize(("op", "name"), [(o, n) for o, n in SAMPLES if o in SIZES_OF and "channels" in SIZES_OF[o] or "attention" in o])
+@pytest.mark.parametrize(
+    ("op", "name"), [(o, n) for o, n in SAMPLES if o in SIZES_OF and "channels" in SIZES_OF[o] or "attention" in o]
+)
 def test_odd_dimensions(op: str, name: str, backend: str, channels: int) -> None:
     assert_agrees(make(op, name, Sizes(channels=channels, tokens=11, k=4)), backend)
 
@@ -153,7 +155,10 @@ def test_ties_go_to_the_lower_index(op: str, backend: str) -> None:
     """All values equal, and equal zeros of either sign."""
     for value in (1.0, 0.0, -0.0):
         call = with_floats(make(op, sizes=Sizes(k=5)), lambda _, t, value=value: torch.full_like(t, value))
-        zeros = with_floats(call, lambda _, t: t * torch.tensor([1.0, -1.0]).repeat(t.shape[1])[: t.shape[1]].view(-1, *[1] * (t.dim() - 2)))
+        zeros = with_floats(
+            call,
+            lambda _, t: t * torch.tensor([1.0, -1.0]).repeat(t.shape[1])[: t.shape[1]].view(-1, *[1] * (t.dim() - 2)),
+        )
         call = samples.with_arguments(call, mask=torch.ones(2, 37, dtype=torch.bool))
         expected = torch.arange(5).expand(2, 5)
         if op == "select_two_tailed":
@@ -236,7 +241,9 @@ def test_zero_vectors_have_cosine_zero(backend: str, dtype: torch.dtype) -> None
         assert run(call, backend)[0].tolist() == [[0, 1, 2, 3]] * 2
     # Cosine 0 and sigma_semantic 1: w = exp(-1/2) at distance 0.
     place, scores = torch.zeros(2, 6, 2), torch.tensor([[6.0, 5, 4, 3, 2, 1]] * 2)
-    call = Call("spatial_semantic_nms", {"scores": scores, "features": zeros, "positions": place, "k": 2, "sigma_semantic": 1.0})
+    call = Call(
+        "spatial_semantic_nms", {"scores": scores, "features": zeros, "positions": place, "k": 2, "sigma_semantic": 1.0}
+    )
     indices, values, _ = run(call, backend)
     assert indices.tolist() == [[0, 1]] * 2
     torch.testing.assert_close(values, torch.tensor([[6.0, 5 * (1 - 2.718281828459045**-0.5)]] * 2))
@@ -251,9 +258,17 @@ def test_nothing_valid(op: str, name: str, backend: str) -> None:
     """Every mask all False, every index list all -1."""
     call = map_tensors(
         make(op, name),
-        lambda n, t: torch.full_like(t, -1) if n in samples.INDEX_INPUTS else torch.zeros_like(t) if t.dtype == torch.bool else t,
+        lambda n, t: (
+            torch.full_like(t, -1) if n in samples.INDEX_INPUTS else torch.zeros_like(t) if t.dtype == torch.bool else t
+        ),
     )
-    masks = {"key_mask": (2, 37)} if "attention" in op else {"mask": (2, 37)} if op in SELECTING or op == "score_entropy" else {}
+    masks = (
+        {"key_mask": (2, 37)}
+        if "attention" in op
+        else {"mask": (2, 37)}
+        if op in SELECTING or op == "score_entropy"
+        else {}
+    )
     masks = masks or ({"query_mask": (2, 5)} if op == "cosine_scores" else {})
     call = samples.with_arguments(call, **{n: torch.zeros(shape, dtype=torch.bool) for n, shape in masks.items()})
     got = assert_agrees(call, backend)
@@ -313,7 +328,9 @@ def _sparse_memory() -> Tensor:
     """20 GiB of address space; only the pages that are written exist."""
     import mmap
 
-    return torch.frombuffer(mmap.mmap(-1, 20 << 30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000), dtype=torch.uint8)
+    return torch.frombuffer(
+        mmap.mmap(-1, 20 << 30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000), dtype=torch.uint8
+    )
 
 
 def _far_apart(t: Tensor, batch_dim: int) -> Tensor:
@@ -469,4 +486,6 @@ def test_masked_padding_changes_nothing(op: str, name: str, backend: str, fill: 
         if g.shape != w.shape:  # scores of the padded keys themselves
             assert not bool(g[..., 37:].any())
             g = g[..., :37]
-        torch.testing.assert_close(g, w, **(LAYOUT_TOLERANCE if g.is_floating_point() else {}), msg=f"output {i}:\n{g}\n{w}")
+        torch.testing.assert_close(
+            g, w, **(LAYOUT_TOLERANCE if g.is_floating_point() else {}), msg=f"output {i}:\n{g}\n{w}"
+        )
