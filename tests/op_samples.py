@@ -162,7 +162,7 @@ def _gather(s: Sizes, dtype: torch.dtype) -> dict[str, Any]:
             integers(-9, 10, s.batch, s.heads, s.tokens, s.channels, dtype=dtype, seed=18),
             integers(-9, 10, s.tokens, s.batch, dtype=torch.int8, seed=19),
         ],
-        "indices": torch.stack([_kept(s, b) for b in range(s.batch)]) if s.batch else torch.zeros(0, s.k, dtype=torch.int64),
+        "indices": torch.stack([_kept(s, b) for b in range(max(s.batch, 1))])[: s.batch],
         "dims": [1, -1, 1, 2, 0],
         "batch_dims": [0, 1, 0, 0, 1],
     }  # fmt: skip
@@ -179,7 +179,8 @@ FACTORIES: dict[str, dict[str, Factory]] = {
     "cross_attention_scores": {
         "plain": _attention,
         "everything": lambda s, t: {
-            **_attention(s, t), **_reduced(s), "scale": 0.25, "head_reduction": "max", "query_reduction": "mean+max+last"
+            **_attention(s, t), **_reduced(s), "scale": 0.25, "head_reduction": "max",
+            "query_reduction": "mean+max+last",
         },
         "cosine": lambda s, t: {**_attention(s, t), "cosine": True, "query_reduction": "sum", "head_reduction": "sum"},
         "per_head": lambda s, t: {**_attention(s, t), "head_reduction": "none", "query_reduction": "last"},
@@ -249,7 +250,8 @@ FACTORIES: dict[str, dict[str, Factory]] = {
             "features": _tokens(s, t), "positions": _grid(s, t), "k": s.k, "potential": "riesz", "first": "index"
         },
         "relevance": lambda s, t: {
-            "features": _tokens(s, t), "k": s.k, "energy": integers(-4, 5, s.batch, s.tokens, dtype=t, seed=39), **_masked(s)
+            "features": _tokens(s, t), "k": s.k, "energy": integers(-4, 5, s.batch, s.tokens, dtype=t, seed=39),
+            **_masked(s),
         },
         "gaussian": lambda s, t: {
             "features": _tokens(s, t), "positions": _grid(s, t), "k": s.k, "potential": "gaussian", "sigma": 2.0,
@@ -259,7 +261,8 @@ FACTORIES: dict[str, dict[str, Factory]] = {
     "spatial_semantic_nms": {
         "plain": _nms,
         "hard_grouped": lambda s, t: {
-            **_nms(s, t), **_masked(s), "groups": integers(0, 3, s.batch, s.tokens, dtype=torch.int64, seed=40), "mode": "hard"
+            **_nms(s, t), **_masked(s), "groups": integers(0, 3, s.batch, s.tokens, dtype=torch.int64, seed=40),
+            "mode": "hard",
         },
         "infinite": lambda s, t: {
             **_nms(s, t), "radius": 2.0, "sigma_spatial": float("inf"), "sigma_semantic": float("inf")

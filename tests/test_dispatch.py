@@ -1,4 +1,4 @@
-"""What the PyTorch dispatcher is promised of every op: schemas, fakes, autograd, vmap, inference mode, compile, export."""
+"""What the PyTorch dispatcher is promised of every op: fakes, autograd, vmap, inference mode, compile, export."""
 
 import threading
 from collections.abc import Iterator
@@ -127,7 +127,7 @@ def test_vmap_over_one_argument_at_another_dimension(op: str) -> None:
         stacked = torch.stack([t, t.flip(-1)], dim=-1)
 
         def apply(x: Tensor, which: str = which) -> tuple[Tensor, ...]:
-            return tuple(run_op(map_tensors(call, lambda n, t: x if n == which else t)))
+            return tuple(run_op(map_tensors(call, lambda n, shared: x if n == which else shared)))
 
         together = torch.vmap(apply, in_dims=-1)(stacked)
         for i in range(2):
@@ -166,8 +166,11 @@ def test_unused_outputs_of_gather_compact_have_no_gradient(backend: str) -> None
 def test_compile_without_graph_breaks_or_recompiles(op: str) -> None:
     """The Python function, with dynamic shapes: a second call of other sizes reuses the graph."""
     torch._dynamo.reset()
-    function = torch.compile(lambda args, kwargs: outputs(getattr(tp, op)(*args, **kwargs)), fullgraph=True, dynamic=True,
-                             backend="aot_eager")  # fmt: skip
+
+    def call_op(args: tuple, kwargs: dict) -> list[Tensor]:
+        return outputs(getattr(tp, op)(*args, **kwargs))
+
+    function = torch.compile(call_op, fullgraph=True, dynamic=True, backend="aot_eager")
     name = list(samples.FACTORIES[op])[-1]
     for i, sizes in enumerate(DYNAMIC):
         call = make(op, name, sizes)
