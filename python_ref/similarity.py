@@ -16,9 +16,7 @@ def _reduce(similarity: Tensor, valid: Tensor, reduction: str) -> Tensor:
     return torch.where(valid.any(-1), torch.where(valid, similarity, -torch.inf).amax(-1), 0)
 
 
-def cosine_scores(
-    features: Tensor, queries: Tensor, *, query_mask: Tensor | None = None, reduction: str = "max"
-) -> Tensor:
+def cosine_scores(features: Tensor, queries: Tensor, *, query_mask: Tensor | None = None, reduction: str = "max") -> Tensor:
     """max or mean over the valid queries of cos(feature, query): [B, N, C], [B, M, C] -> [B, N]."""
     valid = queries.new_ones(queries.shape[:2], dtype=torch.bool) if query_mask is None else query_mask
     return _reduce(normalize(features) @ normalize(queries).mT, valid, reduction)
@@ -30,8 +28,8 @@ def contrastive_scores(features: Tensor, anchor_indices: Tensor, reference_indic
 
     def to_listed(indices: Tensor, reduction: str) -> Tensor:
         index, valid = entries(indices, features.shape[1])
-        if unit.shape[1] == 0:
-            return features.new_zeros(features.shape[:2], dtype=unit.dtype)
-        return _reduce(unit @ unit.take_along_dim(index.unsqueeze(-1), dim=1).mT, valid, reduction)
+        shape = (*index.shape, unit.shape[2])
+        listed = unit.take_along_dim(index.unsqueeze(-1), dim=1) if unit.shape[1] else unit.new_zeros(shape)
+        return _reduce(unit @ listed.mT, valid, reduction)
 
     return to_listed(anchor_indices, "max") - to_listed(reference_indices, "mean")

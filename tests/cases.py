@@ -1,5 +1,9 @@
 """What every test file shares: the backends that run here, the dtypes, and the tolerance rule."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +16,16 @@ BACKENDS = tuple(name for name in ("cpu", "reference") if tp.config()["backends"
 
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 over_backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def run_python(backend: str, op: str, *args: Any, **kwargs: Any) -> Any:
+    """The Python function of an op on a backend of the package."""
+    return getattr(tp, op)(*args, backend=backend, **kwargs)
+
+
+# How a test calls an op on a backend: runner(op, *args, **kwargs). Backends that are no part of the package (kernels
+# emulated on the host) add themselves here and to BACKENDS.
+RUNNERS: dict[str, Callable[..., Any]] = {name: partial(run_python, name) for name in BACKENDS}
 
 
 def assert_as_good_as_torch(got: Tensor, exact: Tensor, plain: Tensor, scale: float = 1.0) -> None:

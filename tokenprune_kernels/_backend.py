@@ -1,22 +1,41 @@
 """Which implementation a call goes to: the argument, else `use_backend`, else TOKENPRUNE_BACKEND, else the dispatcher."""
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _registry
+from ._schemas import SCHEMAS
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
-_requested: ContextVar[str | None] = ContextVar("tokenprune_backend", default=None)
-# torch.compile can neither trace a context variable nor guard on one; in compiled code the block entered last counts.
-_entered_last: str | None = None
+
+class _Requested(threading.local):
+    """What `use_backend` asks for. Thread-local and not a ContextVar: torch.compile traces and guards it."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None  # an instance attribute, because a class attribute would not be guarded
+
+
+_requested = _Requested()
 _from_environment = os.environ.get("TOKENPRUNE_BACKEND") or "auto"
+
+
+# Called through the package, references carry no gradient either; gather_compact is differentiable everywhere.
+_references = SimpleNamespace(
+    **{
+        name: getattr(_registry.reference, name)
+        if name == "gather_compact"
+        else torch.no_grad()(getattr(_registry.reference, name))
+        for name in SCHEMAS
+    }
+)
 
 
 class BackendUnavailableError(RuntimeError):
@@ -36,22 +55,19 @@ _check_name(_from_environment, "TOKENPRUNE_BACKEND")
 def use_backend(name: str) -> Iterator[None]:
     """Send every call inside the block to one backend: `cuda`, `triton`, `cpu`, `reference` or `auto`.
 
-    Holds for the current thread or task only (in code compiled by torch.compile: for the process). An explicit
-    `backend=` argument still wins.
+    Holds for the current thread only, and works inside torch.compile. An explicit `backend=` argument still wins.
 
     >>> import torch, tokenprune_kernels as tp
     >>> with tp.use_backend("reference"):
     ...     tp.select_topk(torch.tensor([[0.1, 0.9, 0.5]]), 2)
     (tensor([[1, 2]]), tensor([2]))
     """
-    global _entered_last
-    token, before = _requested.set(_check_name(name, "backend")), _entered_last
-    _entered_last = name
+    before = _requested.name
+    _requested.name = _check_name(name, "backend")
     try:
         yield
     finally:
-        _entered_last = before
-        _requested.reset(token)
+        _requested.name = before
 
 
 def unavailable(name: str, device: str) -> str | None:
@@ -73,13 +89,12 @@ def unavailable(name: str, device: str) -> str | None:
 
 def implementation(backend: str | None, tensor: Tensor) -> Any:
     """The namespace whose functions serve this call: torch.ops.tokenprune, or the reference module."""
-    requested = _entered_last if torch.compiler.is_dynamo_compiling() else _requested.get()
-    name = backend or requested or _from_environment
+    name = backend or _requested.name or _from_environment
     if name == "auto":
         return torch.ops.tokenprune
     _check_name(name, "backend")
     if name == "reference":
-        return _registry.reference
+        return _references
     reason = unavailable(name, tensor.device.type)
     if reason is not None:
         raise BackendUnavailableError(f"backend {name!r} was asked for, but {reason}")

@@ -96,6 +96,8 @@ def attention(
         _fail(ValueError, op, "query", "have a last dimension D >= 1", _shape(query))
     if heads != key_heads and (key_heads == 0 or heads % key_heads):
         _fail(ValueError, op, "query", f"have a number of heads that is a multiple of Hkv = {key_heads}", heads)
+    if lse is None and op == "attention_scores":
+        _fail(TypeError, op, "lse", "be a tensor", None)
     _beside(op, "lse", lse, query, "[B, Hq, M]", (batch, heads, rows), None)
     _beside(op, "key_indices", key_indices, query, "[B, V]", (batch, -1), torch.int64)
     _beside(op, "query_mask", query_mask, query, "[B, M]", (batch, rows), torch.bool)
@@ -236,9 +238,13 @@ def gather_compact(
     tensors: Sequence[Tensor], indices: Tensor, dims: Sequence[int], batch_dims: Sequence[int] | None
 ) -> None:
     op = "gather_compact"
+    if not isinstance(tensors, (list, tuple)):
+        _fail(TypeError, op, "tensors", "be a list of tensors", type(tensors).__name__)
     if indices is None:
         _fail(TypeError, op, "indices", "be a tensor", None)
     _beside(op, "indices", indices, indices, "[B, K]", (-1, -1), torch.int64)
+    if dims is None:
+        _fail(TypeError, op, "dims", "be a list of integers", None)
     for name, listed in (("dims", dims), ("batch_dims", batch_dims)):
         if listed is not None and len(listed) != len(tensors):
             _fail(ValueError, op, name, f"have one entry per tensor ({len(tensors)})", len(listed))

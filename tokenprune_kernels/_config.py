@@ -18,7 +18,12 @@ def _version_of(package: str) -> str | None:
 
 
 def config() -> dict[str, Any]:
-    """Versions, architectures, and for each backend either None (available) or the reason why not."""
+    """Versions, architectures, and for each backend either None (available) or the reason why not.
+
+    >>> import tokenprune_kernels as tp
+    >>> tp.config()["backends"]["reference"] is None
+    True
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return {
         "tokenprune_kernels": __version__,

@@ -1,0 +1,66 @@
+"""Every example in a docstring runs, and every public function has one."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+from types import ModuleType
+
+import pytest
+import torch
+
+import tokenprune_kernels as tp
+
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+def _modules() -> list[str]:
+    found = ["tokenprune_kernels"]
+    for module in pkgutil.walk_packages(tp.__path__, "tokenprune_kernels."):
+        last = module.name.rsplit(".", 1)[1]
+        if last not in ("_C", "__main__"):
+            found.append(module.name)
+    reference = pkgutil.iter_modules(tp.reference.__path__, tp.reference.__name__ + ".")
+    return sorted({*found, tp.reference.__name__, *(module.name for module in reference)})
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("tokenprune_kernels"):
+            raise
+        pytest.skip(f"{name} needs {error.name}, which is not installed")
+
+
+@pytest.mark.parametrize("name", _modules())
+def test_examples_run(name: str) -> None:
+    module = _import(name)
+    torch.manual_seed(0)
+    result = doctest.testmod(module, optionflags=OPTIONS)
+    assert result.failed == 0, f"{result.failed} of {result.attempted} examples of {name} failed: see the output"
+
+
+PUBLIC = [f"tokenprune_kernels.{name}" for name in tp.__all__ if inspect.isfunction(getattr(tp, name))] + [
+    f"tokenprune_kernels.methods.{name}"
+    for name in getattr(tp.methods, "__all__", ())
+    if inspect.isfunction(getattr(tp.methods, name))
+]
+
+
+@pytest.mark.parametrize("qualified", PUBLIC)
+def test_every_public_function_has_a_docstring_with_an_example(qualified: str) -> None:
+    module, name = qualified.rsplit(".", 1)
+    text = inspect.getdoc(getattr(importlib.import_module(module), name))
+    assert text, f"{qualified} has no docstring"
+    assert doctest.DocTestParser().get_examples(text), f"{qualified} has no example"
+
+
+@pytest.mark.parametrize("name", tp.reference.__all__)
+def test_every_reference_says_what_it_computes(name: str) -> None:
+    assert inspect.getdoc(getattr(tp.reference, name))
+
+
+def test_all_names_everything_public() -> None:
+    public = {n for n, v in vars(tp).items() if not n.startswith("_") and not isinstance(v, ModuleType)}
+    assert public | {"__version__", "methods", "reference"} == set(tp.__all__)
