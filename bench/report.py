@@ -1,42 +1,79 @@
-"""Print the ratios of a benchmark run: `python -m bench.report results.json [--markdown]`."""
+"""Ratios of a benchmark run: `python -m bench.report results.json [--markdown] [--save bench/results/cpu.json]`."""
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
-def rows(results: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
-    """(case, ours, baseline, ratio, target) for every baseline of every case."""
+class Row(NamedTuple):
+    case: str
+    ours: float  # seconds, best round
+    baseline: str
+    ratio: float  # baseline / ours
+    target: float | None
+
+
+def rows(results: dict[str, Any]) -> list[Row]:
+    """One row for every baseline of every case that was raced."""
     table = []
     for bench in results["benchmarks"]:
         info = bench["extra_info"]
-        if "ratios" not in info:
-            continue
-        ours = f"{info['seconds']['ours'] * 1e3:.3g} ms"
-        for name, ratio in info["ratios"].items():
+        for name, ratio in info.get("ratios", {}).items():
             if name != "ours":
                 target = info.get("target")
-                wanted = f"{target[1]:g}x" if target and target[0] == name else ""
-                table.append((info["case"], ours, name, f"{ratio:.2f}x", wanted))
+                wanted = target[1] if target and target[0] == name else None
+                table.append(Row(info["case"], info["seconds"]["ours"], name, ratio, wanted))
     return table
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
+
+
+def cells(row: Row) -> tuple[str, str, str, str, str]:
+    target = f"{row.target:g}x" if row.target else ""
+    return row.case, duration(row.ours), row.baseline, f"{row.ratio:.2f}x", target
+
+
+def summary(results: dict[str, Any]) -> dict[str, Any]:
+    """What is worth keeping of a run: where it ran (no host name), at which commit, and the rows."""
+    import torch
+
+    machine, commit = results["machine_info"], results["commit_info"]
+    return {
+        "cpu": machine["cpu"].get("brand_raw", machine["processor"]),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": machine["python_version"],
+        "commit": commit["id"][:12] + (" with changes" if commit["dirty"] else ""),
+        "command": "make bench",
+        "rows": [row._asdict() for row in rows(results)],
+    }
+
+
+HEADER = ("case", "ours", "baseline", "baseline / ours", "target")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, help="file written by pytest --benchmark-json")
     parser.add_argument("--markdown", action="store_true", help="a Markdown table instead of a terminal table")
+    parser.add_argument("--save", type=Path, help="write the summary of the run to this file")
     arguments = parser.parse_args()
-    header = ("case", "ours", "baseline", "baseline / ours", "target")
-    table = rows(json.loads(arguments.results.read_text()))
+    results = json.loads(arguments.results.read_text())
+    if arguments.save:
+        arguments.save.parent.mkdir(parents=True, exist_ok=True)
+        arguments.save.write_text(json.dumps(summary(results), indent=1) + "\n")
+    table = [cells(row) for row in rows(results)]
     if arguments.markdown:
-        for line in (header, ("---",) * len(header), *table):
+        for line in (HEADER, ("---",) * len(HEADER), *table):
             print("| " + " | ".join(line) + " |")
         return
     from rich.console import Console
     from rich.table import Table
 
-    printed = Table(*header)
+    printed = Table(*HEADER)
     for row in table:
         printed.add_row(*row)
     Console(width=160).print(printed)
