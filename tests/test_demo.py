@@ -243,6 +243,14 @@ def test_square_contains_the_focus(size, at):
 
 
 @needs_extras
+def test_deep_grey_picture_is_not_clipped(tmp_path):
+    values = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    loaded = np.asarray(photo.load(str(tmp_path / "deep.png")))
+    assert (loaded == np.arange(256).reshape(16, 16, 1)).all()
+
+
+@needs_extras
 def test_focus_in_fractions_and_pixels():
     assert photo.parse_focus("0.5,0.25", (600, 400), default_photo=True) == (300, 100)
     assert photo.parse_focus("300,100", (600, 400), default_photo=True) == (300, 100)

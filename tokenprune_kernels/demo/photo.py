@@ -4,6 +4,7 @@ import math
 import warnings
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps
 
 DEFAULT_FOCUS = (0.38, 0.39)  # the eye of the cat in the default photograph
@@ -11,6 +12,15 @@ DEFAULT_FOCUS = (0.38, 0.39)  # the eye of the cat in the default photograph
 
 class DemoError(ValueError):
     """What the user asked for cannot be done; the message is the one line they see."""
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Pillow clips deeper grey pictures at 255; they are stretched from their darkest to their brightest value."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image).astype(np.float64)
+    span = max(values.max() - values.min(), 1e-12)
+    return Image.fromarray(((values - values.min()) * (255 / span)).round().astype(np.uint8))
 
 
 def load(path: str | None) -> Image.Image:
@@ -25,7 +35,7 @@ def load(path: str | None) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
+                return _eight_bit(ImageOps.exif_transpose(image)).convert("RGB")
     # Pillow's decoders report damaged files with several exception types.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         reason = " ".join(str(error).split())

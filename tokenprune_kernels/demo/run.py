@@ -247,9 +247,10 @@ def run(options: argparse.Namespace) -> int:
 
     console = Console()
     heads, rows, width = x.query.shape[1:]
+    threads = torch.get_num_threads()
     runs = "one run" if options.repeats == 1 else f"median of {options.repeats} runs"
     caption = (
-        f"{runs} on {device.type}, {torch.get_num_threads()} threads; "
+        f"{runs} on {device.type}, {threads} thread{'s' if threads > 1 else ''}; "
         f"{heads} heads, {rows} question rows, head dimension {width}; agreement: share of tokens both keep"
     )
     console.print(table(results, k, caption))
