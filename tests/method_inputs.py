@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from transcriptions import NearTie
+from transcriptions import NearTieError
 
 from tokenprune_kernels.methods import Selection
 
@@ -118,7 +118,7 @@ def decided(make: Callable[[int], Any], transcribe: Callable[[Any], Any]) -> tup
         inputs = make(seed)
         try:
             return inputs, transcribe(inputs)
-        except NearTie:
+        except NearTieError:
             continue
     raise AssertionError("no inputs without near ties in 40 tries")
 

@@ -1,7 +1,5 @@
 """What every method promises: legal sizes, no gradient, no host synchronisation, one graph under torch.compile."""
 
-import doctest
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -81,7 +79,7 @@ def test_an_empty_batch(name, backend):
 @over_backends
 def test_no_gradient_and_inputs_untouched(name, backend):
     b = batch(ragged(0, torch.float32))
-    tensors = [t for t in (*b[:-1], *b.attention.values())]
+    tensors = [*b[:-1], *b.attention.values()]
     before = [t.clone() for t in tensors]
     for t in tensors:
         t.requires_grad_(t.is_floating_point())
@@ -129,7 +127,8 @@ def test_compiles_to_one_graph_for_all_sizes(name):
         return graph
 
     compiled = torch.compile(METHODS[name], fullgraph=True, dynamic=True, backend=counting)
-    for grids in (((5, 6), (3, 4)), ((4, 7), (6, 6), (2, 9))):
+    # No two sizes of the first batch are equal by chance: dynamo would take them for one and the same.
+    for grids in (((5, 6), (3, 4), (2, 2)), ((4, 7), (6, 6), (2, 9), (1, 5), (3, 3))):
         b = batch([prompt(i, torch.float32, grid) for i, grid in enumerate(grids)])
         torch.manual_seed(0)
         expected = METHODS[name](b, 7, None)
@@ -157,10 +156,3 @@ def test_rejects_bad_budgets(name):
         METHODS[name](b, -1, None)
     with pytest.raises(TypeError, match="k must be an int"):
         METHODS[name](b, 2.0, None)
-
-
-@pytest.mark.parametrize("module", ["adafv", "adaptprune", "baselines", "coast", "sts", "zspaprune"])
-def test_examples_in_the_docstrings(module):
-    result = doctest.testmod(importlib.import_module(f"tokenprune_kernels.methods.{module}"))
-    assert result.attempted > 0
-    assert result.failed == 0

@@ -1,7 +1,7 @@
 """The methods' formulas in plain numpy loops over one unpadded sample, in float64. No code is shared with the package.
 
-A decision that float32 could take differently raises `NearTie`; the tests then draw other inputs. Exactly equal values
-are a tie that the contract settles: the lower index wins.
+A decision that float32 could take differently raises `NearTieError`; the tests then draw other inputs. Exactly equal
+values are a tie that the contract settles: the lower index wins.
 """
 
 import math
@@ -12,7 +12,7 @@ import numpy as np
 MARGIN = 1e-4  # relative to the largest value; AdaFV's logits are 100 cos, which costs float32 two digits
 
 
-class NearTie(Exception):
+class NearTieError(Exception):
     """Two candidates lie closer than rounding in float32."""
 
 
@@ -26,7 +26,7 @@ def best(values, candidates: Iterable[int], count: int, largest: bool = True, ma
     if 0 < count < len(order):
         gap = abs(values[order[count - 1]] - values[order[count]])
         if 0 < gap < margin * max(abs(values[i]) for i in order):
-            raise NearTie
+            raise NearTieError
     return order[:count]
 
 
@@ -61,7 +61,7 @@ def coast(query, key, rows, place, features, k, anchors=0.8, context=(0.05, 0.15
     rest = k - k_anchor
     share = rest * (context[0] + (context[1] - context[0]) * h)
     if 1 < share < rest - 1 and abs(share - round(share)) < 1e-4:
-        raise NearTie
+        raise NearTieError
     n_low = 0 if rest == 0 else 1 if rest == 1 else min(rest - 1, max(1, math.floor(share)))
 
     a = best(s_last, range(n), k_anchor)

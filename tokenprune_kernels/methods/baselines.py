@@ -96,6 +96,6 @@ def random(
         batch, device = mask.shape[0], mask.device
     elif device is None and generator is not None:
         device = generator.device
-    keys = torch.rand(batch, n, generator=generator, dtype=torch.float64, device=device)
+    keys = torch.empty(batch, n, dtype=torch.float64, device=device).uniform_(generator=generator)
     indices, counts = select_topk(keys, k, mask=mask, backend=backend)
     return Selection(indices, counts, {"keys": keys})
