@@ -103,8 +103,8 @@ def _gather_compact(
         if kept is not None:
             return kept
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        # Under torch.func this kernel already runs for one level of transforms; Function.apply would start over with all
-        # of them, so it is the apply of its base class that records this level.
+        # Under torch.func this kernel already runs for one level of transforms. Function.apply would start over with
+        # all of them; the apply of its base class records this level only.
         apply = super(torch.autograd.Function, _GatherCompact).apply
         with enable_single_level_autograd_function():
             return list(apply(keyset, indices, dims, batch_dims, *tensors))

@@ -32,7 +32,7 @@ struct Workspace {
 // piece of the batch that can run at the same time.
 template <class Space, class F>
 void over_samples(int64_t batch, int64_t n, const F& f) {
-  constexpr int64_t kWorthAThread = 8192;  // elements; below this, waking a thread costs more than it saves
+  constexpr int64_t kWorthAThread = 32768;  // elements; below this, waking a thread costs more than it saves
   const int64_t threads = batch > 1 && batch * n > kWorthAThread ? torch::stable::get_num_threads() : 1;
   const int64_t pieces = std::min(batch, threads);
   std::vector<Space> spaces;

@@ -104,7 +104,20 @@ std::tuple<Tensor, Tensor> select_two_tailed(const Tensor& scores, const Tensor&
   return select(scores, mask, &num_low, k, true);
 }
 
-// Logarithms in the arithmetic type, sums in float64: a plain loop, and more accurate than a float32 sum in any order.
+// f(0) + ... + f(n - 1) in float64, in blocks: rounding errors grow with the length of a block, not with n.
+template <class F>
+double blocked_sum(int64_t n, const F& f) {
+  constexpr int64_t kBlock = 128;
+  double sum = 0;
+  for (int64_t start = 0; start < n; start += kBlock) {
+    double part = 0;
+    for (int64_t i = start; i < std::min(n, start + kBlock); ++i) part += f(i);
+    sum += part;
+  }
+  return sum;
+}
+
+// Logarithms in the arithmetic type, sums in float64.
 template <class T>
 Wide<T> entropy(const T* scores, const uint8_t* mask, int64_t n, bool normalized) {
   using A = Wide<T>;
@@ -112,16 +125,12 @@ Wide<T> entropy(const T* scores, const uint8_t* mask, int64_t n, bool normalized
     const A value = to_float(scores[i]);
     return value > 0 && (mask == nullptr || mask[i]) ? value : A(0);  // NaN counts as 0
   };
-  double total = 0;
-  int64_t tokens = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    total += mass(i);
-    tokens += mask == nullptr || mask[i];
-  }
+  int64_t tokens = n;
+  if (mask != nullptr) tokens = std::count_if(mask, mask + n, [](uint8_t m) { return m != 0; });
   if (tokens <= 1) return 0;
+  const double total = blocked_sum(n, mass);
   if (total == 0) return normalized ? A(1) : A(std::log(double(tokens)));
-  double sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += entropy_term(static_cast<A>(mass(i) / total));
+  double sum = blocked_sum(n, [&](int64_t i) { return entropy_term(static_cast<A>(mass(i) / total)); });
   if (normalized) {
     sum /= std::log(double(tokens));
     sum = sum < 0 ? 0 : (sum > 1 ? 1 : sum);
