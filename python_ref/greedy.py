@@ -14,13 +14,13 @@ def _squared_distances(positions: Tensor) -> Tensor:
 
 def _first_objective(cosine: Tensor, unit: Tensor, valid: Tensor, first: str) -> Tensor:
     """What the very first pick minimises when there is neither a seed nor an energy."""
-    if first == "index":
-        return torch.zeros_like(cosine[..., 0])
+    if first == "index" or not valid.shape[1]:
+        return cosine.new_zeros(valid.shape)
     if first == "outlier":
         total = torch.where(valid.unsqueeze(-1), unit, 0).sum(1, keepdim=True)
         return (unit @ normalize(total).mT).squeeze(-1)
     others = valid.unsqueeze(1) & ~torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
-    return torch.where(others, cosine, -torch.inf).amax(-1) if valid.shape[1] else torch.zeros_like(cosine[..., 0])
+    return torch.where(others, cosine, -torch.inf).amax(-1)
 
 
 def repulsion_sample(
@@ -54,13 +54,14 @@ def repulsion_sample(
     else:
         phi = torch.exp(-r2 / (2 * sigma**2))
 
-    valid = ones_like_mask(features[..., 0], mask)
+    valid = ones_like_mask(features.new_empty(batch, n), mask)
     selected = torch.zeros_like(valid)
-    if seed_indices is not None and n:
+    if seed_indices is not None:
         index, entry = entries(seed_indices, n)
-        selected = selected.long().scatter_reduce(1, index, entry.long(), "amax").bool()
+        if n:
+            selected = selected.long().scatter_reduce(1, index, entry.long(), "amax").bool()
     started = selected.any(-1, keepdim=True)  # is anything selected yet?
-    own = torch.zeros_like(phi[..., 0]) if energy is None else widen(energy).to(phi.dtype)
+    own = phi.new_zeros(batch, n) if energy is None else widen(energy).to(phi.dtype)
     start = own if energy is not None else _first_objective(cosine, unit, valid, first)
     of_seeds = torch.where(selected.unsqueeze(1), phi, -torch.inf if aggregate == "max" else 0.0)
     total = (of_seeds.amax(-1) if n else of_seeds.sum(-1)) if aggregate == "max" else of_seeds.sum(-1)
