@@ -1,0 +1,124 @@
+// CPU kernel of repulsion_sample. Neither strategy (repulsion_max.cpp, repulsion_sum.cpp) forms the N x N matrix. All
+// products that enter U come from one kernel per strategy, whose bits do not depend on the batch or the thread, so that
+// identical tokens get identical U and tie as the contract says.
+#include "cpu/repulsion.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "cpu/capability.h"
+#include "dispatch.h"
+
+namespace tokenprune {
+
+namespace baseline {
+extern const RepulsionKernels<float> repulsion_f32;
+extern const RepulsionKernels<double> repulsion_f64;
+}  // namespace baseline
+#if defined(__x86_64__)
+namespace avx2 {
+extern const RepulsionKernels<float> repulsion_f32;
+extern const RepulsionKernels<double> repulsion_f64;
+}  // namespace avx2
+namespace avx512 {
+extern const RepulsionKernels<float> repulsion_f32;
+extern const RepulsionKernels<double> repulsion_f64;
+}  // namespace avx512
+#define TOKENPRUNE_CHOOSE(table) choose(baseline::table, &avx2::table, &avx512::table)
+#else
+#define TOKENPRUNE_CHOOSE(table) baseline::table
+#endif
+
+template <>
+const RepulsionKernels<float>& repulsion_kernels<float>() {
+  return TOKENPRUNE_CHOOSE(repulsion_f32);
+}
+template <>
+const RepulsionKernels<double>& repulsion_kernels<double>() {
+  return TOKENPRUNE_CHOOSE(repulsion_f64);
+}
+
+namespace {
+
+// Unit vectors of all tokens, rows `stride` apart and zero-padded.
+template <class T, class A = Wide<T>>
+void normalize_all(const Tensor& features, int64_t stride, A* unit) {
+  const T* from = static_cast<const T*>(features.const_data_ptr());
+  const RowKernels<A>& kernels = row_kernels<A>();
+  const int64_t n = features.size(1), dim = features.size(2);
+  const int64_t batch_stride = features.stride(0), row_stride = features.stride(1);
+  parallel_for(features.size(0) * n, grain(dim), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      A* to = unit + i * stride;
+      normalize_row(kernels, from + i / n * batch_stride + i % n * row_stride, dim, to);
+      std::fill(to + dim, to + padded(dim), A(0));
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor> repulsion_sample(const Tensor& features_in, int64_t k, const OptionalTensor& positions_in,
+                                            const OptionalTensor& seeds_in, const OptionalTensor& energy_in,
+                                            const OptionalTensor& mask_in, std::string potential, std::string aggregate,
+                                            double feature_weight, double position_weight, double exponent,
+                                            double sigma, double epsilon, std::string first) {
+  const RepulsionKeywords words{potential, aggregate, first, feature_weight, position_weight, exponent, sigma, epsilon};
+  const RepulsionChoice choice =
+      check_repulsion_sample(features_in, k, positions_in, seeds_in, energy_in, mask_in, words);
+  const Tensor features = with_contiguous_rows(features_in);
+  const int64_t batch = features.size(0), n = features.size(1), dim = features.size(2);
+  OptionalTensor seeds, mask, positions, energy;
+  if (seeds_in) {
+    seeds = contiguous_as(*seeds_in, ScalarType::Long);
+    check_index_values("repulsion_sample", "seed_indices", seeds->const_data_ptr<int64_t>(), seeds->numel(), n);
+  }
+  if (mask_in) mask = contiguous_as(*mask_in, ScalarType::Bool);
+  if (positions_in) positions = contiguous_as(*positions_in, wide_type(features));
+  if (energy_in) energy = contiguous_as(*energy_in, wide_type(features));
+  Tensor indices = new_empty(features, {batch, k}, ScalarType::Long);
+  Tensor counts = new_empty(features, {batch}, ScalarType::Long);
+  int64_t* out = indices.mutable_data_ptr<int64_t>();
+  int64_t* count = counts.mutable_data_ptr<int64_t>();
+  std::fill(out, out + batch * k, int64_t(-1));
+  std::fill(count, count + batch, int64_t(0));
+  if (batch == 0 || n == 0 || k == 0) return {indices, counts};
+
+  // Rows a power of two apart would compete for the same cache sets.
+  const int64_t stride = padded(dim) + kRowMultiple;
+  Tensor unit = new_empty(features, {batch, n, stride}, wide_type(features));
+  dispatch_floating(features.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = Wide<T>;
+    A* rows = unit.mutable_data_ptr<A>();
+    normalize_all<T>(features, stride, rows);
+    // Samples side by side when they keep the threads busy; the loops inside a sample then run on one thread each.
+    parallel_for(batch, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        const int64_t axes = positions ? positions->size(2) : 0, n_seeds = seeds ? seeds->size(1) : 0;
+        const Sample<A> sample{rows + b * n * stride,
+                               n,
+                               dim,
+                               stride,
+                               positions ? positions->const_data_ptr<A>() + b * n * axes : nullptr,
+                               axes,
+                               energy ? energy->const_data_ptr<A>() + b * n : nullptr,
+                               mask ? mask->const_data_ptr<bool>() + b * n : nullptr,
+                               seeds ? seeds->const_data_ptr<int64_t>() + b * n_seeds : nullptr,
+                               n_seeds,
+                               choice.potential,
+                               potential_weights<A>(words, positions.has_value()),
+                               choice.first,
+                               k,
+                               out + b * k};
+        count[b] = choice.sum ? sample_sum(sample) : sample_max(sample);
+      }
+    });
+  });
+  return {indices, counts};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) { m.impl("repulsion_sample", TORCH_BOX(&repulsion_sample)); }
+
+}  // namespace tokenprune

@@ -1,0 +1,105 @@
+// The parts of repulsion_sample on the CPU: one sample, the order of its candidates, and the two strategies.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "args/repulsion.h"
+#include "cpu/simd/repulsion.h"
+#include "cpu/simd/rows.h"
+#include "parallel.h"
+#include "tokenprune/order.h"
+
+namespace tokenprune {
+
+constexpr int64_t kParallelWork = 1 << 17;  // multiply-adds that are worth a second thread
+
+inline int64_t padded(int64_t n) { return (n + kRowMultiple - 1) / kRowMultiple * kRowMultiple; }
+
+// Tokens per piece when one token costs `work` multiply-adds.
+inline int64_t grain(int64_t work) { return std::max<int64_t>(kMaxPairRows, kParallelWork / (work + 1)); }
+
+// One sample. Rows of `unit` are padded to a multiple of kRowMultiple.
+template <class A>
+struct Sample {
+  const A* unit;
+  int64_t n, dim, stride;
+  const A* positions;  // [n, axes] or null
+  int64_t axes;
+  const A* energy;   // or null
+  const bool* mask;  // or null
+  const int64_t* seeds;
+  int64_t n_seeds;
+  Potential potential;
+  PotentialWeights<A> weights;
+  FirstPick first;
+  int64_t k;
+  int64_t* out;
+
+  const A* row(int64_t i) const { return unit + i * stride; }
+  bool valid(int64_t i) const { return mask == nullptr || mask[i]; }
+};
+
+template <class A>
+using Key = decltype(order_key(A()));
+// Sorts as the candidate order for the smallest value does: the lesser rank is the better candidate.
+template <class A>
+using Rank = std::pair<Key<A>, int64_t>;
+
+template <class A>
+Rank<A> rank(A value, int64_t i) {
+  return {static_cast<Key<A>>(~order_key(static_cast<A>(-value))), i};
+}
+
+template <class A>
+A squared_distance(const Sample<A>& s, int64_t i, int64_t j) {
+  A sum = 0;
+  for (int64_t a = 0; a < s.axes; ++a) {
+    const A difference = s.positions[i * s.axes + a] - s.positions[j * s.axes + a];
+    sum += difference * difference;
+  }
+  return sum;
+}
+
+// The best available token, or -1.
+template <class A>
+int64_t best_of(const A* value, const std::vector<char>& available, int64_t n) {
+  int64_t best = -1;
+  Rank<A> lowest{};
+  for (int64_t i = 0; i < n; ++i) {
+    if (!available[i]) continue;
+    const Rank<A> r = rank(value[i], i);
+    if (best < 0 || r < lowest) {
+      best = i;
+      lowest = r;
+    }
+  }
+  return best;
+}
+
+// The seeds without repetitions, in ascending order; `available` loses them and the masked tokens.
+template <class A>
+std::vector<int64_t> start_with_seeds(const Sample<A>& s, std::vector<char>& available) {
+  std::vector<int64_t> selected(s.seeds, s.seeds + s.n_seeds);
+  std::sort(selected.begin(), selected.end());
+  selected.erase(std::unique(selected.begin(), selected.end()), selected.end());
+  if (!selected.empty() && selected.front() < 0) selected.erase(selected.begin());
+  for (int64_t i = 0; i < s.n; ++i) available[i] = s.valid(i);
+  for (const int64_t i : selected) available[i] = 0;
+  return selected;
+}
+
+// The pick when nothing is selected yet, or -1. Leaves in `objective` what it minimised, or zeros if that never was
+// computed for all tokens.
+template <class A>
+int64_t first_pick(const Sample<A>& s, const std::vector<char>& available, A* objective);
+
+// Both write the picks to s.out, in order, and return how many there are.
+template <class A>
+int64_t sample_max(const Sample<A>& s);
+template <class A>
+int64_t sample_sum(const Sample<A>& s);
+
+}  // namespace tokenprune

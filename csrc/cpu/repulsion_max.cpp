@@ -1,0 +1,257 @@
+// max: lazy greedy. U(i) only gets worse as tokens are selected, so the U of a token that has met only the first few
+// selected ones bounds its true U from below. A heap keeps the bounds; tokens at its top are brought up to date until
+// an up-to-date one stays there. Most tokens never meet most of the selected ones.
+#include <numeric>
+
+#include "cpu/repulsion.h"
+
+namespace tokenprune {
+
+namespace {
+
+template <class A>
+struct Lazy {
+  const Sample<A>& sample;
+  std::vector<int64_t> selected;
+  std::vector<const A*> selected_rows;
+  std::vector<int64_t> seen;  // how many of the selected tokens this one has met
+  std::vector<A> extreme;     // over those: the largest cosine, or the smallest r2 (phi falls with r2)
+  std::vector<A> bound;       // U over those
+  std::vector<int64_t> batch;
+};
+
+template <class A>
+Lazy<A> start_lazy(const Sample<A>& s, std::vector<int64_t> selected) {
+  const A infinite = std::numeric_limits<A>::infinity(),
+          none = s.potential == Potential::kCosine ? -infinite : infinite;
+  std::vector<const A*> rows;
+  for (const int64_t i : selected) rows.push_back(s.row(i));
+  return {s,
+          std::move(selected),
+          std::move(rows),
+          std::vector<int64_t>(s.n),
+          std::vector<A>(s.n, none),
+          std::vector<A>(s.n),
+          {}};
+}
+
+template <class A>
+Rank<A> worst_rank() {
+  return {std::numeric_limits<Key<A>>::max(), std::numeric_limits<int64_t>::max()};
+}
+
+template <class A>
+bool worse(const Rank<A>& a, const Rank<A>& b) {
+  return b < a;
+}
+
+template <class A>
+void meet(const Sample<A>& s, A cosine, int64_t i, int64_t j, A& extreme) {
+  if (s.potential == Potential::kCosine) {
+    extreme = nan_max(extreme, cosine);
+    return;
+  }
+  A r2 = s.weights.feature * 2 * (1 - cosine);
+  if (s.positions != nullptr) r2 += s.weights.position * squared_distance(s, i, j);
+  // exp(-inf / inf) is NaN although the smallest r2 may be finite.
+  if (s.potential == Potential::kGaussian && r2 > std::numeric_limits<A>::max() && !(s.weights.two_sigma2 < r2))
+    r2 = std::numeric_limits<A>::quiet_NaN();
+  extreme = -nan_max(static_cast<A>(-extreme), static_cast<A>(-r2));
+}
+
+template <class A>
+A objective_of(const Sample<A>& s, int64_t i, A extreme) {
+  // With weights 0 and 1 the second term of r2 is `extreme` itself.
+  const PotentialWeights<A> w{0, 1, s.weights.half_exponent, s.weights.epsilon, s.weights.two_sigma2};
+  A value = extreme;
+  if (s.potential == Potential::kRiesz) value = potential<Potential::kRiesz>(A(1), extreme, w);
+  if (s.potential == Potential::kGaussian) value = potential<Potential::kGaussian>(A(1), extreme, w);
+  return s.energy == nullptr ? value : value + s.energy[i];
+}
+
+// Let up to kMaxPairRows tokens meet the selected ones in [their `seen`, last), in portions, and stop early once every
+// one of them is worse than `limit`.
+template <class A>
+void bring_up(Lazy<A>& lazy, const int64_t* tokens, int64_t count, int64_t last, const Rank<A>& limit) {
+  constexpr int64_t kPortion = 12;
+  const Sample<A>& s = lazy.sample;
+  const auto pair_dots = repulsion_kernels<A>().pair_dots;
+  const A* rows[kMaxPairRows];
+  A dots[kMaxPairRows * kPortion];
+  int64_t begin = last;
+  for (int64_t r = 0; r < count; ++r) {
+    rows[r] = s.row(tokens[r]);
+    begin = std::min(begin, lazy.seen[tokens[r]]);
+  }
+  bool promising = true;
+  while (begin < last && promising) {
+    const int64_t end = std::min(begin + kPortion, last), width = end - begin;
+    pair_dots(rows, count, lazy.selected_rows.data() + begin, width, padded(s.dim), dots);
+    promising = false;
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t i = tokens[r];
+      for (int64_t t = 0; t < width; ++t) {
+        const int64_t j = lazy.selected[begin + t];
+        if (j != i) meet(s, dots[r * width + t], i, j, lazy.extreme[i]);
+      }
+      lazy.seen[i] = std::max(lazy.seen[i], end);
+      lazy.bound[i] = objective_of(s, i, lazy.extreme[i]);
+      promising = promising || rank(lazy.bound[i], i) < limit;
+    }
+    begin = end;
+  }
+}
+
+// All of `tokens`, in groups of similar staleness, on several threads when that pays.
+template <class A>
+void bring_up_all(Lazy<A>& lazy, std::vector<int64_t>& tokens, int64_t last, const Rank<A>& limit) {
+  constexpr int64_t kSpread = 4;
+  std::sort(tokens.begin(), tokens.end(),
+            [&](int64_t a, int64_t b) { return lazy.seen[a] != lazy.seen[b] ? lazy.seen[a] < lazy.seen[b] : a < b; });
+  const int64_t count = tokens.size(), pieces = (count + kMaxPairRows - 1) / kMaxPairRows;
+  int64_t work = 0;
+  for (const int64_t i : tokens) work += std::min<int64_t>(last - lazy.seen[i], 12) * lazy.sample.dim;
+  parallel_for(pieces, work >= 2 * kParallelWork ? 1 : pieces, [&](int64_t begin, int64_t end) {
+    const int64_t stop = std::min(end * kMaxPairRows, count);
+    for (int64_t at = begin * kMaxPairRows; at < stop;) {
+      int64_t next = at + 1;
+      while (next < stop && next < at + kMaxPairRows && lazy.seen[tokens[next]] <= lazy.seen[tokens[at]] + kSpread)
+        ++next;
+      bring_up(lazy, tokens.data() + at, next - at, last, limit);
+      at = next;
+    }
+  });
+}
+
+// Everybody in `tokens` meets the first few selected ones; then they wait in a heap, the best one on top.
+template <class A>
+std::vector<Rank<A>> first_round(Lazy<A>& lazy, std::vector<int64_t>& tokens) {
+  constexpr int64_t kFirstPortion = 8;
+  bring_up_all(lazy, tokens, std::min<int64_t>(lazy.selected.size(), kFirstPortion), worst_rank<A>());
+  std::vector<Rank<A>> heap;
+  heap.reserve(tokens.size());
+  for (const int64_t i : tokens) heap.push_back(rank(lazy.bound[i], i));
+  std::make_heap(heap.begin(), heap.end(), worse<A>);
+  return heap;
+}
+
+// Takes the best token out of the heap.
+template <class A>
+int64_t pop_best(Lazy<A>& lazy, std::vector<Rank<A>>& heap) {
+  constexpr int64_t kSmallBatch = 4, kLargeBatch = 64;
+  const int64_t last = lazy.selected.size();
+  std::vector<int64_t>& batch = lazy.batch;
+  Rank<A> limit = worst_rank<A>();  // the best candidate that has met all selected ones
+  for (int64_t size = kSmallBatch; lazy.seen[heap.front().second] < last; size = std::min(2 * size, kLargeBatch)) {
+    batch.clear();
+    while (!heap.empty() && static_cast<int64_t>(batch.size()) < size && heap.front() < limit) {
+      const int64_t i = heap.front().second;
+      if (lazy.seen[i] == last) {
+        limit = heap.front();
+        break;
+      }
+      batch.push_back(i);
+      std::pop_heap(heap.begin(), heap.end(), worse<A>);
+      heap.pop_back();
+    }
+    bring_up_all(lazy, batch, last, limit);
+    for (const int64_t i : batch) {
+      heap.push_back(rank(lazy.bound[i], i));
+      if (lazy.seen[i] == last) limit = std::min(limit, heap.back());
+      std::push_heap(heap.begin(), heap.end(), worse<A>);
+    }
+  }
+  const int64_t best = heap.front().second;
+  std::pop_heap(heap.begin(), heap.end(), worse<A>);
+  heap.pop_back();
+  return best;
+}
+
+// The valid token whose largest cosine with another valid one is smallest, or -1: one lazy step in which all valid
+// tokens count as selected. They are met in scattered order, so that a token soon meets one like itself.
+template <class A>
+int64_t most_isolated(const Sample<A>& s, const std::vector<char>& available) {
+  Sample<A> plain = s;
+  plain.potential = Potential::kCosine;
+  plain.energy = nullptr;
+  std::vector<int64_t> valid;
+  for (int64_t i = 0; i < s.n; ++i)
+    if (available[i]) valid.push_back(i);
+  const int64_t n = valid.size();
+  if (n == 0) return -1;
+  int64_t step = n * 5 / 8;
+  while (std::gcd(step, n) != 1) ++step;
+  std::vector<int64_t> scattered(n);
+  for (int64_t t = 0; t < n; ++t) scattered[t] = valid[t * step % n];
+  Lazy<A> lazy = start_lazy(plain, std::move(scattered));
+  std::vector<Rank<A>> heap = first_round(lazy, valid);
+  return pop_best(lazy, heap);
+}
+
+// cos(f_i, sum of the unit vectors of all valid tokens) for every token.
+template <class A>
+void outlier_objective(const Sample<A>& s, A* objective) {
+  std::vector<A> total(s.stride), direction(s.stride);
+  parallel_for(s.dim, std::max<int64_t>(64, kParallelWork / (s.n + 1)), [&](int64_t begin, int64_t end) {
+    for (int64_t i = 0; i < s.n; ++i) {
+      if (!s.valid(i)) continue;
+      const A* row = s.row(i);
+      for (int64_t d = begin; d < end; ++d) total[d] += row[d];
+    }
+  });
+  row_kernels<A>().normalize(total.data(), s.dim, direction.data());
+  const auto pair_dots = repulsion_kernels<A>().pair_dots;
+  const A* other = direction.data();
+  parallel_for(s.n, grain(s.dim), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const A* row = s.row(i);
+      pair_dots(&row, 1, &other, 1, padded(s.dim), objective + i);
+    }
+  });
+}
+
+}  // namespace
+
+template <class A>
+int64_t first_pick(const Sample<A>& s, const std::vector<char>& available, A* objective) {
+  if (s.energy != nullptr)
+    std::copy(s.energy, s.energy + s.n, objective);
+  else if (s.first == FirstPick::kOutlier)
+    outlier_objective(s, objective);
+  else
+    std::fill(objective, objective + s.n, A(0));
+  if (s.energy == nullptr && s.first == FirstPick::kIsolated) return most_isolated(s, available);
+  return best_of(objective, available, s.n);
+}
+
+template <class A>
+int64_t sample_max(const Sample<A>& s) {
+  std::vector<char> available(s.n);
+  Lazy<A> lazy = start_lazy(s, start_with_seeds(s, available));
+  int64_t picked = 0;
+  const auto select = [&](int64_t i) {
+    s.out[picked++] = i;
+    lazy.selected.push_back(i);
+    lazy.selected_rows.push_back(s.row(i));
+  };
+  if (lazy.selected.empty()) {
+    const int64_t i = first_pick(s, available, lazy.bound.data());
+    if (i < 0) return 0;
+    select(i);
+    available[i] = 0;
+  }
+  if (picked == s.k) return picked;
+  std::vector<int64_t> tokens;
+  for (int64_t i = 0; i < s.n; ++i)
+    if (available[i]) tokens.push_back(i);
+  std::vector<Rank<A>> heap = first_round(lazy, tokens);
+  while (picked < s.k && !heap.empty()) select(pop_best(lazy, heap));
+  return picked;
+}
+
+template int64_t first_pick(const Sample<float>&, const std::vector<char>&, float*);
+template int64_t first_pick(const Sample<double>&, const std::vector<char>&, double*);
+template int64_t sample_max(const Sample<float>&);
+template int64_t sample_max(const Sample<double>&);
+
+}  // namespace tokenprune
