@@ -33,7 +33,7 @@ Tensor new_empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
                                                   code, device_type, device_index, &handle));
   Tensor fresh(handle);
-  if (poisoning() && fresh.is_cpu()) {
+  if (poisoning() && fresh.is_cpu() && fresh.numel() > 0) {
     const bool floating = dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
                           dtype == ScalarType::BFloat16;
     // All ones is a NaN in every floating dtype; 0x5A.. is no index anyone could mistake for a real one.
