@@ -31,7 +31,7 @@ Tensor new_empty_of_code(const Tensor& like, const Shape& shape, int32_t code, b
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
                                                   code, device_type, device_index, &handle));
   Tensor fresh(handle);
-  if (poisoning() && fresh.is_cpu()) {
+  if (poisoning() && fresh.is_cpu() && fresh.numel() > 0) {
     // All ones is a NaN in every floating dtype; 0x5A.. is no index anyone could mistake for a real one.
     std::memset(fresh.mutable_data_ptr(), floating ? 0xFF : 0x5A, fresh.numel() * fresh.element_size());
   }

@@ -22,27 +22,50 @@ TOKENPRUNE_INLINE void pack_panel(const A* rows, int64_t row_stride, int64_t n, 
     for (int64_t l = 0; l < lanes; ++l) panel[d * lanes + l] = l < n ? rows[l * row_stride + d] : A(0);
 }
 
-template <class A, int keys>
-TOKENPRUNE_INLINE void panel_tile(const A* panel, int64_t dim, const A* key, int64_t key_stride, bool add, A* out) {
-  constexpr int width = kWidth<A>, lanes = kPanelLanes<A>;
-  Vec<A> low[keys], high[keys];
-#pragma GCC unroll 16
-  for (int j = 0; j < keys; ++j) low[j] = high[j] = Vec<A>{};
+// A tile of `keys` x `vecs` vectors in registers; the panel holds `vecs` vectors per element. The sums, together with
+// what `out` already holds if `add`, leave multiplied by `factor`.
+template <class A, int vecs, int keys>
+TOKENPRUNE_INLINE void panel_tile(const A* panel, int64_t dim, const A* key, int64_t key_stride, bool add, A factor,
+                                  A* out, int64_t out_stride) {
+  constexpr int width = kWidth<A>;
+  Vec<A> sum[keys][vecs];
+#pragma GCC unroll 32
+  for (int j = 0; j < keys; ++j)
+#pragma GCC unroll 4
+    for (int v = 0; v < vecs; ++v) sum[j][v] = Vec<A>{};
   for (int64_t d = 0; d < dim; ++d) {
-    const Vec<A> a = load(panel + d * lanes), b = load(panel + d * lanes + width);
-#pragma GCC unroll 16
+    Vec<A> a[vecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < vecs; ++v) a[v] = load(panel + (d * vecs + v) * width);
+#pragma GCC unroll 32
     for (int j = 0; j < keys; ++j) {
       const Vec<A> x = splat(key[j * key_stride + d]);
-      low[j] += x * a;
-      high[j] += x * b;
+#pragma GCC unroll 4
+      for (int v = 0; v < vecs; ++v) sum[j][v] += x * a[v];
     }
   }
-#pragma GCC unroll 16
-  for (int j = 0; j < keys; ++j) {
-    A* o = out + j * lanes;
-    store(o, add ? load(o) + low[j] : low[j]);
-    store(o + width, add ? load(o + width) + high[j] : high[j]);
-  }
+#pragma GCC unroll 32
+  for (int j = 0; j < keys; ++j)
+#pragma GCC unroll 4
+    for (int v = 0; v < vecs; ++v) {
+      A* o = out + j * out_stride + v * width;
+      store(o, (add ? load(o) + sum[j][v] : sum[j][v]) * factor);
+    }
+}
+
+// out[key * out_stride + lane] (+)= <key, panel row lane> over one block of dimensions.
+template <class A, int vecs>
+TOKENPRUNE_INLINE void panel_block(const A* panel, int64_t dim, const A* key, int64_t key_stride, int64_t n_keys,
+                                   bool add, A factor, A* out, int64_t out_stride) {
+  constexpr int tile = kTileKeys * 2 / vecs;
+  int64_t j = 0;
+  for (; j + tile <= n_keys; j += tile)
+    panel_tile<A, vecs, tile>(panel, dim, key + j * key_stride, key_stride, add, factor, out + j * out_stride,
+                              out_stride);
+  for (; j + 4 <= n_keys; j += 4)
+    panel_tile<A, vecs, 4>(panel, dim, key + j * key_stride, key_stride, add, factor, out + j * out_stride, out_stride);
+  for (; j < n_keys; ++j)
+    panel_tile<A, vecs, 1>(panel, dim, key + j * key_stride, key_stride, add, factor, out + j * out_stride, out_stride);
 }
 
 // out[key][lane] = <keys[key], panel row lane> for all keys.
@@ -53,12 +76,7 @@ TOKENPRUNE_INLINE void panel_dots(const A* panel, int64_t dim, const A* keys, in
   if (dim == 0) std::memset(out, 0, n_keys * lanes * sizeof(A));
   for (int64_t start = 0; start < dim; start += kBlock) {
     const int64_t length = dim - start < kBlock ? dim - start : kBlock;
-    const A* block = panel + start * lanes;
-    const A* key = keys + start;
-    int64_t j = 0;
-    for (; j + kTileKeys <= n_keys; j += kTileKeys)
-      panel_tile<A, kTileKeys>(block, length, key + j * key_stride, key_stride, start > 0, out + j * lanes);
-    for (; j < n_keys; ++j) panel_tile<A, 1>(block, length, key + j * key_stride, key_stride, start > 0, out + j * lanes);
+    panel_block<A, 2>(panel + start * lanes, length, keys + start, key_stride, n_keys, start > 0, A(1), out, lanes);
   }
 }
 
@@ -75,6 +93,29 @@ TOKENPRUNE_INLINE A dot(const A* a, const A* b, int64_t dim) {
   A tail = 0;
   for (; d < dim; ++d) tail += a[d] * b[d];
   return horizontal_sum<A>((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail;
+}
+
+// max(||row||, 1e-12) of a row of any type.
+template <class T, class A = std::conditional_t<std::is_same_v<T, double>, double, float>>
+TOKENPRUNE_INLINE A norm_of(const T* row, int64_t dim) {
+  constexpr int width = kWidth<A>;
+  Vec<A> sum[4] = {};
+  int64_t d = 0;
+  for (; d + 4 * width <= dim; d += 4 * width)
+#pragma GCC unroll 4
+    for (int u = 0; u < 4; ++u) {
+      const Vec<A> x = load_wide(row + d + u * width);
+      sum[u] += x * x;
+    }
+  for (; d + width <= dim; d += width) {
+    const Vec<A> x = load_wide(row + d);
+    sum[0] += x * x;
+  }
+  A tail = 0;
+  for (; d < dim; ++d) tail += to_float(row[d]) * to_float(row[d]);
+  const A squares = horizontal_sum<A>((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail;
+  const A root = sizeof(A) == 4 ? A(__builtin_sqrtf(float(squares))) : A(__builtin_sqrt(double(squares)));
+  return root < A(1e-12) ? A(1e-12) : root;
 }
 
 }  // namespace tokenprune::TOKENPRUNE_SIMD

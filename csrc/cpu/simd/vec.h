@@ -64,8 +64,19 @@ TOKENPRUNE_INLINE Vec<A> vec_max(Vec<A> a, Vec<A> b) {
   return ((a > b) | (a != a)) ? a : b;
 }
 
-// exp with a relative error of about 1e-7; below the smallest normal number the result is 0.
-TOKENPRUNE_INLINE Vec<float> vec_exp(Vec<float> x) {
+template <class A>
+TOKENPRUNE_INLINE A larger(A a, A b) {
+  return (a > b || a != a) ? a : b;
+}
+TOKENPRUNE_INLINE float log_of(float x) { return __builtin_logf(x); }
+TOKENPRUNE_INLINE double log_of(double x) { return __builtin_log(x); }
+
+// Where exp is 0 and its argument can be cut off.
+template <class A>
+constexpr A kExpLowest = sizeof(A) == 4 ? A(-100) : A(-800);
+
+// exp of numbers in [kExpLowest, 88] within 1 unit in the last place; 0 where the result would be subnormal.
+TOKENPRUNE_INLINE Vec<float> vec_exp_normal(Vec<float> x) {
   using I = Vec<int32_t>;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
   const Vec<float> shifted = x * 1.44269504088896341f + kRound;
@@ -78,37 +89,71 @@ TOKENPRUNE_INLINE Vec<float> vec_exp(Vec<float> x) {
   p = p * r + 4.1665796e-2f;
   p = p * r + 1.6666666e-1f;
   p = p * r + 5.0000000e-1f;
-  p = p * r * r + r + 1.0f;
-  I bits, power;
+  p = p * (r * r) + r;
+  p = p + 1.0f;
+  I bits, scaled;
   std::memcpy(&bits, &shifted, sizeof bits);
-  power = (bits - 0x4B400000) << 23;  // n as an exponent; added to the bits of p this multiplies by 2^n
-  I scaled;
   std::memcpy(&scaled, &p, sizeof scaled);
-  scaled += power;
+  scaled += bits << 23;  // n as an exponent: added to the bits of p this multiplies by 2^n
   Vec<float> result;
   std::memcpy(&result, &scaled, sizeof result);
-  const Vec<float> zero = {}, infinite = splat(__builtin_inff());
-  result = x < -87.3f ? zero : result;
-  result = x > 88.0f ? (x > 88.72f ? infinite : result) : result;
-  return x != x ? x : result;
+  const Vec<float> zero = {};
+  return x < -87.3f ? zero : result;
 }
-TOKENPRUNE_INLINE Vec<double> vec_exp(Vec<double> x) {
+TOKENPRUNE_INLINE Vec<double> vec_exp_normal(Vec<double> x) {
   for (int i = 0; i < kWidth<double>; ++i) x[i] = __builtin_exp(x[i]);
   return x;
 }
 
+// exp of anything: inf above the largest exponent, NaN kept.
+TOKENPRUNE_INLINE Vec<float> vec_exp(Vec<float> x) {
+  const Vec<float> infinite = splat(__builtin_inff()), low = splat(kExpLowest<float>), high = splat(88.0f);
+  const Vec<float> above = x - 1.0f;  // beyond 88 as e * exp(x - 1), so that the exponent fits
+  Vec<float> safe = x > high ? above : x;
+  safe = safe > low ? safe : low;
+  safe = safe > high ? high : safe;
+  Vec<float> result = vec_exp_normal(safe);
+  result = x > high ? result * 2.71828182845904524f : result;
+  result = x > 88.722835f ? infinite : result;
+  return x != x ? x : result;
+}
+TOKENPRUNE_INLINE Vec<double> vec_exp(Vec<double> x) { return vec_exp_normal(x); }
+
 // Widen n elements to the arithmetic type.
 TOKENPRUNE_INLINE void widen(const float* from, int64_t n, float* to) { std::memcpy(to, from, n * sizeof(float)); }
 TOKENPRUNE_INLINE void widen(const double* from, int64_t n, double* to) { std::memcpy(to, from, n * sizeof(double)); }
-TOKENPRUNE_INLINE void widen(const BFloat16* from, int64_t n, float* to) {
-  for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
+// One vector of the arithmetic type from elements of any type.
+TOKENPRUNE_INLINE Vec<float> load_wide(const float* from) { return load(from); }
+TOKENPRUNE_INLINE Vec<double> load_wide(const double* from) { return load(from); }
+TOKENPRUNE_INLINE Vec<float> load_wide(const BFloat16* from) {
+  typedef uint16_t Narrow __attribute__((vector_size(kVectorBytes / 2)));
+  Narrow narrow;
+  std::memcpy(&narrow, from, sizeof narrow);
+  const Vec<uint32_t> bits = __builtin_convertvector(narrow, Vec<uint32_t>) << 16;
+  Vec<float> wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
 }
-TOKENPRUNE_INLINE void widen(const Half* from, int64_t n, float* to) {
-  int64_t i = 0;
-#if defined(__F16C__)
-  for (; i + 8 <= n; i += 8)
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+TOKENPRUNE_INLINE Vec<float> load_wide(const Half* from) {
+  Vec<float> wide;
+#if defined(TOKENPRUNE_SIMD_AVX512)
+  // The masked form, because GCC 12 warns about the undefined source operand of the plain one.
+  const __m512 converted = _mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  std::memcpy(&wide, &converted, sizeof wide);
+#elif defined(__F16C__)
+  const __m256 converted = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  std::memcpy(&wide, &converted, sizeof wide);
+#else
+  for (int i = 0; i < kWidth<float>; ++i) wide[i] = to_float(from[i]);
 #endif
+  return wide;
+}
+
+template <class T>
+TOKENPRUNE_INLINE void widen(const T* from, int64_t n, float* to) {
+  constexpr int width = kWidth<float>;
+  int64_t i = 0;
+  for (; i + width <= n; i += width) store(to + i, load_wide(from + i));
   for (; i < n; ++i) to[i] = to_float(from[i]);
 }
 
