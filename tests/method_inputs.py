@@ -92,7 +92,10 @@ def batch(prompts: list[Prompt]) -> Batch:
         query=_stack([p.query for p in prompts], 1, 50.0),
         key=_stack([p.key for p in prompts], 1, 50.0),
         features=_stack([p.features for p in prompts], 0, -9.0),
-        positions=_stack([p.positions for p in prompts], 0, 40),
+        positions=torch.stack(  # the padding lies far outside of the grid, in both directions
+            [_stack([p.positions[:, 0] for p in prompts], 0, 40), _stack([p.positions[:, 1] for p in prompts], 0, -40)],
+            -1,
+        ),
         groups=_stack([p.groups for p in prompts], 0, 0),
         grid=torch.tensor([p.grid for p in prompts]),
         text=_stack([p.text for p in prompts], 0, 1e4),

@@ -48,7 +48,14 @@ def test_padding_changes_nothing(k, dtype, backend):
 @over_backends
 @pytest.mark.parametrize(
     "options",
-    [{"anchors": 0.5}, {"anchors": 0.0}, {"anchors": 1.0}, {"references": 0.4}, {"context": (0.3, 0.9)}],
+    [
+        {"anchors": 0.5},
+        {"anchors": 0.0},
+        {"anchors": 1.0},
+        {"references": 0.4},
+        {"context": (0.3, 0.9)},
+        {"context": (1.0, 1.0)},
+    ],
     ids=str,
 )
 def test_ratios(options, backend):

@@ -64,9 +64,9 @@ def visual_mask(key_indices: Tensor | None, key_mask: Tensor | None, backend: st
 
 def ascending(indices: Tensor, size: int, k: int, backend: str | None) -> tuple[Tensor, Tensor]:
     """The entries of a -1 padded list over `size` tokens in raster order: (indices [B, k], counts)."""
-    kept = torch.zeros(indices.shape[0], size + 1, dtype=torch.bool, device=indices.device)
-    kept = kept.scatter(1, indices.remainder(size + 1), True)[:, :size]  # -1 lands in the extra last column
-    return mask_to_indices(kept, k, backend=backend)
+    kept = indices.new_zeros((indices.shape[0], size + 1), dtype=torch.bool)
+    kept.scatter_(1, indices.remainder(size + 1), True)  # -1 lands in the extra last column
+    return mask_to_indices(kept[:, :size], k, backend=backend)
 
 
 def check_count(method: str, k: int) -> None:

@@ -86,7 +86,7 @@ def _centre_prior(positions: Tensor, grid: Grid) -> Tensor:
     if isinstance(grid, Tensor) and grid.shape != (positions.shape[0], 2):
         raise ValueError(f"adaptprune: grid must have shape [B, 2], B = {positions.shape[0]}, got {list(grid.shape)}")
     height, width = grid.split(1, dim=1) if isinstance(grid, Tensor) else grid
-    return torch.exp(-(_offset(positions[..., 0], height) + _offset(positions[..., 1], width)) / 2)
+    return torch.exp((_offset(positions[..., 0], height) + _offset(positions[..., 1], width)) * -0.5)
 
 
 def _offset(place: Tensor, size: int | Tensor) -> Tensor:
@@ -94,4 +94,4 @@ def _offset(place: Tensor, size: int | Tensor) -> Tensor:
     last = size - 1
     span = last.clamp_min(1) if isinstance(last, Tensor) else max(last, 1)
     middle = last // 2
-    return (2 * place / span - 1) ** 2 - (2 * middle / span - 1) ** 2
+    return (place * (2 / span) - 1) ** 2 - (middle * (2 / span) - 1) ** 2

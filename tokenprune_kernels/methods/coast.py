@@ -70,6 +70,8 @@ def coast(
     check_ratio("coast", "anchor_ratio", anchor_ratio)
     check_ratio("coast", "reference_ratio", reference_ratio)
     low, high = context_ratio
+    check_ratio("coast", "context_ratio[0]", low)
+    check_ratio("coast", "context_ratio[1]", high)
     valid = visual_mask(key_indices, key_mask, backend)
 
     both = visual_attention(
@@ -84,16 +86,17 @@ def coast(
 
     num_anchors = min(k, max(1, math.floor(anchor_ratio * k)))
     rest = k - num_anchors
-    alpha = low + (high - low) * entropy.double()
-    num_low = (rest * alpha).floor().long().clamp(min(1, rest), max(rest - 1, min(1, rest)))
+    share = rest * low + rest * (high - low) * entropy  # K_rest * alpha(H), not negative: truncating is the floor
+    num_low = share.long().clamp(min(1, rest), max(rest - 1, min(1, rest)))
 
     anchors, _ = select_topk(s_last, num_anchors, mask=valid, backend=backend)
     references = _lowest(s_glo, reference_ratio, valid, backend)
     contrast = contrastive_scores(features, anchors, references, backend=backend)
 
     # Anchors at +inf come before every candidate and n_low <= K_rest, so that one two-tailed selection of K tokens
-    # returns the union of A and both tails, in raster order. A -1 anchor writes to the extra column, which is dropped.
-    ranked = pad(contrast, (0, 1)).scatter(1, anchors.remainder(tokens + 1), math.inf)[:, :tokens]
+    # returns the union of A and both tails, in raster order. An anchor of -1 may write to token 0: it stands for a
+    # sample with fewer tokens than K_anchor, where every real token is an anchor already.
+    ranked = contrast.scatter(1, anchors[:, :tokens].clamp_min(0), math.inf)
     indices, counts = select_two_tailed(ranked, num_low, k, mask=valid, backend=backend)
     details = {
         "global": s_glo,
@@ -111,12 +114,12 @@ def _lowest(scores: Tensor, ratio: float, valid: Tensor | None, backend: str | N
     """The max(1, floor(ratio * V)) tokens with the lowest scores, V counted per sample without leaving the device."""
     tokens = scores.shape[1]
     most = max(1, math.floor(ratio * tokens))
-    if valid is None:
-        return select_topk(scores, most, largest=False, backend=backend)[0]
-    # A sample with fewer real tokens is due fewer references than its row has room for: fillers at -inf, lower than
-    # every attention score, take the places it is not due, and leave as -1.
-    due = (ratio * valid.sum(-1, keepdim=True).double()).long().clamp_min(1)
-    fillers = torch.arange(most, device=scores.device) < most - due
-    scores, valid = pad(scores, (0, most), value=-math.inf), torch.cat([valid, fillers], 1)
+    if valid is None or most == 1:
+        return select_topk(scores, most, mask=valid, largest=False, backend=backend)[0]
+    # The n-th reference is due when n <= ratio * V; the first always is. A sample with fewer real tokens has room for
+    # more: fillers at -inf, lower than every attention score, take the places that are not due, and leave as -1.
+    real = valid.sum(-1, keepdim=True, dtype=torch.float64)
+    fillers = torch.arange(2, most + 1, device=scores.device) > ratio * real
+    scores, valid = pad(scores, (0, most - 1), value=-math.inf), torch.cat([valid, fillers], 1)
     lowest, _ = select_topk(scores, most, mask=valid, largest=False, backend=backend)
     return torch.where(lowest < tokens, lowest, -1)
