@@ -145,7 +145,7 @@ class NinjaBuild(build_ext):
         compiler = find_compiler()
         if compiler is None:
             raise SystemExit(
-                f"no C++ compiler ({os.environ.get('CXX') or 'g++ or c++'}); TOKENPRUNE_CPU=0 does without"
+                f"{os.environ.get('CXX') or 'g++'} was not found; TOKENPRUNE_CPU=0 does without a compiler"
             )
         cuda_sources = sorted((CSRC / "cuda").glob("*.cu"))
         nvcc = cuda_compiler(cuda_sources)
