@@ -10,13 +10,13 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-RESULTS ?= build/bench.json
+RESULTS ?= bench/results/cpu.json
 CSRC = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 # Names of the environment that change the build or the installation reach the recipes as they are.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test bench build lint format sanitize check-abi clean
+.PHONY: help demo test bench readme build lint format sanitize check-abi clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ bench: build  ## run the microbenchmarks and print the table of ratios
 	env -u TOKENPRUNE_POISON $(BIN)/python -m pytest -q -c pyproject.toml -p no:hypothesispytest -p no:cacheprovider \
 	  --benchmark-json=$(RESULTS) --benchmark-columns=min,median,rounds $(wildcard bench/bench_*.py) $(ARGS)
 	$(BIN)/python -m bench.report $(RESULTS)
+
+readme: build  ## fill the generated tables of README.md from the last `make bench`
+	$(BIN)/python scripts/update_readme.py
 
 build: $(STAMP)  ## compile what changed in csrc/, in place
 	@$(BIN)/python setup.py -q build_ext --inplace

@@ -10,6 +10,7 @@ Switches, read here and printed in the build log:
 
 from __future__ import annotations
 
+import atexit
 import importlib.metadata
 import importlib.util
 import os
@@ -145,7 +146,7 @@ class NinjaBuild(build_ext):
         compiler = find_compiler()
         if compiler is None:
             raise SystemExit(
-                f"no C++ compiler ({os.environ.get('CXX') or 'g++ or c++'}); TOKENPRUNE_CPU=0 does without"
+                f"{os.environ.get('CXX') or 'g++'} was not found; TOKENPRUNE_CPU=0 does without a compiler"
             )
         cuda_sources = sorted((CSRC / "cuda").glob("*.cu"))
         nvcc = cuda_compiler(cuda_sources)
@@ -231,6 +232,7 @@ def options(compiled: bool) -> dict[str, dict[str, str]]:
     chosen = {"bdist_wheel": {"py_limited_api": "cp310"}} if compiled else {}
     if not os.access(ROOT, os.W_OK):  # a read-only checkout: setuptools would write next to the sources
         elsewhere = tempfile.mkdtemp(prefix="tokenprune-build-")
+        atexit.register(shutil.rmtree, elsewhere, ignore_errors=True)
         chosen |= {"egg_info": {"egg_base": elsewhere}, "build": {"build_base": elsewhere}}
     return chosen
 

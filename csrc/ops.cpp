@@ -8,8 +8,8 @@
 
 #define TOKENPRUNE_MASKING \
   "Tensor? key_mask=None, Tensor? query_positions=None, float? scale=None, bool causal=False, bool cosine=False"
-#define TOKENPRUNE_REDUCING                                                             \
-  "Tensor? key_indices=None, Tensor? query_mask=None, " TOKENPRUNE_MASKING              \
+#define TOKENPRUNE_REDUCING                                                \
+  "Tensor? key_indices=None, Tensor? query_mask=None, " TOKENPRUNE_MASKING \
   ", str head_reduction=\"mean\", str query_reduction=\"mean\""
 
 STABLE_TORCH_LIBRARY(tokenprune, m) {
@@ -18,8 +18,7 @@ STABLE_TORCH_LIBRARY(tokenprune, m) {
   m.def("attention_entropy(Tensor query, Tensor key, *, " TOKENPRUNE_MASKING ") -> (Tensor entropy, Tensor lse)");
   m.def("attention_scores(Tensor query, Tensor key, Tensor lse, *, " TOKENPRUNE_REDUCING ") -> Tensor");
   m.def("score_entropy(Tensor scores, *, Tensor? mask=None, bool normalized=True) -> Tensor");
-  m.def(
-      "cosine_scores(Tensor features, Tensor queries, *, Tensor? query_mask=None, str reduction=\"max\") -> Tensor");
+  m.def("cosine_scores(Tensor features, Tensor queries, *, Tensor? query_mask=None, str reduction=\"max\") -> Tensor");
   m.def("contrastive_scores(Tensor features, Tensor anchor_indices, Tensor reference_indices) -> Tensor");
   m.def(
       "select_topk(Tensor scores, SymInt k, *, Tensor? mask=None, bool largest=True)"

@@ -18,7 +18,7 @@ if [[ -z ${CXX:-} ]] && ! command -v g++ >/dev/null && ! command -v c++ >/dev/nu
 fi
 
 echo "setup: $venv with $("$PYTHON" --version)"
-[[ -x $venv/bin/python ]] || "$PYTHON" -m venv "$venv"
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m venv --clear "$venv"
 # The pip and setuptools of Python 3.10 and 3.11 are too old for pyproject.toml; ninja compiles the editable install.
 "$venv/bin/python" -m pip install -q --upgrade pip 'setuptools>=77' 'ninja>=1.11'
 

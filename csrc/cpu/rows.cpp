@@ -1,6 +1,6 @@
 // Chooses the table of row kernels for this machine.
-#include "cpu/capability.h"
 #include "cpu/simd/rows.h"
+#include "cpu/capability.h"
 
 namespace tokenprune {
 

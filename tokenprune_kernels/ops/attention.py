@@ -99,9 +99,7 @@ def attention_entropy(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Entropy and log-sum-exp of every query row over its visible keys: (entropy, lse), both [B, Hq, M]."""
-    _checks.attention(
-        "attention_entropy", query, key, None, None, None, key_mask, query_positions, "mean", "mean"
-    )
+    _checks.attention("attention_entropy", query, key, None, None, None, key_mask, query_positions, "mean", "mean")
     result: tuple[Tensor, Tensor] = implementation(backend, query).attention_entropy(
         query,
         key,
