@@ -1,4 +1,4 @@
-"""Selecting tokens from scores: top-k, two-tailed, adaptive mixture, mask compaction; the entropy of a score vector."""
+"""Selecting tokens from scores: top-k, two-tailed, adaptive mixture, mask compaction, and the entropy of a score vector."""
 
 import math
 
@@ -41,10 +41,8 @@ def select_mixture(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """AdaFV (arXiv 2501.09532): share k between two rankings so that the product of their collected mass is largest."""
     mask = ones_like_mask(text_scores, mask)
-    text, visual = (
-        torch.where(mask, s.double().nan_to_num(0.0, torch.inf, 0.0).clamp_min(0), 0.0)
-        for s in (text_scores, visual_scores)
-    )
+    clean = (s.double().nan_to_num(0.0, torch.inf, 0.0).clamp_min(0) for s in (text_scores, visual_scores))
+    text, visual = (torch.where(mask, s, 0.0) for s in clean)
     reserved = math.floor(floor * k)
     rest = k - 2 * reserved
     text_rank, visual_rank = (candidate_order(s, mask).argsort(dim=-1) for s in (text, visual))

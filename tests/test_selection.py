@@ -10,7 +10,7 @@ from torch import Tensor
 import tokenprune_kernels as tp
 
 NAN, INF = float("nan"), float("inf")
-# Few values, exact in every dtype, and what an order can get wrong: signed zeros, infinities, NaN, subnormal neighbours.
+# Few values, exact in every dtype: ties, signed zeros, infinities, NaN, small neighbours of zero.
 VALUES = (0.0, -0.0, 1.0, 2.0, 0.5, -1.0, -2.0, INF, -INF, NAN, 2.0**-20, -(2.0**-20))
 
 

@@ -102,7 +102,7 @@ def _gather_compact(
         kept = _with_tangents(tensors, indices, dims, batch_dims)
         if kept is not None:
             return kept
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(tensors):
         # Under torch.func this kernel already runs for one level of transforms. Function.apply would start over with
         # all of them; the apply of its base class records this level only.
         apply = super(torch.autograd.Function, _GatherCompact).apply
