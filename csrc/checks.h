@@ -14,8 +14,14 @@ inline bool is_floating(ScalarType t) {
   return t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::Half || t == ScalarType::BFloat16;
 }
 
+// Python's None for a required tensor arrives as an undefined one.
+inline void check_defined(const char* op, const char* name, const Tensor& t) {
+  if (!t.defined()) fail(op, name, "be a tensor", "None");
+}
+
 // A required floating-point tensor of the given rank; `layout` is its shape in words, as [B, N, C].
 inline void check_floating(const char* op, const char* name, const Tensor& t, const char* layout, int64_t rank) {
+  check_defined(op, name, t);
   if (!is_floating(t.scalar_type()))
     fail(op, name, "be float16, bfloat16, float32 or float64", dtype_name(t.scalar_type()));
   if (t.dim() != rank) fail(op, name, std::string("have shape ") + layout, shape_text(t));
@@ -24,6 +30,7 @@ inline void check_floating(const char* op, const char* name, const Tensor& t, co
 // A tensor on the device of `first`; -1 in `shape` leaves that size free; no dtype means any floating one.
 inline void check_beside(const char* op, const char* name, const Tensor& t, const Tensor& first, const char* layout,
                          std::initializer_list<int64_t> shape, std::optional<ScalarType> dtype) {
+  check_defined(op, name, t);
   const ScalarType got = t.scalar_type();
   if (dtype ? got != *dtype : !is_floating(got))
     fail(op, name, dtype ? "be " + dtype_name(*dtype) : "be floating point", dtype_name(got));

@@ -11,6 +11,7 @@ copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
 git -C "$root" ls-files --cached --others --exclude-standard -z | tar -C "$root" --null --ignore-failed-read -T - -cf - | tar -C "$copy" -xf -
 cd "$copy"
+ln -sfn ../python_ref tokenprune_kernels/reference  # what an installation maps
 
 TOKENPRUNE_SANITIZE=1 TOKENPRUNE_CPU=1 TOKENPRUNE_CUDA=0 "$python" setup.py -q build_ext --inplace
 
