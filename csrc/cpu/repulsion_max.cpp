@@ -168,24 +168,47 @@ int64_t pop_best(Lazy<A>& lazy, std::vector<Rank<A>>& heap) {
 }
 
 // The valid token whose largest cosine with another valid one is smallest, or -1: one lazy step in which all valid
-// tokens count as selected. They are met in scattered order, so that a token soon meets one like itself.
+// tokens count as selected. They are met block by block, so that a block stays in cache, and in scattered order, so
+// that a token soon meets one like itself; whoever is worse than a token that has met all drops out.
 template <class A>
 int64_t most_isolated(const Sample<A>& s, const std::vector<char>& available) {
+  constexpr int64_t kBlock = 24, kSure = 8;
   Sample<A> plain = s;
   plain.potential = Potential::kCosine;
   plain.energy = nullptr;
-  std::vector<int64_t> valid;
+  std::vector<int64_t> alive, sure;
   for (int64_t i = 0; i < s.n; ++i)
-    if (available[i]) valid.push_back(i);
-  const int64_t n = valid.size();
+    if (available[i]) alive.push_back(i);
+  const int64_t n = alive.size();
   if (n == 0) return -1;
   int64_t step = n * 5 / 8;
   while (std::gcd(step, n) != 1) ++step;
   std::vector<int64_t> scattered(n);
-  for (int64_t t = 0; t < n; ++t) scattered[t] = valid[t * step % n];
+  for (int64_t t = 0; t < n; ++t) scattered[t] = alive[t * step % n];
   Lazy<A> lazy = start_lazy(plain, std::move(scattered));
-  std::vector<Rank<A>> heap = first_round(lazy, valid);
-  return pop_best(lazy, heap);
+  Rank<A> limit = worst_rank<A>();  // the best token that has met all
+  const auto by_bound = [&](int64_t a, int64_t b) { return rank(lazy.bound[a], a) < rank(lazy.bound[b], b); };
+  int64_t refresh = kBlock;
+  for (int64_t last = std::min(kBlock, n);; last = std::min(last + kBlock, n)) {
+    bring_up_all(lazy, alive, last, limit);
+    if (last >= refresh && last < n) {  // a few of the best go ahead, for a tighter limit
+      refresh = 2 * last;
+      sure = alive;
+      const int64_t few = std::min<int64_t>(kSure, sure.size());
+      std::partial_sort(sure.begin(), sure.begin() + few, sure.end(), by_bound);
+      sure.resize(few);
+      bring_up_all(lazy, sure, n, limit);
+    }
+    for (const int64_t i : sure)
+      if (lazy.seen[i] == n) limit = std::min(limit, rank(lazy.bound[i], i));
+    alive.erase(
+        std::remove_if(alive.begin(), alive.end(),
+                       [&](int64_t i) { return lazy.seen[i] == n ? last < n : limit < rank(lazy.bound[i], i); }),
+        alive.end());
+    if (last == n || alive.empty()) break;
+  }
+  for (const int64_t i : alive) limit = std::min(limit, rank(lazy.bound[i], i));
+  return limit.second;
 }
 
 // cos(f_i, sum of the unit vectors of all valid tokens) for every token.
