@@ -28,10 +28,9 @@ TOKENPRUNE_INLINE void transpose_four(const A* const (&rows)[4], int64_t dim, A*
     const Quad high01 = __builtin_shuffle(q[0], q[1], Order{2, 6, 3, 7});
     const Quad low23 = __builtin_shuffle(q[2], q[3], Order{0, 4, 1, 5});
     const Quad high23 = __builtin_shuffle(q[2], q[3], Order{2, 6, 3, 7});
-    const Quad columns[4] = {__builtin_shuffle(low01, low23, Order{0, 1, 4, 5}),
-                             __builtin_shuffle(low01, low23, Order{2, 3, 6, 7}),
-                             __builtin_shuffle(high01, high23, Order{0, 1, 4, 5}),
-                             __builtin_shuffle(high01, high23, Order{2, 3, 6, 7})};
+    const Quad columns[4] = {
+        __builtin_shuffle(low01, low23, Order{0, 1, 4, 5}), __builtin_shuffle(low01, low23, Order{2, 3, 6, 7}),
+        __builtin_shuffle(high01, high23, Order{0, 1, 4, 5}), __builtin_shuffle(high01, high23, Order{2, 3, 6, 7})};
     for (int i = 0; i < 4; ++i) std::memcpy(to + (d + i) * to_stride, &columns[i], sizeof(Quad));
   }
   for (; d < dim; ++d)
