@@ -21,22 +21,39 @@ void norms(const T* rows, int64_t row_stride, int64_t n, int64_t dim, A* out) {
 // Rows to panels, in the arithmetic type; missing lanes are zero.
 template <class T, class A = AttentionWide<T>>
 void pack_queries(const AttentionHead<T>& head, const AttentionSpace<A>& space) {
-  const int64_t total = head.group * head.rows, dim = head.dim;
-  A* row = space.key;
-  for (int64_t lane = 0; lane < space.lanes; ++lane) {
+  const int64_t total = head.group * head.rows, dim = head.dim, block = dim < kBlock ? dim : kBlock;
+  for (int64_t lane = 0; lane < space.lanes; lane += 4) {
     const int64_t first = lane - lane % kPanelLanes<A>;
     const int64_t width = panel_vecs<A>(first, space.lanes) * kWidth<A>;
     A* to = space.query + first * dim + (lane - first);
-    if (lane >= total) {
-      for (int64_t d = 0; d < dim; ++d) to[d * width] = 0;
-      continue;
+    const T* from[4];
+    A norm[4];
+    for (int r = 0; r < 4; ++r) {
+      const int64_t l = lane + r;
+      from[r] = l < total ? head.query + l / head.rows * head.query_head_stride + l % head.rows * head.query_row_stride
+                          : nullptr;
+      norm[r] = head.key_norms && from[r] ? norm_of(from[r], dim) : A(1);
     }
-    const T* from = head.query + lane / head.rows * head.query_head_stride + lane % head.rows * head.query_row_stride;
-    const A norm = head.key_norms ? norm_of(from, dim) : A(1);
-    for (int64_t start = 0; start < dim; start += kBlock) {
-      const int64_t length = dim - start < kBlock ? dim - start : kBlock;
-      widen(from + start, length, row);
-      for (int64_t d = 0; d < length; ++d) to[(start + d) * width] = row[d] / norm;
+    for (int64_t start = 0; start < dim; start += block) {
+      const int64_t length = dim - start < block ? dim - start : block;
+      const A* rows[4];
+      for (int r = 0; r < 4; ++r) {
+        A* wide = space.key + r * block;
+        rows[r] = wide;
+        if (from[r] == nullptr) {
+          for (int64_t d = 0; d < length; ++d) wide[d] = 0;
+          continue;
+        }
+        if constexpr (std::is_same_v<T, A>) {
+          if (head.key_norms == nullptr) {
+            rows[r] = from[r] + start;
+            continue;
+          }
+        }
+        widen(from[r] + start, length, wide);
+        for (int64_t d = 0; head.key_norms && d < length; ++d) wide[d] /= norm[r];
+      }
+      transpose_four<A>(rows, length, to + start * width, width);
     }
   }
 }
@@ -248,24 +265,19 @@ void softmax_lanes(const AttentionHead<T>& head, const AttentionSpace<A>& space)
 // A row of the gathered array ends in padding, which takes whatever the next head's lanes hold and is never read.
 template <class A, bool max>
 void gather_lanes_as(const AttentionGather<A>& gather, const AttentionSpace<A>& space) {
-  const int64_t lanes = space.lanes;
-  for (int64_t begin = 0, c = 0; begin < gather.keys; begin += kAttentionChunk, ++c) {
-    const int64_t end = gather.keys - begin < kAttentionChunk ? gather.keys : begin + kAttentionChunk;
-    for (int64_t v = 0; v < gather.stride; v += kWidth<A>)
+  for (int64_t j = 0; j < gather.keys; ++j) {
+    const A* factors = space.factors + j / kAttentionChunk * space.lanes;
+    const A* from = space.logits + j * space.lanes;
+    A* into = gather.into + j * gather.stride;
+    for (int64_t v = 0; v < gather.stride; v += kWidth<A>) {
+      Vec<A> p = {};  // probabilities are not negative: also the start of a maximum
+      if (!gather.first) p = load(into + v);
       for (int64_t h = gather.head_begin; h < gather.head_end; ++h) {
-        const int64_t lane = h * gather.rows + v;
-        const Vec<A> factor = load(space.factors + c * lanes + lane);
-        const A* from = space.logits + lane;
-        A* into = gather.into + v;
-        if (gather.first && h == gather.head_begin) {
-          for (int64_t j = begin; j < end; ++j) store(into + j * gather.stride, load(from + j * lanes) * factor);
-        } else {
-          for (int64_t j = begin; j < end; ++j) {
-            const Vec<A> p = load(from + j * lanes), old = load(into + j * gather.stride);
-            store(into + j * gather.stride, max ? vec_max<A>(old, p * factor) : old + p * factor);
-          }
-        }
+        const Vec<A> more = load(from + h * gather.rows + v) * load(factors + h * gather.rows + v);
+        p = max ? vec_max<A>(p, more) : p + more;
       }
+      store(into + v, p);
+    }
   }
 }
 

@@ -14,12 +14,43 @@ template <class A>
 constexpr int kPanelLanes = 2 * kWidth<A>;
 constexpr int64_t kBlock = 256;  // a block of the panel stays in the first-level cache
 
+// to[d * to_stride + r] = rows[r][d] for four rows, in blocks of 4 x 4.
+template <class A>
+TOKENPRUNE_INLINE void transpose_four(const A* const (&rows)[4], int64_t dim, A* to, int64_t to_stride) {
+  typedef A Quad __attribute__((vector_size(4 * sizeof(A))));
+  typedef std::conditional_t<sizeof(A) == 8, int64_t, int32_t> Index;
+  typedef Index Order __attribute__((vector_size(4 * sizeof(A))));
+  int64_t d = 0;
+  for (; d + 4 <= dim; d += 4) {
+    Quad q[4];
+    for (int r = 0; r < 4; ++r) std::memcpy(&q[r], rows[r] + d, sizeof(Quad));
+    const Quad low01 = __builtin_shuffle(q[0], q[1], Order{0, 4, 1, 5});
+    const Quad high01 = __builtin_shuffle(q[0], q[1], Order{2, 6, 3, 7});
+    const Quad low23 = __builtin_shuffle(q[2], q[3], Order{0, 4, 1, 5});
+    const Quad high23 = __builtin_shuffle(q[2], q[3], Order{2, 6, 3, 7});
+    const Quad columns[4] = {
+        __builtin_shuffle(low01, low23, Order{0, 1, 4, 5}), __builtin_shuffle(low01, low23, Order{2, 3, 6, 7}),
+        __builtin_shuffle(high01, high23, Order{0, 1, 4, 5}), __builtin_shuffle(high01, high23, Order{2, 3, 6, 7})};
+    for (int i = 0; i < 4; ++i) std::memcpy(to + (d + i) * to_stride, &columns[i], sizeof(Quad));
+  }
+  for (; d < dim; ++d)
+    for (int r = 0; r < 4; ++r) to[d * to_stride + r] = rows[r][d];
+}
+
 // Transpose `n` rows (at most kPanelLanes) into a panel; missing lanes are zero.
 template <class A>
 TOKENPRUNE_INLINE void pack_panel(const A* rows, int64_t row_stride, int64_t n, int64_t dim, A* panel) {
   constexpr int lanes = kPanelLanes<A>;
-  for (int64_t d = 0; d < dim; ++d)
-    for (int64_t l = 0; l < lanes; ++l) panel[d * lanes + l] = l < n ? rows[l * row_stride + d] : A(0);
+  for (int64_t l = 0; l < lanes; l += 4) {
+    if (l + 4 <= n) {
+      const A* const four[4] = {rows + l * row_stride, rows + (l + 1) * row_stride, rows + (l + 2) * row_stride,
+                                rows + (l + 3) * row_stride};
+      transpose_four<A>(four, dim, panel + l, lanes);
+      continue;
+    }
+    for (int64_t d = 0; d < dim; ++d)
+      for (int64_t r = l; r < l + 4; ++r) panel[d * lanes + r] = r < n ? rows[r * row_stride + d] : A(0);
+  }
 }
 
 // A tile of `keys` x `vecs` vectors in registers; the panel holds `vecs` vectors per element. The sums, together with

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -75,7 +76,8 @@ TOKENPRUNE_INLINE double log_of(double x) { return __builtin_log(x); }
 template <class A>
 constexpr A kExpLowest = sizeof(A) == 4 ? A(-100) : A(-800);
 
-// exp of numbers in [kExpLowest, 88] within 1 unit in the last place; 0 where the result would be subnormal.
+// exp of numbers from kExpLowest to the largest that does not overflow, within 1 unit in the last place; 0 where the
+// result would be subnormal.
 TOKENPRUNE_INLINE Vec<float> vec_exp_normal(Vec<float> x) {
   using I = Vec<int32_t>;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
@@ -107,14 +109,10 @@ TOKENPRUNE_INLINE Vec<double> vec_exp_normal(Vec<double> x) {
 
 // exp of anything: inf above the largest exponent, NaN kept.
 TOKENPRUNE_INLINE Vec<float> vec_exp(Vec<float> x) {
-  const Vec<float> infinite = splat(__builtin_inff()), low = splat(kExpLowest<float>), high = splat(88.0f);
-  const Vec<float> above = x - 1.0f;  // beyond 88 as e * exp(x - 1), so that the exponent fits
-  Vec<float> safe = x > high ? above : x;
-  safe = safe > low ? safe : low;
+  const Vec<float> infinite = splat(__builtin_inff()), low = splat(kExpLowest<float>), high = splat(88.722835f);
+  Vec<float> safe = x > low ? x : low;
   safe = safe > high ? high : safe;
-  Vec<float> result = vec_exp_normal(safe);
-  result = x > high ? result * 2.71828182845904524f : result;
-  result = x > 88.722835f ? infinite : result;
+  const Vec<float> result = x > high ? infinite : vec_exp_normal(safe);
   return x != x ? x : result;
 }
 TOKENPRUNE_INLINE Vec<double> vec_exp(Vec<double> x) { return vec_exp_normal(x); }
