@@ -175,7 +175,7 @@ std::vector<Tensor> gather_compact(const std::vector<Tensor>& tensors, const Ten
   std::vector<Loop> loops;
   std::vector<Plan> plans;
   std::vector<int64_t> ends;  // where the work of each plan ends: bytes, and a little for each row
-  constexpr int64_t kRowCost = 16, kWorthAThread = 128 << 10;
+  constexpr int64_t kRowCost = 16, kWorthAThread = 512 << 10;
   int64_t work = 0;
   outputs.reserve(tensors.size());
   plans.reserve(tensors.size());
