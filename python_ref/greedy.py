@@ -106,7 +106,8 @@ def spatial_semantic_nms(
         selected_scores[:, step] = torch.where(pick >= 0, score.gather(1, m), 0.0).squeeze(-1)
         d2 = (place - place.take_along_dim(m.unsqueeze(-1), dim=1)).square().sum(-1)
         cosine = (unit @ unit.take_along_dim(m.unsqueeze(-1), dim=1).mT).squeeze(-1)
-        w = torch.exp(-d2 / (2 * sigma_spatial**2)) * torch.exp(-((1 - cosine) ** 2) / (2 * sigma_semantic**2))
+        spatial = torch.exp(-d2 / (2 * sigma_spatial * sigma_spatial))  # a huge sigma ** 2 raises, the product is inf
+        w = spatial * torch.exp(-((1 - cosine) ** 2) / (2 * sigma_semantic * sigma_semantic))
         near = d2.sqrt() <= radius
         if groups is not None:
             near = near & (groups == groups.gather(1, m))

@@ -318,6 +318,19 @@ def test_positions_that_are_not_numbers_are_near_nothing(backend: str) -> None:
 
 
 @over_backends
+@over_dtypes
+def test_huge_and_tiny_sigmas(backend: str, dtype: torch.dtype) -> None:
+    # 2 sigma^2 overflows to inf, as an infinite sigma does, or underflows: then only an exact match has weight.
+    inputs = torch.rand(1, 25).to(dtype), one_hot(1, 25, 4, 2).to(dtype), grid(5, 5).to(dtype)
+    for sigma, same_as in [(1e200, INF), (1e-8, 0.01)]:
+        for name in ("sigma_spatial", "sigma_semantic"):
+            expected = reference(*inputs, 25, **{name: same_as})
+            got = tp.spatial_semantic_nms(*inputs, 25, backend=backend, **{name: sigma})
+            assert torch.equal(got[0], expected[0])
+            torch.testing.assert_close(got[1], expected[1], rtol=4e-6, atol=0)
+
+
+@over_backends
 @pytest.mark.parametrize("features_dtype", DTYPES)
 @pytest.mark.parametrize("scores_dtype", DTYPES)
 def test_dtypes_may_differ(backend: str, scores_dtype: torch.dtype, features_dtype: torch.dtype) -> None:

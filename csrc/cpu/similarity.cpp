@@ -49,12 +49,12 @@ Units<Wide<T>> unit_rows(const Tensor& like, const Lists<T>& lists, int64_t batc
   const RowKernels<A>& kernels = row_kernels<A>();
   const int64_t lanes = kernels.panel_lanes;
   Units<A> units;
-  // Where the row of each slot comes from. A panel more than a third full is filled up by repeating its last row,
+  // Where the row of each slot comes from. A panel that is three quarters full is filled up by repeating its last row,
   // which changes no maximum; fewer rows than that are cheaper one by one.
   std::vector<const T*> packed, single;
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t begin = lists.begin[b], end = lists.begin[b + 1];
-    const int64_t rest = (end - begin) % lanes, in_panels = 3 * rest > lanes ? end - begin : end - begin - rest;
+    const int64_t rest = (end - begin) % lanes, in_panels = 4 * rest > 3 * lanes ? end - begin : end - begin - rest;
     for (int64_t i = begin; i < begin + in_panels; ++i) packed.push_back(lists.rows[i]);
     while (packed.size() % lanes) packed.push_back(packed.back());
     for (int64_t i = begin + in_panels; i < end; ++i) single.push_back(lists.rows[i]);
@@ -91,8 +91,7 @@ Tensor unit_sums(const Tensor& like, const Lists<T>& lists, int64_t batch, int64
   std::vector<double> scale(count), total(batch * dim, 0.0);
   parallel_for(count, 1 + 32768 / (dim + 1), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      A squares;
-      kernels.few_dots(lists.rows[i], dim, nullptr, 0, 0, nullptr, &squares);
+      const A squares = kernels.dot(lists.rows[i], lists.rows[i], dim);
       scale[i] = 1 / static_cast<double>(norm_from_squares(squares));
     }
   });
@@ -131,25 +130,31 @@ void best_and_sum(const T* rows, const A* wide, int64_t row_stride, int64_t n, c
     panel.panel_dots(with.panels + p * lanes * dim, dim, wide, std::is_same_v<T, A> ? row_stride : dim, n, dots);
     if (p > 0) few.max_into(dots, size, tile);
   }
-  for (int64_t j = 0; j < n; ++j) {
-    const T* row = rows + j * row_stride;
-    A most = -std::numeric_limits<A>::infinity();
+  for (int64_t j = 0; j < n; j += 2) {  // in pairs; an odd last row is its own partner
+    const int64_t pair = std::min<int64_t>(2, n - j);
+    const T* const row[2] = {rows + j * row_stride, rows + (j + pair - 1) * row_stride};
+    A most[2], dots[2 * kFew], own[2], *want_squares = own;
+    for (int64_t r = 0; r < 2; ++r) most[r] = -std::numeric_limits<A>::infinity();
     if (with.n_panels > 0)
-      for (int64_t l = 0; l < lanes; ++l) most = nan_max(most, tile[j * lanes + l]);
-    A* want_squares = squares + j;
+      for (int64_t r = 0; r < pair; ++r)
+        for (int64_t l = 0; l < lanes; ++l) most[r] = nan_max(most[r], tile[(j + r) * lanes + l]);
     if (with.sum != nullptr) {
-      few.few_dots(row, dim, with.sum, 0, 1, sum + j, want_squares);
+      few.few_dots(row, dim, with.sum, 0, 1, dots, want_squares);
       want_squares = nullptr;
+      for (int64_t r = 0; r < pair; ++r) sum[j + r] = dots[r * kFew];
     }
     for (int64_t q = 0; q < with.n_singles; q += kFew) {
-      A dots[kFew];
       const int count = static_cast<int>(std::min<int64_t>(kFew, with.n_singles - q));
       few.few_dots(row, dim, with.singles + q * dim, dim, count, dots, want_squares);
       want_squares = nullptr;
-      for (int i = 0; i < count; ++i) most = nan_max(most, dots[i]);
+      for (int r = 0; r < 2; ++r)
+        for (int i = 0; i < count; ++i) most[r] = nan_max(most[r], dots[r * kFew + i]);
     }
     if (want_squares != nullptr) few.few_dots(row, dim, nullptr, 0, 0, nullptr, want_squares);
-    best[j] = most;
+    for (int64_t r = 0; r < pair; ++r) {
+      best[j + r] = most[r];
+      squares[j + r] = own[r];
+    }
   }
 }
 

@@ -64,49 +64,59 @@ Wide<T> dot(const T* a, const T* b, int64_t dim) {
   return horizontal_sum<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
-// `count` dot products and, with `squared`, the row's own square, each summed in `chains` interleaved vectors: enough
-// independent sums to hide the latency of the multiply-add whatever `count` is.
+// Every sum runs in `chains` interleaved vectors: together there are enough of them to hide the latency of the
+// multiply-add, and with two rows few enough loads of the unit rows to keep it busy.
 template <class T, int count, bool squared>
-void few(const T* row, int64_t dim, const Wide<T>* units, int64_t unit_stride, Wide<T>* dots, Wide<T>* squares) {
+void few(const T* const* rows, int64_t dim, const Wide<T>* units, int64_t unit_stride, Wide<T>* dots,
+         Wide<T>* squares) {
   using A = Wide<T>;
-  constexpr int width = kWidth<A>, chains = count <= 1 ? 4 : 2, sums = count + squared;
-  Vec<A> sum[sums][chains] = {};
-  int64_t d = 0;
-  for (; d + chains * width <= dim; d += chains * width)
-#pragma GCC unroll 4
-    for (int u = 0; u < chains; ++u) {
-      const Vec<A> x = load_wide(row + d + u * width);
-#pragma GCC unroll 4
-      for (int q = 0; q < count; ++q) sum[q][u] += x * load(units + q * unit_stride + d + u * width);
-      if constexpr (squared) sum[count][u] += x * x;
-    }
-  for (; d < dim; d += width) {
-    const bool whole = d + width <= dim;
-    const Vec<A> x = whole ? load_wide(row + d) : load_rest(row + d, dim - d);
+  constexpr int width = kWidth<A>, chains = count <= 1 ? 2 : 1, sums = count + squared;
+  const T* const row[2] = {rows[0], rows[1]};
+  Vec<A> sum[2][sums][chains] = {};
+  const auto add = [&](int u, const Vec<A>(&x)[2], const auto& unit) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int q = 0; q < count; ++q) {
-      const A* unit = units + q * unit_stride + d;
-      sum[q][0] += x * (whole ? load(unit) : load_rest(unit, dim - d));
+      const Vec<A> y = unit(q);
+      sum[0][q][u] += x[0] * y;
+      sum[1][q][u] += x[1] * y;
     }
-    if constexpr (squared) sum[count][0] += x * x;
+    if constexpr (squared) {
+      sum[0][count][u] += x[0] * x[0];
+      sum[1][count][u] += x[1] * x[1];
+    }
+  };
+  int64_t d = 0;
+  for (; d + chains * width <= dim; d += chains * width)
+#pragma GCC unroll 2
+    for (int u = 0; u < chains; ++u) {
+      const int64_t at = d + u * width;
+      const Vec<A> x[2] = {load_wide(row[0] + at), load_wide(row[1] + at)};
+      add(u, x, [&](int q) __attribute__((always_inline)) { return load(units + q * unit_stride + at); });
+    }
+  for (; d < dim; d += width) {
+    const int64_t rest = dim - d < width ? dim - d : width;
+    const Vec<A> x[2] = {load_rest(row[0] + d, rest), load_rest(row[1] + d, rest)};
+    add(0, x, [&](int q) __attribute__((always_inline)) { return load_rest(units + q * unit_stride + d, rest); });
   }
+#pragma GCC unroll 2
+  for (int r = 0; r < 2; ++r)
 #pragma GCC unroll 5
-  for (int q = 0; q < sums; ++q) {
-    Vec<A> total = sum[q][0] + sum[q][1];
-    if constexpr (chains == 4) total += sum[q][2] + sum[q][3];
-    (q < count ? dots[q] : *squares) = horizontal_sum<A>(total);
-  }
+    for (int q = 0; q < sums; ++q) {
+      Vec<A> total = sum[r][q][0];
+      if constexpr (chains == 2) total += sum[r][q][1];
+      (q < count ? dots[r * kFew + q] : squares[r]) = horizontal_sum<A>(total);
+    }
 }
 
 template <class T>
-void few_dots(const T* row, int64_t dim, const Wide<T>* units, int64_t unit_stride, int count, Wide<T>* dots,
+void few_dots(const T* const* rows, int64_t dim, const Wide<T>* units, int64_t unit_stride, int count, Wide<T>* dots,
               Wide<T>* squares) {
-  using Kernel = void (*)(const T*, int64_t, const Wide<T>*, int64_t, Wide<T>*, Wide<T>*);
+  using Kernel = void (*)(const T* const*, int64_t, const Wide<T>*, int64_t, Wide<T>*, Wide<T>*);
   static constexpr Kernel with[] = {few<T, 0, true>, few<T, 1, true>, few<T, 2, true>, few<T, 3, true>,
                                     few<T, 4, true>};
   static constexpr Kernel without[] = {nullptr, few<T, 1, false>, few<T, 2, false>, few<T, 3, false>, few<T, 4, false>};
   const Kernel kernel = squares != nullptr ? with[count] : without[count];
-  if (kernel != nullptr) kernel(row, dim, units, unit_stride, dots, squares);
+  if (kernel != nullptr) kernel(rows, dim, units, unit_stride, dots, squares);
 }
 
 template <class T>

@@ -9,15 +9,17 @@
 
 namespace tokenprune {
 
-// Dot products that one call of few_dots computes at most.
+// Unit rows that one call of few_dots takes at most.
 constexpr int kFew = 4;
 
 template <class T, class A>
 struct SimilarityKernels {
   // <a, b>
   A (*dot)(const T* a, const T* b, int64_t dim);
-  // dots[q] = <row, units[q]> for `count` <= kFew unit rows, and <row, row> when `squares` is given, in one pass.
-  void (*few_dots)(const T* row, int64_t dim, const A* units, int64_t unit_stride, int count, A* dots, A* squares);
+  // dots[r * kFew + q] = <rows[r], units[q]> for two rows and `count` <= kFew unit rows, and <rows[r], rows[r]> when
+  // `squares` is given, in one pass. A row's results do not depend on its partner or its place in the pair.
+  void (*few_dots)(const T* const* rows, int64_t dim, const A* units, int64_t unit_stride, int count, A* dots,
+                   A* squares);
   // sum += scale * row, in double: means of many rows lose nothing.
   void (*add_scaled)(const T* row, int64_t dim, double scale, double* sum);
   // The row in the arithmetic type.
