@@ -91,8 +91,10 @@ std::tuple<Tensor, Tensor> repulsion_sample(const Tensor& features_in, int64_t k
     using A = Wide<T>;
     A* rows = unit.mutable_data_ptr<A>();
     normalize_all<T>(features, stride, rows);
-    // Samples side by side when they keep the threads busy; the loops inside a sample then run on one thread each.
-    parallel_for(batch, 1, [&](int64_t begin, int64_t end) {
+    // Samples side by side when they keep the threads busy (the loops inside a sample then run on one thread each),
+    // else one after the other.
+    const int64_t pieces = batch >= torch::stable::get_num_threads() ? 1 : batch;
+    parallel_for(batch, pieces, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         const int64_t axes = positions ? positions->size(2) : 0, n_seeds = seeds ? seeds->size(1) : 0;
         const Sample<A> sample{rows + b * n * stride,

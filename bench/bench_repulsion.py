@@ -1,0 +1,118 @@
+"""repulsion_sample on the sizes of LLaVA-1.5 and LLaVA-NeXT against eager loops over a Gram matrix.
+
+Two kinds of features. `image`: what neighbouring visual tokens look like, a smooth random field over the grid of each
+crop plus a common direction plus noise. `gaussian`: independent tokens, where no two are alike.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tokenprune_kernels as tp
+
+from . import baselines_repulsion as baselines
+from .shapes import MODELS
+
+over_kinds = pytest.mark.parametrize("kind", ["image", "gaussian"])
+CASES = {name: (MODELS[name], width) for name, width in (("LLaVA-1.5-7B", 1024), ("LLaVA-NeXT-7B", 4096))}
+over_models = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Any:
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        yield
+
+
+def make_features(kind: str, model: Any, width: int) -> Tensor:
+    if kind == "gaussian":
+        return torch.randn(1, model.tokens, width)
+    rows, columns = model.grid
+    coarse = torch.randn(model.crops, 24, rows // 3, columns // 3)
+    smooth = torch.nn.functional.interpolate(coarse, size=model.grid, mode="bicubic", align_corners=True)
+    field = smooth.flatten(2).mT.reshape(-1, 24) @ torch.randn(24, width) / 24**0.5
+    return (field + 0.5 * torch.randn(width) + 0.3 * torch.randn(field.shape)).unsqueeze(0)
+
+
+def grid_positions(model: Any) -> Tensor:
+    """Where each token lies in its crop, in [0, 1]."""
+    rows, columns = (torch.linspace(0, 1, size) for size in model.grid)
+    return torch.cartesian_prod(rows, columns).repeat(model.crops, 1).unsqueeze(0)
+
+
+def same_picks(results: dict[str, Any]) -> None:
+    for name, picks in results.items():
+        assert torch.equal(picks.flatten(), results["ours"].flatten()), name
+
+
+@over_kinds
+@over_models
+def test_max_min(race: Any, case: Any, kind: str) -> None:
+    model, width = case
+    features = make_features(kind, model, width)
+    contestants = {
+        "ours": lambda: tp.repulsion_sample(features, model.keep)[0],
+        "incremental loop": lambda: baselines.incremental(features, model.keep),
+        "published loop": lambda: baselines.published(features, model.keep),
+        "reference": lambda: tp.reference.repulsion_sample(features, model.keep)[0],
+    }
+    if model.tokens > 1000:
+        del contestants["reference"]  # the r2 and phi matrices of a general potential: tens of times slower
+    race(
+        f"max-min, {model.name}, {kind}, {model.tokens}x{width} -> {model.keep}",
+        contestants,
+        check=same_picks,
+        target=("incremental loop", 2.5 if model.tokens < 1000 else 3.0),
+        seconds=1.5,
+    )
+
+
+@over_kinds
+@over_models
+def test_max_min_from_the_most_isolated(race: Any, case: Any, kind: str) -> None:
+    """DivPrune's start needs every token's nearest neighbour."""
+    model, width = case
+    features = make_features(kind, model, width)
+    race(
+        f"max-min from the most isolated, {model.name}, {kind}",
+        {
+            "ours": lambda: tp.repulsion_sample(features, model.keep, first="isolated")[0],
+            "incremental loop": lambda: baselines.incremental(features, model.keep, isolated=True),
+        },
+        check=same_picks,
+        seconds=1.5,
+    )
+
+
+@over_kinds
+@over_models
+def test_energy_minimisation(race: Any, case: Any, kind: str) -> None:
+    model, width = case
+    features, positions = make_features(kind, model, width), grid_positions(model)
+    options = {"positions": positions, "potential": "riesz", "aggregate": "sum"}
+    race(
+        f"riesz sum, {model.name}, {kind}, {model.tokens}x{width} -> {model.keep}",
+        {
+            "ours": lambda: tp.repulsion_sample(features, model.keep, **options)[0],
+            "incremental loop": lambda: baselines.energy_minimisation(features, positions, model.keep),
+        },
+        check=same_picks,
+        seconds=1.5,
+    )
+
+
+def test_half_precision_batch(race: Any) -> None:
+    model, width = CASES["LLaVA-1.5-7B"]
+    features = torch.cat([make_features("image", model, width) for _ in range(8)]).bfloat16()
+    race(
+        f"max-min, {model.name}, bfloat16, batch of 8",
+        {
+            "ours": lambda: tp.repulsion_sample(features, model.keep)[0],
+            "incremental loop": lambda: torch.stack([baselines.incremental(f[None], model.keep) for f in features]),
+        },
+        check=same_picks,
+        seconds=1.0,
+    )
