@@ -17,7 +17,7 @@ def fastv_last_row(query: Tensor, key: Tensor) -> Tensor:
 
 
 def adafv_text_to_image(text: Tensor, image: Tensor, temperature: float = 100.0) -> Tensor:
-    """AdaFV: softmax over image tokens of temperature * cosine, maximum over text rows; [B, M, D], [B, N, D] -> [B, N]."""
+    """AdaFV: softmax over image tokens of temperature * cosine, maximum over text rows: [B, N]."""
     text = torch.nn.functional.normalize(text.float(), dim=-1)
     image = torch.nn.functional.normalize(image.float(), dim=-1)
     return (temperature * text @ image.mT).softmax(-1).amax(1)

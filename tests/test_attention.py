@@ -1,8 +1,8 @@
 """The attention ops against the reference in float64, and what is special to them: masks, reductions, edge values.
 
 Tolerance (tests/cases.py): the error is at most twice that of the reference run on the inputs as they are, plus 16
-units in the last place of the largest value times the largest log-sum-exp: the rounding of a logit, which grows with the
-logit, is the relative error of its probability. The sums over dimension, keys and heads are ordered differently.
+units in the last place of the largest value times the largest log-sum-exp: the rounding of a logit, which grows with
+the logit, is the relative error of its probability. The sums over dimension, keys and heads are ordered differently.
 """
 
 import math
