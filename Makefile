@@ -10,7 +10,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-RESULTS ?= bench/results/cpu.json
+RESULTS ?= build/bench.json
 CSRC = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 # Names of the environment that change the build or the installation reach the recipes as they are.
@@ -32,7 +32,7 @@ bench: build  ## run the microbenchmarks and print the table of ratios
 	@mkdir -p $(dir $(RESULTS))
 	env -u TOKENPRUNE_POISON $(BIN)/python -m pytest -q -c pyproject.toml -p no:hypothesispytest -p no:cacheprovider \
 	  --benchmark-json=$(RESULTS) --benchmark-columns=min,median,rounds $(wildcard bench/bench_*.py) $(ARGS)
-	$(BIN)/python -m bench.report $(RESULTS)
+	$(BIN)/python -m bench.report $(RESULTS) --save bench/results/cpu.json
 
 readme: build  ## fill the generated tables of README.md from the last `make bench`
 	$(BIN)/python scripts/update_readme.py
