@@ -1,4 +1,4 @@
-"""Selecting tokens from scores: top-k, two-tailed, adaptive mixture, mask compaction, and the entropy of a score vector."""
+"""Selecting tokens from scores: top-k, two-tailed, mixture, mask compaction, and the entropy of a score vector."""
 
 import math
 

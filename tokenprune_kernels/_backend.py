@@ -1,4 +1,4 @@
-"""Which implementation serves a call: the argument, else `use_backend`, else TOKENPRUNE_BACKEND, else the dispatcher."""
+"""Which implementation serves a call: the argument, else `use_backend`, TOKENPRUNE_BACKEND, or the dispatcher."""
 
 import os
 import threading
