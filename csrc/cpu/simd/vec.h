@@ -98,8 +98,12 @@ TOKENPRUNE_INLINE Vec<double> vec_exp(Vec<double> x) {
 }
 
 // Widen n elements to the arithmetic type.
-TOKENPRUNE_INLINE void widen(const float* from, int64_t n, float* to) { std::memcpy(to, from, n * sizeof(float)); }
-TOKENPRUNE_INLINE void widen(const double* from, int64_t n, double* to) { std::memcpy(to, from, n * sizeof(double)); }
+TOKENPRUNE_INLINE void widen(const float* from, int64_t n, float* to) {
+  if (n > 0) std::memcpy(to, from, n * sizeof(float));  // an empty tensor has no address
+}
+TOKENPRUNE_INLINE void widen(const double* from, int64_t n, double* to) {
+  if (n > 0) std::memcpy(to, from, n * sizeof(double));
+}
 TOKENPRUNE_INLINE void widen(const BFloat16* from, int64_t n, float* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
 }
