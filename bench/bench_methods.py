@@ -16,7 +16,7 @@ CASES = ("LLaVA-1.5-7B", "Qwen2.5-VL-7B@4096")
 
 
 def smooth_features(model: Model, width: int, generator: torch.Generator) -> Tensor:
-    """Visual tokens as redundant as real ones: a smooth random field over each crop's grid plus noise, [1, N, width]."""
+    """Visual tokens as redundant as real ones: a smooth random field over each crop plus noise, [1, N, width]."""
     crop_tokens = model.tokens // model.crops
     rows, columns = model.grid
     coarse = torch.randn(model.crops, width, max(rows // 4, 2), max(columns // 4, 2), generator=generator)

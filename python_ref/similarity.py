@@ -16,7 +16,9 @@ def _reduce(similarity: Tensor, valid: Tensor, reduction: str) -> Tensor:
     return torch.where(valid.any(-1), torch.where(valid, similarity, -torch.inf).amax(-1), 0)
 
 
-def cosine_scores(features: Tensor, queries: Tensor, *, query_mask: Tensor | None = None, reduction: str = "max") -> Tensor:
+def cosine_scores(
+    features: Tensor, queries: Tensor, *, query_mask: Tensor | None = None, reduction: str = "max"
+) -> Tensor:
     """max or mean over the valid queries of cos(feature, query): [B, N, C], [B, M, C] -> [B, N]."""
     valid = queries.new_ones(queries.shape[:2], dtype=torch.bool) if query_mask is None else query_mask
     return _reduce(normalize(features) @ normalize(queries).mT, valid, reduction)

@@ -118,8 +118,12 @@ TOKENPRUNE_INLINE Vec<float> vec_exp(Vec<float> x) {
 TOKENPRUNE_INLINE Vec<double> vec_exp(Vec<double> x) { return vec_exp_normal(x); }
 
 // Widen n elements to the arithmetic type.
-TOKENPRUNE_INLINE void widen(const float* from, int64_t n, float* to) { std::memcpy(to, from, n * sizeof(float)); }
-TOKENPRUNE_INLINE void widen(const double* from, int64_t n, double* to) { std::memcpy(to, from, n * sizeof(double)); }
+TOKENPRUNE_INLINE void widen(const float* from, int64_t n, float* to) {
+  if (n > 0) std::memcpy(to, from, n * sizeof(float));  // an empty tensor has no address
+}
+TOKENPRUNE_INLINE void widen(const double* from, int64_t n, double* to) {
+  if (n > 0) std::memcpy(to, from, n * sizeof(double));
+}
 // One vector of the arithmetic type from elements of any type.
 TOKENPRUNE_INLINE Vec<float> load_wide(const float* from) { return load(from); }
 TOKENPRUNE_INLINE Vec<double> load_wide(const double* from) { return load(from); }
