@@ -267,12 +267,12 @@ def test_zero_vectors_have_cosine_zero(backend: str) -> None:
 @over_backends
 def test_strides(backend: str) -> None:
     """Heads cut out of a fused projection, keys of a longer cache, masks and heads that are expanded."""
-    fused = torch.randn(2, 40, 3, 4, 16)
+    fused = torch.randn(2, 40, 3, 4, 80)  # keys lie 960 elements apart
     query, key = fused[:, 20:, 0].transpose(1, 2), fused[:, :, 1].transpose(1, 2)
     expected = tp.cross_attention_scores(query.contiguous(), key.contiguous(), backend=backend)
     for got, want in zip(tp.cross_attention_scores(query, key, backend=backend), expected, strict=True):
         assert torch.equal(got, want)
-    shared = key[:1, :1].expand(2, 4, 40, 16)
+    shared = key[:1, :1].expand(2, 4, 40, 80)
     mask = (torch.rand(1, 40) < 0.5).expand(2, 40)
     rows = (torch.rand(1, 20) < 0.5).expand(2, 20)
     expected = tp.cross_attention_scores(

@@ -34,17 +34,23 @@ inline AttentionPlan plan_attention(const AttentionShape& shape, int64_t width) 
   constexpr int64_t kBlockBytes = 4 << 20;    // logits and gathered probabilities of one block
   constexpr int64_t kSharedBytes = 16 << 20;  // gathered probabilities or partial scores that wait for a second phase
   const int64_t group = shape.query_heads / shape.key_heads;
+  const double products = 2.0 * shape.batch * shape.query_heads * shape.rows * shape.keys * shape.dim;
+  const double bytes = 1.0 * shape.batch * shape.key_heads * shape.keys * shape.dim * shape.element_size;
+  const int64_t wanted = std::clamp<int64_t>(static_cast<int64_t>(std::max(products / 4e6, bytes / 5e5)), 1, 16);
   AttentionPlan plan{};
   plan.few = group * shape.rows <= kAttentionFewLanes;
   plan.rows = shape.rows;
   if (!plan.few) {
     // The fewest vectors of lanes over all blocks; each block also streams all keys once, counted as a quarter vector.
     const int64_t kept = shape.scores ? shape.keys : 0;
+    // With few heads, blocks are what can be worked on side by side.
+    const int64_t side_by_side = std::min<int64_t>(wanted, 4), heads = shape.batch * shape.key_heads;
     int64_t best = 0;
     for (int64_t rows = 1; rows <= std::min<int64_t>(shape.rows, 128); ++rows) {
       const int64_t vectors = ceil_div(group * rows, width), full = shape.rows / rows, rest = shape.rows % rows;
       const int64_t bytes = kept * (vectors + ceil_div(rows, width)) * width * shape.wide_size;
       if (rows > 1 && (bytes > kBlockBytes || vectors * width > std::max<int64_t>(128, width))) break;
+      if (vectors > 1 && rows > 1 && heads * ceil_div(shape.rows, rows) < side_by_side) break;
       const int64_t cost = full * (4 * vectors + 1) + (rest ? 4 * ceil_div(group * rest, width) + 1 : 0);
       if (rows == 1 || cost <= best) {
         best = cost;
@@ -56,9 +62,6 @@ inline AttentionPlan plan_attention(const AttentionShape& shape, int64_t width) 
   plan.stride = plan.few ? round_up(shape.keys, width) : round_up(group * plan.rows, width);
   plan.gathered = plan.few ? plan.rows * plan.stride : shape.keys * round_up(plan.rows, width);
 
-  const double products = 2.0 * shape.batch * shape.query_heads * shape.rows * shape.keys * shape.dim;
-  const double bytes = 1.0 * shape.batch * shape.key_heads * shape.keys * shape.dim * shape.element_size;
-  const int64_t wanted = std::clamp<int64_t>(static_cast<int64_t>(std::max(products / 4e6, bytes / 5e5)), 1, 16);
   if (!shape.scores) {
     plan.groups = plan.blocks;
     plan.splits = shape.key_heads;

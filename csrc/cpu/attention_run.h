@@ -79,7 +79,7 @@ class AttentionRun {
     const int64_t query_size = plan_.few ? total * round_up(shape.dim, width) : plan_.stride * shape.dim;
     Workspace own;
     own_.query = own.reserve<A>(query_size);
-    own_.key = own.reserve<A>(plan_.few ? 0 : (std::is_same_v<T, A> ? 4 : kAttentionChunk) * block);
+    own_.key = own.reserve<A>(plan_.few ? 0 : std::max<int64_t>(4, std::min(keys(), kAttentionChunk)) * block);
     const int64_t kept = plan_.few ? total : shape.scores ? keys() : std::min(keys(), kAttentionChunk);
     own_.logits = own.reserve<A>(kept * plan_.stride + width);
     own_.factors = own.reserve<A>(plan_.few ? total : chunks * plan_.stride + width);

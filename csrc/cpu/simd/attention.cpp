@@ -78,17 +78,17 @@ void chunk_logits(const AttentionHead<T>& head, const AttentionSpace<A>& space, 
     const int64_t length = head.dim - start < kBlock ? head.dim - start : kBlock;
     const bool final = start + length == head.dim;
     const A factor = final && !head.key_norms ? head.scale : A(1);
-    const A* keys;
-    int64_t stride;
+    const A* keys = space.key;
+    int64_t stride = length;
+    bool copy = true;
     if constexpr (std::is_same_v<T, A>) {
-      keys = head.key + begin * head.key_stride + start;
-      stride = head.key_stride;
-    } else {
-      for (int64_t j = 0; j < n; ++j)
-        widen(head.key + (begin + j) * head.key_stride + start, length, space.key + j * length);
-      keys = space.key;
-      stride = length;
+      // Rows that lie far apart, such as 4096 elements, fall into the same few sets of the first-level cache.
+      copy = head.key_stride > kBlock;
+      if (!copy) keys = head.key + begin * head.key_stride + start;
+      if (!copy) stride = head.key_stride;
     }
+    for (int64_t j = 0; copy && j < n; ++j)
+      widen(head.key + (begin + j) * head.key_stride + start, length, space.key + j * length);
     for (int64_t lane = 0; lane < lanes; lane += kPanelLanes<A>) {
       const int64_t vecs = panel_vecs<A>(lane, lanes);
       const A* panel = space.query + lane * head.dim + start * vecs * kWidth<A>;

@@ -44,7 +44,7 @@ struct AttentionHead {
 template <class A>
 struct AttentionSpace {
   A* query;       // the rows, widened and transposed
-  A* key;         // one chunk of keys, widened
+  A* key;         // one chunk of keys, widened or copied
   A* logits;      // then exponentials
   A* factors;     // what makes them probabilities: [chunk][lane], or [lane]
   A* sums;        // [2][chunk][lane]

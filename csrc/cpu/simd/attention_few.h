@@ -12,6 +12,27 @@ constexpr int kFewRows = 3;  // 3 x 4 accumulators
 constexpr int kFewRows = 2;
 #endif
 
+// The sums of four vectors, each added up in the order of horizontal_sum.
+template <class A>
+TOKENPRUNE_INLINE void store_four_sums(const Vec<A> (&v)[4], A* out) {
+  if constexpr (kWidth<A> < 4) {
+    for (int j = 0; j < 4; ++j) out[j] = horizontal_sum<A>(v[j]);
+  } else {
+    using Quad = typename VectorOfBytes<A, 4 * sizeof(A)>::type;
+    typedef std::conditional_t<sizeof(A) == 8, int64_t, int32_t> Index;
+    using Order = typename VectorOfBytes<Index, 4 * sizeof(A)>::type;
+    Quad q[4];
+    for (int j = 0; j < 4; ++j) q[j] = fold<A, 4 * sizeof(A)>(v[j]);
+    const Quad first =
+        __builtin_shuffle(q[0], q[1], Order{0, 4, 1, 5}) + __builtin_shuffle(q[0], q[1], Order{2, 6, 3, 7});
+    const Quad second =
+        __builtin_shuffle(q[2], q[3], Order{0, 4, 1, 5}) + __builtin_shuffle(q[2], q[3], Order{2, 6, 3, 7});
+    const Quad sums =
+        __builtin_shuffle(first, second, Order{0, 1, 4, 5}) + __builtin_shuffle(first, second, Order{2, 3, 6, 7});
+    std::memcpy(out, &sums, sizeof sums);
+  }
+}
+
 // out[row * out_stride + j] = <query row, key j> for `keys` keys; the query rows are padded to whole vectors with
 // zeros.
 template <class T, int rows, int keys, class A = AttentionWide<T>>
@@ -48,9 +69,12 @@ TOKENPRUNE_INLINE void few_tile(const A* query, int64_t query_stride, int64_t di
     step(d, x);
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 8
-    for (int j = 0; j < keys; ++j) out[r * out_stride + j] = horizontal_sum<A>(sum[r][j]);
+  for (int r = 0; r < rows; ++r) {
+    if constexpr (keys == 4)
+      store_four_sums<A>(sum[r], out + r * out_stride);
+    else
+      for (int j = 0; j < keys; ++j) out[r * out_stride + j] = horizontal_sum<A>(sum[r][j]);
+  }
 }
 
 template <class T, int rows, class A = AttentionWide<T>>

@@ -51,13 +51,26 @@ template <class A>
 TOKENPRUNE_INLINE Vec<A> splat(A x) {
   return x - Vec<A>{};
 }
+template <class A, int bytes>
+struct VectorOfBytes {
+  typedef A type __attribute__((vector_size(bytes)));
+};
+// A vector folded onto `bytes` bytes: the upper half is added to the lower one until that size is reached.
+template <class A, int bytes, int from = kVectorBytes>
+TOKENPRUNE_INLINE auto fold(typename VectorOfBytes<A, from>::type v) {
+  if constexpr (from <= bytes) {
+    return v;
+  } else {
+    typename VectorOfBytes<A, from / 2>::type low, high;
+    std::memcpy(&low, &v, from / 2);
+    std::memcpy(&high, reinterpret_cast<const char*>(&v) + from / 2, from / 2);
+    return fold<A, bytes, from / 2>(low + high);
+  }
+}
 template <class A>
 TOKENPRUNE_INLINE A horizontal_sum(Vec<A> v) {  // pairwise, in a fixed order
-  A lanes[kWidth<A>];
-  std::memcpy(lanes, &v, sizeof v);
-  for (int half = kWidth<A> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+  const auto pair = fold<A, 2 * sizeof(A)>(v);
+  return pair[0] + pair[1];
 }
 // Keeps NaN, as torch.maximum does.
 template <class A>
