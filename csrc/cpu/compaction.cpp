@@ -47,14 +47,15 @@ Plan make_plan(const CompactSource& source, const Tensor& output, const IndexRow
   Plan plan{static_cast<const char*>(t.const_data_ptr()),
             static_cast<char*>(output.mutable_data_ptr()),
             element,
-            strides[source.dim] * element,
+            sizes[source.dim] > 1 ? strides[source.dim] * element : 0,
             false,
             loops.size(),
             0,
             1};
   bool in_run = true, plain_before = false;
   for (int64_t d = t.dim(); d-- > 0;) {
-    const int64_t size = sizes[d], stride = strides[d] * element;
+    // The stride of a dimension that is never walked may be anything, even too large for a number of bytes.
+    const int64_t size = sizes[d], stride = size > 1 ? strides[d] * element : 0;
     const bool token = d == source.dim, batch = d == source.batch_dim;
     if (size == 1 && !token) continue;
     in_run = in_run && !token && !batch && stride == plan.run;
