@@ -20,7 +20,7 @@ using AttentionWide = std::conditional_t<std::is_same_v<T, double>, double, floa
 // Keys whose exponentials share one maximum. The chunk's logits are still in the first-level cache when they are
 // exponentiated; the chunks' maxima meet in one factor per chunk and lane.
 constexpr int64_t kAttentionChunk = 96;
-constexpr int64_t kAttentionFewLanes = 6;  // up to here `few` is faster
+constexpr int64_t kAttentionFewLanes = 8;  // up to here `few` is faster
 
 template <class T>
 struct AttentionHead {
