@@ -318,8 +318,14 @@ void reduce_lanes(const AttentionReduce<A>& reduce, int64_t key_begin, int64_t k
 
 template <class T, class A = AttentionWide<T>>
 constexpr AttentionKernels<T> table() {
-  return {kWidth<A>,       norms<T>,       softmax_lanes<T>, gather_lanes<A>,
-          reduce_lanes<A>, softmax_few<T>, gather_few<A>,    reduce_few<A>};
+  return {kWidth<A> < 4 ? 4 : kWidth<A>,
+          norms<T>,
+          softmax_lanes<T>,
+          gather_lanes<A>,
+          reduce_lanes<A>,
+          softmax_few<T>,
+          gather_few<A>,
+          reduce_few<A>};
 }
 
 }  // namespace

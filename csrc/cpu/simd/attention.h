@@ -20,7 +20,7 @@ using AttentionWide = std::conditional_t<std::is_same_v<T, double>, double, floa
 // Keys whose exponentials share one maximum. The chunk's logits are still in the first-level cache when they are
 // exponentiated; the chunks' maxima meet in one factor per chunk and lane.
 constexpr int64_t kAttentionChunk = 96;
-constexpr int64_t kAttentionFewLanes = 6;  // up to here `few` is faster
+constexpr int64_t kAttentionFewLanes = 8;  // up to here `few` is faster
 
 template <class T>
 struct AttentionHead {
@@ -82,7 +82,7 @@ struct AttentionReduce {
 template <class T>
 struct AttentionKernels {
   using A = AttentionWide<T>;
-  int width;                                                                         // elements of a vector
+  int width;  // lanes come in multiples of it: the elements of a vector, at least 4
   void (*norms)(const T* rows, int64_t row_stride, int64_t n, int64_t dim, A* out);  // max(||row||, 1e-12)
   void (*softmax_lanes)(const AttentionHead<T>& head, const AttentionSpace<A>& space);
   void (*gather_lanes)(const AttentionGather<A>& gather, const AttentionSpace<A>& space);

@@ -19,16 +19,11 @@ TOKENPRUNE_INLINE void store_four_sums(const Vec<A> (&v)[4], A* out) {
     for (int j = 0; j < 4; ++j) out[j] = horizontal_sum<A>(v[j]);
   } else {
     using Quad = typename VectorOfBytes<A, 4 * sizeof(A)>::type;
-    typedef std::conditional_t<sizeof(A) == 8, int64_t, int32_t> Index;
-    using Order = typename VectorOfBytes<Index, 4 * sizeof(A)>::type;
     Quad q[4];
     for (int j = 0; j < 4; ++j) q[j] = fold<A, 4 * sizeof(A)>(v[j]);
-    const Quad first =
-        __builtin_shuffle(q[0], q[1], Order{0, 4, 1, 5}) + __builtin_shuffle(q[0], q[1], Order{2, 6, 3, 7});
-    const Quad second =
-        __builtin_shuffle(q[2], q[3], Order{0, 4, 1, 5}) + __builtin_shuffle(q[2], q[3], Order{2, 6, 3, 7});
-    const Quad sums =
-        __builtin_shuffle(first, second, Order{0, 1, 4, 5}) + __builtin_shuffle(first, second, Order{2, 3, 6, 7});
+    const Quad first = shuffle<0, 4, 1, 5>(q[0], q[1]) + shuffle<2, 6, 3, 7>(q[0], q[1]);
+    const Quad second = shuffle<0, 4, 1, 5>(q[2], q[3]) + shuffle<2, 6, 3, 7>(q[2], q[3]);
+    const Quad sums = shuffle<0, 1, 4, 5>(first, second) + shuffle<2, 3, 6, 7>(first, second);
     std::memcpy(out, &sums, sizeof sums);
   }
 }

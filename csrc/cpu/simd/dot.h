@@ -17,21 +17,20 @@ constexpr int64_t kBlock = 256;  // a block of the panel stays in the first-leve
 // to[d * to_stride + r] = rows[r][d] for four rows, in blocks of 4 x 4.
 template <class A>
 TOKENPRUNE_INLINE void transpose_four(const A* const (&rows)[4], int64_t dim, A* to, int64_t to_stride) {
-  typedef A Quad __attribute__((vector_size(4 * sizeof(A))));
-  typedef std::conditional_t<sizeof(A) == 8, int64_t, int32_t> Index;
-  typedef Index Order __attribute__((vector_size(4 * sizeof(A))));
   int64_t d = 0;
-  for (; d + 4 <= dim; d += 4) {
-    Quad q[4];
-    for (int r = 0; r < 4; ++r) std::memcpy(&q[r], rows[r] + d, sizeof(Quad));
-    const Quad low01 = __builtin_shuffle(q[0], q[1], Order{0, 4, 1, 5});
-    const Quad high01 = __builtin_shuffle(q[0], q[1], Order{2, 6, 3, 7});
-    const Quad low23 = __builtin_shuffle(q[2], q[3], Order{0, 4, 1, 5});
-    const Quad high23 = __builtin_shuffle(q[2], q[3], Order{2, 6, 3, 7});
-    const Quad columns[4] = {
-        __builtin_shuffle(low01, low23, Order{0, 1, 4, 5}), __builtin_shuffle(low01, low23, Order{2, 3, 6, 7}),
-        __builtin_shuffle(high01, high23, Order{0, 1, 4, 5}), __builtin_shuffle(high01, high23, Order{2, 3, 6, 7})};
-    for (int i = 0; i < 4; ++i) std::memcpy(to + (d + i) * to_stride, &columns[i], sizeof(Quad));
+  if constexpr (kWidth<A> >= 4) {
+    using Quad = typename VectorOfBytes<A, 4 * sizeof(A)>::type;
+    for (; d + 4 <= dim; d += 4) {
+      Quad q[4];
+      for (int r = 0; r < 4; ++r) std::memcpy(&q[r], rows[r] + d, sizeof(Quad));
+      const Quad low01 = shuffle<0, 4, 1, 5>(q[0], q[1]);
+      const Quad high01 = shuffle<2, 6, 3, 7>(q[0], q[1]);
+      const Quad low23 = shuffle<0, 4, 1, 5>(q[2], q[3]);
+      const Quad high23 = shuffle<2, 6, 3, 7>(q[2], q[3]);
+      const Quad columns[4] = {shuffle<0, 1, 4, 5>(low01, low23), shuffle<2, 3, 6, 7>(low01, low23),
+                               shuffle<0, 1, 4, 5>(high01, high23), shuffle<2, 3, 6, 7>(high01, high23)};
+      for (int i = 0; i < 4; ++i) std::memcpy(to + (d + i) * to_stride, &columns[i], sizeof(Quad));
+    }
   }
   for (; d < dim; ++d)
     for (int r = 0; r < 4; ++r) to[d * to_stride + r] = rows[r][d];

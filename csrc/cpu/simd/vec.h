@@ -72,6 +72,16 @@ TOKENPRUNE_INLINE A horizontal_sum(Vec<A> v) {  // pairwise, in a fixed order
   const auto pair = fold<A, 2 * sizeof(A)>(v);
   return pair[0] + pair[1];
 }
+// Four elements of the eight that a and b hold together.
+template <int i, int j, int k, int l, class Quad>
+TOKENPRUNE_INLINE Quad shuffle(Quad a, Quad b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, i, j, k, l);
+#else
+  using Order = decltype(a < b);
+  return __builtin_shuffle(a, b, Order{i, j, k, l});
+#endif
+}
 // Keeps NaN, as torch.maximum does.
 template <class A>
 TOKENPRUNE_INLINE Vec<A> vec_max(Vec<A> a, Vec<A> b) {
