@@ -28,5 +28,5 @@ for capability in ${CAPABILITIES:-avx512 avx2 baseline}; do
   echo "== sanitized tests, TOKENPRUNE_CPU_CAPABILITY=$capability"
   # Without capturing file descriptors: a sanitizer report goes to stderr of a process that then ends.
   TOKENPRUNE_CPU_CAPABILITY=$capability "$python" -m pytest -q -p no:cacheprovider --capture=sys \
-    tests/test_contract.py tests/test_errors.py tests/test_fuzz.py "$@"
+    tests/test_contract.py tests/test_contract_memory.py tests/test_errors.py tests/test_fuzz.py "$@"
 done

@@ -1,4 +1,4 @@
-"""Which implementation a call goes to: the argument, else `use_backend`, else TOKENPRUNE_BACKEND, else the dispatcher."""
+"""Which implementation serves a call: argument, else `use_backend`, else TOKENPRUNE_BACKEND, else the dispatcher."""
 
 import os
 import threading
