@@ -1,4 +1,4 @@
-"""The promises of the op contract that concern memory, threads and gradients: strides, offsets, untouched inputs, ..."""
+"""The promises of the op contract that concern memory, threads and gradients: strides, offsets, untouched inputs."""
 
 import functools
 import os
