@@ -15,10 +15,11 @@ ln -sfn ../python_ref tokenprune_kernels/reference  # what an installation maps
 
 TOKENPRUNE_SANITIZE=1 TOKENPRUNE_CPU=1 TOKENPRUNE_CUDA=0 "$python" setup.py -q build_ext --inplace
 
-asan=$("${CXX:-g++}" -print-file-name=libasan.so)
+library() { "${CXX:-g++}" -print-file-name="$1"; }
 # Python itself is not instrumented: the runtime comes first, and what the interpreter keeps until exit is no leak.
 # An allocation that is too large returns null, as it does without the sanitizer: the fuzz tests ask for some.
-export LD_PRELOAD=$asan
+# libstdc++ comes along, because the runtime looks for its __cxa_throw when it starts.
+export LD_PRELOAD="$(library libasan.so) $(library libstdc++.so.6)"
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:detect_odr_violation=1:strict_init_order=1
 export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 export PYTHONPATH=$copy PYTHONMALLOC=malloc TOKENPRUNE_POISON=1
@@ -27,5 +28,5 @@ for capability in ${CAPABILITIES:-avx512 avx2 baseline}; do
   echo "== sanitized tests, TOKENPRUNE_CPU_CAPABILITY=$capability"
   # Without capturing file descriptors: a sanitizer report goes to stderr of a process that then ends.
   TOKENPRUNE_CPU_CAPABILITY=$capability "$python" -m pytest -q -p no:cacheprovider --capture=sys \
-    tests/test_contract.py tests/test_errors.py tests/test_fuzz.py "$@"
+    tests/test_contract.py tests/test_contract_memory.py tests/test_errors.py tests/test_fuzz.py "$@"
 done

@@ -235,7 +235,7 @@ except tp.BackendUnavailableError as error:
 def test_without_the_library_the_contract_holds() -> None:
     chosen = "may_be_zero or beyond_the_tokens or no_gradient or test_errors or opcheck"
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen]
-    files = ["test_contract.py", "test_errors.py", "test_dispatch.py"]
+    files = ["test_contract.py", "test_contract_memory.py", "test_errors.py", "test_dispatch.py"]
     printed = assert_succeeds(*command, *files, TOKENPRUNE_TEST_WITHOUT_LIBRARY="1")
     assert " passed" in printed
     assert "failed" not in printed
