@@ -65,7 +65,7 @@ def test_max_min(race: Any, case: Any, kind: str) -> None:
         f"max-min, {model.name}, {kind}, {model.tokens}x{width} -> {model.keep}",
         contestants,
         check=same_picks,
-        target=("incremental loop", 2.5 if model.tokens < 1000 else 3.0),
+        target=("published loop", 2.5 if model.tokens < 1000 else 3.0),
         seconds=1.5,
     )
 

@@ -32,7 +32,7 @@ def duration(seconds: float) -> str:
 
 
 def cells(row: Row) -> tuple[str, str, str, str, str]:
-    target = f"{row.target:g}x" if row.target else ""
+    target = f"{row.target:.3g}x" if row.target else ""
     return row.case, duration(row.ours), row.baseline, f"{row.ratio:.2f}x", target
 
 

@@ -1,4 +1,4 @@
-"""Fill the generated tables of README.md: which op runs where (by running it), and the measured ratios.
+"""Fill the generated tables of README.md and docs/benchmarks.md: which op runs where (by running it), and the ratios.
 
 usage: python scripts/update_readme.py [--check]
 
@@ -20,10 +20,25 @@ import torch  # noqa: E402
 from op_samples import OPS, make, run  # noqa: E402
 
 import tokenprune_kernels as tp  # noqa: E402
-from bench.report import Row, duration  # noqa: E402
+from bench.report import HEADER, Row, cells, duration  # noqa: E402
 
 FLOATS = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 BACKENDS = ("cpu", "cuda", "triton", "reference")
+# The rows of the README's table; docs/benchmarks.md has all.
+LLAVA = "LLaVA-1.5-7B"
+SHOWN = (
+    (f"scores, {LLAVA}, M=64, float32", "reference"),
+    ("scores, Qwen2.5-VL-7B@4096, M=64, float32", "reference"),
+    ("scores, Qwen2.5-VL-7B@4096, M=64, float32", "QK^T alone"),
+    (f"max-min, {LLAVA}, image, 576x1024 -> 128", "published loop"),
+    ("max-min, LLaVA-NeXT-7B, image, 2880x4096 -> 320", "published loop"),
+    ("NMS 576x4096 K57 float32 patches", "published loop"),
+    ("28 layers of KV [B,H,T,D], Qwen2.5-VL-7B@4096, 4096 -> 910", "index_select"),
+    *(
+        (f"{method}, {LLAVA}, 128 of 576", "eager reference")
+        for method in ("coast", "sts_structure", "sts_semantics", "adafv", "zspaprune", "adaptprune")
+    ),
+)
 
 
 def runs_on(op: str, backend: str, dtype: torch.dtype) -> bool:
@@ -49,14 +64,24 @@ def support_table() -> str:
     return "\n".join(lines)
 
 
+def where(results: dict[str, Any]) -> str:
+    machine = f"{results['cpu']}, {results['threads']} threads, torch {results['torch']}, commit {results['commit']}"
+    return f"`{results['command']}` on {machine}; best of interleaved rounds, results checked for equality first."
+
+
 def bench_table(results: dict[str, Any]) -> str:
-    shown = [Row(**r) for r in results["rows"]]
-    shown = [r for r in shown if r.target is not None]
-    lines = ["| op, shape | ours | baseline | baseline / ours |", "|---|---|---|---|"]
-    lines += [f"| {r.case} | {duration(r.ours)} | {r.baseline} | **{r.ratio:.1f}x** |" for r in shown]
-    where = f"{results['cpu']}, {results['threads']} threads, torch {results['torch']}, commit {results['commit']}"
-    lines += ["", f"`{results['command']}` on {where}; best of interleaved rounds, results checked for equality first."]
-    return "\n".join(lines)
+    lines = ["| shape | ours | baseline | baseline / ours |", "|---|---|---|---|"]
+    rows = {(r["case"], r["baseline"]): Row(**r) for r in results["rows"]}
+    for case, baseline in SHOWN:
+        row = rows[case, baseline]
+        lines.append(f"| {case} | {duration(row.ours)} | {baseline} | **{row.ratio:.1f}x** |")
+    return "\n".join([*lines, "", where(results) + " All rows: [docs/benchmarks.md](docs/benchmarks.md)."])
+
+
+def benchmarks_page(results: dict[str, Any]) -> str:
+    lines = ["# Benchmarks", "", where(results), "", "| " + " | ".join(HEADER) + " |", "|---|---|---|---|---|"]
+    lines += ["| " + " | ".join(cells(Row(**r))) + " |" for r in results["rows"]]
+    return "\n".join(lines) + "\n"
 
 
 def fill(text: str, name: str, content: str) -> str:
@@ -72,13 +97,14 @@ def main() -> None:
     arguments = parser.parse_args()
     readme = ROOT / "README.md"
     old = readme.read_text()
-    new = fill(old, "support", support_table())
-    results = ROOT / "bench" / "results" / "cpu.json"
-    new = fill(new, "bench", bench_table(json.loads(results.read_text())))
+    results = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())
+    new = fill(fill(old, "support", support_table()), "bench", bench_table(results))
+    page, page_new = ROOT / "docs" / "benchmarks.md", benchmarks_page(results)
     if not arguments.check:
         readme.write_text(new)
-    elif old != new:
-        raise SystemExit("README.md is out of date: run python scripts/update_readme.py")
+        page.write_text(page_new)
+    elif old != new or page.read_text() != page_new:
+        raise SystemExit("README.md or docs/benchmarks.md is out of date: run python scripts/update_readme.py")
 
 
 if __name__ == "__main__":

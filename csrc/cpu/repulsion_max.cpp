@@ -112,7 +112,7 @@ void bring_up_all(Lazy<A>& lazy, std::vector<int64_t>& tokens, int64_t last, con
   int64_t work = 0;
   for (const int64_t i : tokens) work += std::min<int64_t>(last - lazy.seen[i], 12) * lazy.sample.dim;
   // There are hundreds of small batches: only one that outweighs a slow barrier by far is shared.
-  parallel_for(pieces, work >= 8 * kParallelWork ? 1 : pieces, [&](int64_t begin, int64_t end) {
+  parallel_for(pieces, work >= 2 * kParallelWork ? 1 : pieces, [&](int64_t begin, int64_t end) {
     const int64_t stop = std::min(end * kMaxPairRows, count);
     for (int64_t at = begin * kMaxPairRows; at < stop;) {
       int64_t next = at + 1;
