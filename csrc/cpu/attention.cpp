@@ -10,25 +10,10 @@
 
 namespace tokenprune {
 
-#define TOKENPRUNE_ATTENTION_TABLES                    \
-  extern const AttentionKernels<float> attention_f32;  \
-  extern const AttentionKernels<double> attention_f64; \
-  extern const AttentionKernels<Half> attention_f16;   \
-  extern const AttentionKernels<BFloat16> attention_bf16;
-namespace baseline {
-TOKENPRUNE_ATTENTION_TABLES
-}
-#if defined(__x86_64__)
-namespace avx2 {
-TOKENPRUNE_ATTENTION_TABLES
-}
-namespace avx512 {
-TOKENPRUNE_ATTENTION_TABLES
-}
-#define TOKENPRUNE_CHOOSE(table) choose(baseline::table, &avx2::table, &avx512::table)
-#else
-#define TOKENPRUNE_CHOOSE(table) baseline::table
-#endif
+TOKENPRUNE_TABLE(AttentionKernels<float>, attention_f32)
+TOKENPRUNE_TABLE(AttentionKernels<double>, attention_f64)
+TOKENPRUNE_TABLE(AttentionKernels<Half>, attention_f16)
+TOKENPRUNE_TABLE(AttentionKernels<BFloat16>, attention_bf16)
 
 template <class T>
 const AttentionKernels<T>& attention_kernels() {

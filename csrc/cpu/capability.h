@@ -17,4 +17,26 @@ const Table& choose(const Table& baseline, const Table* avx2, const Table* avx51
   return baseline;
 }
 
+// TOKENPRUNE_TABLE(RowKernels<float>, rows_f32) declares a table that a file in cpu/simd defines once per capability,
+// in the namespaces of that name; TOKENPRUNE_CHOOSE(rows_f32) is the one for this machine.
+#if defined(__x86_64__)
+#define TOKENPRUNE_TABLE(type, name) \
+  namespace baseline {               \
+  extern const type name;            \
+  }                                  \
+  namespace avx2 {                   \
+  extern const type name;            \
+  }                                  \
+  namespace avx512 {                 \
+  extern const type name;            \
+  }
+#define TOKENPRUNE_CHOOSE(name) choose(baseline::name, &avx2::name, &avx512::name)
+#else
+#define TOKENPRUNE_TABLE(type, name) \
+  namespace baseline {               \
+  extern const type name;            \
+  }
+#define TOKENPRUNE_CHOOSE(name) baseline::name
+#endif
+
 }  // namespace tokenprune

@@ -12,23 +12,8 @@
 
 namespace tokenprune {
 
-namespace baseline {
-extern const RepulsionKernels<float> repulsion_f32;
-extern const RepulsionKernels<double> repulsion_f64;
-}  // namespace baseline
-#if defined(__x86_64__)
-namespace avx2 {
-extern const RepulsionKernels<float> repulsion_f32;
-extern const RepulsionKernels<double> repulsion_f64;
-}  // namespace avx2
-namespace avx512 {
-extern const RepulsionKernels<float> repulsion_f32;
-extern const RepulsionKernels<double> repulsion_f64;
-}  // namespace avx512
-#define TOKENPRUNE_CHOOSE(table) choose(baseline::table, &avx2::table, &avx512::table)
-#else
-#define TOKENPRUNE_CHOOSE(table) baseline::table
-#endif
+TOKENPRUNE_TABLE(RepulsionKernels<float>, repulsion_f32)
+TOKENPRUNE_TABLE(RepulsionKernels<double>, repulsion_f64)
 
 template <>
 const RepulsionKernels<float>& repulsion_kernels<float>() {

@@ -4,23 +4,8 @@
 
 namespace tokenprune {
 
-namespace baseline {
-extern const RowKernels<float> rows_f32;
-extern const RowKernels<double> rows_f64;
-}  // namespace baseline
-#if defined(__x86_64__)
-namespace avx2 {
-extern const RowKernels<float> rows_f32;
-extern const RowKernels<double> rows_f64;
-}  // namespace avx2
-namespace avx512 {
-extern const RowKernels<float> rows_f32;
-extern const RowKernels<double> rows_f64;
-}  // namespace avx512
-#define TOKENPRUNE_CHOOSE(table) choose(baseline::table, &avx2::table, &avx512::table)
-#else
-#define TOKENPRUNE_CHOOSE(table) baseline::table
-#endif
+TOKENPRUNE_TABLE(RowKernels<float>, rows_f32)
+TOKENPRUNE_TABLE(RowKernels<double>, rows_f64)
 
 template <>
 const RowKernels<float>& row_kernels<float>() {
