@@ -154,6 +154,26 @@ def test_first_pick(dtype: torch.dtype, backend: str) -> None:
     assert lowest.squeeze(1).tolist() == mask.int().argmax(1).tolist()
 
 
+@over_backends
+@pytest.mark.parametrize("n", [65, 3072, 3073], ids=["few tokens", "all cosines stored", "cosines block by block"])
+def test_isolated_start_over_many_tokens(n: int, backend: str) -> None:
+    """The kernel stores the cosines of all pairs up to 3072 tokens; cosines here are exact, so the picks are too."""
+    generator = torch.Generator().manual_seed(n)
+    features = exact_features(generator, 1, n, 40)
+    mask = torch.rand(1, n, generator=generator) < 0.9
+    unit = torch.nn.functional.normalize(features.double(), dim=-1)
+    others = mask & ~torch.eye(n, dtype=torch.bool)
+    start = torch.where(mask, torch.where(others, unit @ unit.mT, -torch.inf).amax(-1), torch.inf)
+    indices, counts = tp.repulsion_sample(features, 6, mask=mask, first="isolated", backend=backend)
+    assert counts.tolist() == [6]
+    assert indices[0, 0] == (start == start.amin()).int().argmax()
+    for step in range(1, 6):
+        chosen = indices[0, :step]
+        largest = (unit @ unit[:, chosen].mT).amax(-1)
+        largest = torch.where(mask, largest, torch.inf).scatter(1, chosen.unsqueeze(0), torch.inf)
+        assert indices[0, step] == (largest == largest.amin()).int().argmax()
+
+
 @over_aggregates
 @over_potentials
 @pytest.mark.parametrize("channels", [1, 72, 300])

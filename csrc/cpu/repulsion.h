@@ -14,6 +14,7 @@
 
 namespace tokenprune {
 
+constexpr int64_t kGramTokens = 3072;       // up to here sample_gram may store a cosine per pair of tokens
 constexpr int64_t kParallelWork = 1 << 17;  // multiply-adds that are worth a second thread
 
 inline int64_t padded(int64_t n) { return (n + kRowMultiple - 1) / kRowMultiple * kRowMultiple; }
@@ -63,6 +64,38 @@ A squared_distance(const Sample<A>& s, int64_t i, int64_t j) {
   return sum;
 }
 
+// For max: what a token keeps of the selected ones it has met, the largest cosine or the smallest r2 (phi falls with
+// r2), starting from nothing_met, and its U.
+template <class A>
+A nothing_met(const Sample<A>& s) {
+  const A infinite = std::numeric_limits<A>::infinity();
+  return s.potential == Potential::kCosine ? -infinite : infinite;
+}
+
+template <class A>
+void meet(const Sample<A>& s, A cosine, int64_t i, int64_t j, A& extreme) {
+  if (s.potential == Potential::kCosine) {
+    extreme = nan_max(extreme, cosine);
+    return;
+  }
+  A r2 = s.weights.feature * 2 * (1 - cosine);
+  if (s.positions != nullptr) r2 += s.weights.position * squared_distance(s, i, j);
+  // exp(-inf / inf) is NaN although the smallest r2 may be finite.
+  if (s.potential == Potential::kGaussian && r2 > std::numeric_limits<A>::max() && !(s.weights.two_sigma2 < r2))
+    r2 = std::numeric_limits<A>::quiet_NaN();
+  extreme = -nan_max(static_cast<A>(-extreme), static_cast<A>(-r2));
+}
+
+template <class A>
+A objective_of(const Sample<A>& s, int64_t i, A extreme) {
+  // With weights 0 and 1 the second term of r2 is `extreme` itself.
+  const PotentialWeights<A> w{0, 1, s.weights.half_exponent, s.weights.epsilon, s.weights.two_sigma2};
+  A value = extreme;
+  if (s.potential == Potential::kRiesz) value = potential<Potential::kRiesz>(A(1), extreme, w);
+  if (s.potential == Potential::kGaussian) value = potential<Potential::kGaussian>(A(1), extreme, w);
+  return s.energy == nullptr ? value : value + s.energy[i];
+}
+
 // The best available token, or -1.
 template <class A>
 int64_t best_of(const A* value, const std::vector<char>& available, int64_t n) {
@@ -96,10 +129,13 @@ std::vector<int64_t> start_with_seeds(const Sample<A>& s, std::vector<char>& ava
 template <class A>
 int64_t first_pick(const Sample<A>& s, const std::vector<char>& available, A* objective);
 
-// Both write the picks to s.out, in order, and return how many there are.
+// They write the picks to s.out, in order, and return how many there are.
 template <class A>
 int64_t sample_max(const Sample<A>& s);
 template <class A>
 int64_t sample_sum(const Sample<A>& s);
+// sample_max from the most isolated token, with all cosines in memory.
+template <class A>
+int64_t sample_gram(const Sample<A>& s, std::vector<char>& available);
 
 }  // namespace tokenprune

@@ -15,22 +15,20 @@ struct Lazy {
   std::vector<int64_t> selected;
   std::vector<const A*> selected_rows;
   std::vector<int64_t> seen;  // how many of the selected tokens this one has met
-  std::vector<A> extreme;     // over those: the largest cosine, or the smallest r2 (phi falls with r2)
+  std::vector<A> extreme;     // over those, see meet
   std::vector<A> bound;       // U over those
   std::vector<int64_t> batch;
 };
 
 template <class A>
 Lazy<A> start_lazy(const Sample<A>& s, std::vector<int64_t> selected) {
-  const A infinite = std::numeric_limits<A>::infinity(),
-          none = s.potential == Potential::kCosine ? -infinite : infinite;
   std::vector<const A*> rows;
   for (const int64_t i : selected) rows.push_back(s.row(i));
   return {s,
           std::move(selected),
           std::move(rows),
           std::vector<int64_t>(s.n),
-          std::vector<A>(s.n, none),
+          std::vector<A>(s.n, nothing_met(s)),
           std::vector<A>(s.n),
           {}};
 }
@@ -43,30 +41,6 @@ Rank<A> worst_rank() {
 template <class A>
 bool worse(const Rank<A>& a, const Rank<A>& b) {
   return b < a;
-}
-
-template <class A>
-void meet(const Sample<A>& s, A cosine, int64_t i, int64_t j, A& extreme) {
-  if (s.potential == Potential::kCosine) {
-    extreme = nan_max(extreme, cosine);
-    return;
-  }
-  A r2 = s.weights.feature * 2 * (1 - cosine);
-  if (s.positions != nullptr) r2 += s.weights.position * squared_distance(s, i, j);
-  // exp(-inf / inf) is NaN although the smallest r2 may be finite.
-  if (s.potential == Potential::kGaussian && r2 > std::numeric_limits<A>::max() && !(s.weights.two_sigma2 < r2))
-    r2 = std::numeric_limits<A>::quiet_NaN();
-  extreme = -nan_max(static_cast<A>(-extreme), static_cast<A>(-r2));
-}
-
-template <class A>
-A objective_of(const Sample<A>& s, int64_t i, A extreme) {
-  // With weights 0 and 1 the second term of r2 is `extreme` itself.
-  const PotentialWeights<A> w{0, 1, s.weights.half_exponent, s.weights.epsilon, s.weights.two_sigma2};
-  A value = extreme;
-  if (s.potential == Potential::kRiesz) value = potential<Potential::kRiesz>(A(1), extreme, w);
-  if (s.potential == Potential::kGaussian) value = potential<Potential::kGaussian>(A(1), extreme, w);
-  return s.energy == nullptr ? value : value + s.energy[i];
 }
 
 // Let up to kMaxPairRows tokens meet the selected ones in [their `seen`, last), in portions, and stop early once every
@@ -259,6 +233,7 @@ int64_t sample_max(const Sample<A>& s) {
     lazy.selected_rows.push_back(s.row(i));
   };
   if (lazy.selected.empty()) {
+    if (s.energy == nullptr && s.first == FirstPick::kIsolated && s.n <= kGramTokens) return sample_gram(s, available);
     const int64_t i = first_pick(s, available, lazy.bound.data());
     if (i < 0) return 0;
     select(i);
