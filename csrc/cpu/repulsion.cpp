@@ -1,7 +1,7 @@
 // CPU kernel of repulsion_sample: repulsion_max.cpp and repulsion_sum.cpp, which never form an N x N matrix, and
 // repulsion_gram.cpp for the one start that compares all pairs anyway. All products that enter U come from one kernel
-// per strategy, whose bits do not depend on the batch or the thread, so that identical tokens get identical U and tie as
-// the contract says.
+// per strategy, whose bits do not depend on the batch or the thread, so that identical tokens get identical U and tie
+// as the contract says.
 #include "cpu/repulsion.h"
 
 #include <torch/csrc/stable/library.h>
