@@ -1,10 +1,13 @@
-"""Every example in a docstring runs, and every public function has one."""
+"""Every example in a docstring or the README runs, and every public function has one."""
 
 import doctest
 import importlib
 import inspect
 import pkgutil
+import re
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +42,15 @@ def test_examples_run(name: str) -> None:
     torch.manual_seed(0)
     result = doctest.testmod(module, optionflags=OPTIONS)
     assert result.failed == 0, f"{result.failed} of {result.attempted} examples of {name} failed: see the output"
+
+
+def test_examples_of_the_readme_run() -> None:
+    readme = Path(__file__).resolve().parent.parent / "README.md"
+    names: dict[str, Any] = {}
+    for example in re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL):
+        exec(example, names)
+    assert names["kept"].shape == (1, 910, 3584)
+    assert names["selection"].counts.tolist() == [910]
 
 
 PUBLIC = [f"tokenprune_kernels.{name}" for name in tp.__all__ if inspect.isfunction(getattr(tp, name))] + [
