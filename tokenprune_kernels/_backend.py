@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _registry
+from . import _registry, reference
 from ._schemas import SCHEMAS
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
@@ -30,9 +30,9 @@ _from_environment = os.environ.get("TOKENPRUNE_BACKEND") or "auto"
 # Called through the package, references carry no gradient either; gather_compact is differentiable everywhere.
 _references = SimpleNamespace(
     **{
-        name: getattr(_registry.reference, name)
+        name: getattr(reference, name)
         if name == "gather_compact"
-        else torch.no_grad()(getattr(_registry.reference, name))
+        else torch.no_grad()(getattr(reference, name))
         for name in SCHEMAS
     }
 )

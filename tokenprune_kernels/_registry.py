@@ -3,12 +3,13 @@
 import functools
 import importlib
 import json
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from . import _autograd, _checks, _fakes, _vmap, reference
+from . import _autograd, _fakes, _vmap, reference
 from ._schemas import SCHEMAS
 
 _library: torch.library.Library | None = None  # keeps the registrations alive
@@ -74,6 +75,10 @@ def load() -> None:
         _load_error = "no compiled library was built: no C++ compiler at installation, or TOKENPRUNE_CPU=0"
     except ImportError as error:
         _load_error = str(error)
+    if _binary is None:
+        warnings.warn(
+            f"tokenprune_kernels runs on its slow PyTorch references: {_load_error}", RuntimeWarning, stacklevel=3
+        )
     _library = torch.library.Library("tokenprune", "FRAGMENT")
     for name, schema in SCHEMAS.items():
         if _binary is None:
@@ -89,5 +94,3 @@ def load() -> None:
     _autograd.register(_library)
     _vmap.register(_library)
 
-
-__all__ = ["_checks", "build_info", "compiled", "load", "load_error", "reference"]
