@@ -1,7 +1,11 @@
 """What every test file shares: the backends that run here, the dtypes, and the tolerance rule."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +20,8 @@ BACKENDS = tuple(name for name in ("cpu", "reference") if tp.config()["backends"
 
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 over_backends = pytest.mark.parametrize("backend", BACKENDS)
+compiled = pytest.mark.skipif("cpu" not in BACKENDS, reason="the compiled library is not loaded")
+over_capabilities = pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
 
 
 def run_python(backend: str, op: str, *args: Any, **kwargs: Any) -> Any:
@@ -42,3 +48,18 @@ def assert_as_good_as_torch(got: Tensor, exact: Tensor, plain: Tensor, scale: fl
     allowed = (plain.double() - exact)[finite].abs().max() if finite.any() else torch.zeros(())
     floor = 16 * torch.finfo(got.dtype).eps * scale
     assert error <= 2 * allowed + floor, f"error {error:.3e}, plain PyTorch {allowed:.3e}, floor {floor:.3e}"
+
+
+def run_with_capability(capability: str, script: str) -> list[str]:
+    """The lines a Python script prints in a process of its own whose CPU kernels use this instruction set."""
+    say = "from tokenprune_kernels import _registry\nprint(_registry.build_info()['cpu_capability'])\n"
+    environment = {**os.environ, "TOKENPRUNE_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", say + script], env=environment, cwd=Path(__file__).parent.parent,
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    chosen, *lines = run.stdout.splitlines()
+    if chosen != capability:
+        pytest.skip(f"this machine has {chosen}, not {capability}")
+    return lines

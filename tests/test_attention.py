@@ -6,14 +6,13 @@ the logit, is the relative error of its probability. The sums over dimension, ke
 """
 
 import math
-import os
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 import torch
-from cases import assert_as_good_as_torch, over_backends, over_dtypes
+from cases import assert_as_good_as_torch, compiled, over_backends, over_capabilities, over_dtypes, run_with_capability
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -313,9 +312,10 @@ def test_same_bits_for_any_number_of_threads(shape: tuple[int, ...], options: di
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+@compiled
+@over_capabilities
 def test_every_instruction_set(capability: str) -> None:
-    """In a process each, because the choice is made once; a machine without the set runs the best one that it has."""
+    """In a process each, because the choice is made once."""
     script = """
 import torch, tokenprune_kernels as tp
 torch.manual_seed(0)
@@ -327,10 +327,9 @@ for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             for got, want in zip(tp.cross_attention_scores(q, k, **options),
                                  tp.reference.cross_attention_scores(q.double(), k.double(), **options)):
                 torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+print("done")
 """
-    environment = os.environ | {"TOKENPRUNE_CPU_CAPABILITY": capability}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    assert run_with_capability(capability, script) == ["done"]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory of the process from /proc")

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -15,10 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tokenprune_kernels as tp
-from tests.cases import BACKENDS, DTYPES, over_backends, over_dtypes
+from tests.cases import BACKENDS, DTYPES, compiled, over_backends, over_capabilities, over_dtypes, run_with_capability
 
 INF, NAN = math.inf, math.nan
-compiled = pytest.mark.skipif("cpu" not in BACKENDS, reason="the compiled library is not loaded")
 reference = tp.reference.spatial_semantic_nms
 
 
@@ -384,36 +380,23 @@ import json, torch
 import tokenprune_kernels as tp
 from tests.test_nms import clustered, error_of, grid, reference
 from tests.cases import DTYPES
-from tokenprune_kernels import _registry
 torch.manual_seed(0)
-report = {"capability": _registry.build_info()["cpu_capability"], "cases": []}
+report = []
 for dtype in DTYPES:
     for channels in (1, 31, 72, 80, 257):
         inputs = (torch.rand(1, 81).to(dtype), clustered(1, 81, channels).to(dtype), grid(9, 9).to(dtype))
         got = tp.spatial_semantic_nms(*inputs, 60, backend="cpu")
         shortfall, error = error_of(got, *inputs)
         allowed = 2 * error_of(reference(*inputs, 60), *inputs)[1] + 16 * torch.finfo(got[1].dtype).eps
-        report["cases"].append([str(dtype), channels, error / allowed, shortfall / allowed])
+        report.append([str(dtype), channels, error / allowed, shortfall / allowed])
 print(json.dumps(report))
 """
 
 
 @compiled
-@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+@over_capabilities
 def test_every_cpu_capability(capability: str) -> None:
-    environment = {**os.environ, "TOKENPRUNE_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", PER_CAPABILITY],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    report = json.loads(run.stdout.splitlines()[-1])
-    if report["capability"] != capability:
-        pytest.skip(f"this machine has {report['capability']}, not {capability}")
-    for dtype, channels, error, shortfall in report["cases"]:
+    (line,) = run_with_capability(capability, PER_CAPABILITY)
+    for dtype, channels, error, shortfall in json.loads(line):
         assert error <= 1, (dtype, channels)
         assert shortfall <= 2, (dtype, channels)

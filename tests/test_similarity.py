@@ -1,10 +1,6 @@
 """cosine_scores and contrastive_scores: against the float64 reference, their identities, the edges of their domain."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,11 +9,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tokenprune_kernels as tp
-from tests.cases import BACKENDS, assert_as_good_as_torch, over_backends, over_dtypes
+from tests.cases import (
+    BACKENDS,
+    assert_as_good_as_torch,
+    compiled,
+    over_backends,
+    over_capabilities,
+    over_dtypes,
+    run_with_capability,
+)
 
 INF, NAN = math.inf, math.nan
 REDUCTIONS = ("max", "mean")
-compiled = pytest.mark.skipif("cpu" not in BACKENDS, reason="the compiled library is not loaded")
 over_reductions = pytest.mark.parametrize("reduction", REDUCTIONS)
 reference = tp.reference
 
@@ -252,7 +255,6 @@ PER_CAPABILITY = """
 import json, torch
 from tests.cases import DTYPES
 from tests.test_similarity import REDUCTIONS, check_contrastive, check_cosine, index_list
-from tokenprune_kernels import _registry
 torch.manual_seed(0)
 for dtype in DTYPES:
     for channels in (1, 72, 270):
@@ -261,23 +263,11 @@ for dtype in DTYPES:
             for reduction in REDUCTIONS:
                 check_cosine(features, queries, torch.rand(2, m) < 0.9, reduction, "cpu")
             check_contrastive(features, index_list(2, 59, m), index_list(2, 59, m), "cpu")
-print(json.dumps(_registry.build_info()["cpu_capability"]))
+print("done")
 """
 
 
 @compiled
-@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+@over_capabilities
 def test_every_cpu_capability(capability: str) -> None:
-    environment = {**os.environ, "TOKENPRUNE_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", PER_CAPABILITY],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    chosen = json.loads(run.stdout.splitlines()[-1])
-    if chosen != capability:
-        pytest.skip(f"this machine has {chosen}, not {capability}")
+    assert run_with_capability(capability, PER_CAPABILITY) == ["done"]

@@ -30,9 +30,7 @@ _from_environment = os.environ.get("TOKENPRUNE_BACKEND") or "auto"
 # Called through the package, references carry no gradient either; gather_compact is differentiable everywhere.
 _references = SimpleNamespace(
     **{
-        name: getattr(reference, name)
-        if name == "gather_compact"
-        else torch.no_grad()(getattr(reference, name))
+        name: getattr(reference, name) if name == "gather_compact" else torch.no_grad()(getattr(reference, name))
         for name in SCHEMAS
     }
 )

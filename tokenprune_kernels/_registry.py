@@ -93,4 +93,3 @@ def load() -> None:
             _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     _autograd.register(_library)
     _vmap.register(_library)
-
