@@ -26,8 +26,4 @@ auto dispatch_floating(ScalarType dtype, F&& f) {
   }
 }
 
-// The type arithmetic is done in: double for double, float for everything narrower.
-template <class T>
-using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 }  // namespace tokenprune

@@ -376,10 +376,8 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 
 
 PER_CAPABILITY = """
-import json, torch
-import tokenprune_kernels as tp
-from tests.test_nms import clustered, error_of, grid, reference
-from tests.cases import DTYPES
+import json, torch, tokenprune_kernels as tp
+from tests.test_nms import DTYPES, clustered, error_of, grid, reference
 torch.manual_seed(0)
 report = []
 for dtype in DTYPES:

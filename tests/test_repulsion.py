@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BACKENDS, DTYPES, over_backends, over_dtypes
+from cases import DTYPES, compiled, over_backends, over_capabilities, over_dtypes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -295,8 +295,8 @@ def test_threads_and_batch_do_not_matter(aggregate: str, potential: str) -> None
     assert tp.repulsion_sample(features[1:2], 150, **alone)[0].tolist() == results[0][0][1:2].tolist()
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="the compiled library is not loaded")
-@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+@compiled
+@over_capabilities
 def test_every_capability(capability: str) -> None:
     """A capability that the machine lacks falls back to the best one it has, which passes just the same."""
     selected = "real_size or (identical and float32 and 72) or (test_replay and float32 and cpu)"
@@ -320,7 +320,7 @@ print(peak() - before)
 """
 
 
-@pytest.mark.skipif("cpu" not in BACKENDS, reason="the compiled library is not loaded")
+@compiled
 def test_no_gram_matrix_of_many_tokens() -> None:
     """N x N floats would take 550 MiB here; the rows that are kept take 24 MiB and the rest is of the order of N."""
     environment = {k: v for k, v in os.environ.items() if k != "TOKENPRUNE_POISON"}

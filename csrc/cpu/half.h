@@ -16,6 +16,10 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+// The type arithmetic is done in: double for double, float for everything narrower.
+template <class T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
 __attribute__((always_inline)) inline float bits_to_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);

@@ -13,13 +13,13 @@ int64_t panel_vecs(int64_t lane, int64_t lanes) {  // panels are two vectors wid
   return lanes - lane > kWidth<A> ? 2 : 1;
 }
 
-template <class T, class A = AttentionWide<T>>
+template <class T, class A = Wide<T>>
 void norms(const T* rows, int64_t row_stride, int64_t n, int64_t dim, A* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = norm_of(rows + i * row_stride, dim);
 }
 
 // Rows to panels, in the arithmetic type; missing lanes are zero.
-template <class T, class A = AttentionWide<T>>
+template <class T, class A = Wide<T>>
 void pack_queries(const AttentionHead<T>& head, const AttentionSpace<A>& space) {
   const int64_t total = head.group * head.rows, dim = head.dim, block = dim < kBlock ? dim : kBlock;
   for (int64_t lane = 0; lane < space.lanes; lane += 4) {
@@ -59,7 +59,7 @@ void pack_queries(const AttentionHead<T>& head, const AttentionSpace<A>& space) 
 }
 
 // logits[key][lane] of the keys [begin, end) of the head, written to `out`; -inf where a key is not visible.
-template <class T, class A = AttentionWide<T>>
+template <class T, class A = Wide<T>>
 void chunk_logits(const AttentionHead<T>& head, const AttentionSpace<A>& space, int64_t begin, int64_t end, A* out) {
   const int64_t lanes = space.lanes, n = end - begin, total = head.group * head.rows;
   const A hidden = -__builtin_inff();
@@ -173,7 +173,7 @@ void chunk_probabilities(A* logits, int64_t n, int64_t lanes, const A* lse) {
 
 // The chunks' statistics of every lane become its lse and entropy, and `top` the factors that make probabilities of
 // the chunks' exponentials. Returns true when a lane holds NaN or +inf logits, whose statistics need another pass.
-template <class T, class A = AttentionWide<T>>
+template <class T, class A = Wide<T>>
 bool finish(const AttentionHead<T>& head, A* top, const A* sum, const A* weighted, int64_t chunks, int64_t lanes) {
   bool special = false;
   for (int64_t v = 0; v < lanes; v += kWidth<A>) {
@@ -212,7 +212,7 @@ bool finish(const AttentionHead<T>& head, A* top, const A* sum, const A* weighte
 }
 
 // The lse of lanes with NaN or +inf logits, as torch.logsumexp has it: NaN, or +inf without any NaN.
-template <class T, class A = AttentionWide<T>>
+template <class T, class A = Wide<T>>
 void finish_special(const AttentionHead<T>& head, const AttentionSpace<A>& space, A* top) {
   const int64_t total = head.group * head.rows;
   for (int64_t l = 0; l < total; ++l) top[l] = -__builtin_inff();
@@ -233,7 +233,7 @@ void finish_special(const AttentionHead<T>& head, const AttentionSpace<A>& space
   }
 }
 
-template <class T, class A = AttentionWide<T>>
+template <class T, class A = Wide<T>>
 void softmax_lanes(const AttentionHead<T>& head, const AttentionSpace<A>& space) {
   const int64_t lanes = space.lanes, chunks = (head.keys + kAttentionChunk - 1) / kAttentionChunk;
   A *top = space.factors, *sum = space.sums, *weighted = sum + chunks * lanes;
@@ -316,7 +316,7 @@ void reduce_lanes(const AttentionReduce<A>& reduce, int64_t key_begin, int64_t k
   }
 }
 
-template <class T, class A = AttentionWide<T>>
+template <class T, class A = Wide<T>>
 constexpr AttentionKernels<T> table() {
   return {kWidth<A> < 4 ? 4 : kWidth<A>,
           norms<T>,

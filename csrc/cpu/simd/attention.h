@@ -14,9 +14,6 @@
 
 namespace tokenprune {
 
-template <class T>
-using AttentionWide = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 // Keys whose exponentials share one maximum. The chunk's logits are still in the first-level cache when they are
 // exponentiated; the chunks' maxima meet in one factor per chunk and lane.
 constexpr int64_t kAttentionChunk = 96;
@@ -24,7 +21,7 @@ constexpr int64_t kAttentionFewLanes = 8;  // up to here `few` is faster
 
 template <class T>
 struct AttentionHead {
-  using A = AttentionWide<T>;
+  using A = Wide<T>;
   const T* query;
   int64_t query_head_stride, query_row_stride;
   const T* key;
@@ -81,7 +78,7 @@ struct AttentionReduce {
 
 template <class T>
 struct AttentionKernels {
-  using A = AttentionWide<T>;
+  using A = Wide<T>;
   int width;  // lanes come in multiples of it: the elements of a vector, at least 4
   void (*norms)(const T* rows, int64_t row_stride, int64_t n, int64_t dim, A* out);  // max(||row||, 1e-12)
   void (*softmax_lanes)(const AttentionHead<T>& head, const AttentionSpace<A>& space);

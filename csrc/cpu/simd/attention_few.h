@@ -30,7 +30,7 @@ TOKENPRUNE_INLINE void store_four_sums(const Vec<A> (&v)[4], A* out) {
 
 // out[row * out_stride + j] = <query row, key j> for `keys` keys; the query rows are padded to whole vectors with
 // zeros.
-template <class T, int rows, int keys, class A = AttentionWide<T>>
+template <class T, int rows, int keys, class A = Wide<T>>
 TOKENPRUNE_INLINE void few_tile(const A* query, int64_t query_stride, int64_t dim, const T* key, int64_t key_stride,
                                 A* out, int64_t out_stride) {
   constexpr int width = kWidth<A>;
@@ -72,7 +72,7 @@ TOKENPRUNE_INLINE void few_tile(const A* query, int64_t query_stride, int64_t di
   }
 }
 
-template <class T, int rows, class A = AttentionWide<T>>
+template <class T, int rows, class A = Wide<T>>
 void few_dots(const A* query, int64_t query_stride, const AttentionHead<T>& head, int64_t begin, int64_t end, A* out,
               int64_t out_stride) {
   int64_t j = begin;
@@ -84,7 +84,7 @@ void few_dots(const A* query, int64_t query_stride, const AttentionHead<T>& head
                          out_stride);
 }
 
-template <class T, class A = AttentionWide<T>>
+template <class T, class A = Wide<T>>
 void few_logits(const AttentionHead<T>& head, const AttentionSpace<A>& space) {
   const int64_t total = head.group * head.rows, width = kWidth<A>, stride = space.lanes;
   const int64_t padded = (head.dim + width - 1) / width * width;
@@ -130,7 +130,7 @@ void few_logits(const AttentionHead<T>& head, const AttentionSpace<A>& space) {
   }
 }
 
-template <class T, class A = AttentionWide<T>>
+template <class T, class A = Wide<T>>
 void softmax_few(const AttentionHead<T>& head, const AttentionSpace<A>& space) {
   const int64_t total = head.group * head.rows, width = kWidth<A>, stride = space.lanes;
   const Vec<A> zero = {}, hidden = splat(A(-__builtin_inff())), tiny = splat(kExpLowest<A>);

@@ -6,42 +6,6 @@ namespace tokenprune::TOKENPRUNE_SIMD {
 
 namespace {
 
-template <class T>
-struct WideOf {
-  using type = float;
-};
-template <>
-struct WideOf<double> {
-  using type = double;
-};
-template <class T>
-using Wide = typename WideOf<T>::type;
-
-// One vector of elements, widened in registers.
-TOKENPRUNE_INLINE Vec<float> load_wide(const float* p) { return load(p); }
-TOKENPRUNE_INLINE Vec<double> load_wide(const double* p) { return load(p); }
-TOKENPRUNE_INLINE Vec<float> load_wide(const BFloat16* p) {
-  typedef uint16_t Bits __attribute__((vector_size(kVectorBytes / 2)));
-  Bits bits;
-  std::memcpy(&bits, p, sizeof bits);
-  const Vec<uint32_t> wide = __builtin_convertvector(bits, Vec<uint32_t>) << 16;
-  Vec<float> v;
-  std::memcpy(&v, &wide, sizeof v);
-  return v;
-}
-TOKENPRUNE_INLINE Vec<float> load_wide(const Half* p) {
-#if defined(TOKENPRUNE_SIMD_AVX512)
-  // The unmasked intrinsic reads an undefined register, which GCC 12 warns about.
-  return _mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(TOKENPRUNE_SIMD_AVX2)
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
-  Vec<float> v;
-  for (int i = 0; i < kWidth<float>; ++i) v[i] = to_float(p[i]);
-  return v;
-#endif
-}
-
 // The last n elements of a row, zero beyond them.
 template <class T>
 TOKENPRUNE_INLINE Vec<Wide<T>> load_rest(const T* p, int64_t n) {

@@ -27,11 +27,4 @@ TOKENPRUNE_HD uint64_t order_key(double value) {
   return bits ^ ((bits >> 63) ? 0xFFFFFFFFFFFFFFFFull : 0x8000000000000000ull);
 }
 
-// True when candidate (a, i) comes before (b, j), the largest value winning.
-template <class Value>
-TOKENPRUNE_HD bool precedes(Value a, int64_t i, Value b, int64_t j) {
-  const auto key_a = order_key(a), key_b = order_key(b);
-  return key_a != key_b ? key_a > key_b : i < j;
-}
-
 }  // namespace tokenprune
