@@ -25,7 +25,8 @@ help:  ## list the targets
 demo: build  ## prune a photograph's visual tokens with every method
 	$(BIN)/python -m tokenprune_kernels demo $(ARGS)
 
-test: build  ## run the tests
+test: build  ## run the tests, those of the CUDA kernels on the host emulator
+	@if command -v $${CXX:-g++} >/dev/null; then cd tests && $(abspath $(BIN))/python -m emulator; fi
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: build  ## run the microbenchmarks and print the table of ratios

@@ -82,19 +82,24 @@ def cuda_compiler(sources: list[Path]) -> str | None:
     return nvcc if wish != "0" and sources else None
 
 
-def toolkit_libraries(nvcc: str) -> Path:
+def toolkit_folder(nvcc: str) -> Path:
     """nvcc may be a wrapper script somewhere else, so it is asked where its toolkit is."""
     told = subprocess.run([nvcc, "-dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True, check=True)
     top = re.search(r"^#\$ TOP=(.+)$", told.stderr, re.MULTILINE)
     if top is None:
         raise SystemExit(f"{nvcc} does not say where its toolkit is")
-    return Path(top.group(1).strip(), "lib64").resolve()
+    return Path(top.group(1).strip()).resolve()
+
+
+def architectures() -> list[str]:
+    """The entries of TORCH_CUDA_ARCH_LIST."""
+    return re.split(r"[;\s]+", (os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES).strip("; \t"))
 
 
 def nvcc_architectures() -> list[str]:
-    """TORCH_CUDA_ARCH_LIST as -gencode flags; +PTX embeds the intermediate code of that architecture."""
+    """The architectures as -gencode flags; +PTX embeds the intermediate code of that architecture."""
     flags = []
-    for entry in re.split(r"[;\s]+", (os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES).strip("; \t")):
+    for entry in architectures():
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
         if not match:
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST: cannot read {entry!r}, expected for instance 9.0a or 10.0+PTX")
@@ -197,22 +202,31 @@ def ninja_file(target: Path, compiler: list[str], nvcc: str | None, cuda_sources
         extra = [*extra, *shlex.split(os.environ.get("CXXFLAGS", ""))]
         lines.append(f"build {path(name)}: cxx {path(source)}\n  extra = {shell(extra)}")
 
+    built_for = ";".join(architectures()) if nvcc else ""
     for source in sorted([*CSRC.glob("*.cpp"), *(CSRC / "cpu").glob("*.cpp")]):
-        add(source, "o", [CONTRACT_SCALARS])
+        define = [f'-DTOKENPRUNE_CUDA_ARCHITECTURES="{built_for}"'] if source.name == "ops.cpp" else []
+        add(source, "o", [CONTRACT_SCALARS, *define])
     for source in sorted((CSRC / "cpu" / "simd").glob("*.cpp")):
         for name, flags in capabilities().items():
             defines = [f"-DTOKENPRUNE_SIMD={name}", f"-DTOKENPRUNE_SIMD_{name.upper()}"]
             add(source, f"{name}.o", [CONTRACT_VECTORS, *defines, *flags])
     libs: list[str] = []
     if nvcc is not None:
-        host = f"-Xcompiler={','.join(['-fPIC', '-fvisibility=hidden', *warnings])}"
-        flags = [nvcc, "-std=c++17", "-O3", "-lineinfo", *nvcc_architectures(), host, *STABLE_ABI, *includes]
-        lines.append(f"rule nvcc\n  command = {shell(flags)} -MD -MF $out.d -c $in -o $out")
+        toolkit = toolkit_folder(nvcc)
+        for source in sorted((CSRC / "cuda").glob("*.cpp")):
+            add(source, "o", ["-isystem", str(toolkit / "include")])
+        # The kernels see no torch header. ptxas reports registers, shared memory and spills of every kernel into a
+        # file beside the object, where the budget test reads them.
+        strict = ["-Werror", "all-warnings"] if os.environ.get("TOKENPRUNE_WERROR") == "1" else []
+        host = f"-Xcompiler={','.join(['-fPIC', '-fvisibility=hidden', '-Wall'])}"
+        words = [nvcc, "-std=c++17", "-O3", "-lineinfo", "-Xptxas=-v,-warn-spills", *strict, *nvcc_architectures(), host]
+        command = f"{shell([*words, '-I' + str(CSRC / 'include')])} -MD -MF $out.d -c $in -o $out"
+        lines.append(f"rule nvcc\n  command = {command} > $out.log 2>&1 || {{ cat $out.log; exit 1; }}")
         lines.append("  depfile = $out.d\n  deps = gcc\n  description = NVCC $out")
         for source in cuda_sources:
-            objects.append(f"cuda/{source.stem}.o")
+            objects.append(f"cuda/{source.stem}.cu.o")
             lines.append(f"build {path(objects[-1])}: nvcc {path(source)}")
-        libs = [f"-L{toolkit_libraries(nvcc)}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        libs = [f"-L{toolkit / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     lines.append(f"build {path(target)}: link {' '.join(map(path, objects))} | exports\n  libs = {shell(libs)}")
     return "\n".join(lines) + "\n"
 

@@ -1,6 +1,7 @@
 """What every test file shares: the backends that run here, the dtypes, and the tolerance rule."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,15 +9,41 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import emulator
 import pytest
 import torch
 from torch import Tensor
 
 import tokenprune_kernels as tp
+from tokenprune_kernels import _backend
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DTYPE_IDS = tuple(str(d).removeprefix("torch.") for d in DTYPES)
-BACKENDS = tuple(name for name in ("cpu", "reference") if tp.config()["backends"][name] is None)
+
+
+def add_emulator() -> str | None:
+    """Make the CUDA kernels a backend named "emulator", which takes CPU tensors; else the reason why not."""
+    if shutil.which(os.environ.get("CXX") or "g++") is None:
+        return "no C++ compiler"
+    if tp.config()["backends"]["cpu"] is not None:
+        return "the compiled library is not loaded"
+    emulator.load()
+    _backend._extra["emulator"] = torch.ops.tokenprune_emulated
+    return None
+
+
+NO_EMULATOR = add_emulator()
+BACKENDS = (
+    *(name for name in ("cpu", "reference") if tp.config()["backends"][name] is None),
+    *(() if NO_EMULATOR else ("emulator",)),
+)
+GPU_BACKENDS = ("emulator",)  # float64 is for the CPU and the references
+
+
+def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
+    """The floating dtypes that a backend takes."""
+    return DTYPES[:3] if backend in GPU_BACKENDS else DTYPES
+
 
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
 over_backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -29,8 +56,7 @@ def run_python(backend: str, op: str, *args: Any, **kwargs: Any) -> Any:
     return getattr(tp, op)(*args, backend=backend, **kwargs)
 
 
-# How a test calls an op on a backend: runner(op, *args, **kwargs). Backends that are no part of the package (kernels
-# emulated on the host) add themselves here and to BACKENDS.
+# How a test calls an op on a backend: runner(op, *args, **kwargs).
 RUNNERS: dict[str, Callable[..., Any]] = {name: partial(run_python, name) for name in BACKENDS}
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._backend import implementation
+from .._backend import implementation, is_reference
 
 
 def cross_attention_scores(
@@ -88,7 +88,7 @@ def cross_attention_scores(
         head_reduction=head_reduction,
         query_reduction=query_reduction,
     )
-    if ops is torch.ops.tokenprune and "+" not in query_reduction:
+    if not is_reference(ops) and "+" not in query_reduction:
         scores = scores.squeeze(1)  # the op returns [B, R, ...]; the reference has dropped R = 1 already
     return scores, entropy, lse
 
@@ -158,7 +158,7 @@ def attention_scores(
         head_reduction=head_reduction,
         query_reduction=query_reduction,
     )
-    return scores.squeeze(1) if ops is torch.ops.tokenprune and "+" not in query_reduction else scores
+    return scores.squeeze(1) if not is_reference(ops) and "+" not in query_reduction else scores
 
 
 def attention_entropy(

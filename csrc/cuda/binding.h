@@ -1,0 +1,83 @@
+// What the CUDA bindings of all ops share: registration, device guard and stream, dtype dispatch, launch errors.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <initializer_list>
+#include <optional>
+
+#include "checks.h"
+#include "tokenprune/limits.h"
+
+// The emulator (tests/emulator) compiles the same bindings for CPU tensors, as torch.ops.tokenprune_emulated.
+#if defined(TOKENPRUNE_EMULATOR)
+#define TOKENPRUNE_CUDA_OPS(m) STABLE_TORCH_LIBRARY_IMPL(tokenprune_emulated, CPU, m)
+#else
+#define TOKENPRUNE_CUDA_OPS(m) STABLE_TORCH_LIBRARY_IMPL(tokenprune, CUDA, m)
+#endif
+
+namespace tokenprune {
+
+// Makes the device of a tensor current for the life of this object, and knows its current stream and its limits.
+class CudaScope {
+ public:
+  explicit CudaScope(const Tensor& t);
+  cudaStream_t stream() const { return stream_; }
+  const DeviceLimits& limits() const { return limits_; }
+
+ private:
+#if !defined(TOKENPRUNE_EMULATOR)
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+  cudaStream_t stream_;
+  DeviceLimits limits_;
+};
+
+struct NamedTensor {
+  const char* name;
+  const Tensor& tensor;
+};
+
+// Throws an error with the op, the shapes and CUDA's own words when `status` is one.
+void check_launch(const char* op, cudaError_t status, std::initializer_list<NamedTensor> inputs);
+
+// The kernels compute in float32: float64 inputs are refused, not rounded.
+void check_not_float64(const char* op, std::initializer_list<NamedTensor> inputs);
+
+// With TOKENPRUNE_CHECK_INDICES=1, waits for the device and raises IndexError for a value outside [-1, size). Without
+// it the kernels take such a value for -1.
+void check_indices(const char* op, const char* name, const Tensor& indices, int64_t size);
+
+// bool tensors with last stride 1, as the kernels take masks; null without one.
+struct MaskArgument {
+  explicit MaskArgument(const OptionalTensor& mask) {
+    if (mask) tensor = with_contiguous_rows(*mask);
+  }
+  const bool* data() const { return tensor ? static_cast<const bool*>(tensor->const_data_ptr()) : nullptr; }
+  int64_t stride() const { return tensor ? tensor->stride(0) : 0; }
+  OptionalTensor tensor;
+};
+
+template <class T>
+struct StorageTag {
+  using type = T;
+};
+
+// f(StorageTag<T>{}) with the storage type of a float16, bfloat16 or float32 tensor.
+template <class F>
+auto dispatch_storage(const Tensor& t, F&& f) {
+  switch (t.scalar_type()) {
+    case ScalarType::Half:
+      return f(StorageTag<__half>{});
+    case ScalarType::BFloat16:
+      return f(StorageTag<__nv_bfloat16>{});
+    default:
+      return f(StorageTag<float>{});
+  }
+}
+
+}  // namespace tokenprune

@@ -1,0 +1,89 @@
+// What every kernel file starts from: storage types, shared memory and launching. Compiled by nvcc, and by g++ against
+// the emulator's cuda_runtime.h (tests/emulator), so nothing here or in a kernel is specific to either.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "tokenprune/limits.h"
+#include "tokenprune/macros.h"
+
+// Static shared memory: TOKENPRUNE_SHARED(float[32], partial). The emulator gives every block its own, poisoned.
+#if defined(TOKENPRUNE_EMULATOR)
+#define TOKENPRUNE_SHARED(type, name) \
+  using name##_storage = type;        \
+  name##_storage& name = ::tokenprune::emulator::static_shared<name##_storage>([] {})
+#else
+#define TOKENPRUNE_SHARED(type, name) \
+  using name##_storage = type;        \
+  __shared__ name##_storage name
+#endif
+
+namespace tokenprune {
+
+constexpr int kWarp = 32;
+constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
+
+// The block's dynamic shared memory, 16-byte aligned; kernels carve their arrays out of it.
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+#if defined(TOKENPRUNE_EMULATOR)
+  return emulator::dynamic_shared();
+#else
+  extern __shared__ __align__(16) unsigned char tokenprune_dynamic_shared[];
+  return tokenprune_dynamic_shared;
+#endif
+}
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float x) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return x;
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(x);
+  } else {
+    return __float2bfloat16_rn(x);
+  }
+}
+
+// Where and how large a launch is. `cluster` blocks along x work together (1: no cluster).
+struct Launch {
+  dim3 grid, block;
+  size_t shared;
+  cudaStream_t stream;
+  unsigned cluster = 1;
+};
+
+// One kernel launch that reports its error; an empty grid is no launch. Arguments convert to the kernel's types.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(const Launch& where, void (*kernel)(Parameters...), Arguments... arguments) {
+  static_assert(sizeof...(Parameters) == sizeof...(Arguments), "one argument per kernel parameter");
+  if (where.grid.x == 0 || where.grid.y == 0 || where.grid.z == 0) return cudaSuccess;
+  if (where.shared > 48 * 1024) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(where.shared));
+    if (status != cudaSuccess) return status;
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = where.cluster;
+  attribute.val.clusterDim.y = 1;
+  attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = where.grid;
+  config.blockDim = where.block;
+  config.dynamicSmemBytes = where.shared;
+  config.stream = where.stream;
+  config.attrs = &attribute;
+  config.numAttrs = where.cluster > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+}  // namespace tokenprune

@@ -1,0 +1,69 @@
+// The engine of the greedy ops: one persistent block, or one cluster of blocks, makes all the picks of a sample in one
+// launch. What differs between the ops is the rule: who is the best of a thread's own tokens, and what a pick changes.
+#pragma once
+
+#include "tokenprune/order.h"
+#include "tokenprune/ptx.cuh"
+#include "tokenprune/warp.cuh"
+
+namespace tokenprune {
+
+// A candidate of the contract's order: the greater key wins, equal keys by the lower index. Key 0 is no candidate.
+struct Candidate {
+  uint32_t key, index;
+};
+
+constexpr Candidate kNoCandidate = {0, 0xFFFFFFFFu};
+
+// Keys of what may be selected start at 1: NaN is the worst of them.
+__device__ __forceinline__ uint32_t candidate_key(float value) {
+  const uint32_t key = order_key(value);
+  return key > 0 ? key : 1;
+}
+
+__device__ __forceinline__ Candidate better(Candidate a, Candidate b) {
+  return b.key > a.key || (b.key == a.key && b.index < a.index) ? b : a;
+}
+
+__device__ __forceinline__ Candidate warp_best(Candidate mine) {
+  const uint32_t key = __reduce_max_sync(kAllLanes, mine.key);
+  return {key, __reduce_min_sync(kAllLanes, mine.key == key ? mine.index : 0xFFFFFFFFu)};
+}
+
+constexpr unsigned kMaxCluster = 8;
+
+// Where the warps of a cluster leave their candidates; two sets in turn, so that one barrier per step is enough: nobody
+// can write the set of step s + 2 before everybody has passed the barrier of step s + 1, that is, has read set s.
+struct CandidateSlots {
+  Candidate warps[2][kWarp], blocks[2][kMaxCluster];
+};
+
+// The best candidate of the whole cluster, in every thread. `step` counts the calls. Every block is a multiple of 32
+// threads. The barrier inside also orders what threads wrote to shared memory before the call.
+__device__ __forceinline__ Candidate cluster_best(Candidate mine, CandidateSlots& slots, unsigned step) {
+  const unsigned set = step % 2, warps = blockDim.x / kWarp;
+  mine = warp_best(mine);
+  if (lane_id() == 0) slots.warps[set][warp_id()] = mine;
+  __syncthreads();
+  mine = warp_best(static_cast<unsigned>(lane_id()) < warps ? slots.warps[set][lane_id()] : kNoCandidate);
+  if (cluster_size() == 1) return mine;
+  if (threadIdx.x < cluster_size()) cluster_shared(&slots, threadIdx.x)->blocks[set][cluster_rank()] = mine;
+  cluster_sync();
+  return warp_best(static_cast<unsigned>(lane_id()) < cluster_size() ? slots.blocks[set][lane_id()] : kNoCandidate);
+}
+
+// Picks up to k tokens, best first. A rule has
+//   Candidate best()                            the best of the calling thread's own tokens,
+//   void commit(int64_t place, Candidate pick)  takes the pick out and updates the objective; all threads call it.
+// Returns how many were picked.
+template <class Rule>
+__device__ __forceinline__ int64_t greedy_select(Rule& rule, CandidateSlots& slots, int64_t k) {
+  for (int64_t place = 0; place < k; ++place) {
+    const Candidate pick = cluster_best(rule.best(), slots, static_cast<unsigned>(place));
+    if (pick.key == 0) return place;
+    rule.commit(place, pick);
+  }
+  return k;
+}
+
+}  // namespace tokenprune

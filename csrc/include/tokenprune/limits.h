@@ -1,0 +1,28 @@
+// What the launch planners know of a device. Plain data, so that planners run and are tested without one.
+#pragma once
+
+#include <cstdint>
+
+namespace tokenprune {
+
+struct DeviceLimits {
+  int sm_count = 132;
+  int shared_per_block = 227 * 1024;  // bytes of dynamic shared memory a block may opt in to
+  int architecture = 90;              // compute capability, 10 * major + minor
+  bool has_clusters() const { return architecture >= 90; }
+};
+
+// Grids are limited to 2^31 - 1 blocks in x and to 65535 in y and z.
+constexpr int64_t kMaxGridX = 2147483647, kMaxGridYZ = 65535;
+
+template <class Int>
+constexpr Int ceil_div(Int a, Int b) {
+  return (a + b - 1) / b;
+}
+
+template <class Int>
+constexpr Int round_up(Int a, Int b) {
+  return ceil_div(a, b) * b;
+}
+
+}  // namespace tokenprune

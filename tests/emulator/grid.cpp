@@ -1,0 +1,342 @@
+#include "emulator/grid.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "emulator/fiber.h"
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+namespace tokenprune::emulator {
+
+namespace {
+
+constexpr int kWarp = 32;
+constexpr unsigned char kPoison = 0xFF;  // NaN in every floating type, -1 as an integer
+
+enum class State { kReady, kBlockBarrier, kClusterBarrier, kCollective, kDone };
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  int group;
+};
+
+struct Block;
+
+struct Thread {
+  uint3 index;
+  int lane;
+  size_t warp;
+  Block* block;
+  Fiber* fiber;
+  State state = State::kReady;
+  int barrier_result = 0;
+  std::vector<Copy> copies;
+  int copy_group = 0;
+};
+
+// Lanes that meet: several groups of one warp can be on their way at the same time when their masks are disjoint.
+struct Meeting {
+  const char* name;
+  uint32_t mask, arrived = 0;
+  void* requests[kWarp] = {};
+};
+
+struct Block {
+  uint3 index;
+  unsigned rank;
+  std::unique_ptr<unsigned char[]> dynamic;
+  size_t dynamic_bytes;
+  struct Static {
+    const void* key;
+    size_t bytes;
+    std::unique_ptr<unsigned char[]> memory;
+  };
+  std::vector<Static> statics;
+  std::vector<Thread> threads;
+  std::vector<std::vector<Meeting>> meetings;  // by warp
+  size_t at_barrier = 0;
+  int contributions = 0;
+};
+
+// Exactly as many bytes as asked for, so that AddressSanitizer sees the first byte past the end.
+std::unique_ptr<unsigned char[]> poisoned(size_t bytes) {
+  std::unique_ptr<unsigned char[]> memory(new unsigned char[bytes]);
+  std::memset(memory.get(), kPoison, bytes);
+  return memory;
+}
+
+struct Running {
+  const LaunchRecord* launch = nullptr;
+  std::vector<std::unique_ptr<Block>> cluster;
+  size_t at_cluster_barrier = 0;
+  Thread* thread = nullptr;
+  std::exception_ptr failure;
+};
+
+Running running;
+std::vector<std::unique_ptr<Fiber>> fibers;  // kept from launch to launch: making a stack is slow
+
+Thread& current() {
+  if (running.thread == nullptr) throw KernelError("device code runs outside a kernel");
+  return *running.thread;
+}
+
+std::string describe(const uint3& at) {
+  return "(" + std::to_string(at.x) + ", " + std::to_string(at.y) + ", " + std::to_string(at.z) + ")";
+}
+
+[[noreturn]] void fail(const Thread& t, const std::string& what) {
+  throw KernelError("kernel " + running.launch->kernel + ", block " + describe(t.block->index) + ", thread " +
+                    describe(t.index) + ": " + what);
+}
+
+void wait(State state) {
+  Thread& t = current();
+  t.state = state;
+  t.fiber->suspend();
+}
+
+std::string deadlock() {
+  size_t counts[5] = {};
+  for (const auto& block : running.cluster)
+    for (const Thread& t : block->threads) ++counts[static_cast<int>(t.state)];
+  std::string text = "kernel " + running.launch->kernel + " cannot go on: of the threads of block " +
+                     describe(running.cluster.front()->index) + (running.cluster.size() > 1 ? " and its cluster" : "");
+  const char* names[] = {"are ready", "wait at a block barrier", "wait at a cluster barrier",
+                         "wait in a warp collective", "have ended"};
+  for (int i = 1; i < 5; ++i) text += (i > 1 ? ", " : " ") + std::to_string(counts[i]) + " " + names[i];
+  return text;
+}
+
+// The order of `n` things; shuffled orders differ from call to call.
+void reorder(std::vector<size_t>& order, size_t n, std::mt19937_64& random) {
+  if (order.size() != n) {
+    order.resize(n);
+    std::iota(order.begin(), order.end(), size_t(0));
+    if (settings().schedule == Schedule::kReversed) std::reverse(order.begin(), order.end());
+  }
+  if (settings().schedule == Schedule::kShuffled) std::shuffle(order.begin(), order.end(), random);
+}
+
+void run_cluster(const std::function<void()>& guarded, std::mt19937_64& random) {
+  std::vector<Thread*> threads;
+  for (const auto& block : running.cluster)
+    for (Thread& t : block->threads) threads.push_back(&t);
+  while (fibers.size() < threads.size()) fibers.push_back(std::make_unique<Fiber>());
+  for (size_t i = 0; i < threads.size(); ++i) {
+    threads[i]->fiber = fibers[i].get();
+    fibers[i]->start(&guarded);
+  }
+  std::vector<size_t> order;
+  for (size_t done = 0; done < threads.size();) {
+    bool moved = false;
+    reorder(order, threads.size(), random);
+    for (size_t i : order) {
+      Thread& t = *threads[i];
+      if (t.state != State::kReady) continue;
+      moved = true;
+      running.thread = &t;
+      threadIdx = t.index;
+      blockIdx = t.block->index;
+      const bool ended = t.fiber->resume();
+      running.thread = nullptr;
+      if (running.failure) std::rethrow_exception(running.failure);
+      if (ended) {
+        t.state = State::kDone;
+        ++done;
+      }
+    }
+    if (!moved) throw KernelError(deadlock());
+  }
+}
+
+std::unique_ptr<Block> make_block(const LaunchRecord& launch, uint3 index, unsigned rank) {
+  auto block = std::make_unique<Block>();
+  block->index = index;
+  block->rank = rank;
+  block->dynamic = poisoned(launch.shared);
+  block->dynamic_bytes = launch.shared;
+  const dim3& size = launch.block;
+  const size_t count = size_t(size.x) * size.y * size.z;
+  block->threads.resize(count);
+  block->meetings.resize((count + kWarp - 1) / kWarp);
+  for (size_t i = 0; i < count; ++i) {
+    Thread& t = block->threads[i];
+    t.index = {unsigned(i % size.x), unsigned(i / size.x % size.y), unsigned(i / size.x / size.y)};
+    t.lane = int(i % kWarp);
+    t.warp = i / kWarp;
+    t.block = block.get();
+  }
+  return block;
+}
+
+void release(Block& block, State from) {
+  for (Thread& t : block.threads)
+    if (t.state == from) t.state = State::kReady;
+}
+
+}  // namespace
+
+Settings& settings() {
+  static Settings chosen;
+  return chosen;
+}
+
+void run_grid(const LaunchRecord& launch, const std::function<void()>& thread) {
+  const std::function<void()> guarded = [&] {
+    try {
+      thread();
+      if (!current().copies.empty()) fail(current(), "ends with asynchronous copies that nobody waited for");
+    } catch (...) {
+      running.failure = std::current_exception();  // the stacks of the other threads are abandoned
+    }
+  };
+  std::mt19937_64 random(settings().seed);
+  const size_t clusters_x = launch.grid.x / launch.cluster;
+  const size_t count = clusters_x * launch.grid.y * launch.grid.z;
+  std::vector<size_t> order;
+  reorder(order, count, random);
+  struct Finish {
+    ~Finish() { running = Running(); }
+  } finish;
+  running.launch = &launch;
+  blockDim = launch.block;
+  gridDim = launch.grid;
+  for (size_t c : order) {
+    running.cluster.clear();
+    for (unsigned rank = 0; rank < launch.cluster; ++rank) {
+      const uint3 index{unsigned(c % clusters_x * launch.cluster + rank), unsigned(c / clusters_x % launch.grid.y),
+                        unsigned(c / clusters_x / launch.grid.y)};
+      running.cluster.push_back(make_block(launch, index, rank));
+    }
+    running.at_cluster_barrier = 0;
+    run_cluster(guarded, random);
+  }
+}
+
+int lane() { return current().lane; }
+
+unsigned char* dynamic_shared() { return current().block->dynamic.get(); }
+
+void* static_shared_bytes(const void* key, size_t bytes) {
+  Block& block = *current().block;
+  for (Block::Static& s : block.statics)
+    if (s.key == key) return s.memory.get();
+  block.statics.push_back({key, bytes, poisoned(bytes)});
+  return block.statics.back().memory.get();
+}
+
+int block_barrier(int contribution) {
+  Thread& t = current();
+  Block& block = *t.block;
+  block.contributions += contribution;
+  if (++block.at_barrier < block.threads.size()) {
+    wait(State::kBlockBarrier);
+    return t.barrier_result;
+  }
+  for (Thread& other : block.threads) other.barrier_result = block.contributions;
+  block.at_barrier = 0;
+  block.contributions = 0;
+  release(block, State::kBlockBarrier);
+  wait(State::kReady);  // the last one to come takes its turn like everyone else
+  return t.barrier_result;
+}
+
+void warp_collective(const char* name, uint32_t mask, void* request, Complete complete) {
+  Thread& t = current();
+  if (!(mask >> t.lane & 1)) fail(t, std::string(name) + " with a mask that leaves out its own lane");
+  auto& meetings = t.block->meetings[t.warp];
+  auto meeting = std::find_if(meetings.begin(), meetings.end(), [&](const Meeting& m) { return m.mask & mask; });
+  if (meeting == meetings.end()) {
+    meetings.push_back({name, mask});
+    meeting = meetings.end() - 1;
+  }
+  if (meeting->mask != mask) fail(t, std::string(name) + " with another mask than the lanes that wait for it");
+  if (std::strcmp(meeting->name, name) != 0) fail(t, std::string(name) + " while other lanes wait in " + meeting->name);
+  meeting->requests[t.lane] = request;
+  meeting->arrived |= 1u << t.lane;
+  if (meeting->arrived != mask) {
+    wait(State::kCollective);
+    return;
+  }
+  complete(meeting->requests, mask);
+  meetings.erase(meeting);
+  const size_t first = t.warp * kWarp;
+  for (int i = 0; i < kWarp; ++i)
+    if (mask >> i & 1) t.block->threads[first + i].state = State::kReady;
+  wait(State::kReady);
+}
+
+void enqueue_copy(void* to, const void* from, size_t bytes) {
+  Thread& t = current();
+  const auto misaligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 != 0; };
+  if (misaligned(to) || misaligned(from)) fail(t, "asynchronous copy at an address that is not 16-byte aligned");
+  t.copies.push_back({to, from, bytes, t.copy_group});
+}
+
+void commit_copies() { ++current().copy_group; }
+
+void wait_for_copies(int pending_groups) {
+  Thread& t = current();
+  auto copy = t.copies.begin();
+  for (; copy != t.copies.end() && copy->group < t.copy_group - pending_groups; ++copy) {
+    if (copy->from == nullptr)
+      std::memset(copy->to, 0, copy->bytes);
+    else
+      std::memcpy(copy->to, copy->from, copy->bytes);
+  }
+  t.copies.erase(t.copies.begin(), copy);
+}
+
+unsigned cluster_rank() { return current().block->rank; }
+unsigned cluster_size() { return running.launch->cluster; }
+
+void cluster_barrier() {
+  size_t expected = 0;
+  for (const auto& block : running.cluster) expected += block->threads.size();
+  if (++running.at_cluster_barrier < expected) {
+    wait(State::kClusterBarrier);
+    return;
+  }
+  running.at_cluster_barrier = 0;
+  for (const auto& block : running.cluster) release(*block, State::kClusterBarrier);
+  wait(State::kReady);
+}
+
+void* cluster_address(void* pointer, unsigned rank) {
+  Thread& t = current();
+  const Block& mine = *t.block;
+  if (rank >= running.cluster.size()) fail(t, "asks for a block that its cluster does not have");
+  Block& other = *running.cluster[rank];
+  for (const Thread& theirs : other.threads)
+    if (theirs.state != State::kDone) {
+      const auto offset_in = [&](const unsigned char* memory, size_t bytes) {
+        const ptrdiff_t offset = static_cast<unsigned char*>(pointer) - memory;
+        return offset >= 0 && offset < static_cast<ptrdiff_t>(bytes) ? offset : -1;
+      };
+      const ptrdiff_t dynamic = offset_in(mine.dynamic.get(), mine.dynamic_bytes);
+      if (dynamic >= 0) return other.dynamic.get() + dynamic;
+      for (const Block::Static& s : mine.statics) {
+        const ptrdiff_t offset = offset_in(s.memory.get(), s.bytes);
+        if (offset < 0) continue;
+        for (Block::Static& twin : other.statics)
+          if (twin.key == s.key) return twin.memory.get() + offset;
+        fail(t, "asks for a shared variable that the other block has not reached yet");
+      }
+      fail(t, "maps an address that is not in its shared memory");
+    }
+  fail(t, "asks for the shared memory of a block that has ended");
+}
+
+}  // namespace tokenprune::emulator

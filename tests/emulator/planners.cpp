@@ -1,0 +1,15 @@
+// The launch planners for Python, so that property tests can ask them about any shape and device.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "tokenprune/limits.h"
+
+namespace py = pybind11;
+
+void bind_planners(py::module_& m) {
+  py::class_<tokenprune::DeviceLimits>(m, "DeviceLimits")
+      .def(py::init<>())
+      .def_readwrite("sm_count", &tokenprune::DeviceLimits::sm_count)
+      .def_readwrite("shared_per_block", &tokenprune::DeviceLimits::shared_per_block)
+      .def_readwrite("architecture", &tokenprune::DeviceLimits::architecture);
+}

@@ -1,0 +1,105 @@
+// The runtime calls of the emulator's cuda_runtime.h, as strict as a GPU about launch configurations.
+#include <cuda_runtime.h>
+#include <cxxabi.h>
+#include <dlfcn.h>
+
+#include <cstdlib>
+#include <unordered_map>
+
+#include "emulator/log.h"
+
+namespace tokenprune::emulator {
+
+namespace {
+
+std::unordered_map<const void*, size_t> shared_limits;
+
+}  // namespace
+
+std::vector<LaunchRecord>& launch_log() {
+  static std::vector<LaunchRecord> log;
+  return log;
+}
+
+void allow_shared(const void* kernel, size_t bytes) { shared_limits[kernel] = bytes; }
+
+// The demangled name without its parameter list. The dynamic symbol table knows it: the module exports its symbols.
+std::string kernel_name(const void* kernel) {
+  Dl_info found;
+  if (dladdr(kernel, &found) == 0 || found.dli_sname == nullptr) return "unknown";
+  int status = 0;
+  char* plain = abi::__cxa_demangle(found.dli_sname, nullptr, nullptr, &status);
+  std::string name = plain != nullptr ? plain : found.dli_sname;
+  std::free(plain);
+  const size_t begin = name.find("tokenprune::");
+  if (begin != std::string::npos) name = name.substr(begin + 12);
+  return name.substr(0, name.find('('));
+}
+
+cudaError_t check_configuration(const LaunchRecord& launch, const void* kernel) {
+  Settings& now = settings();
+  if (now.fail_launch > 0 && --now.fail_launch == 0) return cudaErrorInvalidValue;
+  const dim3 &g = launch.grid, &b = launch.block;
+  const uint64_t threads = uint64_t(b.x) * b.y * b.z;
+  if (g.x == 0 || g.y == 0 || g.z == 0 || threads == 0) return cudaErrorInvalidConfiguration;
+  if (g.x > 2147483647u || g.y > 65535 || g.z > 65535) return cudaErrorInvalidConfiguration;
+  if (threads > 1024 || b.z > 64) return cudaErrorInvalidConfiguration;
+  const bool clusters = now.architecture >= 90;
+  if (launch.cluster == 0 || launch.cluster > (clusters ? 8 : 1) || g.x % launch.cluster != 0)
+    return cudaErrorInvalidConfiguration;
+  const auto limit = shared_limits.find(kernel);
+  if (launch.shared > std::max<size_t>(48 * 1024, limit == shared_limits.end() ? 0 : limit->second))
+    return cudaErrorInvalidValue;
+  launch_log().push_back(launch);
+  return cudaSuccess;
+}
+
+}  // namespace tokenprune::emulator
+
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+const char* cudaGetErrorName(cudaError_t status) {
+  switch (status) {
+    case cudaSuccess:
+      return "cudaSuccess";
+    case cudaErrorInvalidValue:
+      return "cudaErrorInvalidValue";
+    default:
+      return "cudaErrorInvalidConfiguration";
+  }
+}
+
+const char* cudaGetErrorString(cudaError_t status) {
+  switch (status) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    default:
+      return "invalid configuration argument";
+  }
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const tokenprune::emulator::Settings& now = tokenprune::emulator::settings();
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = now.sm_count;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = now.shared_per_block;
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = now.architecture / 10;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = now.architecture % 10;
+      break;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  std::memset(memory, value, bytes);
+  return cudaSuccess;
+}
