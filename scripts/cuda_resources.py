@@ -39,6 +39,7 @@ class Usage(NamedTuple):
     registers: int
     shared: int  # bytes of static shared memory
     spilled: int = 0  # bytes of spill stores and loads
+    stack: int = 0  # bytes: spills, and local arrays that are indexed at run time
 
 
 Build = dict[Kernel, Usage]
@@ -62,15 +63,17 @@ def demangle(names: list[str]) -> list[str]:
 
 
 def read_log(family: str, text: str, names_of: Callable[[list[str]], list[str]] = demangle) -> Build:
-    """The kernels that a log of ptxas -v speaks of. What a function that was not inlined spills, its kernel spills."""
+    """The kernels that a log of ptxas -v speaks of; functions that were not inlined count towards their kernel."""
     found: list[tuple[str, str]] = []
     usages: list[Usage] = []
     for line in text.splitlines():
         if entry := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
             found.append((entry[1], entry[2]))
             usages.append(Usage(0, 0))
-        elif spill := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
-            usages[-1] = usages[-1]._replace(spilled=usages[-1].spilled + int(spill[1]) + int(spill[2]))
+        elif memory := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            stack, stores, loads = map(int, memory.groups())
+            before = usages[-1]
+            usages[-1] = before._replace(spilled=before.spilled + stores + loads, stack=before.stack + stack)
         elif used := re.search(r"Used (\d+) registers", line):
             shared = re.search(r"(\d+) bytes smem", line)
             usages[-1] = usages[-1]._replace(registers=int(used[1]), shared=int(shared[1]) if shared else 0)
@@ -134,6 +137,8 @@ def spills(build: Build) -> Iterator[str]:
     for kernel, usage in sorted(build.items(), key=by_family):
         if usage.spilled:
             yield f"{label(kernel)} spills {usage.spilled} bytes"
+        elif usage.stack:
+            yield f"{label(kernel)} keeps {usage.stack} bytes of local variables in memory"
 
 
 def compared(build: Build, budget: Build) -> set[str]:
@@ -170,9 +175,10 @@ def main() -> int:
         raise SystemExit(f"no build with CUDA kernels in place: {missing}") from None
     complaints: Iterable[str]
     if arguments.write:
-        absent = [a for a in ARCHITECTURES if a not in {kernel.architecture for kernel in build}]
+        wanted = {(family, architecture) for family in families() for architecture in ARCHITECTURES}
+        absent = sorted(wanted - {(kernel.family, kernel.architecture) for kernel in build})
         if absent:
-            raise SystemExit(f"the table is for {', '.join(ARCHITECTURES)}; the last build lacks {', '.join(absent)}")
+            raise SystemExit(f"not built: {', '.join(f'{family}.cu for {a}' for family, a in absent)}")
         complaints = list(spills(build))
         if not complaints:
             TABLE.write_text(table_text(str(nvcc_version()), build))
