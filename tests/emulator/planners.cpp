@@ -6,10 +6,13 @@
 
 namespace py = pybind11;
 
+void bind_attention_rows_planner(py::module_& m);  // planners_attention_rows.cpp
+
 void bind_planners(py::module_& m) {
   py::class_<tokenprune::DeviceLimits>(m, "DeviceLimits")
       .def(py::init<>())
       .def_readwrite("sm_count", &tokenprune::DeviceLimits::sm_count)
       .def_readwrite("shared_per_block", &tokenprune::DeviceLimits::shared_per_block)
       .def_readwrite("architecture", &tokenprune::DeviceLimits::architecture);
+  bind_attention_rows_planner(m);
 }

@@ -63,7 +63,7 @@ inline int tile_chunks(int64_t dim, int element_size) {
   return static_cast<int>(ceil_div<int64_t>(dim * element_size, kChunkBytes));
 }
 
-// Dynamic shared memory of a tile, with operand A resident (all its chunks stay) or streamed.
+// Dynamic shared memory of a tile, with one operand resident (all its chunks stay) or both streamed.
 inline int tile_shared_bytes(int64_t dim, int element_size, bool resident) {
   return (kTileStages + (resident ? tile_chunks(dim, element_size) : kTileStages)) * kChunkTileBytes;
 }
@@ -79,12 +79,14 @@ struct AttentionRowPlan {
   int64_t row_tiles;    // per sample and key head
   int64_t split_tiles;  // key tiles of a range
   int splits;           // above 1 the ranges' results meet in a second launch
+  bool thin;            // at most kThinRows rows: the keys, not the rows, are spread over the warps
   bool resident;
   int shared;         // bytes
   int64_t blocks;     // of the first launch
   int64_t workspace;  // floats
 };
 
+constexpr int kThinRows = 16;
 constexpr int kPartialFloats = 4;  // a range's result for one row: maximum, sum, weighted sum, padding
 
 // Ranges are what fills the GPU when there are few rows: as many as make the shortest schedule, in units of one tile of
@@ -94,6 +96,7 @@ inline AttentionRowPlan plan_attention_rows(int64_t batch, int64_t key_heads, in
   AttentionRowPlan plan{};
   const int64_t key_tiles = ceil_div<int64_t>(keys, kTileVectors);
   plan.row_tiles = ceil_div<int64_t>(group_rows, kTileVectors);
+  plan.thin = group_rows <= kThinRows;
   plan.resident = tile_resident(dim, element_size);
   plan.shared = tile_shared_bytes(dim, element_size, plan.resident);
   const int64_t tiles = batch * key_heads * plan.row_tiles;
