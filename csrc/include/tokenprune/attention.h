@@ -87,7 +87,8 @@ struct AttentionRowPlan {
 };
 
 constexpr int kThinRows = 16;
-constexpr int kPartialFloats = 4;  // a range's result for one row: maximum, sum, weighted sum, padding
+constexpr int64_t kMaxSplitTiles = 1 << 24;  // keys of a range are counted in 32 bits
+constexpr int kPartialFloats = 4;            // a range's result for one row: maximum, sum, weighted sum, padding
 
 // Ranges are what fills the GPU when there are few rows: as many as make the shortest schedule, in units of one tile of
 // keys, counting a block's start as one and a second launch as three.
@@ -100,14 +101,14 @@ inline AttentionRowPlan plan_attention_rows(int64_t batch, int64_t key_heads, in
   plan.resident = tile_resident(dim, element_size);
   plan.shared = tile_shared_bytes(dim, element_size, plan.resident);
   const int64_t tiles = batch * key_heads * plan.row_tiles;
-  plan.splits = 1;
-  plan.split_tiles = key_tiles;
+  plan.split_tiles = std::min(key_tiles, kMaxSplitTiles);
+  plan.splits = key_tiles == 0 ? 1 : static_cast<int>(ceil_div(key_tiles, plan.split_tiles));
   const int64_t slots =
       limits.sm_count * std::clamp(limits.shared_per_block / plan.shared, 1, tile_blocks_per_sm(element_size));
-  int64_t best = ceil_div(tiles, slots) * (key_tiles + 1);
+  int64_t best = ceil_div(tiles * plan.splits, slots) * (plan.split_tiles + 1);
   for (int64_t waves = 1; tiles > 0 && waves <= 4; ++waves) {
     const int64_t splits = std::min(waves * slots / tiles, key_tiles);
-    if (splits < 2) continue;
+    if (splits <= plan.splits) continue;
     const int64_t each = ceil_div(key_tiles, splits), used = ceil_div(key_tiles, each);
     const int64_t cost = ceil_div(tiles * used, slots) * (each + 1) + 3;
     if (cost >= best) continue;
