@@ -122,7 +122,7 @@ inline AttentionRowPlan plan_attention_rows(int64_t batch, int64_t key_heads, in
 }
 
 struct AttentionRowOutputs {
-  float *lse, *entropy;  // [batch, query_heads, rows]; entropy may be null
+  float *lse, *entropy;  // [batch, query_heads, rows]
   float* workspace;      // plan.workspace floats, 16-byte aligned
 };
 

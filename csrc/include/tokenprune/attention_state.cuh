@@ -84,7 +84,7 @@ __device__ __forceinline__ void write_row(const AttentionRowOutputs& out, int64_
     return;
   }
   out.lse[row] = lse_of(state);
-  if (out.entropy != nullptr) out.entropy[row] = entropy_of(state);
+  out.entropy[row] = entropy_of(state);
 }
 
 }  // namespace tokenprune
