@@ -71,59 +71,72 @@ __device__ __forceinline__ CountedRows counted_rows(const ColumnProblem& c, int6
   return {count, last, first, end};
 }
 
-// Writes the scores of one column that its rows' sum, maximum and last value give.
+// What the rows of a column give.
+struct ColumnSums {
+  float sum, max, last;
+};
+
+// Writes those scores of a column that are asked for: `all` but the last row's, and `last`, that one.
 __device__ __forceinline__ void write_scores(const ColumnProblem& c, int64_t sample, int64_t head, int64_t column,
-                                             int64_t count, const float* sum, const float* max, const float* last) {
-  const float heads = c.heads == ColumnHeads::kMean ? static_cast<float>(c.attention.query_heads) : 1.0f;
-  for (int r = 0; r < c.kind_count; ++r) {
+                                             int64_t count, const ColumnSums& sums, bool all, bool last) {
+  const int64_t over = c.heads == ColumnHeads::kMean ? c.attention.query_heads : 1;
+  const float heads = over > 1 ? static_cast<float>(over) : 1.0f;
+  float* to = c.scores + ((sample * c.total_kinds + c.first_kind) * c.out_heads() + head) * c.columns + column;
+  for (int r = 0; r < c.kind_count; ++r, to += c.out_heads() * c.columns) {
     const ColumnRows kind = c.kind(r);
-    const float* value = kind == ColumnRows::kLast ? last : kind == ColumnRows::kMax ? max : sum;
-    if (value == nullptr) continue;
+    if (!(kind == ColumnRows::kLast ? last : all)) continue;
+    const float value = kind == ColumnRows::kLast ? sums.last : kind == ColumnRows::kMax ? sums.max : sums.sum;
     const float rows = kind == ColumnRows::kMean && count > 1 ? static_cast<float>(count) : 1.0f;
-    c.scores[((sample * c.total_kinds + c.first_kind + r) * c.out_heads() + head) * c.columns + column] =
-        *value / heads / rows;
+    *to = value / heads / rows;
   }
 }
+
+// What a block knows of the item at work, in shared memory: it is needed rarely, registers always.
+struct ColumnItem {
+  int64_t keys[kTileVectors];  // of the columns; -1: hidden from every row
+  int64_t sample, first_column, row_part;
+  CountedRows rows;
+};
+static_assert(sizeof(ColumnItem) == kColumnItemBytes);
 
 template <class T, HeadOp op>
 struct ColumnPass {
   using Tile = DotTile<T>;
   static constexpr int kA = Tile::kThreadA, kB = Tile::kThreadB;
+  // b(j) is in 8 unit(j) .. 8 unit(j) + 7, for all lanes.
+  __device__ __forceinline__ static constexpr int unit(int j) { return j * 8 / kB; }
 
   const ColumnProblem& c;
   const AttentionProblem& p;
   const ColumnPlan& plan;
-  // Shared memory: of this team, then of the block.
-  unsigned char* ring;
-  float2* statistics;  // [2][64]: the factor and the lse of each row, for the tile at work and for the next one
-  float* results;      // [parts][kColumnSums][64]
-  int64_t* keys;       // [64], -1: hidden from every row
-
-  int team, part;
-  int64_t sample, first_column, head_begin, head_end, row_part;
-  CountedRows rows;
+  int team, part, group;  // group: query heads of a key head
+  int head_begin, head_end;
   // Of the rows at work: the first one, how many; bit j: row b(j) counts; bit i * kB + j: it sees column a(i).
   int64_t row0;
   int present;
   uint32_t valid, visible;
-  int64_t index[kA];  // the keys of this thread's columns
-  float sum[kA], max[kA], last[kA];
+  float sum[kA], max[kA];
   Tile mass;      // P, or what the heads so far make of it
   unsigned turn;  // tiles so far
 
   __device__ __forceinline__ ColumnPass(const ColumnProblem& problem, const ColumnPlan& plan_in)
       : c(problem), p(problem.attention), plan(plan_in), turn(0) {
-    const int bytes = tile_shared_bytes(p.dim, sizeof(T), plan.resident);
-    unsigned char* shared = dynamic_shared();
     team = threadIdx.x / kTileThreads;
     part = cluster_rank() * plan.teams + team;
-    ring = shared + team * bytes;
-    shared += plan.teams * bytes;
-    statistics = reinterpret_cast<float2*>(shared) + team * 2 * kTileVectors;
-    shared += plan.teams * 2 * kTileVectors * sizeof(float2);
-    keys = reinterpret_cast<int64_t*>(shared);
-    results = reinterpret_cast<float*>(keys + kTileVectors);
+    group = static_cast<int>(p.group());
   }
+
+  // Shared memory: rings of the teams; statistics of the teams, [2][64] each: factor and lse of the rows of the tile at
+  // work and of the next one; the item; the last row's values [64], of the first block; results [parts][2][64].
+  __device__ __forceinline__ unsigned char* ring_of(int t) const { return dynamic_shared() + t * plan.ring; }
+  __device__ __forceinline__ float2* statistics(unsigned for_turn) const {
+    return reinterpret_cast<float2*>(ring_of(plan.teams)) + (team * 2 + for_turn % 2) * kTileVectors;
+  }
+  __device__ __forceinline__ ColumnItem& item() const {
+    return *reinterpret_cast<ColumnItem*>(ring_of(plan.teams) + plan.teams * kStatisticsBytes);
+  }
+  __device__ __forceinline__ float* last_values() const { return reinterpret_cast<float*>(&item() + 1); }
+  __device__ __forceinline__ float* results_of(int q) const { return last_values() + (1 + 2 * q) * kTileVectors; }
 
   // Barrier of all that work on an item.
   __device__ __forceinline__ void meet() const {
@@ -133,56 +146,60 @@ struct ColumnPass {
       __syncthreads();
   }
 
-  __device__ __forceinline__ void begin(int64_t item) {
-    first_column = item % plan.key_tiles * kTileVectors;
-    item /= plan.key_tiles;
-    const int64_t range = op == HeadOp::kNone ? item % plan.head_ranges : part;
+  __device__ __forceinline__ void begin(int64_t number) {
+    const int64_t first_column = number % plan.key_tiles * kTileVectors;
+    number /= plan.key_tiles;
+    const int64_t range = op == HeadOp::kNone ? number % plan.head_ranges : part;
     const int64_t ranges = op == HeadOp::kNone ? plan.head_ranges : plan.parts();
-    item /= plan.head_ranges;
-    row_part = item % plan.row_parts;
-    sample = item / plan.row_parts;
-    head_begin = p.query_heads * range / ranges;
-    head_end = p.query_heads * (range + 1) / ranges;
+    number /= plan.head_ranges;
+    const int64_t row_part = number % plan.row_parts, sample = number / plan.row_parts;
+    head_begin = static_cast<int>(p.query_heads * range / ranges);
+    head_end = static_cast<int>(p.query_heads * (range + 1) / ranges);
 
     meet();  // the last item's reads of shared memory
+    long long lowest = p.keys;
     if (threadIdx.x < kTileVectors) {
       const int64_t column = first_column + threadIdx.x;
       int64_t key = -1;
       if (column < c.columns) key = c.key_indices ? c.key_indices[sample * c.key_indices_stride + column] : column;
-      keys[threadIdx.x] = key >= 0 && key < p.keys && key_is_unmasked(p, sample, key) ? key : -1;
-    }
-    __syncthreads();
-    long long lowest = p.keys;
-    visible = 0;
-#pragma unroll
-    for (int i = 0; i < kA; ++i) {
-      index[i] = keys[Tile::a(i)];
-      if (index[i] < 0) continue;
-      visible |= ((uint64_t(1) << kB) - 1) << i * kB;
-      if (index[i] < lowest) lowest = index[i];
+      if (key < 0 || key >= p.keys || !key_is_unmasked(p, sample, key)) key = -1;
+      item().keys[threadIdx.x] = key;
+      if (key >= 0) lowest = key;
     }
     if (p.causal) lowest = block_reduce(lowest, Min(), static_cast<long long>(p.keys));
     const int64_t from = row_part * plan.rows_per_part, to = from + plan.rows_per_part;
-    rows = counted_rows(c, sample, from, to < p.rows ? to : p.rows, lowest);
+    CountedRows rows = counted_rows(c, sample, from, to < p.rows ? to : p.rows, lowest);
     rows.first = rows.first / kTileVectors * kTileVectors;  // equal tokens of different tiles are summed alike
     if (c.last_only) {
       rows.first = rows.last < 0 ? 0 : rows.last;
       rows.end = rows.last + 1;
     }
+    if (threadIdx.x == 0) {
+      item().sample = sample;
+      item().first_column = first_column;
+      item().row_part = row_part;
+      item().rows = rows;
+    }
+    __syncthreads();
+    visible = 0;
+#pragma unroll
+    for (int i = 0; i < kA; ++i)
+      if (item().keys[Tile::a(i)] >= 0) visible |= ((uint64_t(1) << kB) - 1) << i * kB;
     clear();
   }
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int i = 0; i < kA; ++i) sum[i] = max[i] = last[i] = 0;  // P is not negative, and no row gives 0
+    for (int i = 0; i < kA; ++i) sum[i] = max[i] = 0;  // P is not negative, and no row gives 0
   }
 
   // The rows from `row` on are the next ones at work.
   __device__ __forceinline__ void take_rows(int64_t row) {
+    const int64_t left = item().rows.end - row, sample = item().sample;
     row0 = row;
-    present = rows.end - row < kTileVectors ? static_cast<int>(rows.end - row) : kTileVectors;
+    present = left < kTileVectors ? static_cast<int>(left) : kTileVectors;
     valid = 0;
-    if (p.causal) visible = 0;
+    if (p.causal) visible = 0;  // -1 as an unsigned number is beyond every limit
 #pragma unroll
     for (int j = 0; j < kB; ++j) {
       const int64_t r = row + Tile::b(j);
@@ -190,64 +207,68 @@ struct ColumnPass {
       if (c.query_mask == nullptr || c.query_mask[sample * c.query_mask_stride + r]) valid |= 1u << j;
       if (!p.causal) continue;
       const int64_t limit = last_visible_key(p, sample, r);
+      if (limit < 0) continue;
 #pragma unroll
       for (int i = 0; i < kA; ++i)
-        if (index[i] >= 0 && index[i] <= limit) visible |= 1u << (i * kB + j);
+        if (static_cast<uint64_t>(item().keys[Tile::a(i)]) <= static_cast<uint64_t>(limit))
+          visible |= 1u << (i * kB + j);
     }
   }
 
   // What row `thread of the team` of the tile (head, row) multiplies dot products with, and its lse. A row or head that
   // does not exist sees nothing.
-  __device__ __forceinline__ float2 statistics_of(int64_t head, int64_t row) const {
+  __device__ __forceinline__ float2 statistics_of(int head, int64_t row) const {
     const int v = tile_thread();
-    if (v >= kTileVectors || row + v >= rows.end || head >= head_end) return make_float2(0.0f, -INFINITY);
+    if (v >= kTileVectors || row + v >= item().rows.end || head >= head_end) return make_float2(0.0f, -INFINITY);
+    const int64_t sample = item().sample;
     return make_float2(p.scale * row_factor(p, sample, head, row + v),
                        c.lse[(sample * p.query_heads + head) * p.rows + row + v]);
   }
 
   __device__ __forceinline__ void put_statistics(unsigned for_turn, float2 value) {
-    if (tile_thread() < kTileVectors) statistics[for_turn % 2 * kTileVectors + tile_thread()] = value;
+    if (tile_thread() < kTileVectors) statistics(for_turn)[tile_thread()] = value;
   }
 
   // Turns dot products into probabilities and adds them to the heads before.
-  __device__ __forceinline__ void add_head(Tile& dots, int64_t head) {
-    const float2* of_row = statistics + turn % 2 * kTileVectors;
-    float by[kA];
-#pragma unroll
-    for (int i = 0; i < kA; ++i) by[i] = 1.0f;
+  __device__ __forceinline__ void add_head(Tile& dots, int head) {
+    const float2* of_row = statistics(turn);
+    Tile& into = op == HeadOp::kNone ? dots : mass;
     if (p.cosine && head < head_end) {
 #pragma unroll
-      for (int i = 0; i < kA; ++i)
-        if (index[i] >= 0) by[i] = key_factor(p, sample, head / p.group(), index[i]);
+      for (int i = 0; i < kA; ++i) {
+        const int64_t key = item().keys[Tile::a(i)];
+        if (key < 0) continue;
+        const float by = key_factor(p, item().sample, head / group, key);
+#pragma unroll
+        for (int j = 0; j < kB; ++j) dots.at(i, j) *= by;
+      }
     }
 #pragma unroll
     for (int j = 0; j < kB; ++j) {
-      if (16 * Tile::block(j) >= present) break;
+      if (8 * unit(j) >= present) break;
       const float2 row = of_row[Tile::b(j)];
 #pragma unroll
       for (int i = 0; i < kA; ++i) {
-        const float logit = dots.at(i, j) * by[i] * row.x;
+        const float logit = dots.at(i, j) * row.x;
         const bool seen = (visible >> (i * kB + j) & 1) != 0 && logit != -INFINITY && row.y != -INFINITY;
         const float probability = seen ? expf(logit - row.y) : 0.0f;
         if constexpr (op == HeadOp::kNone)
-          mass.at(i, j) = probability;
+          into.at(i, j) = probability;
         else if constexpr (op == HeadOp::kMax)
-          mass.at(i, j) = nan_max(mass.at(i, j), probability);
+          into.at(i, j) = nan_max(into.at(i, j), probability);
         else
-          mass.at(i, j) += probability;
+          into.at(i, j) += probability;
       }
     }
   }
 
-  // Rows 8 n .. 8 n + 7 of a tile are reduced by one part.
+  // Rows 8 n .. 8 n + 7 of a tile are unit n, which one part reduces.
   __device__ __forceinline__ bool is_mine(int n) const { return plan.parts() == 1 || n * plan.parts() / 8 == part; }
 
   // The parts' heads meet: each part reads the values of its rows from all parts, in order. A thread's values go to the
   // thread of the same number. The ring is free between tiles.
   __device__ __forceinline__ void meet_parts() {
-    float4* const mine = reinterpret_cast<float4*>(ring);
-    const int ring_bytes = tile_shared_bytes(p.dim, sizeof(T), plan.resident);
-    unsigned char* const first_ring = ring - team * ring_bytes;
+    float4* const mine = reinterpret_cast<float4*>(ring_of(team));
     __syncthreads();
 #pragma unroll
     for (int n = 0; n < 8; ++n)
@@ -259,7 +280,7 @@ struct ColumnPass {
     for (int n = 0; n < 8; ++n) {
       if (8 * n >= present || !is_mine(n)) continue;
       for (int q = 0; q < plan.parts(); ++q) {
-        const unsigned char* theirs = cluster_shared(first_ring, q / plan.teams) + q % plan.teams * ring_bytes;
+        const unsigned char* theirs = cluster_shared(ring_of(q % plan.teams), q / plan.teams);
         const float4 x = reinterpret_cast<const float4*>(theirs)[n * kTileThreads + tile_thread()];
         const float values[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
@@ -279,18 +300,18 @@ struct ColumnPass {
 
   // Adds the rows at work to the columns' sums. The rows of a tile are added up first: fewer roundings than one long
   // sum.
-  __device__ __forceinline__ void add_rows() {
+  __device__ __forceinline__ void add_rows(Tile& from) {
     float of_tile[kA] = {};
+    const int64_t last_row = item().rows.last - row0;
 #pragma unroll
     for (int j = 0; j < kB; ++j) {
-      const int unit = j * 8 / kB;
-      if (8 * unit >= present) break;
-      if (!is_mine(unit) || (valid >> j & 1) == 0) continue;
+      if (8 * unit(j) >= present) break;
+      if (!is_mine(unit(j)) || (valid >> j & 1) == 0) continue;
 #pragma unroll
       for (int i = 0; i < kA; ++i) {
-        of_tile[i] += mass.at(i, j);
-        max[i] = nan_max(max[i], mass.at(i, j));
-        if (row0 + Tile::b(j) == rows.last) last[i] = mass.at(i, j);
+        of_tile[i] += from.at(i, j);
+        max[i] = nan_max(max[i], from.at(i, j));
+        if (Tile::b(j) == last_row) cluster_shared(last_values(), 0)[Tile::a(i)] = from.at(i, j);
       }
     }
 #pragma unroll
@@ -298,59 +319,57 @@ struct ColumnPass {
   }
 
   // The lanes' and the parts' sums meet in the first block, which writes them.
-  __device__ __forceinline__ void finish(int64_t head) {
-    float* const to = cluster_shared(results, 0) + part * kColumnSums * kTileVectors;
+  __device__ __forceinline__ void finish(int head) {
+    float* const to = cluster_shared(results_of(part), 0);
 #pragma unroll
     for (int i = 0; i < kA; ++i) {
       const float s = warp_reduce(sum[i], Sum(), Tile::kLanesPerA), m = warp_reduce(max[i], NanMax(), Tile::kLanesPerA);
-      const float l = warp_reduce(last[i], Sum(), Tile::kLanesPerA);  // of one lane
       if (lane_id() % Tile::kLanesPerA != 0) continue;
       to[Tile::a(i)] = s;
       to[kTileVectors + Tile::a(i)] = m;
-      to[2 * kTileVectors + Tile::a(i)] = l;
     }
     clear();
     meet();
-    const int64_t column = first_column + threadIdx.x;
+    const int64_t column = item().first_column + threadIdx.x;
     if (part - team != 0 || threadIdx.x >= kTileVectors || column >= c.columns) return;
-    float s = 0, m = 0, l = 0;
+    const CountedRows& rows = item().rows;
+    const int64_t sample = item().sample, row_part = item().row_part;
+    ColumnSums sums{0, 0, 0};
     for (int q = 0; q < plan.parts(); ++q) {
-      const float* of_part = results + q * kColumnSums * kTileVectors + threadIdx.x;
-      s += of_part[0];
-      m = nan_max(m, of_part[kTileVectors]);
-      l += of_part[2 * kTileVectors];
+      sums.sum += results_of(q)[threadIdx.x];
+      sums.max = nan_max(sums.max, results_of(q)[kTileVectors + threadIdx.x]);
     }
+    if (rows.last >= rows.first && rows.last < rows.end) sums.last = last_values()[threadIdx.x];
     const bool alone = plan.row_parts == 1;
     const bool has_last = alone || row_part == (rows.last < 0 ? 0 : rows.last / plan.rows_per_part);
-    write_scores(c, sample, head, column, rows.count, alone ? &s : nullptr, alone ? &m : nullptr,
-                 has_last ? &l : nullptr);
+    write_scores(c, sample, head, column, rows.count, sums, alone, has_last);
     if (alone) return;
     float* partial = c.partial + ((sample * plan.row_parts + row_part) * 2 * c.out_heads() + head) * c.columns + column;
-    partial[0] = s;
-    partial[c.out_heads() * c.columns] = m;
+    partial[0] = sums.sum;
+    partial[c.out_heads() * c.columns] = sums.max;
   }
 
   // The tiles of heads head_begin + first .. (over_rows false) or of row tiles from `row` on (true).
-  __device__ __forceinline__ void run_tiles(int64_t first_head, int64_t row, int tiles, bool over_rows) {
+  __device__ __forceinline__ void run_tiles(int first_head, int64_t row, int tiles, bool over_rows) {
     const auto head_of = [&](int t) { return first_head + (over_rows ? 0 : t); };
     const auto row_of = [&](int t) { return row + (over_rows ? int64_t(t) * kTileVectors : 0); };
-    const int64_t columns = c.columns - first_column < kTileVectors ? c.columns - first_column : kTileVectors;
+    const int64_t left = c.columns - item().first_column, columns = left < kTileVectors ? left : kTileVectors;
     const auto keys_of = [&](int t) {
-      const int64_t head = head_of(t);
+      const int head = head_of(t);
       if (head >= head_end) return TileVectors<T, ColumnKeys<T>>{};
-      const VectorList<T> list = keys_of_head<T>(p, sample, head / p.group());
-      return TileVectors<T, ColumnKeys<T>>{{list, keys, columns, list.aligned}, 0};
+      const VectorList<T> list = keys_of_head<T>(p, item().sample, head / group);
+      return TileVectors<T, ColumnKeys<T>>{{list, item().keys, columns, list.aligned}, 0};
     };
     const auto queries_of = [&](int t) {
-      const int64_t head = head_of(t);
+      const int head = head_of(t);
       if (head >= head_end) return TileVectors<T>{};
-      VectorList<T> list = query_rows_of_head<T>(p, sample, head);
-      list.count = rows.end;
+      VectorList<T> list = query_rows_of_head<T>(p, item().sample, head);
+      list.count = item().rows.end;
       return TileVectors<T>{list, row_of(t)};
     };
     put_statistics(turn, statistics_of(head_of(0), row_of(0)));
     float2 next = statistics_of(head_of(1), row_of(1));
-    for_each_tile<T>(ring, static_cast<int>(p.dim), plan.resident, tiles, keys_of, queries_of,
+    for_each_tile<T>(ring_of(team), static_cast<int>(p.dim), plan.resident, tiles, keys_of, queries_of,
                      [&](int t, Tile& dots) {
                        put_statistics(turn + 1, next);
                        next = statistics_of(head_of(t + 2), row_of(t + 2));
@@ -358,7 +377,7 @@ struct ColumnPass {
                        add_head(dots, head_of(t));
                        ++turn;
                        if constexpr (op == HeadOp::kNone) {
-                         add_rows();
+                         add_rows(dots);
                          if (!over_rows || t == tiles - 1) finish(head_of(t));
                        }
                      });
@@ -366,34 +385,37 @@ struct ColumnPass {
 
   __device__ __forceinline__ void run() {
     // Teams pass the same barriers, so they go through the same number of tiles.
-    const int64_t heads = plan.teams > 1 ? ceil_div<int64_t>(p.query_heads, plan.parts()) : head_end - head_begin;
-    const bool over_rows = op == HeadOp::kNone && rows.end - rows.first > kTileVectors;
-    int64_t row = rows.first, done = 0;
-    while (row < rows.end && done < heads) {
+    const int64_t first_row = item().rows.first, end_row = item().rows.end;
+    const int heads =
+        plan.teams > 1 ? static_cast<int>((p.query_heads + plan.parts() - 1) / plan.parts()) : head_end - head_begin;
+    const bool over_rows = op == HeadOp::kNone && end_row - first_row > kTileVectors;
+    int64_t row = first_row;
+    int done = 0;
+    while (row < end_row && done < heads) {
       if (done == 0 && !over_rows) {
         take_rows(row);
         mass.clear();
       }
-      int64_t tiles = heads - done;
+      int tiles = heads - done;
       if (over_rows) {
-        tiles = ceil_div<int64_t>(rows.end - row, kTileVectors);
+        tiles = static_cast<int>((end_row - row + kTileVectors - 1) / kTileVectors);
       } else if (plan.resident) {
-        const int64_t left = p.group() - (head_begin + done) % p.group();  // heads of the same key head
+        const int left = group - (head_begin + done) % group;  // heads of the same key head
         if (left < tiles) tiles = left;
       }
-      run_tiles(head_begin + done, row, static_cast<int>(tiles), over_rows);
+      run_tiles(head_begin + done, row, tiles, over_rows);
       done += over_rows ? 1 : tiles;
       if (over_rows || done < heads) continue;
       if constexpr (op != HeadOp::kNone) {
         if (plan.parts() > 1) meet_parts();
-        add_rows();
+        add_rows(mass);
         done = 0;
       }
       row += kTileVectors;
     }
-    const bool nothing = rows.first >= rows.end;
-    const int64_t from = op == HeadOp::kNone ? head_begin : 0, to = op != HeadOp::kNone ? 1 : nothing ? head_end : from;
-    for (int64_t head = from; head < to; ++head) {
+    const bool nothing = first_row >= end_row;
+    const int from = op == HeadOp::kNone ? head_begin : 0, to = op != HeadOp::kNone ? 1 : nothing ? head_end : from;
+    for (int head = from; head < to; ++head) {
       __syncthreads();
       finish(head);
     }
@@ -401,7 +423,7 @@ struct ColumnPass {
 };
 
 template <class T, HeadOp op>
-__global__ void __launch_bounds__(kTileThreads* kMaxTeams)
+__global__ void __launch_bounds__(kTileThreads* kMaxTeams, 1)
     attention_columns_kernel(const ColumnProblem c, const ColumnPlan plan) {
   ColumnPass<T, op> pass(c, plan);
   for (int64_t item = blockIdx.x / plan.cluster; item < plan.items; item += gridDim.x / plan.cluster) {
@@ -413,7 +435,7 @@ __global__ void __launch_bounds__(kTileThreads* kMaxTeams)
 // The row parts' sums and maxima meet in order. A block has kCombineThreads scores of a sample.
 __global__ void __launch_bounds__(kCombineThreads)
     attention_columns_combine_kernel(const ColumnProblem c, const ColumnPlan plan) {
-  const int64_t size = c.out_heads() * c.columns, blocks = ceil_div<int64_t>(size, kCombineThreads);
+  const int64_t size = c.out_heads() * c.columns, blocks = (size + kCombineThreads - 1) / kCombineThreads;
   const int64_t sample = blockIdx.x / blocks, i = blockIdx.x % blocks * kCombineThreads + threadIdx.x;
   long long count = c.attention.rows;
   if (c.query_mask != nullptr) {
@@ -424,21 +446,21 @@ __global__ void __launch_bounds__(kCombineThreads)
   }
   if (i >= size) return;
   const float* partial = c.partial + sample * plan.row_parts * 2 * size + i;
-  float sum = 0, max = 0;
+  ColumnSums sums{0, 0, 0};
   for (int64_t part = 0; part < plan.row_parts; ++part) {
-    sum += partial[2 * part * size];
-    max = nan_max(max, partial[(2 * part + 1) * size]);
+    sums.sum += partial[2 * part * size];
+    sums.max = nan_max(sums.max, partial[(2 * part + 1) * size]);
   }
-  write_scores(c, sample, i / c.columns, i % c.columns, count, &sum, &max, nullptr);
+  write_scores(c, sample, i / c.columns, i % c.columns, count, sums, true, false);
 }
 
 template <class T>
 cudaError_t launch_attention_columns(const ColumnProblem& c, const ColumnPlan& plan, cudaStream_t stream) {
   const Launch where{dim3(static_cast<unsigned>(plan.blocks)), dim3(kTileThreads * plan.teams),
                      static_cast<size_t>(plan.shared), stream, static_cast<unsigned>(plan.cluster)};
-  const auto kernel = c.per_head()                    ? attention_columns_kernel<T, HeadOp::kNone>
+  const auto kernel = c.per_head()                   ? attention_columns_kernel<T, HeadOp::kNone>
                       : c.heads == ColumnHeads::kMax ? attention_columns_kernel<T, HeadOp::kMax>
-                                                      : attention_columns_kernel<T, HeadOp::kSum>;
+                                                     : attention_columns_kernel<T, HeadOp::kSum>;
   const cudaError_t status = launch(where, kernel, c, plan);
   if (status != cudaSuccess || plan.launches() < 2) return status;
   const int64_t blocks = c.attention.batch * ceil_div<int64_t>(c.out_heads() * c.columns, kCombineThreads);

@@ -1,5 +1,6 @@
 // The column pass of attention as the host sees it: probabilities from a given lse, reduced over heads and then over
-// rows to scores of keys. No kernel code; defined in attention_columns.cuh, instantiated in csrc/cuda/attention_columns.cu.
+// rows to scores of keys. No kernel code; defined in attention_columns.cuh, instantiated in
+// csrc/cuda/attention_columns.cu.
 #pragma once
 
 #include <algorithm>
@@ -45,7 +46,7 @@ struct ColumnPlan {
   int cluster, teams;     // blocks of an item, teams of kTileThreads threads of a block: heads are split over both
   bool resident;          // the key tile of a key head stays in shared memory
   int64_t items, blocks;  // blocks is the grid; they loop over the items
-  int shared;             // bytes of a block
+  int ring, shared;       // bytes of a team's tiles and of the whole block
 
   TOKENPRUNE_HD int parts() const { return cluster * teams; }
   int launches() const { return blocks == 0 ? 0 : row_parts > 1 ? 2 : 1; }
@@ -54,20 +55,22 @@ struct ColumnPlan {
   }
 };
 
-constexpr int kMaxTeams = 3;           // of 128 threads: leaves a thread 168 registers
-constexpr int kMaxColumnCluster = 8;   // what every device with clusters can do
-constexpr int kColumnSums = 3;         // of a column: sum, maximum, last
-constexpr int kBlocksPerSm = 512;      // cap of the grid: more items are looped over
+constexpr int kMaxTeams = 3;          // of 128 threads: leaves a thread 168 registers
+constexpr int kMaxColumnCluster = 8;  // what every device with clusters can do
+constexpr int kBlocksPerSm = 512;     // cap of the grid: more items are looped over
 constexpr int kCombineThreads = 256;
 constexpr int64_t kPartialFloor = 1 << 20;  // bytes of partial results that nobody misses
 
-// Bytes of a block: the tiles of every team, two sets of row statistics each,
-// the parts' results at the end, and which keys the columns are.
+// Shared memory of a block: tiles and two sets of row statistics of every team, what is known of the item, and the
+// parts' results at the end.
+constexpr int kStatisticsBytes = 2 * kTileVectors * 2 * sizeof(float);
+constexpr int kColumnItemBytes = (kTileVectors + 7) * sizeof(int64_t);
+constexpr int kColumnStaticBytes = 1024;  // of block_reduce, and what the system keeps
+constexpr int kResultBytes = 2 * kTileVectors * sizeof(float);
+
 inline int column_shared_bytes(int64_t dim, int element_size, bool resident, int cluster, int teams) {
-  constexpr int kStatistics = 2 * kTileVectors * 2 * static_cast<int>(sizeof(float));
-  constexpr int kResults = kColumnSums * kTileVectors * static_cast<int>(sizeof(float));
-  return teams * (tile_shared_bytes(dim, element_size, resident) + kStatistics) + cluster * teams * kResults +
-         kTileVectors * static_cast<int>(sizeof(int64_t));
+  return teams * (tile_shared_bytes(dim, element_size, resident) + kStatisticsBytes) + kColumnItemBytes +
+         kTileVectors * static_cast<int>(sizeof(float)) + cluster * teams * kResultBytes;
 }
 
 struct ColumnShape {
@@ -77,8 +80,8 @@ struct ColumnShape {
   bool one_launch;  // a second launch is not wanted, however long the first one takes
 };
 
-// Heads are split first, by the number of columns alone: their order of summation does not depend on the rows or on which
-// row reductions are asked for, so `last` alone gives the bits of `last` among others. Rows are split when blocks
+// Heads are split first, by the number of columns alone: their order of summation does not depend on the rows or on
+// which row reductions are asked for, so `last` alone gives the bits of `last` among others. Rows are split when blocks
 // would still be missing and each keeps enough to do.
 inline ColumnPlan plan_attention_columns(const ColumnShape& s, const DeviceLimits& limits) {
   ColumnPlan plan{};
@@ -92,15 +95,16 @@ inline ColumnPlan plan_attention_columns(const ColumnShape& s, const DeviceLimit
   const bool grouped = s.key_heads > 0 && s.query_heads > s.key_heads;
   if (s.per_head) {
     plan.resident = fits && (grouped || row_tiles > 1);
-    if (tiles > 0)
-      plan.head_ranges = std::max<int64_t>(1, std::min(s.query_heads, ceil_div<int64_t>(wanted, tiles)));
+    if (tiles > 0) plan.head_ranges = std::max<int64_t>(1, std::min(s.query_heads, ceil_div<int64_t>(wanted, tiles)));
   } else if (tiles > 0) {
     const auto room = [&](int parts) { return parts <= s.query_heads && tiles * parts <= wanted; };
     if (limits.has_clusters())
       while (plan.cluster < kMaxColumnCluster && room(2 * plan.cluster)) plan.cluster *= 2;
-    while (plan.teams < kMaxTeams && room(plan.cluster * (plan.teams + 1)) &&
-           column_shared_bytes(s.dim, s.element_size, false, plan.cluster, plan.teams + 1) <= limits.shared_per_block)
-      ++plan.teams;
+    const auto fits_with = [&](int teams) {
+      return column_shared_bytes(s.dim, s.element_size, false, plan.cluster, teams) + kColumnStaticBytes <=
+             limits.shared_per_block;
+    };
+    while (plan.teams < kMaxTeams && room(plan.cluster * (plan.teams + 1)) && fits_with(plan.teams + 1)) ++plan.teams;
     plan.resident = fits && grouped && plan.teams == 1;
   }
   const int64_t units = tiles * plan.head_ranges * plan.parts();
@@ -109,13 +113,13 @@ inline ColumnPlan plan_attention_columns(const ColumnShape& s, const DeviceLimit
     const int64_t heads = ceil_div(s.query_heads, plan.head_ranges * plan.parts());
     const int64_t bytes = 2 * s.batch * (s.per_head ? s.query_heads : 1) * s.columns * int64_t(sizeof(float));
     const int64_t small = std::max(row_tiles / 4, kPartialFloor / bytes);  // 1% of the rows x columns matrices
-    plan.row_parts = std::max<int64_t>(
-        1, std::min({wanted / units, row_tiles, row_tiles * heads / kSteps, small}));
+    plan.row_parts = std::max<int64_t>(1, std::min({wanted / units, row_tiles, row_tiles * heads / kSteps, small}));
   }
   plan.rows_per_part = std::max<int64_t>(1, ceil_div(row_tiles, plan.row_parts)) * kTileVectors;
   plan.row_parts = std::max<int64_t>(1, ceil_div<int64_t>(rows, plan.rows_per_part));
   plan.items = tiles * plan.head_ranges * plan.row_parts;
   plan.blocks = std::min(plan.items, int64_t(kBlocksPerSm) * limits.sm_count) * plan.cluster;
+  plan.ring = tile_shared_bytes(s.dim, s.element_size, plan.resident);
   plan.shared = column_shared_bytes(s.dim, s.element_size, plan.resident, plan.cluster, plan.teams);
   return plan;
 }

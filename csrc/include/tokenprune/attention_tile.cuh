@@ -77,6 +77,10 @@ __device__ __forceinline__ float key_factor(const AttentionProblem& p, int64_t s
   return p.cosine ? p.key_inverse_norms[(sample * p.key_heads + key_head) * p.keys + key] : 1.0f;
 }
 
+// A block may be several teams of kTileThreads threads, with a tile each, that pass the same barriers.
+__device__ __forceinline__ int tile_thread() { return threadIdx.x % kTileThreads; }
+__device__ __forceinline__ int tile_warp() { return tile_thread() / kWarp; }
+
 // One thread's 32 sums of a tile: kThreadA x kThreadB of them, sum (i, j) being that of the tile's vectors a(i) of A
 // and b(j) of B. The kLanesPerA lanes that share the same a(i) are neighbours: warp_reduce(x, op, kLanesPerA) meets
 // them.
@@ -89,7 +93,7 @@ struct DotTile {
   float sums[8][4];
 
   __device__ __forceinline__ static int a(int i) {
-    return 16 * warp_id() + lane_id() / kLanesPerA + i * (kWarp / kLanesPerA);
+    return 16 * tile_warp() + lane_id() / kLanesPerA + i * (kWarp / kLanesPerA);
   }
   __device__ __forceinline__ static int b(int j) {
     return kMma ? 8 * (j / 2) + 2 * (lane_id() % 4) + j % 2 : 8 * j + lane_id() % 8;
@@ -110,7 +114,7 @@ struct DotTile {
   __device__ __forceinline__ void multiply(const unsigned char* a_chunk, const unsigned char* b_chunk, int left,
                                            int b_left) {
     if constexpr (kMma) {
-      const int lane = lane_id(), a_row = 16 * warp_id() + lane % 16, b_row = lane / 16 * 8 + lane % 8;
+      const int lane = lane_id(), a_row = 16 * tile_warp() + lane % 16, b_row = lane / 16 * 8 + lane % 8;
 #pragma unroll
       for (int k = 0; k < kChunk / 16; ++k) {
         if (16 * k >= left) break;
@@ -154,27 +158,28 @@ struct DotTile {
   }
 };
 
-// One thread's part in copying the chunks of a tile of 64 vectors: of the vectors threadIdx.x / 4 and 32 further, the
-// units threadIdx.x % 4 and 4 further, odd vectors in reverse order: 8 neighbouring lanes write to distinct banks, and
-// 4 read 64 bytes in a row.
+// One thread's part in copying the chunks of a tile of 64 vectors: of the vectors tile_thread() / 4 and 32 further, the
+// units tile_thread() % 4 and 4 further, odd vectors in reverse order: 8 neighbouring lanes write to distinct banks,
+// and 4 read 64 bytes in a row.
 template <class T>
 struct TileLoader {
   const T* vectors[2];
   bool aligned;
 
-  __device__ __forceinline__ void point_to(const VectorList<T>& list, int64_t first) {
+  template <class List>
+  __device__ __forceinline__ void point_to(const List& list, int64_t first) {
     aligned = list.aligned;
-    vectors[0] = list.vector(first + threadIdx.x / 4);
-    vectors[1] = list.vector(first + threadIdx.x / 4 + 32);
+    vectors[0] = list.vector(first + tile_thread() / 4);
+    vectors[1] = list.vector(first + tile_thread() / 4 + 32);
   }
 
   // Starts (or, unaligned, makes) the copy of chunk `c` to `to`.
   __device__ __forceinline__ void copy(unsigned char* to, int c, int dim) const {
     constexpr int kUnit = DotTile<T>::kUnit;
-    const int row = threadIdx.x / 4;
+    const int row = tile_thread() / 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int u = threadIdx.x % 4 + 4 * ((half + row) % 2), element = c * DotTile<T>::kChunk + u * kUnit;
+      const int u = tile_thread() % 4 + 4 * ((half + row) % 2), element = c * DotTile<T>::kChunk + u * kUnit;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         unsigned char* at = to + (row + 32 * i) * kChunkBytes + ((u ^ (row & 7)) << 4);
@@ -193,10 +198,10 @@ struct TileLoader {
   }
 };
 
-// Which 64 vectors of a list a tile takes.
-template <class T>
+// Which 64 vectors of a list a tile takes. A list has a count, vector(v) (null: zeros) and aligned.
+template <class T, class List = VectorList<T>>
 struct TileVectors {
-  VectorList<T> list;
+  List list;
   int64_t first;
 
   // How many of the 64 exist.
@@ -207,7 +212,7 @@ struct TileVectors {
 };
 
 // visit(t, tile) with the finished sums of tile t = 0 .. tiles - 1, those of the vectors a_of(t) and b_of(t). Both are
-// functions from t to TileVectors<T>, called again whenever needed. With `resident`, A is a_of(0) for all tiles and is
+// functions from t to TileVectors, called again whenever needed. With `resident`, A is a_of(0) for all tiles and is
 // read once. A warp whose A vectors do not exist computes nothing, and sums of B vectors that do not exist may be left
 // 0: `visit` must not use either. It is called by all threads, may contain barriers, and must not touch `shared`
 // (tile_shared_bytes of it). All threads call this function, which may be called repeatedly.
@@ -225,10 +230,10 @@ __device__ __forceinline__ void for_each_tile(unsigned char* shared, int dim, bo
     if (next_tile < tiles) {
       const bool with_a = !resident || next_tile == 0;
       if (next_chunk == 0) {
-        const TileVectors<T> b = b_of(next_tile);
+        const auto b = b_of(next_tile);
         b_loader.point_to(b.list, b.first);
         if (with_a) {
-          const TileVectors<T> a = a_of(next_tile);
+          const auto a = a_of(next_tile);
           a_loader.point_to(a.list, a.first);
         }
       }
@@ -247,7 +252,7 @@ __device__ __forceinline__ void for_each_tile(unsigned char* shared, int dim, bo
   load();
   int stage = 0;
   for (int t = 0; t < tiles; ++t) {
-    const bool active = 16 * warp_id() < a_of(resident ? 0 : t).present();
+    const bool active = 16 * tile_warp() < a_of(resident ? 0 : t).present();
     const int b_left = b_of(t).present();
     DotTile<T> tile;
     tile.clear();
