@@ -39,6 +39,7 @@ struct ColumnKeys {
   bool aligned;
 
   __device__ __forceinline__ const T* vector(int64_t v) const {
+    if (v >= count) return nullptr;
     const int64_t key = indices[v];
     return key < 0 ? nullptr : keys.data + key * keys.row_stride;
   }
