@@ -118,6 +118,7 @@ __global__ void cluster_misuse(const Arguments p) {
 __global__ void cluster_read_too_late(const Arguments p) {
   TOKENPRUNE_SHARED(uint32_t[kWarp], values);
   values[threadIdx.x] = threadIdx.x;
+  cluster_sync();
   const uint32_t* other = cluster_shared(&values[threadIdx.x], cluster_size() - 1);
   cluster_sync();
   if (cluster_rank() != 0) return;
