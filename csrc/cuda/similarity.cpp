@@ -57,7 +57,6 @@ Tensor score(const char* op, const Tensor& features, const RowList& best_of, con
 Tensor cosine_scores(const Tensor& features_in, const Tensor& queries_in, const OptionalTensor& query_mask,
                      std::string reduction) {
   const char* op = "cosine_scores";
-  // The mean over one query is its maximum, which needs no sum of unit rows before.
   const bool mean = check_cosine_scores(features_in, queries_in, query_mask, reduction);
   check_not_float64(op, {{"features", features_in}});
   const CudaScope cuda(features_in);

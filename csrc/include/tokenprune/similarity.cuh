@@ -6,7 +6,7 @@
 // divided by two norms after the reduction. Where that differs from normalising first:
 //   * squares of finite elements that overflow: the unit vector is 0 (x / inf), and the dot product may be inf - inf;
 //   * infinite or NaN elements: the unit vector has a NaN, so that every cosine with it is NaN.
-// inverse_norm tells these apart (0 and NaN); neither can occur otherwise, and |dot| <= |x| |q| cannot overflow when
+// row_inverse_norm tells these apart (0 and NaN); neither can occur otherwise, and |dot| <= |x| |q| cannot overflow when
 // both norms are finite.
 //
 //   listed rows --- unit_sum_kernel ---> sums of groups of unit rows --- combine_sums_kernel ---> one sum per sample
@@ -27,7 +27,7 @@
 
 namespace tokenprune {
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kInfinity = std::numeric_limits<float>::infinity(), kNan = std::numeric_limits<float>::quiet_NaN();
 
 struct NanMax {
   __device__ __forceinline__ float operator()(float a, float b) const { return nan_max(a, b); }
@@ -44,25 +44,25 @@ __device__ __forceinline__ const T* listed_row(const RowList& list, int64_t samp
 }
 
 template <class T>
-constexpr int kUnit = 16 / sizeof(T);  // elements read at once
+constexpr int kReadUnit = 16 / sizeof(T);  // elements read at once
 
-// Elements c .. c + kUnit - 1 of a row, zeros from `dim` on.
+// Elements c .. c + kReadUnit - 1 of a row, zeros from `dim` on.
 template <class T>
-__device__ __forceinline__ void load_unit(const T* row, int64_t c, int64_t dim, bool aligned, float (&out)[kUnit<T>]) {
-  T elements[kUnit<T>];
+__device__ __forceinline__ void read_unit(const T* row, int64_t c, int64_t dim, bool aligned, float (&out)[kReadUnit<T>]) {
+  T elements[kReadUnit<T>];
   if (aligned) {
     const uint4 words = *reinterpret_cast<const uint4*>(row + c);
     memcpy(elements, &words, sizeof words);
 #pragma unroll
-    for (int e = 0; e < kUnit<T>; ++e) out[e] = to_float(elements[e]);
+    for (int e = 0; e < kReadUnit<T>; ++e) out[e] = to_float(elements[e]);
   } else {
 #pragma unroll
-    for (int e = 0; e < kUnit<T>; ++e) out[e] = c + e < dim ? to_float(row[c + e]) : 0.0f;
+    for (int e = 0; e < kReadUnit<T>; ++e) out[e] = c + e < dim ? to_float(row[c + e]) : 0.0f;
   }
 }
 
 template <int size>
-__device__ __forceinline__ float dot(const float (&a)[size], const float (&b)[size], float sum) {
+__device__ __forceinline__ float add_dot(const float (&a)[size], const float (&b)[size], float sum) {
 #pragma unroll
   for (int e = 0; e < size; ++e) sum = __fmaf_rn(a[e], b[e], sum);
   return sum;
@@ -79,7 +79,7 @@ __device__ float taint_of(const T* row, int64_t dim, int first, int step) {
 // 1 / max(||x||, 1e-12); 0 when only the squares overflow; NaN for a row with NaN or infinite elements. By the threads
 // first, first + step, ... of a warp (all 32 of them), or by one thread alone.
 template <class T>
-__device__ __forceinline__ float inverse_norm(float squares, const T* row, int64_t dim, bool by_warp) {
+__device__ __forceinline__ float row_inverse_norm(float squares, const T* row, int64_t dim, bool by_warp) {
   if (squares < kInfinity) return 1 / norm_from_squares(squares);
   if (!by_warp) return taint_of(row, dim, 0, 1);
   return warp_reduce(taint_of(row, dim, lane_id(), kWarp), Sum());
@@ -127,12 +127,12 @@ __global__ void __launch_bounds__(kUnitSumThreads)
     float inverse = 0;
     if (row != nullptr) {
       float squares = 0;
-      for (int64_t c = lane_id() * kUnit<T>; c < dim; c += kWarp * kUnit<T>) {
-        float x[kUnit<T>];
-        load_unit(row, c, dim, aligned, x);
-        squares = dot(x, x, squares);
+      for (int64_t c = lane_id() * kReadUnit<T>; c < dim; c += kWarp * kReadUnit<T>) {
+        float x[kReadUnit<T>];
+        read_unit(row, c, dim, aligned, x);
+        squares = add_dot(x, x, squares);
       }
-      inverse = inverse_norm(warp_reduce(squares, Sum()), row, dim, true);
+      inverse = row_inverse_norm(warp_reduce(squares, Sum()), row, dim, true);
     }
     if (lane_id() == 0) {
       rows[i] = row;
@@ -141,17 +141,17 @@ __global__ void __launch_bounds__(kUnitSumThreads)
   }
   __syncthreads();
   float* out = parts + blockIdx.x * dim;
-  for (int64_t c = threadIdx.x * kUnit<T>; c < dim; c += kUnitSumThreads * kUnit<T>) {
-    float sum[kUnit<T>] = {};
+  for (int64_t c = threadIdx.x * kReadUnit<T>; c < dim; c += kUnitSumThreads * kReadUnit<T>) {
+    float sum[kReadUnit<T>] = {};
     for (int i = 0; i < rows_per_group; ++i) {
       if (rows[i] == nullptr) continue;
-      float x[kUnit<T>];
-      load_unit(rows[i], c, dim, aligned, x);
+      float x[kReadUnit<T>];
+      read_unit(rows[i], c, dim, aligned, x);
 #pragma unroll
-      for (int e = 0; e < kUnit<T>; ++e) sum[e] = __fmaf_rn(x[e], inverses[i], sum[e]);
+      for (int e = 0; e < kReadUnit<T>; ++e) sum[e] = __fmaf_rn(x[e], inverses[i], sum[e]);
     }
 #pragma unroll
-    for (int e = 0; e < kUnit<T>; ++e)
+    for (int e = 0; e < kReadUnit<T>; ++e)
       if (c + e < dim) out[c + e] = sum[e];
   }
   if (group > 0) return;
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kUnitSumThreads)
 }
 
 // In float64: there may be hundreds of groups, and the sum should be as good as that of one group.
-inline __global__ void __launch_bounds__(kUnitSumThreads)
+static __global__ void __launch_bounds__(kUnitSumThreads)
     combine_sums_kernel(const float* parts, int64_t groups, int64_t dim, float* sums) {
   const int64_t blocks = ceil_div<int64_t>(dim, kUnitSumThreads), sample = blockIdx.x / blocks;
   const int64_t c = blockIdx.x % blocks * kUnitSumThreads + threadIdx.x;
@@ -196,25 +196,25 @@ __global__ void __launch_bounds__(kSimilarityThreads)
   }
 
   float dots[rows][kDirectRows] = {}, squares[rows] = {}, with_sum[rows] = {}, query_squares[kDirectRows] = {};
-  for (int64_t c = lane_id() * kUnit<T>; c < p.dim; c += kWarp * kUnit<T>) {
-    float x[rows][kUnit<T>], y[kUnit<T>];
+  for (int64_t c = lane_id() * kReadUnit<T>; c < p.dim; c += kWarp * kReadUnit<T>) {
+    float x[rows][kReadUnit<T>], y[kReadUnit<T>];
 #pragma unroll
-    for (int r = 0; r < rows; ++r) load_unit(feature(r), c, p.dim, p.aligned, x[r]);
+    for (int r = 0; r < rows; ++r) read_unit(feature(r), c, p.dim, p.aligned, x[r]);
 #pragma unroll
-    for (int r = 0; r < rows; ++r) squares[r] = dot(x[r], x[r], squares[r]);
+    for (int r = 0; r < rows; ++r) squares[r] = add_dot(x[r], x[r], squares[r]);
 #pragma unroll
     for (int q = 0; q < kDirectRows; ++q) {
       if (queries[q] == nullptr) continue;
-      load_unit(queries[q], c, p.dim, p.aligned, y);
-      query_squares[q] = dot(y, y, query_squares[q]);
+      read_unit(queries[q], c, p.dim, p.aligned, y);
+      query_squares[q] = add_dot(y, y, query_squares[q]);
 #pragma unroll
-      for (int r = 0; r < rows; ++r) dots[r][q] = dot(x[r], y, dots[r][q]);
+      for (int r = 0; r < rows; ++r) dots[r][q] = add_dot(x[r], y, dots[r][q]);
     }
     if (sums.parts == nullptr) continue;
 #pragma unroll
-    for (int e = 0; e < kUnit<T>; ++e) y[e] = c + e < p.dim ? sums.at(sample, c + e, p.dim) : 0.0f;
+    for (int e = 0; e < kReadUnit<T>; ++e) y[e] = c + e < p.dim ? sums.at(sample, c + e, p.dim) : 0.0f;
 #pragma unroll
-    for (int r = 0; r < rows; ++r) with_sum[r] = dot(x[r], y, with_sum[r]);
+    for (int r = 0; r < rows; ++r) with_sum[r] = add_dot(x[r], y, with_sum[r]);
   }
 
   float taint_best = 0, taint_mean = 0;  // NaN when a listed row has one
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(kSimilarityThreads)
 #pragma unroll
   for (int q = 0; q < kDirectRows; ++q) {
     if (queries[q] == nullptr) continue;
-    query_squares[q] = inverse_norm(warp_reduce(query_squares[q], Sum()), queries[q], p.dim, true);
+    query_squares[q] = row_inverse_norm(warp_reduce(query_squares[q], Sum()), queries[q], p.dim, true);
     const bool of_best = q < p.best_of.length;
     count_best += of_best;
     count_mean += !of_best;
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kSimilarityThreads)
   }
 #pragma unroll
   for (int r = 0; r < rows; ++r) {
-    const float inverse = inverse_norm(warp_reduce(squares[r], Sum()), feature(r), p.dim, true);
+    const float inverse = row_inverse_norm(warp_reduce(squares[r], Sum()), feature(r), p.dim, true);
     float best = -kInfinity, sum = 0;
 #pragma unroll
     for (int q = 0; q < kDirectRows; ++q) {
