@@ -86,6 +86,7 @@ Tensor score_entropy(const Tensor& scores_in, const OptionalTensor& mask_in, boo
   const char* op = "score_entropy";
   check_score_entropy(scores_in, mask_in);
   check_not_float64(op, {{"scores", scores_in}});
+  check_tokens(op, "scores", scores_in);
   const CudaScope cuda(scores_in);
   const Tensor scores = with_contiguous_rows(scores_in);
   const MaskArgument mask(mask_in);

@@ -50,7 +50,8 @@ def ninja_file(target: Path) -> str:
     link += ["-fsanitize=address"] if sanitize else ["--coverage"]
     lines = [
         "ninja_required_version = 1.3",
-        f"rule cxx\n  command = rm -f $counts && {compiler} {shlex.join(flags())} -MMD -MF $out.d -x c++ -c $in -o $out",
+        f"rule cxx\n  command = rm -f $counts && {compiler} {shlex.join(flags())} -MMD -MF $out.d"
+        " -x c++ -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc\n  description = EMULATE $out",
         f"rule link\n  command = {compiler} $in -o $out {shlex.join(link)}\n  description = LINK $out",
     ]

@@ -41,11 +41,27 @@ __device__ __forceinline__ Stretch stretch_of_warp(Stretch of_block) {
   return part_of(of_block, blockDim.x / kWarp, warp_id());
 }
 
-// f(token) for the tokens of the calling thread.
-template <class F>
-__device__ __forceinline__ void each_token(Stretch of_warp, const F& f) {
-#pragma unroll 4
-  for (uint32_t i = of_warp.begin + lane_id(); i < of_warp.end; i += kWarp) f(i);
+// f(i, read(i)) for the tokens of the calling thread, in order; i is past the end in the lanes that have none left,
+// with what read() says of the last token. Reads kAhead rounds before the first f: the loads are on their way together.
+constexpr int kAhead = 4;
+
+template <class Read, class F>
+__device__ __forceinline__ void each_round(Stretch of_warp, const Read& read, const F& f) {
+  for (uint32_t start = of_warp.begin; start < of_warp.end; start += kAhead * kWarp) {
+    decltype(read(start)) values[kAhead];
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) values[a] = read(min(start + a * kWarp + lane_id(), of_warp.end - 1));
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) f(start + a * kWarp + lane_id(), values[a]);
+  }
+}
+
+// The same without the lanes past the end.
+template <class Read, class F>
+__device__ __forceinline__ void each_token(Stretch of_warp, const Read& read, const F& f) {
+  each_round(of_warp, read, [&](uint32_t i, auto value) {
+    if (i < of_warp.end) f(i, value);
+  });
 }
 
 __device__ __forceinline__ void team_sync() {
@@ -71,7 +87,11 @@ __device__ __forceinline__ Extent<Key> extent_of_none() {
 
 template <class Key>
 __device__ __forceinline__ Extent<Key> over_warp(Extent<Key> e) {
-  return {warp_reduce(e.low, Min()), warp_reduce(e.high, Max()), warp_reduce(e.count, Sum())};
+  const uint32_t count = __reduce_add_sync(kAllLanes, e.count);
+  if constexpr (sizeof(Key) == 4)
+    return {__reduce_min_sync(kAllLanes, e.low), __reduce_max_sync(kAllLanes, e.high), count};
+  else
+    return {warp_reduce(e.low, Min()), warp_reduce(e.high, Max()), count};
 }
 
 constexpr int kMaxMarks = 4;
@@ -166,8 +186,7 @@ __device__ __forceinline__ Threshold<Key> threshold_of_best(const Keys& keys, St
   team_sync();
   for (int i = threadIdx.x; i < kRadixBins; i += blockDim.x) scratch.histogram[0][i] = 0;
   Extent<Key> open = extent_of_none<Key>();
-  each_token(of_warp, [&](uint32_t i) {
-    const Key key = keys(i);
+  each_token(of_warp, keys, [&](uint32_t, Key key) {
     if (key == 0) return;
     open.low = min(open.low, key);
     open.high = max(open.high, key);
@@ -184,8 +203,8 @@ __device__ __forceinline__ Threshold<Key> threshold_of_best(const Keys& keys, St
     for (int i = threadIdx.x; i < kRadixBins; i += blockDim.x) scratch.histogram[next][i] = 0;
     // Increments whose result nobody reads: the hardware adds those of a warp that hit the same bin in one go.
     uint32_t* histogram = scratch.histogram[set];
-    each_token(of_warp, [&](uint32_t i) {
-      const Key key = keys(i), bin = static_cast<Key>(key - low) >> width;
+    each_token(of_warp, keys, [&](uint32_t, Key key) {
+      const Key bin = static_cast<Key>(key - low) >> width;
       if (key >= low && bin < bins) atomicAdd(&histogram[bin], 1u);
     });
     team_sync();
@@ -221,8 +240,7 @@ __device__ __forceinline__ MarkCounts ranked(Stretch of_warp, const Classify& cl
   static_assert(lists <= kMaxMarks);
   const uint32_t lane = lane_id(), below = (1u << lane) - 1;
   MarkCounts mine = {};
-  each_token(of_warp, [&](uint32_t i) {
-    const uint32_t flags = classify(i);
+  each_token(of_warp, classify, [&](uint32_t, uint32_t flags) {
 #pragma unroll
     for (int g = 0; g < lists; ++g) mine.of[g] += flags >> g & 1;
   });
@@ -250,26 +268,17 @@ __device__ __forceinline__ MarkCounts ranked(Stretch of_warp, const Classify& cl
       total.of[g] = __reduce_add_sync(kAllLanes, of_lane);
     }
   }
-  constexpr int kAhead = 4;  // rounds whose flags are read before the first of them is used
-  for (uint32_t start = of_warp.begin; start < of_warp.end; start += kAhead * kWarp) {
-    uint32_t flags[kAhead];
+  each_round(of_warp, classify, [&](uint32_t i, uint32_t flags) {
+    if (i >= of_warp.end) flags = 0;
+    uint32_t ranks[lists];
 #pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
-      const uint32_t i = start + a * kWarp + lane;
-      flags[a] = i < of_warp.end ? classify(i) : 0;
+    for (int g = 0; g < lists; ++g) {
+      const uint32_t votes = __ballot_sync(kAllLanes, flags >> g & 1);
+      ranks[g] = before.of[g] + __popc(votes & below);
+      before.of[g] += __popc(votes);
     }
-#pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
-      uint32_t ranks[lists];
-#pragma unroll
-      for (int g = 0; g < lists; ++g) {
-        const uint32_t votes = __ballot_sync(kAllLanes, flags[a] >> g & 1);
-        ranks[g] = before.of[g] + __popc(votes & below);
-        before.of[g] += __popc(votes);
-      }
-      f(start + a * kWarp + lane, flags[a], ranks);
-    }
-  }
+    f(i, flags, ranks);
+  });
   return total;
 }
 

@@ -45,7 +45,7 @@ struct MaskProblem {
   int64_t batch, n, capacity;
 };
 
-constexpr int kSelectMaxThreads = 1024;
+constexpr int kSelectMaxThreads = 512;
 constexpr int kSelectStaticShared = 6 * 1024;  // bytes that the kernels have beside the keys
 // Counters and positions within a sample have 32 bits, one of them spare.
 constexpr int64_t kSelectMaxTokens = (int64_t(1) << 31) - 1;
@@ -78,6 +78,11 @@ inline SelectPlan plan_mask(int64_t batch, int64_t n, const DeviceLimits& limits
   plan.keys_in_shared = false;
   plan.shared = 0;
   return plan;
+}
+
+inline unsigned plan_entropy_threads(int64_t n) {
+  return static_cast<unsigned>(
+      std::clamp<int64_t>(round_up<int64_t>(ceil_div<int64_t>(n, 4), 32), 128, kSelectMaxThreads));
 }
 
 template <class T>

@@ -6,7 +6,7 @@
 // writes the chosen positions, ascending, and the padding.
 //
 //   launch             grid                block              shared memory      global memory
-//   select_kernel      batch x cluster     128 to 1024        4 bytes per token  scores and mask once (in shared
+//   select_kernel      batch x cluster     128 to 512        4 bytes per token  scores and mask once (in shared
 //   memory)
 //                      (1 up to 16384      (a thread for      or none; 4.9 KB    or up to 2 x 6 times (not), 8 bytes
 //                      tokens, then to 8)  every 2 tokens)    static             per place: the minimum when read once
@@ -49,13 +49,13 @@ struct ScoreKey {
 template <class T>
 struct RowKeys {
   const T* scores;
-  const bool* mask;
+  const unsigned char* mask;
   bool largest;
 
   __device__ __forceinline__ uint32_t operator()(uint32_t i) const {
+    const bool visible = mask == nullptr || __ldg(mask + i) != 0;
     const uint32_t key = ScoreKey<T>::of(__ldg(scores + i));
-    if (mask != nullptr && !__ldg(reinterpret_cast<const unsigned char*>(mask) + i)) return 0;
-    return largest ? key : ScoreKey<T>::reversed(key);
+    return !visible ? 0 : (largest ? key : ScoreKey<T>::reversed(key));
   }
 };
 
@@ -73,14 +73,24 @@ __device__ __forceinline__ void select_tails(const SelectProblem& p, int64_t sam
   using Score = ScoreKey<T>;
   const int64_t asked = p.num_low == nullptr ? 0 : p.num_low[sample * p.num_low_stride];
   const int64_t tail = asked < 0 ? 0 : (asked < p.k ? asked : p.k);
-  const Threshold<uint32_t> high = threshold_of_best(keys, of_warp, p.k - tail, {0, 0}, scratch);
-  // What the high tail did not take, reversed. Its ties are one key of that, of which it took the first ones.
-  const auto rest = [&](uint32_t i) {
-    const uint32_t key = keys(i);
-    return key > high.key ? 0 : Score::reversed(key);
-  };
-  const Threshold<uint32_t> taken = {Score::reversed(high.key), high.ties};
-  const Threshold<uint32_t> low = threshold_of_best(rest, of_warp, tail, taken, scratch);
+  // First the high tail; then, with the order reversed, the low one of what the high one did not take. Its ties are one
+  // key of the reversed order, the first ones of which are taken.
+  Threshold<uint32_t> high = no_candidate<uint32_t>(), low = high, taken = {0, 0};
+#pragma unroll 1
+  for (int turn = 0; turn < 2; ++turn) {
+    const uint32_t bound = high.key;
+    const auto open = [&](uint32_t i) {
+      const uint32_t key = keys(i);
+      return key > bound ? 0 : (turn == 0 ? key : Score::reversed(key));
+    };
+    const Threshold<uint32_t> found = threshold_of_best(open, of_warp, turn == 0 ? p.k - tail : tail, taken, scratch);
+    if (turn == 0) {
+      high = found;
+      taken = {Score::reversed(high.key), high.ties};
+    } else {
+      low = found;
+    }
+  }
   const bool same_key = taken.ties > 0 && low.key == taken.key;
   const uint32_t high_ties = high.ties + (same_key ? low.ties : 0);
 
@@ -105,23 +115,25 @@ __device__ __forceinline__ void select_tails(const SelectProblem& p, int64_t sam
 }
 
 template <class T, bool kept>
-__global__ void __launch_bounds__(kSelectMaxThreads, 1) select_kernel(const SelectProblem p) {
+__global__ void __launch_bounds__(kSelectMaxThreads) select_kernel(const SelectProblem p) {
   using Scratch = RadixScratch<uint32_t>;
   TOKENPRUNE_SHARED(Scratch, scratch);
   const int64_t sample = blockIdx.x / cluster_size();
   const Stretch of_block = stretch_of_block(static_cast<uint32_t>(p.n)), of_warp = stretch_of_warp(of_block);
-  const RowKeys<T> row = {static_cast<const T*>(p.scores) + sample * p.score_stride,
-                          p.mask == nullptr ? nullptr : p.mask + sample * p.mask_stride, p.largest};
+  const RowKeys<T> row = {
+      static_cast<const T*>(p.scores) + sample * p.score_stride,
+      p.mask == nullptr ? nullptr : reinterpret_cast<const unsigned char*>(p.mask) + sample * p.mask_stride, p.largest};
   if constexpr (kept) {
     auto* keys = reinterpret_cast<uint32_t*>(dynamic_shared());
-    each_token(of_warp, [&](uint32_t i) { keys[i - of_block.begin] = row(i); });
+    each_token(of_warp, row, [&](uint32_t i, uint32_t key) { keys[i - of_block.begin] = key; });
+    __syncwarp();  // lanes that have no tokens left look at their neighbour's last one
     select_tails<T>(p, sample, KeptKeys{keys, of_block.begin}, of_warp, scratch);
   } else {
     select_tails<T>(p, sample, row, of_warp, scratch);
   }
 }
 
-__global__ void __launch_bounds__(kSelectMaxThreads, 1) mask_kernel(const MaskProblem p) {
+__global__ void __launch_bounds__(kSelectMaxThreads) mask_kernel(const MaskProblem p) {
   using Scratch = RadixScratch<uint32_t>;
   TOKENPRUNE_SHARED(Scratch, scratch);
   const int64_t sample = blockIdx.x / cluster_size();
