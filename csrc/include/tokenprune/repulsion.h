@@ -90,8 +90,9 @@ inline RepulsionPlan plan_repulsion(const RepulsionProblem& p, const DeviceLimit
   }
   const int64_t tiles = ceil_div<int64_t>(n, 64), pairs = ceil_div<int64_t>(n, 128);
   const int64_t parts = kDirectionParts * ceil_div<int64_t>(p.channels, 256);
-  const int64_t blocks =
-      std::max({tiles, p.first == FirstPick::kIsolated ? pairs * (pairs + 1) / 2 : 0, parts, n / 8 + 1});
+  // The largest grid of the launches in repulsion_start.cuh and repulsion_rounds.cuh, for one sample.
+  const int64_t blocks = std::max(
+      {tiles, p.first == FirstPick::kIsolated ? pairs * (pairs + 1) / 2 : 0, parts, n / 8 + 1, p.n_seeds / 256 + 1});
   plan.samples = std::min(p.batch, std::max<int64_t>(1, kMaxGridX / blocks));
   plan.greedy_block = n > 256 ? 512 : 64;
   plan.rounds = std::min(p.k, n) + ceil_div<int64_t>(std::min(p.n_seeds, n), kCandidates);
