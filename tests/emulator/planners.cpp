@@ -9,6 +9,7 @@ namespace py = pybind11;
 void bind_attention_rows_planner(py::module_& m);  // planners_attention_rows.cpp
 void bind_compaction_planner(py::module_& m);
 void bind_selection_planner(py::module_& m);
+void bind_repulsion_planner(py::module_& m);
 
 void bind_planners(py::module_& m) {
   py::class_<tokenprune::DeviceLimits>(m, "DeviceLimits")
@@ -19,4 +20,5 @@ void bind_planners(py::module_& m) {
   bind_attention_rows_planner(m);
   bind_compaction_planner(m);
   bind_selection_planner(m);
+  bind_repulsion_planner(m);
 }
