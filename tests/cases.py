@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 
 import tokenprune_kernels as tp
-from tokenprune_kernels import _backend
+from tokenprune_kernels import _autograd, _backend
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DTYPE_IDS = tuple(str(d).removeprefix("torch.") for d in DTYPES)
+
+
+LIBRARIES: list[torch.library.Library] = []  # registrations live as long as their library
 
 
 def add_emulator() -> str | None:
@@ -28,6 +31,9 @@ def add_emulator() -> str | None:
     if tp.config()["backends"]["cpu"] is not None:
         return "the compiled library is not loaded"
     emulator.load()
+    emulated = torch.library.Library("tokenprune_emulated", "FRAGMENT")
+    _autograd.register(emulated, torch.ops.tokenprune_emulated)
+    LIBRARIES.append(emulated)
     _backend._extra["emulator"] = torch.ops.tokenprune_emulated
     return None
 
