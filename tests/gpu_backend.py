@@ -27,6 +27,12 @@ def absent() -> str | None:
     if wish == "0":
         return "TOKENPRUNE_TEST_GPU=0"
     if EMULATED:
+        try:
+            import emulator
+
+            emulator.load()
+        except Exception as error:
+            return f"no emulator: {error}"
         return None
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"

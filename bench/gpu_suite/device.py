@@ -187,9 +187,11 @@ class Host:
 
     real = False
 
-    def __init__(self) -> None:
+    def __init__(self, emulate: bool = True) -> None:
         self.torch_device = torch.device("cpu")
-        self.no_emulator: str | None = None
+        self.no_emulator: str | None = None if emulate else "not asked for"
+        if not emulate:
+            return
         try:
             import emulator
 

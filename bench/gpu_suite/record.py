@@ -53,8 +53,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
             status = "missing" if "no CUDA kernel of" in reason else "skipped"
         elif status == "failed":
             reason = str(report.longrepr)[-1500:]
-        seconds = round(time.monotonic() - _began.get(item.nodeid, time.monotonic()), 3)
-        _record.finish(item.nodeid, status, seconds=seconds, **({"reason": reason} if reason else {}))
+        took = round(time.monotonic() - _began.get(item.nodeid, time.monotonic()), 3)
+        _record.finish(item.nodeid, status, took=took, **({"reason": reason} if reason else {}))
         if status == "failed" and torch.cuda.is_available() and not device.dry():
             try:
                 torch.cuda.synchronize()

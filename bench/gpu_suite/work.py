@@ -85,7 +85,7 @@ def run_items(items: dict[str, Callable[[], Item | None]], path: Path, broken: C
             status, detail = "skipped", {"reason": str(error)}
         except Exception as error:
             status, detail = "failed", {"reason": f"{type(error).__name__}: {error}"[:2000], "trace": last_lines(error)}
-        record.finish(name, status, seconds=round(time.monotonic() - began, 4), **detail)
+        record.finish(name, status, took=round(time.monotonic() - began, 4), **detail)
         if status == "failed" and (reason := broken()):
             print(f"the device is unusable after {name}: {reason}", flush=True)
             sys.exit(BROKEN)
@@ -132,7 +132,13 @@ def _watch(process: subprocess.Popen[bytes], path: Path, deadline: float, item_s
 
 
 def drive(
-    command: list[str], path: Path, *, deadline: float, item_seconds: float, environment: dict[str, str] | None = None
+    command: list[str],
+    path: Path,
+    *,
+    deadline: float,
+    item_seconds: float,
+    environment: dict[str, str] | None = None,
+    good_codes: tuple[int, ...] = (0,),
 ) -> tuple[list[Item], str | None]:
     """Run a worker until all its items are done: (items, why some are missing). `command` writes to `path`."""
     output = path.with_suffix(".log")
@@ -155,7 +161,7 @@ def drive(
             Record(path).finish(item["name"], status, reason=why if reason != "cut off" else "out of time")
         if reason == "cut off":
             return finished(path), "out of time"
-        if process.returncode == 0:
+        if process.returncode in good_codes:
             return finished(path), None
         if len(read(path)) == before:
             return finished(path), f"the worker {reason or f'ended with code {process.returncode}'}: {tail(output)}"
