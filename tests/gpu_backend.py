@@ -18,6 +18,7 @@ from tokenprune_kernels import _backend
 EMULATED = os.environ.get("TOKENPRUNE_TEST_GPU") == "emulated"
 DEVICE = "cpu" if EMULATED else "cuda"
 KEY = "CPU" if EMULATED else "CUDA"
+LARGEST = 1 << 30  # bytes of a storage
 NAMESPACE = "tokenprune_emulated" if EMULATED else "tokenprune"
 
 
@@ -47,10 +48,11 @@ def kernel(op: str) -> Any:
 
 
 def _travels_whole(t: Tensor) -> bool:
-    """Gradients and torch.func's wrappers need operations that they know; other devices are the op's to refuse."""
+    """Gradients, torch.func's wrappers and lazy conjugates need operations that know them."""
     return (
         t.device.type == "cpu"
         and t.layout == torch.strided
+        and not (t.is_conj() or t.is_neg())
         and not (t.requires_grad and torch.is_grad_enabled())
         and not torch._C._functorch.is_functorch_wrapped_tensor(t)
         and torch.autograd.forward_ad.unpack_dual(t).tangent is None
@@ -70,6 +72,8 @@ class Trip:
             return value
         if not _travels_whole(value):
             return value.to(DEVICE)
+        if value.untyped_storage().nbytes() > LARGEST:
+            pytest.skip("the storage is too large to travel; tests/test_gpu.py makes its own on the GPU")
         with torch.no_grad():
             here = torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage())
             sent = here.clone() if EMULATED else here.to(DEVICE)

@@ -1,5 +1,6 @@
 """Timing rows of the scoring ops: attention scores in both regimes, from a known lse, and cosine scores."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from .device import Device, flat
 from .floors import attention_bytes, attention_flops
 from .rows import Row, Scale, installed, normal, on
 
-FEW_ROWS = 128  # query rows per key head up to which the logits stay on chip and one product is enough
+ON_CHIP = 24 << 20  # bytes of float32 logits that all multiprocessors together can keep: then one product is enough
 
 
 def attention_inputs(model: Model, rows: int, dtype: torch.dtype) -> Any:
@@ -57,8 +58,8 @@ def scores_row(
         others["Flash-ColReduce"] = lambda x: flash_colreduce(x["query"], x["key"], reduction="mean").mean(1)
     if competitor:
         targets["Flash-ColReduce"] = competitor
-    few = rows * model.query_heads // model.key_heads <= FEW_ROWS
-    products = 1 if few else 2
+    products = 1 if 4 * model.query_heads * rows * tokens <= ON_CHIP else 2
+    question = rows <= 64
     return Row(
         f"scores {name} {heads} M{rows} N{tokens} D{model.head_dim} {short}",
         ("cross_attention_scores",),
@@ -66,13 +67,13 @@ def scores_row(
         lambda x: op(**x),
         agrees_with(others["eager reference"]),
         others,
-        compile=tp.reference.cross_attention_scores if rows <= 64 and tokens <= 16384 else None,
+        compile=tp.reference.cross_attention_scores if question else None,
         bytes=attention_bytes(1, model.query_heads, model.key_heads, rows, tokens, model.head_dim, dtype.itemsize),
         flops=products * attention_flops(1, model.query_heads, rows, tokens, model.head_dim),
         dtype=dtype,
         targets=targets,
-        max_launches=3 if few else None,
-        min_floor_share=0.4 if few else 0.55,
+        max_launches=3 if question else None,
+        min_floor_share=0.4 if question else 0.55,
     )
 
 
@@ -204,8 +205,6 @@ def contrastive_row(device: Device, model: Model, dtype: torch.dtype) -> Row:
 def rows(device: Device, scale: Scale) -> list[Row]:
     llava, qwen = scale.model("LLaVA-1.5-7B"), scale.model("Qwen2.5-VL-7B@16384")
     next_, half, brain = scale.model("LLaVA-NeXT-7B"), torch.float16, torch.bfloat16
-    from dataclasses import replace
-
     long = replace(llava, tokens=scale(16384, 80))
     square = replace(llava, tokens=scale(4096, 48))
     return [

@@ -103,6 +103,13 @@ def finished(path: Path) -> list[Item]:
     return list(items.values())
 
 
+def unfinished(path: Path) -> list[str]:
+    """The items that were started and have not ended."""
+    lines = read(path)
+    ended = {line["name"] for line in lines if line["event"] == "end"}
+    return [line["name"] for line in lines if line["name"] not in ended]
+
+
 def stop(process: subprocess.Popen[bytes]) -> None:
     """End a process that we started in a session of its own, with what it started."""
     try:
@@ -154,11 +161,10 @@ def drive(
             except BaseException:
                 stop(process)
                 raise
-        open_items = [item for item in finished(path) if item["status"] == "crashed"]
-        for item in open_items:
+        for name in unfinished(path):
             why = reason or f"its process ended with code {process.returncode}: {tail(output, 300)}"
             status = {"hung": "hung", "cut off": "skipped", None: "crashed"}[reason]
-            Record(path).finish(item["name"], status, reason=why if reason != "cut off" else "out of time")
+            Record(path).finish(name, status, reason=why if reason != "cut off" else "out of time")
         if reason == "cut off":
             return finished(path), "out of time"
         if process.returncode in good_codes:
