@@ -40,6 +40,7 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
       " Tensor? mask=None, float radius=5.0, float sigma_spatial=1.5, float sigma_semantic=0.05,"
       " str mode=\"soft\", float threshold=0.5) -> (Tensor indices, Tensor selected_scores, Tensor counts)");
   m.def("gather_compact(Tensor[] tensors, Tensor indices, *, int[] dims, int[]? batch_dims=None) -> Tensor[]");
+  m.def("_invert_indices(Tensor indices, SymInt size) -> Tensor");  // for the gradient of gather_compact
 }
 
 }  // namespace tokenprune

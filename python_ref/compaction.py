@@ -25,3 +25,11 @@ def gather_compact(
     """out[b, ..., n, ...] = t[b, ..., indices[b, n], ...] for each tensor t; an index of -1 gives zeros."""
     batch_dims = [0] * len(tensors) if batch_dims is None else batch_dims
     return [_gather(t, indices, d, b) for t, d, b in zip(tensors, dims, batch_dims, strict=True)]
+
+
+def _invert_indices(indices: Tensor, size: int) -> Tensor:
+    """[B, size]: for each token the place n with indices[b, n] = token, or -1. Gathering with it undoes a gather."""
+    inside = (indices >= 0) & (indices < size)
+    padded = indices.new_full((indices.shape[0], size + 1), -1)  # the last column takes what is no token
+    places = torch.arange(indices.shape[1], device=indices.device).expand_as(indices)
+    return padded.scatter_reduce(1, torch.where(inside, indices, size), places, "amax")[:, :size].contiguous()

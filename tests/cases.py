@@ -35,8 +35,7 @@ def add_emulator() -> str | None:
         return "the compiled library is not loaded"
     import emulator
 
-    emulator.load()
-    _backend._extra["emulator"] = torch.ops.tokenprune_emulated
+    _backend._extra["emulator"] = emulator.ops()
     return None
 
 

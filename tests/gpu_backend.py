@@ -31,7 +31,7 @@ def absent() -> str | None:
         try:
             import emulator
 
-            emulator.load()
+            emulator.ops()
         except Exception as error:
             return f"no emulator: {error}"
         return None
@@ -67,7 +67,7 @@ class Trip:
 
     def there(self, value: Any) -> Any:
         if isinstance(value, (list, tuple)):
-            return type(value)(map(self.there, value))
+            return [self.there(v) for v in value] if isinstance(value, list) else tuple(self.there(v) for v in value)
         if not isinstance(value, Tensor) or value.device.type != "cpu":
             return value
         if not _travels_whole(value):
@@ -86,9 +86,16 @@ class Trip:
             assert torch.equal(sent.cpu(), here), f"{op} wrote to the memory of an input"
 
 
+def carried(value: Any) -> Any:
+    """Tensors on the device, by an operation that torch knows."""
+    if isinstance(value, (list, tuple)):
+        return [carried(v) for v in value] if isinstance(value, list) else tuple(carried(v) for v in value)
+    return value.to(DEVICE) if isinstance(value, Tensor) else value
+
+
 def back(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
-        return type(value)(map(back, value)) if isinstance(value, list) else tuple(map(back, value))
+        return [back(v) for v in value] if isinstance(value, list) else tuple(back(v) for v in value)
     return value.cpu() if isinstance(value, Tensor) else value
 
 
@@ -100,6 +107,9 @@ class OnGpu:
             raise AttributeError(op)
 
         def run(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():  # only what can be traced
+                plain = getattr(getattr(torch.ops, NAMESPACE), op)
+                return back(plain(*carried(args), **{name: carried(value) for name, value in kwargs.items()}))
             function, trip = kernel(op), Trip()
             moved = {name: trip.there(value) for name, value in kwargs.items()}
             result = back(function(*trip.there(args), **moved))

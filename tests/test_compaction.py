@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import BACKENDS, over_backends
+from cases import BACKENDS, GPU_BACKENDS, over_backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -18,6 +18,7 @@ DTYPES = (
     torch.float32, torch.float64, torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2,
     torch.uint16, torch.uint32, torch.uint64,
 )  # fmt: skip
+over_compiled = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
 INDICES = torch.tensor([[0, 2, 3, -1], [4, 1, -1, -1]])
 
 
@@ -126,16 +127,16 @@ class TestLayouts:
             assert torch.equal(k, want)
 
 
-@needs_binary
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-def test_every_dtype(dtype):
-    size = torch.empty((), dtype=dtype).element_size()
-    raw = torch.randint(0, 2 if dtype == torch.bool else 256, (2, 5, 3 * size), dtype=torch.uint8)
-    t = raw.view(dtype)
+@over_compiled
+@pytest.mark.parametrize("stored", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_every_dtype(backend, stored):
+    size = torch.empty((), dtype=stored).element_size()
+    raw = torch.randint(0, 2 if stored == torch.bool else 256, (2, 5, 3 * size), dtype=torch.uint8)
+    t = raw.view(stored)
     raw_kept = loop_over_entries(raw, INDICES, 1, 0)
     for source in (t, t.transpose(0, 1).contiguous().transpose(0, 1), t.transpose(1, 2).contiguous().transpose(1, 2)):
-        (kept,) = tp.gather_compact([source], INDICES, dims=[1])
-        assert kept.dtype == dtype
+        (kept,) = tp.gather_compact([source], INDICES, dims=[1], backend=backend)
+        assert kept.dtype == stored
         assert torch.equal(bits(kept), bits(raw_kept))
 
 
@@ -147,10 +148,10 @@ def test_lazily_conjugated_and_negated_views(backend):
         assert torch.equal(kept, loop_over_entries(view.resolve_conj().resolve_neg(), INDICES, 1, 0))
 
 
-@needs_binary
+@over_compiled
 @settings(deadline=None, max_examples=200, print_blob=True)
 @given(data=st.data())
-def test_random_shapes_and_strides(data):
+def test_random_shapes_and_strides(backend, data):
     batch, tokens, k = (data.draw(st.sampled_from(sizes)) for sizes in ([1, 2, 3], [1, 2, 7, 40], [0, 1, 3, 20]))
     tensors, dims, batch_dims = [], [], []
     for _ in range(data.draw(st.integers(1, 3))):
@@ -171,7 +172,7 @@ def test_random_shapes_and_strides(data):
         ),
         dtype=torch.int64,
     ).view(batch, k)
-    kept = tp.gather_compact(tensors, indices, dims=dims, batch_dims=batch_dims, backend="cpu")
+    kept = tp.gather_compact(tensors, indices, dims=dims, batch_dims=batch_dims, backend=backend)
     for got, t, dim, batch_dim in zip(kept, tensors, dims, batch_dims, strict=True):
         assert got.is_contiguous()
         assert torch.equal(got, loop_over_entries(t, indices, dim, batch_dim))
@@ -199,10 +200,19 @@ class TestErrors:
     def test_index_value_outside(self, backend, bad):
         indices = INDICES.clone()
         indices[1, 1] = bad
+        if backend in GPU_BACKENDS:  # never touched: treated as -1
+            (kept,) = tp.gather_compact([some(2, 5, 3)], indices, dims=[1], backend=backend)
+            assert torch.equal(kept, loop_over_entries(some(2, 5, 3), INDICES, 1, 0) * (indices == INDICES)[..., None])
+            return
         with pytest.raises(IndexError, match=r"\[-1, 5\)"):
             tp.gather_compact([some(2, 5, 3)], indices, dims=[1], backend=backend)
 
     def test_index_must_fit_the_shortest_tensor(self, backend):
+        if backend in GPU_BACKENDS:
+            long, short = tp.gather_compact([some(2, 5), some(2, 4)], INDICES, dims=[1, 1], backend=backend)
+            assert torch.equal(long, loop_over_entries(some(2, 5), INDICES, 1, 0))
+            assert torch.equal(short, loop_over_entries(some(2, 4), INDICES.where(INDICES < 4, -1), 1, 0))
+            return
         with pytest.raises(IndexError, match=r"\[-1, 4\)"):
             tp.gather_compact([some(2, 5), some(2, 4)], INDICES, dims=[1, 1], backend=backend)
 
@@ -245,6 +255,30 @@ class TestDerivatives:
         f = self.floats(positions)
         assert torch.autograd.gradcheck(f, (hidden, planes), check_forward_ad=True, check_batched_grad=True)
         assert torch.autograd.gradgradcheck(f, (hidden, planes))
+
+    @over_backends
+    def test_gradcheck_of_every_backend(self, backend):
+        """Tensors of two lengths, and gradients that arrive expanded."""
+        hidden, positions, planes = self.inputs()
+        longer = torch.randn(2, 9, 2, dtype=torch.float64, requires_grad=True)
+        indices = INDICES.where(INDICES < 4, -1)
+
+        def f(*floats: Tensor) -> tuple[Tensor, ...]:
+            kept = tp.gather_compact(
+                [*floats, positions], indices, dims=[1, 2, 1, 1], batch_dims=[0, 1, 0, 0], backend=backend
+            )
+            return tuple(kept[:3])
+
+        assert torch.autograd.gradcheck(f, (hidden, planes, longer))
+        assert torch.autograd.gradgradcheck(f, (hidden, planes, longer))
+        sum(k.sum() for k in f(hidden, planes, longer)).backward()
+        for t, batch_dim, dim in ((hidden, 0, 1), (planes, 1, 2), (longer, 0, 1)):
+            taken = t.grad.movedim((batch_dim, dim), (0, 1)).flatten(2)
+            for b in range(2):
+                kept = set(indices[b].tolist()) - {-1}
+                assert [bool((row == float(i in kept)).all()) for i, row in enumerate(taken[b])] == [True] * len(
+                    taken[b]
+                )
 
     def test_integers_in_the_list_have_no_gradient(self):
         kept = self.gather(*self.inputs())
@@ -314,3 +348,39 @@ class TestDerivatives:
     def test_opcheck(self):
         arguments = {"dims": self.DIMS, "batch_dims": self.BATCH_DIMS}
         torch.library.opcheck(op.default, (list(self.inputs()), INDICES), arguments)
+
+
+class TestInverse:
+    """The private op behind the gradient: for each token its place among the kept ones."""
+
+    @pytest.mark.parametrize("namespace", ["tokenprune", "tokenprune_emulated"])
+    @pytest.mark.parametrize(
+        ("indices", "size", "places"),
+        [
+            ([[0, 2, 3, -1], [4, 1, -1, -1]], 5, [[0, -1, 1, 2, -1], [-1, 1, -1, -1, 0]]),
+            ([[1, 1, 0, 1]], 2, [[2, 3]]),  # the last of several places
+            ([[-5, 9, 2, 2**62]], 3, [[-1, -1, 2]]),
+            ([[]], 3, [[-1, -1, -1]]),
+            ([[0, 1]], 0, [[]]),
+        ],
+    )
+    def test_values(self, namespace, indices, size, places):
+        if namespace == "tokenprune_emulated" and not set(GPU_BACKENDS) & set(BACKENDS):
+            pytest.skip("no C++ compiler")
+        listed = torch.tensor(indices, dtype=torch.int64).view(len(indices), -1)
+        want = torch.tensor(places, dtype=torch.int64).view(len(places), -1)
+        invert = getattr(torch.ops, namespace)._invert_indices
+        assert torch.equal(invert(listed, size), want)
+        assert torch.equal(invert(listed.t().contiguous().t(), size), want)
+        assert torch.equal(tp.reference._invert_indices(listed, size), want)
+
+    def test_opcheck_and_vmap(self):
+        invert = torch.ops.tokenprune._invert_indices
+        torch.library.opcheck(invert.default, (INDICES, 5))
+        stacked = torch.stack([INDICES, INDICES.flip(0)])
+        assert torch.equal(torch.vmap(lambda i: invert(i, 5))(stacked), torch.stack([invert(i, 5) for i in stacked]))
+
+    def test_wrong_arguments_are_named(self):
+        for indices, size, name in ((INDICES[0], 5, "indices"), (INDICES.int(), 5, "indices"), (INDICES, -1, "size")):
+            with pytest.raises(RuntimeError, match=f"tokenprune::_invert_indices: {name}"):
+                torch.ops.tokenprune._invert_indices(indices, size)

@@ -12,7 +12,7 @@ import torch
 
 import tokenprune_kernels as tp
 from tokenprune_kernels import _registry
-from tokenprune_kernels._schemas import SCHEMAS
+from tokenprune_kernels._schemas import PRIVATE_SCHEMAS, SCHEMAS
 
 TESTS = Path(__file__).parent
 over_ops = pytest.mark.parametrize("op", SCHEMAS)
@@ -43,17 +43,18 @@ def assert_succeeds(*arguments: str, **environment: str) -> str:
 
 
 @needs_library
-@over_ops
+@pytest.mark.parametrize("op", SCHEMAS | PRIVATE_SCHEMAS)
 def test_compiled_schemas_equal_those_of_python(op: str) -> None:
-    """With the library loaded, the registered schema is the one of csrc/ops.cpp."""
-    in_python = torch._C.parse_schema(f"tokenprune::{op}{SCHEMAS[op]}")
+    """With the library loaded, the registered schema is the one of csrc/schemas.h."""
+    in_python = torch._C.parse_schema(f"tokenprune::{op}{(SCHEMAS | PRIVATE_SCHEMAS)[op]}")
     assert str(getattr(torch.ops.tokenprune, op).default._schema) == str(in_python)
 
 
 def test_there_are_thirteen_ops_and_no_others() -> None:
     assert len(SCHEMAS) == 13
     registered = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("tokenprune::")}
-    assert registered == {f"tokenprune::{op}" for op in SCHEMAS}
+    assert registered == {f"tokenprune::{op}" for op in SCHEMAS | PRIVATE_SCHEMAS}
+    assert all(op.startswith("_") for op in PRIVATE_SCHEMAS)
 
 
 @over_ops

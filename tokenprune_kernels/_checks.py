@@ -266,3 +266,8 @@ def gather_compact(
             _fail(ValueError, op, f"tensors[{i}]", f"have size B = {batch} in dimension {batch_dim}", _shape(t))
         if t.device != device:
             _fail(ValueError, op, f"tensors[{i}]", f"be on {device}", t.device)
+
+
+def invert_indices(indices: Tensor, size: int) -> None:
+    _beside("_invert_indices", "indices", indices, indices, "[B, K]", (-1, -1), torch.int64)
+    _count("_invert_indices", "size", size)

@@ -180,3 +180,8 @@ def gather_compact(
         shape[dim] = indices.shape[1]
         kept.append(t.new_empty(shape))
     return kept
+
+
+def _invert_indices(indices: Tensor, size: int) -> Tensor:
+    _checks.invert_indices(indices, size)
+    return indices.new_empty((indices.shape[0], size))

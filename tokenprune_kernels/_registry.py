@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import _autograd, _fakes, _vmap, reference
-from ._schemas import SCHEMAS
+from ._schemas import PRIVATE_SCHEMAS, SCHEMAS
 
 _library: torch.library.Library | None = None  # keeps the registrations alive
 _binary: Any = None
@@ -80,7 +80,7 @@ def load() -> None:
             f"tokenprune_kernels runs on its slow PyTorch references: {_load_error}", RuntimeWarning, stacklevel=3
         )
     _library = torch.library.Library("tokenprune", "FRAGMENT")
-    for name, schema in SCHEMAS.items():
+    for name, schema in (SCHEMAS | PRIVATE_SCHEMAS).items():
         if _binary is None:
             _library.define(name + schema)
         # Serves every device that has no kernel of its own.
@@ -91,5 +91,5 @@ def load() -> None:
         if name != "gather_compact":
             # Indices, scores and entropies carry no gradient: autograd is skipped, at no cost per call.
             _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    _autograd.register(_library)
+    _autograd.register(_library, torch.ops.tokenprune)
     _vmap.register(_library)

@@ -32,3 +32,6 @@ SCHEMAS: dict[str, str] = {
     ' str mode="soft", float threshold=0.5) -> (Tensor indices, Tensor selected_scores, Tensor counts)',
     "gather_compact": "(Tensor[] tensors, Tensor indices, *, int[] dims, int[]? batch_dims=None) -> Tensor[]",
 }
+
+# Not for users: what the gradient of gather_compact is made of.
+PRIVATE_SCHEMAS = {"_invert_indices": "(Tensor indices, SymInt size) -> Tensor"}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._schemas import SCHEMAS
+from ._schemas import PRIVATE_SCHEMAS, SCHEMAS
 
 _KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
 
@@ -73,6 +73,6 @@ def _gather_rule(
 
 
 def register(library: torch.library.Library) -> None:
-    for name in SCHEMAS:
+    for name in SCHEMAS | PRIVATE_SCHEMAS:
         rule = _gather_rule if name == "gather_compact" else _rule(name)
         library.impl(name, rule, "FuncTorchBatched", with_keyset=True)

@@ -195,8 +195,7 @@ class Host:
         try:
             import emulator
 
-            emulator.load()
-            _backend._extra["emulator"] = torch.ops.tokenprune_emulated
+            _backend._extra["emulator"] = emulator.ops()
         except Exception as error:
             self.no_emulator = f"{type(error).__name__}: {str(error)[:300]}"
 

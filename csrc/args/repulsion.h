@@ -8,8 +8,6 @@
 
 namespace tokenprune {
 
-enum class FirstPick { kOutlier, kIsolated, kIndex };
-
 // The keyword arguments of repulsion_sample that are not tensors, as the schema passes them.
 struct RepulsionKeywords {
   const std::string &potential, &aggregate, &first;

@@ -1,4 +1,5 @@
-// gather_compact on the CPU: copies of contiguous runs, all tensors in one parallel loop.
+// gather_compact on the CPU: copies of contiguous runs, all tensors in one parallel loop; and the inverse of an index
+// list, with which the same gather computes the gradient.
 #include "args/compaction.h"
 
 #include <torch/csrc/stable/library.h>
@@ -7,6 +8,7 @@
 #include <cstring>
 
 #include "parallel.h"
+#include "tokenprune/compact_view.h"
 
 namespace tokenprune {
 
@@ -14,76 +16,29 @@ namespace {
 
 constexpr int64_t kMaxRank = 64;
 
-// One dimension of an output, walked in the output's order. Strides are the input's, in bytes; index_stride says how
-// the position in `indices` moves along this dimension: nonzero for the token and the batch dimension only.
-struct Loop {
-  int64_t size, stride, index_stride;
-};
-
-// One tensor as rows: contiguous runs of bytes, in the order of the output.
+// One tensor as rows of bytes. Consecutive tokens of the innermost loop are `adjacent` when they lie next to each
+// other.
 struct Plan {
   const char* from;
   char* to;
-  int64_t run;           // bytes in a row
-  int64_t token_stride;  // bytes from one token to the next
-  bool adjacent;         // consecutive tokens of the innermost loop lie next to each other
-  size_t first_loop, loops;
-  int64_t rows;
+  CompactView view;
+  bool adjacent;
 };
 
-struct IndexRows {
-  const int64_t* data;
-  int64_t batch_stride, token_stride;
-};
-
-// The innermost loop comes first. Dimensions behind the token dimension that are contiguous in the input make up the
-// run; neighbouring dimensions that can be walked with one stride become one loop.
-Plan make_plan(const CompactSource& source, const Tensor& output, const IndexRows& indices, int64_t kept,
-               std::vector<Loop>& loops) {
+Plan make_plan(const CompactSource& source, const Tensor& output, const CompactIndices& indices,
+               std::vector<CompactLoop>& loops) {
   const Tensor& t = source.tensor;
-  const auto sizes = t.sizes();
-  const auto strides = t.strides();
-  const int64_t element = t.element_size();
-  Plan plan{static_cast<const char*>(t.const_data_ptr()),
-            static_cast<char*>(output.mutable_data_ptr()),
-            element,
-            sizes[source.dim] > 1 ? strides[source.dim] * element : 0,
-            false,
-            loops.size(),
-            0,
-            1};
-  bool in_run = true, plain_before = false;
-  for (int64_t d = t.dim(); d-- > 0;) {
-    // The stride of a dimension that is never walked may be anything, even too large for a number of bytes.
-    const int64_t size = sizes[d], stride = size > 1 ? strides[d] * element : 0;
-    const bool token = d == source.dim, batch = d == source.batch_dim;
-    if (size == 1 && !token) continue;
-    in_run = in_run && !token && !batch && stride == plan.run;
-    if (in_run) {
-      plan.run *= size;
-      continue;
-    }
-    const bool plain = !token && !batch;
-    plan.rows *= token ? kept : size;
-    if (plain && plain_before && stride == loops.back().size * loops.back().stride) {
-      loops.back().size *= size;
-    } else {
-      loops.push_back(
-          {token ? kept : size, token ? 0 : stride, token ? indices.token_stride : (batch ? indices.batch_stride : 0)});
-      plan.adjacent = plan.adjacent || (token && loops.size() == plan.first_loop + 1 && plan.token_stride == plan.run);
-    }
-    plain_before = plain;
-  }
-  plan.loops = loops.size() - plan.first_loop;
-  if (plan.run == 0) plan.rows = 0;
-  return plan;
+  const CompactView view =
+      make_compact_view(t.sizes(), t.strides(), t.element_size(), source.dim, source.batch_dim, indices, loops);
+  return {static_cast<const char*>(t.const_data_ptr()), static_cast<char*>(output.mutable_data_ptr()), view,
+          view.token_innermost && view.token_stride == view.run};
 }
 
 // Elements begin..end of an innermost loop; `bytes` is the run where it is known at compile time, else 0.
 template <int bytes>
-void copy_line(const Plan& plan, const Loop& line, const char* from, const int64_t* index, int64_t begin, int64_t end,
-               char* to) {
-  const int64_t run = bytes ? bytes : plan.run;
+void copy_line(const Plan& plan, const CompactLoop& line, const char* from, const int64_t* index, int64_t begin,
+               int64_t end, char* to) {
+  const int64_t run = bytes ? bytes : plan.view.run;
   for (int64_t j = begin; j < end;) {
     const int64_t token = index[j * line.index_stride];
     int64_t together = 1;
@@ -95,13 +50,13 @@ void copy_line(const Plan& plan, const Loop& line, const char* from, const int64
     if (token < 0)
       std::memset(to, 0, length);
     else
-      std::memcpy(to, from + j * line.stride + token * plan.token_stride, length);
+      std::memcpy(to, from + j * line.stride + token * plan.view.token_stride, length);
     to += length;
     j += together;
   }
 }
 
-using CopyLine = void (*)(const Plan&, const Loop&, const char*, const int64_t*, int64_t, int64_t, char*);
+using CopyLine = void (*)(const Plan&, const CompactLoop&, const char*, const int64_t*, int64_t, int64_t, char*);
 
 CopyLine line_copier(int64_t run) {
   switch (run) {
@@ -120,10 +75,10 @@ CopyLine line_copier(int64_t run) {
   }
 }
 
-void copy_rows(const Plan& plan, const Loop* loops, const int64_t* indices, int64_t begin, int64_t end) {
-  const CopyLine copy = line_copier(plan.run);
+void copy_rows(const Plan& plan, const CompactLoop* loops, const int64_t* indices, int64_t begin, int64_t end) {
+  const CopyLine copy = line_copier(plan.view.run);
   const int64_t length = loops[0].size;
-  const auto outer = static_cast<int64_t>(plan.loops);
+  const auto outer = static_cast<int64_t>(plan.view.loops);
   int64_t at[kMaxRank];
   int64_t offset = 0, place = 0;
   int64_t line = begin / length;
@@ -135,7 +90,7 @@ void copy_rows(const Plan& plan, const Loop* loops, const int64_t* indices, int6
   }
   for (int64_t row = begin; row < end;) {
     const int64_t first = row % length, count = std::min(length - first, end - row);
-    copy(plan, loops[0], plan.from + offset, indices + place, first, first + count, plan.to + row * plan.run);
+    copy(plan, loops[0], plan.from + offset, indices + place, first, first + count, plan.to + row * plan.view.run);
     row += count;
     for (int64_t l = 1; l < outer; ++l) {
       offset += loops[l].stride;
@@ -149,7 +104,7 @@ void copy_rows(const Plan& plan, const Loop* loops, const int64_t* indices, int6
 }
 
 // Raises before anything is copied: every index must be a token of every tensor.
-void check_values(const std::vector<CompactSource>& sources, const Tensor& indices, const IndexRows& rows) {
+void check_values(const std::vector<CompactSource>& sources, const Tensor& indices, const CompactIndices& rows) {
   int64_t low = -1, high = -1;
   for (int64_t b = 0; b < indices.size(0); ++b)
     for (int64_t k = 0; k < indices.size(1); ++k) {
@@ -169,11 +124,11 @@ std::vector<Tensor> gather_compact(const std::vector<Tensor>& tensors, const Ten
                                    const std::optional<std::vector<int64_t>>& batch_dims) {
   const std::vector<CompactSource> sources = check_gather_compact(tensors, indices, dims, batch_dims);
   const int64_t kept = indices.size(1);
-  const IndexRows rows{indices.const_data_ptr<int64_t>(), indices.stride(0), indices.stride(1)};
+  const CompactIndices rows{indices.const_data_ptr<int64_t>(), indices.stride(0), indices.stride(1), kept};
   check_values(sources, indices, rows);
 
   std::vector<Tensor> outputs;
-  std::vector<Loop> loops;
+  std::vector<CompactLoop> loops;
   std::vector<Plan> plans;
   std::vector<int64_t> ends;  // where the work of each plan ends: bytes, and a little for each row
   constexpr int64_t kRowCost = 16, kWorthAThread = 512 << 10;
@@ -189,8 +144,8 @@ std::vector<Tensor> gather_compact(const std::vector<Tensor>& tensors, const Ten
     Shape shape(sizes.begin(), sizes.end());
     shape[source.dim] = kept;
     outputs.push_back(new_empty_of_same_dtype(source.tensor, shape));
-    plans.push_back(make_plan(source, outputs.back(), rows, kept, loops));
-    work += plans.back().rows * (plans.back().run + kRowCost);
+    plans.push_back(make_plan(source, outputs.back(), rows, loops));
+    work += plans.back().view.rows * (plans.back().view.run + kRowCost);
     ends.push_back(work);
   }
 
@@ -198,18 +153,36 @@ std::vector<Tensor> gather_compact(const std::vector<Tensor>& tensors, const Ten
   parallel_for(work, kWorthAThread, [&](int64_t begin, int64_t end) {
     for (size_t p = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin(); p < plans.size(); ++p) {
       const Plan& plan = plans[p];
-      const int64_t cost = plan.run + kRowCost, start = ends[p] - plan.rows * cost;
+      const int64_t cost = plan.view.run + kRowCost, start = ends[p] - plan.view.rows * cost;
       if (start >= end) break;
       const int64_t first = begin <= start ? 0 : (begin - start + cost - 1) / cost;
-      const int64_t last = std::min(plan.rows, (end - start + cost - 1) / cost);
-      if (first < last) copy_rows(plan, &loops[plan.first_loop], rows.data, first, last);
+      const int64_t last = std::min(plan.view.rows, (end - start + cost - 1) / cost);
+      if (first < last) copy_rows(plan, &loops[plan.view.first_loop], rows.data, first, last);
     }
   });
   return outputs;
 }
 
+Tensor invert_indices(const Tensor& indices, int64_t size) {
+  check_invert_indices(indices, size);
+  const int64_t batch = indices.size(0), kept = indices.size(1);
+  const int64_t* listed = indices.const_data_ptr<int64_t>();
+  Tensor places = new_empty(indices, {batch, size}, ScalarType::Long);
+  auto* place = places.mutable_data_ptr<int64_t>();
+  std::fill(place, place + batch * size, int64_t(-1));
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t n = 0; n < kept; ++n) {
+      const int64_t token = listed[b * indices.stride(0) + n * indices.stride(1)];
+      if (token >= 0 && token < size) place[b * size + token] = n;
+    }
+  return places;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) { m.impl("gather_compact", TORCH_BOX(&gather_compact)); }
+STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) {
+  m.impl("gather_compact", TORCH_BOX(&gather_compact));
+  m.impl("_invert_indices", TORCH_BOX(&invert_indices));
+}
 
 }  // namespace tokenprune

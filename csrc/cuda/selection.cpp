@@ -1,6 +1,8 @@
 // CUDA bindings of the selection ops: checks, allocation, launch.
 #include "tokenprune/selection.h"
 
+#include <tuple>
+
 #include "args/selection.h"
 #include "cuda/binding.h"
 
@@ -8,10 +10,83 @@ namespace tokenprune {
 
 namespace {
 
+struct Selected {
+  Selected(const Tensor& like, int64_t k)
+      : indices(new_empty(like, {like.size(0), k}, ScalarType::Long)),
+        counts(new_empty(like, {like.size(0)}, ScalarType::Long)) {}
+  std::tuple<Tensor, Tensor> result() const { return {indices, counts}; }
+
+  Tensor indices, counts;
+};
+
+void check_tokens(const char* op, const char* name, const Tensor& t) {
+  if (t.size(1) > kSelectMaxTokens) fail(op, name, "have fewer than 2^31 tokens on a GPU", t.size(1));
+}
+
+std::tuple<Tensor, Tensor> select(const char* op, const Tensor& scores_in, const Tensor* num_low, int64_t k,
+                                  const OptionalTensor& mask_in, bool largest) {
+  check_not_float64(op, {{"scores", scores_in}});
+  check_tokens(op, "scores", scores_in);
+  const CudaScope cuda(scores_in);
+  const Tensor scores = with_contiguous_rows(scores_in);
+  const MaskArgument mask(mask_in);
+  const int64_t batch = scores.size(0), n = scores.size(1);
+  const Selected selected(scores, k);
+  const SelectProblem problem{scores.const_data_ptr(),
+                              scores.stride(0),
+                              mask.data(),
+                              mask.stride(),
+                              num_low != nullptr ? num_low->const_data_ptr<int64_t>() : nullptr,
+                              num_low != nullptr ? num_low->stride(0) : 0,
+                              selected.indices.mutable_data_ptr<int64_t>(),
+                              selected.counts.mutable_data_ptr<int64_t>(),
+                              batch,
+                              n,
+                              k,
+                              largest};
+  const SelectPlan plan = plan_select(batch, n, cuda.limits());
+  const cudaError_t status = dispatch_storage(
+      scores, [&](auto tag) { return launch_select<typename decltype(tag)::type>(problem, plan, cuda.stream()); });
+  check_launch(op, status, {{"scores", scores}});
+  return selected.result();
+}
+
+std::tuple<Tensor, Tensor> select_topk(const Tensor& scores, int64_t k, const OptionalTensor& mask, bool largest) {
+  check_select_topk(scores, k, mask);
+  return select("select_topk", scores, nullptr, k, mask, largest);
+}
+
+std::tuple<Tensor, Tensor> select_two_tailed(const Tensor& scores, const Tensor& num_low, int64_t k,
+                                             const OptionalTensor& mask) {
+  check_select_two_tailed(scores, num_low, k, mask);
+  return select("select_two_tailed", scores, &num_low, k, mask, true);
+}
+
+std::tuple<Tensor, Tensor> mask_to_indices(const Tensor& mask_in, int64_t capacity) {
+  const char* op = "mask_to_indices";
+  check_mask_to_indices(mask_in, capacity);
+  check_tokens(op, "mask", mask_in);
+  const CudaScope cuda(mask_in);
+  const Tensor mask = with_contiguous_rows(mask_in);
+  const int64_t batch = mask.size(0), n = mask.size(1);
+  const Selected selected(mask, capacity);
+  const MaskProblem problem{static_cast<const bool*>(mask.const_data_ptr()),
+                            mask.stride(0),
+                            selected.indices.mutable_data_ptr<int64_t>(),
+                            selected.counts.mutable_data_ptr<int64_t>(),
+                            batch,
+                            n,
+                            capacity};
+  const cudaError_t status = launch_mask_to_indices(problem, plan_mask(batch, n, cuda.limits()), cuda.stream());
+  check_launch(op, status, {{"mask", mask}});
+  return selected.result();
+}
+
 Tensor score_entropy(const Tensor& scores_in, const OptionalTensor& mask_in, bool normalized) {
   const char* op = "score_entropy";
   check_score_entropy(scores_in, mask_in);
   check_not_float64(op, {{"scores", scores_in}});
+  check_tokens(op, "scores", scores_in);
   const CudaScope cuda(scores_in);
   const Tensor scores = with_contiguous_rows(scores_in);
   const MaskArgument mask(mask_in);
@@ -33,6 +108,11 @@ Tensor score_entropy(const Tensor& scores_in, const OptionalTensor& mask_in, boo
 
 }  // namespace
 
-TOKENPRUNE_CUDA_OPS(m) { m.impl("score_entropy", TORCH_BOX(&score_entropy)); }
+TOKENPRUNE_CUDA_OPS(m) {
+  m.impl("select_topk", TORCH_BOX(&select_topk));
+  m.impl("select_two_tailed", TORCH_BOX(&select_two_tailed));
+  m.impl("mask_to_indices", TORCH_BOX(&mask_to_indices));
+  m.impl("score_entropy", TORCH_BOX(&score_entropy));
+}
 
 }  // namespace tokenprune

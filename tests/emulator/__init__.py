@@ -3,8 +3,11 @@
 import functools
 import importlib.util
 from types import ModuleType
+from typing import Any
 
 from . import build
+
+_LIBRARIES: list[Any] = []  # registrations live as long as their library
 
 
 @functools.cache
@@ -18,3 +21,17 @@ def load() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@functools.cache
+def ops() -> Any:
+    """The emulated kernels as a namespace of ops, gather_compact with its gradient."""
+    import torch
+
+    from tokenprune_kernels import _autograd
+
+    load()
+    library = torch.library.Library("tokenprune_emulated", "FRAGMENT")
+    _autograd.register(library, torch.ops.tokenprune_emulated)
+    _LIBRARIES.append(library)
+    return torch.ops.tokenprune_emulated

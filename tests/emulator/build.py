@@ -50,14 +50,16 @@ def ninja_file(target: Path) -> str:
     link += ["-fsanitize=address"] if sanitize else ["--coverage"]
     lines = [
         "ninja_required_version = 1.3",
-        f"rule cxx\n  command = {compiler} {shlex.join(flags())} -MMD -MF $out.d -x c++ -c $in -o $out",
+        f"rule cxx\n  command = rm -f $counts && {compiler} {shlex.join(flags())} -MMD -MF $out.d"
+        " -x c++ -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc\n  description = EMULATE $out",
         f"rule link\n  command = {compiler} $in -o $out {shlex.join(link)}\n  description = LINK $out",
     ]
     objects = []
     for source in SOURCES:
         objects.append(f"{source.relative_to(ROOT)}.o".replace("/", "-"))
-        lines.append(f"build {objects[-1]}: cxx {source}")
+        counts = objects[-1].removesuffix("o") + "gcda"  # the counts of the code that was there before
+        lines.append(f"build {objects[-1]}: cxx {source}\n  counts = {counts}")
     lines.append(f"build {target}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 

@@ -84,10 +84,11 @@ void Fiber::start(const std::function<void()>* body) {
   done_ = false;
   sanitizer_state_ = nullptr;
 #if defined(__x86_64__)
-  // As if `enter` had been called at the top of the stack: six saved registers, the return address, alignment.
+  // As if `enter` had been called at the top of the stack: six saved registers, its address, and a return address that
+  // lies at 8 modulo 16, as after every call.
   auto* top = reinterpret_cast<uint64_t*>(static_cast<char*>(memory_) + kPage + kStack);
-  top -= 2;
-  top[0] = top[1] = 0;
+  top -= 3;
+  top[0] = top[1] = top[2] = 0;
   *--top = reinterpret_cast<uint64_t>(&Fiber::enter);
   for (int i = 0; i < 6; ++i) *--top = 0;
   inside_ = top;

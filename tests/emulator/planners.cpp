@@ -6,10 +6,13 @@
 
 namespace py = pybind11;
 
+void bind_compaction_planner(py::module_& m);
+
 void bind_planners(py::module_& m) {
   py::class_<tokenprune::DeviceLimits>(m, "DeviceLimits")
       .def(py::init<>())
       .def_readwrite("sm_count", &tokenprune::DeviceLimits::sm_count)
       .def_readwrite("shared_per_block", &tokenprune::DeviceLimits::shared_per_block)
       .def_readwrite("architecture", &tokenprune::DeviceLimits::architecture);
+  bind_compaction_planner(m);
 }

@@ -30,8 +30,6 @@ __device__ __forceinline__ Candidate warp_best(Candidate mine) {
   return {key, __reduce_min_sync(kAllLanes, mine.key == key ? mine.index : 0xFFFFFFFFu)};
 }
 
-constexpr unsigned kMaxCluster = 8;
-
 // Where the warps of a cluster leave their candidates; two sets in turn, so that one barrier per step is enough: nobody
 // can write the set of step s + 2 before everybody has passed the barrier of step s + 1, that is, has read set s.
 struct CandidateSlots {
@@ -42,14 +40,15 @@ struct CandidateSlots {
 // threads. The barrier inside also orders what threads wrote to shared memory before the call.
 __device__ __forceinline__ Candidate cluster_best(Candidate mine, CandidateSlots& slots, unsigned step) {
   const unsigned set = step % 2, warps = blockDim.x / kWarp;
+  const Candidate none = kNoCandidate;  // a reference to the constant itself would not exist on the device
   mine = warp_best(mine);
   if (lane_id() == 0) slots.warps[set][warp_id()] = mine;
   __syncthreads();
-  mine = warp_best(static_cast<unsigned>(lane_id()) < warps ? slots.warps[set][lane_id()] : kNoCandidate);
+  mine = warp_best(static_cast<unsigned>(lane_id()) < warps ? slots.warps[set][lane_id()] : none);
   if (cluster_size() == 1) return mine;
   if (threadIdx.x < cluster_size()) cluster_shared(&slots, threadIdx.x)->blocks[set][cluster_rank()] = mine;
   cluster_sync();
-  return warp_best(static_cast<unsigned>(lane_id()) < cluster_size() ? slots.blocks[set][lane_id()] : kNoCandidate);
+  return warp_best(static_cast<unsigned>(lane_id()) < cluster_size() ? slots.blocks[set][lane_id()] : none);
 }
 
 // Picks up to k tokens, best first. A rule has

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "tokenprune/macros.h"
+
 namespace tokenprune {
 
 struct DeviceLimits {
@@ -14,14 +16,16 @@ struct DeviceLimits {
 
 // Grids are limited to 2^31 - 1 blocks in x and to 65535 in y and z.
 constexpr int64_t kMaxGridX = 2147483647, kMaxGridYZ = 65535;
+// Blocks of a cluster, on every device that has clusters.
+constexpr unsigned kMaxCluster = 8;
 
 template <class Int>
-constexpr Int ceil_div(Int a, Int b) {
+TOKENPRUNE_HD constexpr Int ceil_div(Int a, Int b) {
   return (a + b - 1) / b;
 }
 
 template <class Int>
-constexpr Int round_up(Int a, Int b) {
+TOKENPRUNE_HD constexpr Int round_up(Int a, Int b) {
   return ceil_div(a, b) * b;
 }
 

@@ -30,6 +30,7 @@ TOKENPRUNE_HD A nan_max(A a, A b) {
 }
 
 enum class Potential { kCosine, kRiesz, kGaussian };
+enum class FirstPick { kOutlier, kIsolated, kIndex };
 
 template <class A>
 struct PotentialWeights {

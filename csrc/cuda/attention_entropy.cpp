@@ -1,0 +1,24 @@
+// CUDA binding of attention_entropy: the row pass alone.
+#include "cuda/attention_inputs.h"
+
+namespace tokenprune {
+
+namespace {
+
+std::tuple<Tensor, Tensor> attention_entropy(const Tensor& query, const Tensor& key, const OptionalTensor& key_mask,
+                                             const OptionalTensor& query_positions, std::optional<double> scale,
+                                             bool causal, bool cosine) {
+  const char* op = "attention_entropy";
+  check_attention(op, query, key, std::nullopt, std::nullopt, std::nullopt, key_mask, query_positions);
+  check_not_float64(op, {{"query", query}});
+  const CudaScope cuda(query);
+  const AttentionInputs inputs(query, key, key_mask, query_positions, scale, causal, cosine);
+  run_attention_norms(op, inputs, cuda);
+  return run_attention_rows(op, inputs, cuda);
+}
+
+}  // namespace
+
+TOKENPRUNE_CUDA_OPS(m) { m.impl("attention_entropy", TORCH_BOX(&attention_entropy)); }
+
+}  // namespace tokenprune

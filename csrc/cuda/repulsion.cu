@@ -1,0 +1,13 @@
+// The kernels of repulsion_sample for every storage type.
+#include "tokenprune/repulsion.cuh"
+
+namespace tokenprune {
+
+template cudaError_t launch_repulsion<float>(const RepulsionProblem&, const RepulsionPlan&, float*, uint32_t*,
+                                             cudaStream_t);
+template cudaError_t launch_repulsion<__half>(const RepulsionProblem&, const RepulsionPlan&, float*, uint32_t*,
+                                              cudaStream_t);
+template cudaError_t launch_repulsion<__nv_bfloat16>(const RepulsionProblem&, const RepulsionPlan&, float*, uint32_t*,
+                                                     cudaStream_t);
+
+}  // namespace tokenprune

@@ -1,0 +1,136 @@
+// The attention kernels as the host sees them: the problem that all of them share, the row pass (lse and entropy) and
+// its launch plan. No kernel code; the launchers are templates over the storage type, defined in the .cuh files and
+// instantiated for float, __half and __nv_bfloat16 in csrc/cuda/attention_rows.cu.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "tokenprune/limits.h"
+#include "tokenprune/macros.h"
+
+namespace tokenprune {
+
+struct VectorStrides {
+  int64_t batch, head, row;  // in elements; the vectors themselves have stride 1
+};
+
+struct AttentionProblem {
+  const void* query;  // [batch, query_heads, rows, dim]
+  const void* key;    // [batch, key_heads, keys, dim]
+  VectorStrides query_strides, key_strides;
+  bool query_aligned, key_aligned;  // every vector starts at a multiple of 16 bytes and has whole 16-byte units
+  int64_t batch, query_heads, key_heads, rows, keys, dim;
+  const bool* key_mask;  // [batch, keys] with last stride 1, or null: all visible
+  int64_t key_mask_stride;
+  const int64_t* query_positions;  // [batch, rows] with last stride 1, or null: keys - rows + row. Read when causal
+  int64_t query_positions_stride;
+  float scale;
+  bool causal, cosine;
+  // With cosine: 1 / max(||x||, 1e-12) of every vector, filled by launch_attention_norms.
+  float* query_inverse_norms;  // [batch, query_heads, rows]
+  float* key_inverse_norms;    // [batch, key_heads, keys]
+
+  TOKENPRUNE_HD int64_t group() const {
+    return key_heads == 0 ? 0 : query_heads / key_heads;
+  }  // query heads per key head
+  TOKENPRUNE_HD int64_t group_rows() const { return group() * rows; }
+};
+
+// Whether 16-byte copies can read the vectors of an operand.
+inline bool vectors_are_aligned(const void* data, const VectorStrides& strides, int64_t dim, int64_t element_size) {
+  const auto whole = [&](int64_t elements) { return elements * element_size % 16 == 0; };
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && whole(strides.batch) && whole(strides.head) &&
+         whole(strides.row) && whole(dim);
+}
+
+// --- the tile of dot products (attention_tile.cuh) ------------------------------------------------------------------
+
+// A tile is kTileVectors x kTileVectors dot products of one block of kTileThreads threads. The vectors pass through
+// shared memory in chunks of 128 bytes each; kTileStages chunks of an operand are in flight or in use.
+constexpr int kTileVectors = 64, kTileThreads = 128, kTileStages = 3;
+constexpr int kChunkBytes = 128;
+constexpr int kChunkTileBytes = kTileVectors * kChunkBytes;
+
+// Blocks of a tile kernel that an SM holds at once, by registers: 128 per thread in 16 bits, 168 in float32.
+constexpr int tile_blocks_per_sm(int element_size) { return element_size == 2 ? 4 : 3; }
+
+inline int tile_chunks(int64_t dim, int element_size) {
+  return static_cast<int>(ceil_div<int64_t>(dim * element_size, kChunkBytes));
+}
+
+// Dynamic shared memory of a tile, with operand A resident (all its chunks stay) or streamed.
+inline int tile_shared_bytes(int64_t dim, int element_size, bool resident) {
+  return (kTileStages + (resident ? tile_chunks(dim, element_size) : kTileStages)) * kChunkTileBytes;
+}
+
+// Up to 4 chunks (D <= 256 in 16 bits): beyond, fewer than 4 blocks would fit in an SM's shared memory.
+inline bool tile_resident(int64_t dim, int element_size) { return tile_chunks(dim, element_size) <= 4; }
+
+// --- the row pass (attention_rows.cuh) -------------------------------------------------------------------------------
+
+// The rows of all query heads of a key head form one list, cut into tiles; the keys are cut into `splits` ranges of
+// split_tiles tiles each. One block per tile of rows and range of keys.
+struct AttentionRowPlan {
+  int64_t row_tiles;    // per sample and key head
+  int64_t split_tiles;  // key tiles of a range
+  int splits;           // above 1 the ranges' results meet in a second launch
+  bool resident;
+  int shared;         // bytes
+  int64_t blocks;     // of the first launch
+  int64_t workspace;  // floats
+};
+
+constexpr int kPartialFloats = 4;  // a range's result for one row: maximum, sum, weighted sum, padding
+
+// Ranges are what fills the GPU when there are few rows: as many as make the shortest schedule, in units of one tile of
+// keys, counting a block's start as one and a second launch as three.
+inline AttentionRowPlan plan_attention_rows(int64_t batch, int64_t key_heads, int64_t group_rows, int64_t keys,
+                                            int64_t dim, int element_size, const DeviceLimits& limits) {
+  AttentionRowPlan plan{};
+  const int64_t key_tiles = ceil_div<int64_t>(keys, kTileVectors);
+  plan.row_tiles = ceil_div<int64_t>(group_rows, kTileVectors);
+  plan.resident = tile_resident(dim, element_size);
+  plan.shared = tile_shared_bytes(dim, element_size, plan.resident);
+  const int64_t tiles = batch * key_heads * plan.row_tiles;
+  plan.splits = 1;
+  plan.split_tiles = key_tiles;
+  const int64_t slots =
+      limits.sm_count * std::clamp(limits.shared_per_block / plan.shared, 1, tile_blocks_per_sm(element_size));
+  int64_t best = ceil_div(tiles, slots) * (key_tiles + 1);
+  for (int64_t waves = 1; tiles > 0 && waves <= 4; ++waves) {
+    const int64_t splits = std::min(waves * slots / tiles, key_tiles);
+    if (splits < 2) continue;
+    const int64_t each = ceil_div(key_tiles, splits), used = ceil_div(key_tiles, each);
+    const int64_t cost = ceil_div(tiles * used, slots) * (each + 1) + 3;
+    if (cost >= best) continue;
+    best = cost;
+    plan.splits = static_cast<int>(used);
+    plan.split_tiles = each;
+  }
+  plan.blocks = tiles * plan.splits;
+  if (plan.splits > 1) plan.workspace = batch * key_heads * group_rows * plan.splits * kPartialFloats;
+  return plan;
+}
+
+struct AttentionRowOutputs {
+  float *lse, *entropy;  // [batch, query_heads, rows]; entropy may be null
+  float* workspace;      // plan.workspace floats, 16-byte aligned
+};
+
+// One launch, two when the plan splits the keys. Needs the inverse norms when p.cosine.
+template <class T>
+cudaError_t launch_attention_rows(const AttentionProblem& p, const AttentionRowPlan& plan,
+                                  const AttentionRowOutputs& out, cudaStream_t stream);
+
+// --- inverse norms (attention_norms.cuh) ----------------------------------------------------------------------------
+
+// One launch for all vectors of both operands; none when there are none.
+template <class T>
+cudaError_t launch_attention_norms(const AttentionProblem& problem, cudaStream_t stream);
+
+}  // namespace tokenprune

@@ -1,0 +1,267 @@
+// Tiles of 64 x 64 dot products: vectors a of operand A against vectors b of operand B. The row pass takes query rows
+// as A and keys as B, a column pass keys as A and query rows as B: what belongs to one A vector lies in few lanes.
+//
+//   global memory --- cp.async, chunks of 128 bytes per vector ---> ring of 3 stages in shared memory (B, and A unless
+//   it is resident) --- ldmatrix ---> mma m16n8k16 (float16, bfloat16) or FMA (float32), float32 sums in registers
+//
+// A block has 4 warps; warp w computes the A vectors 16 w .. 16 w + 15 against all 64 B vectors, 32 sums per thread.
+// One barrier per chunk: after it, the chunk loaded two steps ago is there, and the stage read in the last step is
+// free for the chunk after next. Loads run ahead over the ends of tiles, so that they overlap with what the caller
+// makes of a finished tile.
+//
+// Shared memory: a chunk of a vector is 8 units of 16 bytes; unit u of vector v lies at unit u ^ (v % 8) of row v. The
+// 8 rows that one ldmatrix phase (or 8 neighbouring lanes) reads at the same unit then lie in distinct banks.
+// 48 KiB with both operands streamed, 24 KiB + 8 KiB per chunk with A resident.
+#pragma once
+
+#include "tokenprune/attention.h"
+#include "tokenprune/ptx.cuh"
+#include "tokenprune/warp.cuh"
+
+namespace tokenprune {
+
+// A list of vectors, of which a tile takes 64 from `first` on; beyond `count` there are zeros. The rows of all query
+// heads that share a key head form one list: vector v is row v % per_head of head v / per_head.
+template <class T>
+struct VectorList {
+  const T* data;
+  int64_t count, per_head, head_stride, row_stride;
+  bool aligned;
+
+  __device__ __forceinline__ const T* vector(int64_t v) const {
+    if (v >= count) return nullptr;
+    if (count <= per_head) return data + v * row_stride;
+    return data + v / per_head * head_stride + v % per_head * row_stride;
+  }
+};
+
+// All query rows of the heads that share a key head of a sample: query head and row of r are those of a VectorList.
+template <class T>
+__device__ __forceinline__ VectorList<T> query_rows_of_group(const AttentionProblem& p, int64_t sample,
+                                                             int64_t key_head) {
+  const VectorStrides& s = p.query_strides;
+  const T* data = static_cast<const T*>(p.query) + sample * s.batch + key_head * p.group() * s.head;
+  return {data, p.group_rows(), p.rows, s.head, s.row, p.query_aligned};
+}
+
+// The query rows of one head.
+template <class T>
+__device__ __forceinline__ VectorList<T> query_rows_of_head(const AttentionProblem& p, int64_t sample, int64_t head) {
+  const VectorStrides& s = p.query_strides;
+  return {static_cast<const T*>(p.query) + sample * s.batch + head * s.head, p.rows, p.rows, 0, s.row, p.query_aligned};
+}
+
+template <class T>
+__device__ __forceinline__ VectorList<T> keys_of_head(const AttentionProblem& p, int64_t sample, int64_t key_head) {
+  const VectorStrides& s = p.key_strides;
+  return {static_cast<const T*>(p.key) + sample * s.batch + key_head * s.head, p.keys, p.keys, 0, s.row, p.key_aligned};
+}
+
+// The last key that causality lets a query row see, in -1 .. keys - 1.
+__device__ __forceinline__ int64_t last_visible_key(const AttentionProblem& p, int64_t sample, int64_t row) {
+  if (!p.causal) return p.keys - 1;
+  const int64_t position =
+      p.query_positions == nullptr ? p.keys - p.rows + row : p.query_positions[sample * p.query_positions_stride + row];
+  return position < -1 ? -1 : position < p.keys ? position : p.keys - 1;
+}
+
+__device__ __forceinline__ bool key_is_unmasked(const AttentionProblem& p, int64_t sample, int64_t key) {
+  return p.key_mask == nullptr || p.key_mask[sample * p.key_mask_stride + key];
+}
+
+// What a dot product is multiplied with: logit = dot * factor(row) * factor(key), the scale on the row's side.
+__device__ __forceinline__ float row_factor(const AttentionProblem& p, int64_t sample, int64_t head, int64_t row) {
+  return p.cosine ? p.query_inverse_norms[(sample * p.query_heads + head) * p.rows + row] : 1.0f;
+}
+__device__ __forceinline__ float key_factor(const AttentionProblem& p, int64_t sample, int64_t key_head, int64_t key) {
+  return p.cosine ? p.key_inverse_norms[(sample * p.key_heads + key_head) * p.keys + key] : 1.0f;
+}
+
+// One thread's 32 sums of a tile: kThreadA x kThreadB of them, sum (i, j) being that of the tile's vectors a(i) of A
+// and b(j) of B. The kLanesPerA lanes that share the same a(i) are neighbours: warp_reduce(x, op, kLanesPerA) meets
+// them.
+template <class T>
+struct DotTile {
+  static constexpr bool kMma = sizeof(T) == 2;
+  static constexpr int kThreadA = kMma ? 2 : 4, kThreadB = kMma ? 16 : 8, kLanesPerA = kMma ? 4 : 8;
+  static constexpr int kUnit = 16 / sizeof(T), kChunk = kChunkBytes / sizeof(T);  // elements
+
+  float sums[8][4];
+
+  __device__ __forceinline__ static int a(int i) {
+    return 16 * warp_id() + lane_id() / kLanesPerA + i * (kWarp / kLanesPerA);
+  }
+  __device__ __forceinline__ static int b(int j) {
+    return kMma ? 8 * (j / 2) + 2 * (lane_id() % 4) + j % 2 : 8 * j + lane_id() % 8;
+  }
+  // Of the j with the same block(j), b(j) lies in 16 block(j) .. 16 block(j) + 15, for all lanes.
+  static constexpr int block(int j) { return kMma ? j / 4 : j / 2; }
+  __device__ __forceinline__ float& at(int i, int j) { return kMma ? sums[j / 2][2 * i + j % 2] : sums[j][i]; }
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums[i][j] = 0;
+  }
+
+  // Adds the products of one chunk, of which `left` elements exist (the others are zeros), for the first b_left vectors
+  // of B. All lanes of a warp call it.
+  __device__ __forceinline__ void multiply(const unsigned char* a_chunk, const unsigned char* b_chunk, int left,
+                                           int b_left) {
+    if constexpr (kMma) {
+      const int lane = lane_id(), a_row = 16 * warp_id() + lane % 16, b_row = lane / 16 * 8 + lane % 8;
+#pragma unroll
+      for (int k = 0; k < kChunk / 16; ++k) {
+        if (16 * k >= left) break;
+        uint32_t x[4];
+        ldmatrix_x4(x, unit(a_chunk, a_row, 2 * k + lane / 16));
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          if (16 * n >= b_left) break;
+          uint32_t y[4];
+          ldmatrix_x4(y, unit(b_chunk, 16 * n + b_row, 2 * k + lane / 8 % 2));
+          const uint32_t low[2] = {y[0], y[1]}, high[2] = {y[2], y[3]};
+          mma_m16n8k16<T>(sums[2 * n], x, low);
+          mma_m16n8k16<T>(sums[2 * n + 1], x, high);
+        }
+      }
+    } else {
+#pragma unroll 1  // unrolled, the reads of several units would spill
+      for (int u = 0; u < 8; ++u) {
+        if (kUnit * u >= left) break;
+        float4 x[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[i] = *reinterpret_cast<const float4*>(unit(a_chunk, a(i), u));
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          if (8 * j >= b_left) break;
+          const float4 y = *reinterpret_cast<const float4*>(unit(b_chunk, b(j), u));
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            float sum = __fmaf_rn(x[i].x, y.x, sums[j][i]);
+            sum = __fmaf_rn(x[i].y, y.y, sum);
+            sum = __fmaf_rn(x[i].z, y.z, sum);
+            sums[j][i] = __fmaf_rn(x[i].w, y.w, sum);
+          }
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ static const unsigned char* unit(const unsigned char* chunk, int vector, int u) {
+    return chunk + vector * kChunkBytes + ((u ^ (vector & 7)) << 4);
+  }
+};
+
+// One thread's part in copying the chunks of a tile of 64 vectors: of the vectors threadIdx.x / 4 and 32 further, the
+// units threadIdx.x % 4 and 4 further, odd vectors in reverse order: 8 neighbouring lanes write to distinct banks, and
+// 4 read 64 bytes in a row.
+template <class T>
+struct TileLoader {
+  const T* vectors[2];
+  bool aligned;
+
+  __device__ __forceinline__ void point_to(const VectorList<T>& list, int64_t first) {
+    aligned = list.aligned;
+    vectors[0] = list.vector(first + threadIdx.x / 4);
+    vectors[1] = list.vector(first + threadIdx.x / 4 + 32);
+  }
+
+  // Starts (or, unaligned, makes) the copy of chunk `c` to `to`.
+  __device__ __forceinline__ void copy(unsigned char* to, int c, int dim) const {
+    constexpr int kUnit = DotTile<T>::kUnit;
+    const int row = threadIdx.x / 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int u = threadIdx.x % 4 + 4 * ((half + row) % 2), element = c * DotTile<T>::kChunk + u * kUnit;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        unsigned char* at = to + (row + 32 * i) * kChunkBytes + ((u ^ (row & 7)) << 4);
+        if (aligned)
+          cp_async_16(at, vectors[i] + element, vectors[i] != nullptr && element < dim);
+        else
+          copy_elements(reinterpret_cast<T*>(at), vectors[i], element, dim);
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void copy_elements(T* to, const T* vector, int element, int dim) {
+#pragma unroll
+    for (int e = 0; e < DotTile<T>::kUnit; ++e)
+      to[e] = vector != nullptr && element + e < dim ? vector[element + e] : from_float<T>(0.0f);
+  }
+};
+
+// Which 64 vectors of a list a tile takes.
+template <class T>
+struct TileVectors {
+  VectorList<T> list;
+  int64_t first;
+
+  // How many of the 64 exist.
+  __device__ __forceinline__ int present() const {
+    const int64_t left = list.count - first;
+    return left < 0 ? 0 : left < kTileVectors ? static_cast<int>(left) : kTileVectors;
+  }
+};
+
+// visit(t, tile) with the finished sums of tile t = 0 .. tiles - 1, those of the vectors a_of(t) and b_of(t). Both are
+// functions from t to TileVectors<T>, called again whenever needed. With `resident`, A is a_of(0) for all tiles and is
+// read once. A warp whose A vectors do not exist computes nothing, and sums of B vectors that do not exist may be left
+// 0: `visit` must not use either. It is called by all threads, may contain barriers, and must not touch `shared`
+// (tile_shared_bytes of it). All threads call this function, which may be called repeatedly.
+template <class T, class AOf, class BOf, class Visit>
+__device__ __forceinline__ void for_each_tile(unsigned char* shared, int dim, bool resident, int tiles, AOf&& a_of,
+                                              BOf&& b_of, Visit&& visit) {
+  static_assert(kTileStages == 3, "two chunks ahead");
+  constexpr int kChunk = DotTile<T>::kChunk;
+  unsigned char* const b_ring = shared;
+  unsigned char* const a_ring = shared + kTileStages * kChunkTileBytes;  // or all chunks of A
+  const int chunks = (dim + kChunk - 1) / kChunk;
+  TileLoader<T> a_loader, b_loader;
+  int next_tile = 0, next_chunk = 0, next_stage = 0;  // what is loaded next, and to where
+  const auto load = [&] {
+    if (next_tile < tiles) {
+      const bool with_a = !resident || next_tile == 0;
+      if (next_chunk == 0) {
+        const TileVectors<T> b = b_of(next_tile);
+        b_loader.point_to(b.list, b.first);
+        if (with_a) {
+          const TileVectors<T> a = a_of(next_tile);
+          a_loader.point_to(a.list, a.first);
+        }
+      }
+      b_loader.copy(b_ring + next_stage * kChunkTileBytes, next_chunk, dim);
+      if (with_a) a_loader.copy(a_ring + (resident ? next_chunk : next_stage) * kChunkTileBytes, next_chunk, dim);
+      next_stage = next_stage == kTileStages - 1 ? 0 : next_stage + 1;
+      if (++next_chunk == chunks) {
+        next_chunk = 0;
+        ++next_tile;
+      }
+    }
+    cp_async_commit();
+  };
+  __syncthreads();  // an earlier call's last reads
+  load();
+  load();
+  int stage = 0;
+  for (int t = 0; t < tiles; ++t) {
+    const bool active = 16 * warp_id() < a_of(resident ? 0 : t).present();
+    const int b_left = b_of(t).present();
+    DotTile<T> tile;
+    tile.clear();
+    for (int c = 0; c < chunks; ++c) {
+      cp_async_wait<1>();
+      __syncthreads();
+      load();
+      if (active)
+        tile.multiply(a_ring + (resident ? c : stage) * kChunkTileBytes, b_ring + stage * kChunkTileBytes,
+                      dim - c * kChunk, b_left);
+      stage = stage == kTileStages - 1 ? 0 : stage + 1;
+    }
+    visit(t, tile);
+  }
+}
+
+}  // namespace tokenprune

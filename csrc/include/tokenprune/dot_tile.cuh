@@ -1,0 +1,170 @@
+// Inner products of kTile token rows with kTile others, by one block, into shared memory: the tensor cores for 16-bit
+// types, fused multiply-adds for float32. The rows may be any rows of a sample.
+//
+// Both operands go through the same ring of kStages stages of 128 bytes per row (asynchronous copies). A product adds
+// its terms in ascending order of the channel whichever row, place in the tile or operand they come from, and
+// multiplication commutes: <x, y> and <y, x> have the same bits, and so have the products of identical rows. (On the
+// tensor cores this rests on each output of an mma being one function of its 16 pairs of factors.)
+#pragma once
+
+#include "tokenprune/ptx.cuh"
+#include "tokenprune/warp.cuh"
+
+namespace tokenprune {
+
+// The rows of one sample.
+struct TokenRows {
+  const void* data;  // [n, channels], last stride 1
+  int64_t stride;    // elements
+  int64_t channels;
+  bool aligned;  // every row starts at a multiple of 16 bytes
+};
+
+constexpr int kRowBytes = 128;             // of a row in a stage
+constexpr int kRowPitch = kRowBytes + 16;  // 8 rows in a column are in different banks
+constexpr int kNoRow = -1;                 // a row of zeros
+
+template <int kTile>
+struct DotTile {
+  static constexpr int kThreads = 2 * kTile;  // that compute; a larger block helps with the copies
+  static constexpr int kStages = kTile > 64 ? 2 : 3;
+  static constexpr int kStageBytes = 2 * kTile * kRowPitch;
+  static constexpr int kOutPitch = kTile + 1;  // floats; odd, so that rows and columns are free of bank conflicts
+  static constexpr int kOutBytes = kTile * kOutPitch * static_cast<int>(sizeof(float));
+  static constexpr int kShared = kStages * kStageBytes > kOutBytes ? kStages* kStageBytes : kOutBytes;
+};
+
+// Channels [begin, begin + 128 bytes) of kTile rows into `stage`, zeros past the end.
+template <class T, int kTile>
+__device__ __forceinline__ void load_rows(const TokenRows& rows, const int* tokens, int64_t begin,
+                                          unsigned char* stage) {
+  constexpr int kChunk = 16 / static_cast<int>(sizeof(T)), kChunks = kRowBytes / 16;
+  for (int q = threadIdx.x; q < kTile * kChunks; q += blockDim.x) {
+    const int token = tokens[q / kChunks];
+    const int64_t channel = begin + q % kChunks * kChunk, left = token == kNoRow ? 0 : rows.channels - channel;
+    const T* source = static_cast<const T*>(rows.data) + (left > 0 ? token * rows.stride + channel : 0);
+    unsigned char* target = stage + q / kChunks * kRowPitch + q % kChunks * 16;
+    if (left <= 0) {
+      *reinterpret_cast<uint4*>(target) = make_uint4(0, 0, 0, 0);
+    } else if (rows.aligned && left >= kChunk) {
+      cp_async_16(target, source, true);
+    } else {
+      for (int e = 0; e < kChunk; ++e) reinterpret_cast<T*>(target)[e] = e < left ? source[e] : from_float<T>(0.0f);
+    }
+  }
+}
+
+// The outputs of one thread and the product of one stage, by arithmetic.
+template <class T, int kTile>
+struct TileProduct {  // tensor cores: a warp owns kTile / 2 rows and 32 columns
+  static constexpr int kM = kTile / 32, kN = 4;
+  float sum[kM][kN][4] = {};
+
+  __device__ __forceinline__ void add(const unsigned char* stage, int columns) {
+    const int lane = lane_id(), row0 = warp_id() % 2 * (kTile / 2), column0 = warp_id() / 2 * 32;
+    const unsigned char* left = stage + (row0 + lane % 16) * kRowPitch + lane / 16 * 16;
+    const unsigned char* right = stage + (kTile + column0 + lane / 16 * 8 + lane % 8) * kRowPitch + lane / 8 % 2 * 16;
+#pragma unroll
+    for (int k = 0; k < kRowBytes; k += 32) {
+      uint32_t a[kM][4];
+#pragma unroll
+      for (int m = 0; m < kM; ++m) ldmatrix_x4(a[m], left + m * 16 * kRowPitch + k);
+#pragma unroll
+      for (int n = 0; n < kN; n += 2) {
+        if (column0 + 8 * n >= columns) continue;
+        uint32_t b[4];
+        ldmatrix_x4(b, right + n * 8 * kRowPitch + k);
+        const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+          mma_m16n8k16<T>(sum[m][n], a[m], low);
+          mma_m16n8k16<T>(sum[m][n + 1], a[m], high);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(float* out) const {
+    const int group = lane_id() / 4, pair = lane_id() % 4 * 2;
+    float* corner = out + (warp_id() % 2 * (kTile / 2) + group) * DotTile<kTile>::kOutPitch + warp_id() / 2 * 32 + pair;
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          corner[(16 * m + e / 2 * 8) * DotTile<kTile>::kOutPitch + 8 * n + e % 2] = sum[m][n][e];
+  }
+};
+
+template <int kTile>
+struct TileProduct<float, kTile> {  // a thread owns every kRowStep-th of the rows and every 16th of the columns
+  static constexpr int kRowStep = DotTile<kTile>::kThreads / 16, kM = kTile / kRowStep, kN = kTile / 16;
+  float sum[kM][kN] = {};
+
+  __device__ __forceinline__ void add(const unsigned char* stage, int columns) {
+    const unsigned char* left = stage + threadIdx.x / 16 * kRowPitch;
+    const unsigned char* right = stage + (kTile + threadIdx.x % 16) * kRowPitch;
+#pragma unroll 2
+    for (int k = 0; k < kRowBytes; k += 16) {
+      float4 a[kM];
+#pragma unroll
+      for (int m = 0; m < kM; ++m) a[m] = *reinterpret_cast<const float4*>(left + m * kRowStep * kRowPitch + k);
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        if (16 * n >= columns) continue;
+        const float4 b = *reinterpret_cast<const float4*>(right + n * 16 * kRowPitch + k);
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+          sum[m][n] = __fmaf_rn(a[m].x, b.x, sum[m][n]);
+          sum[m][n] = __fmaf_rn(a[m].y, b.y, sum[m][n]);
+          sum[m][n] = __fmaf_rn(a[m].z, b.z, sum[m][n]);
+          sum[m][n] = __fmaf_rn(a[m].w, b.w, sum[m][n]);
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(float* out) const {
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
+        out[(threadIdx.x / 16 + m * kRowStep) * DotTile<kTile>::kOutPitch + threadIdx.x % 16 + 16 * n] = sum[m][n];
+  }
+};
+
+// out[r * kOutPitch + c] = <left[r], right[c]>, in `shared` (DotTile::kShared bytes, 16-byte aligned). `left` and
+// `right` are kTile tokens or kNoRow each, in shared memory, written before a barrier of the caller. Only the first
+// `columns` columns are computed; the others hold anything. All threads call it and may read the result at once.
+template <class T, int kTile>
+__device__ __forceinline__ const float* dot_tile(const TokenRows& rows, const int* left, const int* right, int columns,
+                                                 unsigned char* shared) {
+  using Tile = DotTile<kTile>;
+  constexpr int kDepth = kRowBytes / static_cast<int>(sizeof(T));
+  const int steps = static_cast<int>((rows.channels + kDepth - 1) / kDepth);
+  const auto load = [&](int step) {
+    if (step < steps) {
+      unsigned char* stage = shared + step % Tile::kStages * Tile::kStageBytes;
+      load_rows<T, kTile>(rows, left, int64_t(step) * kDepth, stage);
+      load_rows<T, kTile>(rows, right, int64_t(step) * kDepth, stage + kTile * kRowPitch);
+    }
+    cp_async_commit();
+  };
+  const bool computes = threadIdx.x < Tile::kThreads;
+  TileProduct<T, kTile> product;
+  for (int step = 0; step < Tile::kStages - 1; ++step) load(step);
+  for (int step = 0; step < steps; ++step) {
+    cp_async_wait<Tile::kStages - 2>();
+    __syncthreads();  // the stage is there, and everybody is done with the one that the next copies overwrite
+    load(step + Tile::kStages - 1);
+    if (computes) product.add(shared + step % Tile::kStages * Tile::kStageBytes, columns);
+  }
+  cp_async_wait<0>();
+  __syncthreads();
+  if (computes) product.store(reinterpret_cast<float*>(shared));
+  __syncthreads();
+  return reinterpret_cast<const float*>(shared);
+}
+
+}  // namespace tokenprune

@@ -1,0 +1,35 @@
+// repulsion_sample: greedy selection of mutually repelling tokens. Two algorithms, which plan_repulsion chooses between
+// by the number of tokens: repulsion_gram.cuh and repulsion_rounds.cuh.
+#pragma once
+
+#include "tokenprune/repulsion_rounds.cuh"
+
+namespace tokenprune {
+
+// The samples [first, first + count) as a problem of their own.
+inline RepulsionProblem samples_of(const RepulsionProblem& p, int64_t first, int64_t count, int64_t element_size) {
+  RepulsionProblem part = p;
+  part.features = static_cast<const unsigned char*>(p.features) + first * p.batch_stride * element_size;
+  if (p.positions != nullptr) part.positions += first * p.n * p.axes;
+  if (p.seeds != nullptr) part.seeds += first * p.n_seeds;
+  if (p.energy != nullptr) part.energy += first * p.n;
+  if (p.mask != nullptr) part.mask += first * p.mask_stride;
+  part.indices += first * p.k;
+  part.counts += first;
+  part.batch = count;
+  return part;
+}
+
+template <class T>
+cudaError_t launch_repulsion(const RepulsionProblem& p, const RepulsionPlan& plan, float* floats, uint32_t* words,
+                             cudaStream_t stream) {
+  for (int64_t first = 0; first < p.batch; first += plan.samples) {
+    const RepulsionProblem part = samples_of(p, first, std::min(plan.samples, p.batch - first), sizeof(T));
+    const cudaError_t status = plan.gram ? launch_repulsion_gram<T>(part, plan, floats, stream)
+                                         : launch_repulsion_rounds<T>(part, plan, floats, words, stream);
+    if (status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace tokenprune

@@ -1,0 +1,230 @@
+// repulsion_sample with all cosines of a sample in device memory, up to `gram_tokens` tokens.
+//
+// 1. gram: the inner products of all pairs, n x n float32. grid: samples * tiles on and above the diagonal; block:
+//    DotTile (128 threads for tiles of 64, 256 for tiles of 128); shared: DotTile::kShared. Reads tiles * 2 * kTile
+//    rows (from the L2 cache but for the first time: n * channels elements), writes n * n floats. Tiles are written
+//    twice, mirrored; those on the diagonal write the inverse norms, so that nothing has to be launched before.
+// 2. gram_start, for the starts that compare tokens: a warp per token reads a row of the matrix. 256 threads.
+// 3. gram_greedy: one block per sample makes all picks. A thread owns every blockDim-th token; state, key, inverse norm
+//    and energy of its tokens are in shared memory (16 bytes per token), where nobody else touches them. A step is one
+//    barrier and one row of the matrix (4 n bytes), read coalesced.
+#pragma once
+
+#include "tokenprune/repulsion_objective.cuh"
+
+namespace tokenprune {
+
+// Tiles of a triangle in one dimension: 0 is (0, 0), then (0, 1), (1, 1), (0, 2), ...
+__device__ __forceinline__ int2 tile_of(int64_t index) {
+  int column = static_cast<int>((sqrtf(8.0f * static_cast<float>(index) + 1) - 1) / 2);
+  while (int64_t(column) * (column + 1) / 2 > index) --column;  // the root is rounded
+  while (int64_t(column + 1) * (column + 2) / 2 <= index) ++column;
+  return {static_cast<int>(index - int64_t(column) * (column + 1) / 2), column};
+}
+
+// The inner products of tile `at` of the pairs of a sample's n tokens.
+template <class T, int kTile>
+__device__ __forceinline__ const float* pair_tile(const TokenRows& rows, int64_t n, int2 at) {
+  TOKENPRUNE_SHARED(int[2][kTile], tokens);
+  for (int r = threadIdx.x; r < kTile; r += blockDim.x) {
+    tokens[0][r] = at.x * kTile + r < n ? at.x * kTile + r : kNoRow;
+    tokens[1][r] = at.y * kTile + r < n ? at.y * kTile + r : kNoRow;
+  }
+  __syncthreads();
+  return dot_tile<T, kTile>(rows, tokens[0], tokens[1], kTile, dynamic_shared());
+}
+
+template <class T, int kTile>
+__global__ void __launch_bounds__(DotTile<kTile>::kThreads)
+    gram_kernel(const RepulsionProblem p, int64_t tiles, float* gram, float* inverse) {
+  using Tile = DotTile<kTile>;
+  const int64_t sample = blockIdx.x / tiles, n = p.n;
+  const int2 at = tile_of(blockIdx.x % tiles);
+  const float* dots = pair_tile<T, kTile>(rows_of(p, sample, sizeof(T)), n, at);
+  gram += sample * n * n;
+  const int row0 = at.x * kTile, column0 = at.y * kTile;
+  for (int q = threadIdx.x; q < kTile * kTile; q += Tile::kThreads) {
+    const int r = q / kTile, c = q % kTile;
+    if (row0 + r < n && column0 + c < n) gram[(row0 + r) * n + column0 + c] = dots[r * Tile::kOutPitch + c];
+    if (at.x != at.y && column0 + r < n && row0 + c < n)
+      gram[(column0 + r) * n + row0 + c] = dots[c * Tile::kOutPitch + r];
+  }
+  if (at.x == at.y)
+    for (int r = threadIdx.x; r < kTile && row0 + r < n; r += Tile::kThreads)
+      inverse[sample * n + row0 + r] = inverse_norm(dots[r * (Tile::kOutPitch + 1)]);
+}
+
+constexpr int kStartThreads = 256, kStartTokens = kStartThreads / kWarp;  // tokens per block
+
+// What the first pick minimises, for every token: the sum of its cosines with the valid tokens (outlier: the cosine
+// with the sum of all unit vectors, but for a factor that all tokens share), or the largest with another valid one.
+__global__ void __launch_bounds__(kStartThreads)
+    gram_start_kernel(const RepulsionProblem p, int64_t blocks, const float* gram, const float* inverse, float* start) {
+  const int64_t sample = blockIdx.x / blocks, n = p.n, i = blockIdx.x % blocks * kStartTokens + warp_id();
+  if (i >= n) return;
+  const float* row = gram + (sample * n + i) * n;
+  inverse += sample * n;
+  const bool outlier = p.first == FirstPick::kOutlier;
+  const float own = inverse[i];
+  float result = outlier ? 0 : -INFINITY;
+  for (int64_t j = lane_id(); j < n; j += kWarp) {
+    if (!is_valid(p, sample, j) || (j == i && !outlier)) continue;
+    const float cosine = cosine_of(row[j], own, inverse[j]);
+    result = outlier ? result + cosine : nan_max(result, cosine);
+  }
+  const auto largest = [](float a, float b) { return nan_max(a, b); };
+  result = outlier ? warp_reduce(result, Sum()) : warp_reduce(result, largest);
+  if (lane_id() == 0) start[sample * n + i] = result;
+}
+
+struct GramRule {
+  const RepulsionObjective& objective;
+  const float* gram;     // of the sample
+  const float* energy;   // in shared memory, or null
+  const float* inverse;  // in shared memory
+  float* state;          // in shared memory, as are the keys; key 0: not available
+  uint32_t* key;
+  int n;
+  int64_t* indices;
+  Candidate mine = kNoCandidate;  // the best of the thread's tokens
+
+  // f(token, its inner product with token j) for the thread's tokens; loads run ahead of what depends on them.
+  template <class F>
+  __device__ __forceinline__ void for_own(int64_t j, F&& f) const {
+    constexpr int kAhead = 4;
+    const float* row = gram + j * n;
+    for (int first = threadIdx.x; first < n; first += kAhead * blockDim.x) {
+      float dots[kAhead];
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        const int i = first + u * blockDim.x;
+        dots[u] = i < n ? row[i] : 0;
+      }
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        const int i = first + u * blockDim.x;
+        if (i < n) f(i, dots[u]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void offer(int i, uint32_t value) {
+    key[i] = value;
+    mine = better(mine, {value, static_cast<uint32_t>(i)});
+  }
+
+  __device__ __forceinline__ uint32_t key_of(int i) const {
+    return objective.key(state[i], energy == nullptr ? 0 : energy[i]);
+  }
+
+  __device__ __forceinline__ void seed(int64_t j) {
+    const float other = inverse[j];
+    for_own(j, [&](int i, float dot) { state[i] = objective.meet(state[i], cosine_of(dot, inverse[i], other), i, j); });
+  }
+
+  __device__ __forceinline__ Candidate best() const { return mine; }
+
+  __device__ __forceinline__ void commit(int64_t place, Candidate pick) {
+    if (threadIdx.x == 0) indices[place] = pick.index;
+    mine = kNoCandidate;
+    const float other = inverse[pick.index];
+    for_own(pick.index, [&](int i, float dot) {
+      if (key[i] == 0) return;
+      if (static_cast<uint32_t>(i) == pick.index) {
+        key[i] = 0;
+        return;
+      }
+      state[i] = objective.meet(state[i], cosine_of(dot, inverse[i], other), i, pick.index);
+      offer(i, key_of(i));
+    });
+  }
+};
+
+// Keys until the seeds are known.
+constexpr uint32_t kMasked = 0, kAvailable = 1, kSeed = 2;
+
+// Lets all tokens meet the seeds, in ascending order and each once; true if there are any.
+__device__ __forceinline__ bool meet_seeds(GramRule& rule, const int64_t* seeds, int64_t n_seeds) {
+  const int n = rule.n;
+  bool any = false;
+  for (int64_t s = threadIdx.x; s < n_seeds; s += blockDim.x) {
+    const int64_t j = valid_seed(seeds[s], n);
+    if (j < 0) continue;
+    atomicMax(&rule.key[j], kSeed);
+    any = true;
+  }
+  any = __syncthreads_or(any);
+  for (int base = 0; any && base < n; base += kWarp) {
+    const int j = base + lane_id();
+    unsigned found = __ballot_sync(kAllLanes, j < n && rule.key[j] == kSeed);
+    for (; found != 0; found &= found - 1) rule.seed(base + __ffs(found) - 1);
+  }
+  __syncthreads();  // all have seen the marks
+  return any;
+}
+
+__global__ void __launch_bounds__(1024)
+    gram_greedy_kernel(const RepulsionProblem p, const float* gram, const float* inverse, const float* start) {
+  TOKENPRUNE_SHARED(CandidateSlots, slots);
+  const int64_t sample = blockIdx.x;
+  const int n = static_cast<int>(p.n);
+  float* shared = reinterpret_cast<float*>(dynamic_shared());
+  float *state = shared, *norms = shared + n, *energy = p.energy == nullptr ? nullptr : shared + 3 * n;
+  const RepulsionObjective objective(p, sample);
+  int64_t* indices = p.indices + sample * p.k;
+  GramRule rule{objective, gram + sample * n * n, energy, norms, state, reinterpret_cast<uint32_t*>(shared + 2 * n), n,
+                indices};
+  if (p.k > 0) {
+    for (int i = threadIdx.x; i < n; i += blockDim.x) {
+      state[i] = objective.nothing();
+      norms[i] = inverse[sample * n + i];
+      rule.key[i] = is_valid(p, sample, i) ? kAvailable : kMasked;
+      if (energy != nullptr) energy[i] = p.energy[sample * n + i];
+    }
+    __syncthreads();
+    const bool started = p.seeds != nullptr && meet_seeds(rule, p.seeds + sample * p.n_seeds, p.n_seeds);
+    for (int i = threadIdx.x; i < n; i += blockDim.x) {
+      if (rule.key[i] != kAvailable) {
+        rule.key[i] = 0;
+      } else if (started) {
+        rule.offer(i, rule.key_of(i));
+      } else {
+        const float first = energy != nullptr ? energy[i] : (start != nullptr ? start[sample * n + i] : 0);
+        rule.offer(i, candidate_key(-first));
+      }
+    }
+  }
+  const int64_t picked = greedy_select(rule, slots, p.k);
+  for (int64_t place = picked + threadIdx.x; place < p.k; place += blockDim.x) indices[place] = -1;
+  if (threadIdx.x == 0) p.counts[sample] = picked;
+}
+
+template <class T, int kTile>
+cudaError_t launch_gram(const RepulsionProblem& p, float* gram, float* inverse, cudaStream_t stream) {
+  using Tile = DotTile<kTile>;
+  const int64_t side = ceil_div<int64_t>(p.n, kTile), tiles = side * (side + 1) / 2;
+  return launch({dim3(p.batch * tiles), dim3(Tile::kThreads), Tile::kShared, stream}, gram_kernel<T, kTile>, p, tiles,
+                gram, inverse);
+}
+
+// All picks of a group of samples.
+template <class T>
+cudaError_t launch_repulsion_gram(const RepulsionProblem& p, const RepulsionPlan& plan, float* floats,
+                                  cudaStream_t stream) {
+  float *gram = floats, *inverse = gram + plan.gram_floats, *start = inverse + plan.samples * p.n;
+  if (p.k > 0 && p.n > 0) {
+    const cudaError_t status =
+        plan.tile == 128 ? launch_gram<T, 128>(p, gram, inverse, stream) : launch_gram<T, 64>(p, gram, inverse, stream);
+    if (status != cudaSuccess) return status;
+  }
+  if (plan.start) {
+    const int64_t blocks = ceil_div<int64_t>(p.n, kStartTokens);
+    const cudaError_t status = launch({dim3(p.batch * blocks), dim3(kStartThreads), 0, stream}, gram_start_kernel, p,
+                                      blocks, gram, inverse, start);
+    if (status != cudaSuccess) return status;
+  }
+  return launch({dim3(p.batch), dim3(plan.greedy_block), static_cast<size_t>(plan.greedy_shared), stream},
+                gram_greedy_kernel, p, gram, inverse, plan.start ? start : nullptr);
+}
+
+}  // namespace tokenprune

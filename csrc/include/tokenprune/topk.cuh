@@ -1,0 +1,162 @@
+// select_topk, select_two_tailed and mask_to_indices: one launch each, one team (radix.cuh) per sample.
+//
+// Top-k is two-tailed selection without a low tail. Scores become keys once: they stay in shared memory, where every
+// pass of the radix selection finds them again, or, for rows too long for that, are made from global memory in every
+// pass. The low tail is a second selection, over the reversed keys of what the first one left. Then one walk in order
+// writes the chosen positions, ascending, and the padding.
+//
+//   launch             grid                block              shared memory      global memory
+//   select_kernel      batch x cluster     128 to 512        4 bytes per token  scores and mask once (in shared
+//   memory)
+//                      (1 up to 16384      (a thread for      or none; 4.9 KB    or up to 2 x 6 times (not), 8 bytes
+//                      tokens, then to 8)  every 2 tokens)    static             per place: the minimum when read once
+//   mask_kernel        the same            the same           4.9 KB static      mask twice, 8 bytes per place
+#pragma once
+
+#include "tokenprune/radix.cuh"
+#include "tokenprune/selection.h"
+
+namespace tokenprune {
+
+static_assert(sizeof(RadixScratch<uint32_t>) <= kSelectStaticShared);
+
+// The keys of a storage type have its width: a pass of the selection less for every 8 bits that it does not have.
+template <class T>
+struct ScoreKey {
+  static constexpr uint32_t kSign = sizeof(T) == 4 ? 0x80000000u : 0x8000u, kBits = 2 * (kSign - 1) + 1;
+
+  // As order_key, but NaN is 1: 0 is left for what must not be selected.
+  static __device__ __forceinline__ uint32_t of(T score) {
+    uint32_t bits;
+    if constexpr (sizeof(T) == 4) {
+      bits = __float_as_uint(score);
+    } else {
+      uint16_t half;
+      memcpy(&half, &score, sizeof half);
+      bits = half;
+    }
+    const float value = to_float(score);
+    if (value != value) return 1;
+    if (value == 0) return kSign;  // -0.0 and 0.0 tie
+    return bits ^ (bits & kSign ? kBits : kSign);
+  }
+
+  // The key of -score; NaN stays last.
+  static __device__ __forceinline__ uint32_t reversed(uint32_t key) { return key > 1 ? kBits - key : key; }
+};
+
+// keys(i) from the tensors.
+template <class T>
+struct RowKeys {
+  const T* scores;
+  const unsigned char* mask;
+  bool largest;
+
+  __device__ __forceinline__ uint32_t operator()(uint32_t i) const {
+    const bool visible = mask == nullptr || __ldg(mask + i) != 0;
+    const uint32_t key = ScoreKey<T>::of(__ldg(scores + i));
+    return !visible ? 0 : (largest ? key : ScoreKey<T>::reversed(key));
+  }
+};
+
+// keys(i) that the same thread has left in shared memory.
+struct KeptKeys {
+  const uint32_t* keys;
+  uint32_t first;
+
+  __device__ __forceinline__ uint32_t operator()(uint32_t i) const { return keys[i - first]; }
+};
+
+template <class T, class Keys>
+__device__ __forceinline__ void select_tails(const SelectProblem& p, int64_t sample, const Keys& keys, Stretch of_warp,
+                                             RadixScratch<uint32_t>& scratch) {
+  using Score = ScoreKey<T>;
+  const int64_t asked = p.num_low == nullptr ? 0 : p.num_low[sample * p.num_low_stride];
+  const int64_t tail = asked < 0 ? 0 : (asked < p.k ? asked : p.k);
+  // First the high tail; then, with the order reversed, the low one of what the high one did not take. Its ties are one
+  // key of the reversed order, the first ones of which are taken.
+  Threshold<uint32_t> high = no_candidate<uint32_t>(), low = high, taken = {0, 0};
+#pragma unroll 1
+  for (int turn = 0; turn < 2; ++turn) {
+    const uint32_t bound = high.key;
+    const auto open = [&](uint32_t i) {
+      const uint32_t key = keys(i);
+      return key > bound ? 0 : (turn == 0 ? key : Score::reversed(key));
+    };
+    const Threshold<uint32_t> found = threshold_of_best(open, of_warp, turn == 0 ? p.k - tail : tail, taken, scratch);
+    if (turn == 0) {
+      high = found;
+      taken = {Score::reversed(high.key), high.ties};
+    } else {
+      low = found;
+    }
+  }
+  const bool same_key = taken.ties > 0 && low.key == taken.key;
+  const uint32_t high_ties = high.ties + (same_key ? low.ties : 0);
+
+  enum { kChosen = 1, kHighTie = 2, kLowTie = 4 };
+  const auto classify = [&](uint32_t i) -> uint32_t {
+    const uint32_t key = keys(i), reversed = Score::reversed(key);
+    if (key == 0) return 0;
+    if (key > high.key || reversed > low.key) return kChosen;
+    if (key == high.key && high_ties > 0) return kHighTie;
+    return reversed == low.key ? kLowTie : 0;
+  };
+  int64_t* out = p.indices + sample * p.k;
+  const MarkCounts found = ranked<3>(
+      of_warp, classify,
+      [&](uint32_t i, uint32_t flags, const uint32_t (&ranks)[3]) {
+        const bool chosen =
+            flags & kChosen || (flags & kHighTie && ranks[1] < high_ties) || (flags & kLowTie && ranks[2] < low.ties);
+        if (chosen) out[ranks[0] + min(ranks[1], high_ties) + min(ranks[2], low.ties)] = i;
+      },
+      scratch);
+  finish_list(out, p.k, p.counts + sample, found.of[0] + min(found.of[1], high_ties) + min(found.of[2], low.ties));
+}
+
+template <class T, bool kept>
+__global__ void __launch_bounds__(kSelectMaxThreads) select_kernel(const SelectProblem p) {
+  using Scratch = RadixScratch<uint32_t>;
+  TOKENPRUNE_SHARED(Scratch, scratch);
+  const int64_t sample = blockIdx.x / cluster_size();
+  const Stretch of_block = stretch_of_block(static_cast<uint32_t>(p.n)), of_warp = stretch_of_warp(of_block);
+  const RowKeys<T> row = {
+      static_cast<const T*>(p.scores) + sample * p.score_stride,
+      p.mask == nullptr ? nullptr : reinterpret_cast<const unsigned char*>(p.mask) + sample * p.mask_stride, p.largest};
+  if constexpr (kept) {
+    auto* keys = reinterpret_cast<uint32_t*>(dynamic_shared());
+    each_token(of_warp, row, [&](uint32_t i, uint32_t key) { keys[i - of_block.begin] = key; });
+    __syncwarp();  // lanes that have no tokens left look at their neighbour's last one
+    select_tails<T>(p, sample, KeptKeys{keys, of_block.begin}, of_warp, scratch);
+  } else {
+    select_tails<T>(p, sample, row, of_warp, scratch);
+  }
+}
+
+__global__ void __launch_bounds__(kSelectMaxThreads) mask_kernel(const MaskProblem p) {
+  using Scratch = RadixScratch<uint32_t>;
+  TOKENPRUNE_SHARED(Scratch, scratch);
+  const int64_t sample = blockIdx.x / cluster_size();
+  const Stretch of_warp = stretch_of_warp(stretch_of_block(static_cast<uint32_t>(p.n)));
+  const auto* mask = reinterpret_cast<const unsigned char*>(p.mask + sample * p.mask_stride);
+  int64_t* out = p.indices + sample * p.capacity;
+  const MarkCounts found = ranked<1>(
+      of_warp, [&](uint32_t i) -> uint32_t { return __ldg(mask + i) != 0; },
+      [&](uint32_t i, uint32_t flags, const uint32_t (&ranks)[1]) {
+        if (flags && ranks[0] < p.capacity) out[ranks[0]] = i;
+      },
+      scratch);
+  finish_list(out, p.capacity, p.counts + sample, min(static_cast<int64_t>(found.of[0]), p.capacity));
+}
+
+inline Launch select_launch(int64_t batch, const SelectPlan& plan, cudaStream_t stream) {
+  return {dim3(static_cast<unsigned>(batch * plan.cluster)), dim3(plan.threads), plan.shared, stream, plan.cluster};
+}
+
+template <class T>
+cudaError_t launch_select(const SelectProblem& p, const SelectPlan& plan, cudaStream_t stream) {
+  const auto kernel = plan.keys_in_shared ? select_kernel<T, true> : select_kernel<T, false>;
+  return launch(select_launch(p.batch, plan, stream), kernel, p);
+}
+
+}  // namespace tokenprune
