@@ -4,8 +4,11 @@ import functools
 import importlib.util
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from . import build
+
+_LIBRARIES: list[Any] = []  # registrations live as long as their library
 
 
 def _imported(name: str, file: Path) -> ModuleType:
@@ -23,6 +26,20 @@ def load() -> ModuleType:
     import torch  # noqa: F401  (its libraries have to be in the process)
 
     return _imported("_emulator", build.build())
+
+
+@functools.cache
+def ops() -> Any:
+    """The emulated kernels as a namespace of ops, gather_compact with its gradient."""
+    import torch
+
+    from tokenprune_kernels import _autograd
+
+    load()
+    library = torch.library.Library("tokenprune_emulated", "FRAGMENT")
+    _autograd.register(library, torch.ops.tokenprune_emulated)
+    _LIBRARIES.append(library)
+    return torch.ops.tokenprune_emulated
 
 
 @functools.cache
