@@ -21,8 +21,8 @@ resources = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(resources)
 Kernel, Usage = resources.Kernel, resources.Usage
 
-# What the machine code of the kernels whose names begin like this has to contain, and why. A name without a kernel is an
-# error: the table follows the kernels.
+# What the machine code of the kernels whose names begin like this has to contain, and why. A name without a kernel is
+# an error: the table follows the kernels.
 ASYNCHRONOUS = {r"LDGSTS\.\S*\b128": "tiles come by 16-byte asynchronous copies"}
 TENSOR_CORES = {
     r"HMMA\.16816\.F32": "products on tensor cores, sums in float32",
