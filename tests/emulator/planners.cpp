@@ -7,6 +7,7 @@
 namespace py = pybind11;
 
 void bind_compaction_planner(py::module_& m);
+void bind_nms_planner(py::module_& m);
 
 void bind_planners(py::module_& m) {
   py::class_<tokenprune::DeviceLimits>(m, "DeviceLimits")
@@ -15,4 +16,5 @@ void bind_planners(py::module_& m) {
       .def_readwrite("shared_per_block", &tokenprune::DeviceLimits::shared_per_block)
       .def_readwrite("architecture", &tokenprune::DeviceLimits::architecture);
   bind_compaction_planner(m);
+  bind_nms_planner(m);
 }
