@@ -13,6 +13,7 @@ void bind_repulsion_planner(py::module_& m);
 void bind_mixture_planner(py::module_& m);
 void bind_similarity_planner(py::module_& m);
 void bind_attention_columns_planner(py::module_& m);
+void bind_nms_planner(py::module_& m);
 
 void bind_planners(py::module_& m) {
   py::class_<tokenprune::DeviceLimits>(m, "DeviceLimits")
@@ -27,4 +28,5 @@ void bind_planners(py::module_& m) {
   bind_mixture_planner(m);
   bind_similarity_planner(m);
   bind_attention_columns_planner(m);
+  bind_nms_planner(m);
 }
