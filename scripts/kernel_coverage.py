@@ -2,8 +2,8 @@
 
 Reads the counts that the emulator's build writes (build/emulator/*.gcda, merged over processes) with gcov, for the
 headers csrc/include/tokenprune/*.cuh. A line counts as executed when any instantiation of it ran; besides, every
-instantiation of every function has to have run once. (The emulator is compiled with -O1: a branch that the compiler turned
-into arithmetic has no line of its own.)
+instantiation of every function has to have run once. (The emulator is compiled with -O1: a branch that the compiler
+turned into arithmetic has no line of its own.)
 
     python scripts/kernel_coverage.py --clear    # before the tests: forget earlier runs
     python scripts/kernel_coverage.py            # after them
