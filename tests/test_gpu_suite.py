@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.gpu_suite import report, rows_greedy, sanitizer, work
+from bench.gpu_suite import floors, report, rows_greedy, sanitizer, work
 from bench.gpu_suite.__main__ import GROUPS, STAGES
 from bench.gpu_suite.build import architecture, direct_command, settings
 from bench.gpu_suite.costs import floor_seconds, predicted_rates
@@ -85,6 +85,13 @@ def test_real_rows_have_names_of_their_own_and_floors() -> None:
         floor = floor_seconds(row, predicted_rates())
         assert 0 <= floor["memory"] < 1e-3, row.name
         assert floor["floor"] < 1e-3, row.name
+
+
+def test_the_notes_have_the_predictions_of_every_row() -> None:
+    """bench/NOTES.md holds what `python -m bench.gpu_suite.floors` prints."""
+    notes = (ROOT / "bench" / "NOTES.md").read_text()
+    for line in floors.lines():
+        assert line in notes, line
 
 
 # --- items in processes of their own --------------------------------------------------------------------------------

@@ -77,24 +77,21 @@ def items(device: Device) -> dict[str, Callable[[], dict[str, Any]]]:
     }
 
 
-def predictions() -> list[tuple[str, float, float, float]]:
-    """(row, memory, products, floor) in seconds at the assumed rates."""
+def lines() -> list[str]:
+    """A table row for every row with a floor, at the assumed rates."""
     from .device import Host
     from .rows import all_rows
 
-    rates = predicted_rates()
     table = []
     for row in all_rows(Host(emulate=False), toy=False):
         if row.bytes:
-            floor = floor_seconds(row, rates)
-            table.append((row.name, floor["memory"], floor["products"], floor["floor"]))
+            times = floor_seconds(row, predicted_rates())
+            table.append(f"| {row.name} | " + " | ".join(f"{seconds * 1e6:.2f}" for seconds in times.values()) + " |")
     return table
 
 
 def main() -> None:
-    print("| row | bytes, us | products, us | floor with one launch, us |\n|---|---|---|---|")
-    for name, memory, products, floor in predictions():
-        print(f"| {name} | {memory * 1e6:.2f} | {products * 1e6:.2f} | {floor * 1e6:.2f} |")
+    print("| row | bytes, us | products, us | floor with one launch, us |\n|---|---|---|---|", *lines(), sep="\n")
 
 
 if __name__ == "__main__":

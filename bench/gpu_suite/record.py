@@ -1,8 +1,8 @@
 """A pytest plugin (`-p bench.gpu_suite.record`): runs the tests of backend "gpu" and records each as it ends.
 
-TOKENPRUNE_RECORD names the file; TOKENPRUNE_SHARD=1/3 takes the second third of the tests. Tests that the record already
-has are not run again, and a failure that leaves the device
-unusable ends the process, so that the driver can go on in a fresh one (work.py).
+TOKENPRUNE_RECORD names the file; TOKENPRUNE_SHARD=1/3 takes the second third of the tests. What the record already
+has is not run again, and a failure that leaves the device unusable ends the process: the driver goes on in a fresh one
+(work.py).
 """
 
 import inspect
