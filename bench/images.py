@@ -23,9 +23,7 @@ def grid_positions(model: Model) -> Tensor:
     return torch.cartesian_prod(rows, columns).repeat(model.crops, 1).unsqueeze(0)
 
 
-def image(
-    model: str | Model, dtype: torch.dtype, patch: int, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def image(model: str | Model, dtype: torch.dtype, patch: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scores, features, positions and groups of one image. Tokens come in patches of similar features, as in a picture
     (patch 1: all tokens differ); scores are the softmax of Gaussian logits, as attention is."""
     torch.manual_seed(seed)

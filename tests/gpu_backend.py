@@ -40,9 +40,13 @@ def absent() -> str | None:
     return _backend.unavailable("cuda", "cuda")
 
 
+def has_kernel(op: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", KEY)
+
+
 def kernel(op: str) -> Any:
     """The op, which must have a kernel: without one torch would run the reference, and the test would show nothing."""
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", KEY):
+    if not has_kernel(op):
         pytest.skip(f"no CUDA kernel of {op} in this build")
     return getattr(getattr(torch.ops, NAMESPACE), op)
 

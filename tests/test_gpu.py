@@ -16,7 +16,7 @@ import op_samples as samples
 import pytest
 import torch
 from cases import NO_GPU
-from op_samples import OPS, SAMPLE_IDS, SAMPLES, SELECTING, Call, Sizes, make, map_tensors, positional
+from op_samples import OPS, SAMPLE_IDS, SAMPLES, SELECTING, Sizes, make, map_tensors, positional
 from torch import Tensor
 
 import tokenprune_kernels as tp
@@ -160,31 +160,42 @@ def test_bad_indices_count_as_no_entry(op: str, name: str, device: Device, sampl
         checks.assert_same_bits(flat(f(wrong)), flat(f(none)), f"index {bad}")
 
 
-@pytest.mark.parametrize(("op", "name"), INDEXED, ids=lambda value: str(value))
-def test_indices_are_checked_when_asked_for(op: str, name: str) -> None:
-    gpu_backend.kernel(op)
-    script = (
-        "import bench.gpu_suite, op_samples as s\n"
-        "from bench.gpu_suite.device import pick\n"
-        "from bench.gpu_suite.samples import function, on_device\n"
-        f"device, call = pick(), s.make({op!r}, {name!r})\n"
-        "inputs = on_device(call, device).arguments\n"
-        "function(device, call)(inputs)\n"
-        "for argument in s.INDEX_INPUTS & set(inputs):\n"
-        "    wrong = inputs[argument].clone()\n"
-        "    wrong[1, -1] = 37\n"
-        "    try:\n"
-        "        function(device, call)({**inputs, argument: wrong})\n"
-        "    except IndexError as error:\n"
-        "        print('IndexError', '37' in str(error))\n"
-    )
+CHECKED = """
+import sys
+import bench.gpu_suite, op_samples
+from bench.gpu_suite.device import pick
+from bench.gpu_suite.samples import function, on_device
+device = pick()
+for word in sys.argv[1:]:
+    op, name = word.split("-")
+    call = on_device(op_samples.make(op, name), device)
+    run, inputs = function(device, call), call.arguments
+    run(inputs)
+    for argument in op_samples.INDEX_INPUTS & set(inputs):
+        wrong = inputs[argument].clone()
+        wrong[1, -1] = 37
+        try:
+            run({**inputs, argument: wrong})
+        except IndexError as error:
+            print(word, argument, "37" in str(error))
+"""
+
+
+def test_indices_are_checked_when_asked_for() -> None:
+    """TOKENPRUNE_CHECK_INDICES=1 is read once, so that it needs a process of its own."""
+    ported = [(op, name) for op, name in INDEXED if gpu_backend.has_kernel(op)]
+    if not ported:
+        pytest.skip("no CUDA kernel of an op with indices in this build")
     done = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, "TOKENPRUNE_CHECK_INDICES": "1"}, cwd=ROOT,
-        capture_output=True, text=True, timeout=120, check=False,
+        [sys.executable, "-c", CHECKED, *(f"{op}-{name}" for op, name in ported)], cwd=ROOT,
+        env={**os.environ, "TOKENPRUNE_CHECK_INDICES": "1"}, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
-    assert done.stdout.split() == ["IndexError", "True"] * len(samples.INDEX_INPUTS & set(make(op, name).arguments)), (
-        done.stdout + done.stderr[-2000:]
-    )
+    want = [
+        f"{op}-{name} {argument} True"
+        for op, name in ported
+        for argument in samples.INDEX_INPUTS & set(make(op, name).arguments)
+    ]
+    assert sorted(done.stdout.splitlines()) == sorted(want), done.stderr[-2000:]
 
 
 def _spread(t: Tensor, from_front: int, span: int) -> tuple[list[int], int]:
@@ -207,7 +218,7 @@ def test_offsets_beyond_32_bits(op: str, name: str, from_front: int, device: Dev
     call = on_device(make(op, name, dtype=torch.bfloat16), device)
     wide = [t for _, t, _ in samples.tensors(call) if t.dim() > 1]
     needed = sum(_spread(t, from_front, span)[1] * t.element_size() for t in wide)
-    if device.free_bytes() < needed + (2 << 30) and REAL:
+    if device.free_bytes() < needed + (24 << 30) and REAL:
         pytest.skip(f"{needed >> 30} GiB of device memory are not free")
 
     def spread(_: str, t: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench.gpu_suite import report, rows_greedy, sanitizer, work
+from bench.gpu_suite import floors, report, rows_greedy, sanitizer, work
 from bench.gpu_suite.__main__ import GROUPS, STAGES
 from bench.gpu_suite.build import architecture, direct_command, settings
+from bench.gpu_suite.costs import floor_seconds, predicted_rates
 from bench.gpu_suite.device import Host
-from bench.gpu_suite.floors import floor_seconds, predicted_rates
 from bench.gpu_suite.rows import all_rows
 from bench.gpu_suite.run import summarize
 
@@ -85,6 +85,13 @@ def test_real_rows_have_names_of_their_own_and_floors() -> None:
         floor = floor_seconds(row, predicted_rates())
         assert 0 <= floor["memory"] < 1e-3, row.name
         assert floor["floor"] < 1e-3, row.name
+
+
+def test_the_notes_have_the_predictions_of_every_row() -> None:
+    """bench/NOTES.md holds what `python -m bench.gpu_suite.floors` prints."""
+    notes = (ROOT / "bench" / "NOTES.md").read_text()
+    for line in floors.lines():
+        assert line in notes, line
 
 
 # --- items in processes of their own --------------------------------------------------------------------------------
@@ -198,7 +205,13 @@ def timing_item(median: float, **changed: Any) -> dict[str, Any]:
     row = {"bytes": 4.3e6, "flops": 0.0, "dtype": "float32", "targets": {"eager": 5.0}, "max_launches": 2,
            "max_microseconds": None, "min_floor_share": 0.5}  # fmt: skip
     times = {"ours": {"graph": {"median": median, "p10": median, "p90": median}}}
-    return {"name": "x", "row": {**row, **changed}, "times": times, "ratios": {"eager": 6.0}, "launches": {"kernels": 3}}
+    return {
+        "name": "x",
+        "row": {**row, **changed},
+        "times": times,
+        "ratios": {"eager": 6.0},
+        "launches": {"kernels": 3},
+    }
 
 
 def test_promises_are_compared_with_what_came_out() -> None:
@@ -211,7 +224,13 @@ def test_promises_are_compared_with_what_came_out() -> None:
 
 
 def test_the_build_here_asks_for_this_gpu_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [architecture(c) for c in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0))] == ["8.0", "8.9", "9.0a", "10.0", "12.0"]
+    assert [architecture(c) for c in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0))] == [
+        "8.0",
+        "8.9",
+        "9.0a",
+        "10.0",
+        "12.0",
+    ]
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     chosen = settings("9.0a")
     assert chosen["TORCH_CUDA_ARCH_LIST"] == "9.0a"

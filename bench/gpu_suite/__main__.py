@@ -2,12 +2,15 @@
 
 Without a GPU, or with --dry-run, the same stages run on toy sizes with the emulated kernels: that tests the suite.
 Every stage is on its own: one that fails is recorded and the others go on. DIR/results.json and DIR/report.md are
-rewritten after every stage, so that a kill loses nothing that was finished. docs/gpu.md says how to read them.
+rewritten after every stage, so that a kill loses nothing that was finished; logs.tar.gz comes last.
+docs/gpu.md says how to read them.
 """
 
 import argparse
 import os
 import sys
+import tarfile
+import tempfile
 import threading
 import time
 import traceback
@@ -22,6 +25,7 @@ from .run import Run, Stage, summarize
 
 SCHEMA = 1
 RESERVE = 8.0  # seconds kept for the last report
+LOGS = "logs.tar.gz"  # one file: a machine that is lent may give few files back
 
 
 def worker(name: str, item_seconds: float) -> Callable[[Run], Stage]:
@@ -50,10 +54,10 @@ GROUPS = (
 class Results:
     """What has been found so far, on disk after every stage."""
 
-    def __init__(self, run: Run, dry_run: str | bool) -> None:
+    def __init__(self, run: Run, dry_run: str | bool, command: str) -> None:
         self.run, self._lock = run, threading.Lock()
         self.data: dict[str, Any] = {
-            "schema": SCHEMA, "dry_run": dry_run, "command": " ".join(["python -m bench.gpu_suite", *sys.argv[1:]]),
+            "schema": SCHEMA, "dry_run": dry_run, "command": command,
             "started": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": 0.0, "stages": run.results,
         }  # fmt: skip
 
@@ -97,6 +101,14 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+def described(arguments: argparse.Namespace) -> str:
+    """The command without the folder, which is nobody's business but this machine's."""
+    words = ["python -m bench.gpu_suite", *(["--quick"] if arguments.quick else [])]
+    if arguments.only != list(STAGES):
+        words += ["--only", *arguments.only]
+    return " ".join([*words, *(["--skip", *arguments.skip] if arguments.skip else [])])
+
+
 def why_dry(asked: bool) -> str | bool:
     """Why this is no run on a GPU, or False."""
     if asked:
@@ -109,9 +121,9 @@ def why_dry(asked: bool) -> str | bool:
 def main() -> int:
     arguments = parse()
     out = arguments.out.resolve()
-    (out / "records").mkdir(parents=True, exist_ok=True)
-    for old in (out / "records").iterdir():
-        old.unlink()
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("results.json", "report.md", LOGS):
+        (out / name).unlink(missing_ok=True)
     began = time.monotonic()
     dry = why_dry(arguments.dry_run)
     if dry:
@@ -122,8 +134,9 @@ def main() -> int:
     for name in ("TOKENPRUNE_POISON", "TOKENPRUNE_CHECK_INDICES", "TOKENPRUNE_BACKEND", "CUDA_LAUNCH_BLOCKING"):
         os.environ.pop(name, None)
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
-    run = Run(out, bool(dry), arguments.quick, end=began + arguments.seconds, began=began)
-    results = Results(run, dry)
+    folder = tempfile.TemporaryDirectory(prefix="tokenprune-gpu-")
+    run = Run(out, Path(folder.name), bool(dry), arguments.quick, end=began + arguments.seconds, began=began)
+    results = Results(run, dry, described(arguments))
     if dry:
         run.say(f"DRY RUN ({dry}): toy sizes, emulated kernels, no measurement")
     wanted = [name for name in arguments.only if name not in arguments.skip]
@@ -131,6 +144,9 @@ def main() -> int:
         chosen = [name for name in group if name in wanted]
         with ThreadPoolExecutor(max_workers=len(group)) as pool:
             list(pool.map(lambda name: run_stage(name, run, results), chosen))
+    with tarfile.open(out / LOGS, "w:gz") as archive:
+        archive.add(run.work, "logs", filter=lambda info: None if info.name.endswith("controls") else info)
+    folder.cleanup()
     print((out / "report.md").read_text() if (out / "report.md").exists() else "no stage ran", flush=True)
     run.say(f"results in {arguments.out}")
     return 1 if any(s["status"] in ("failed", "error") for s in run.results.values()) else 0

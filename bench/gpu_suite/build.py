@@ -154,7 +154,7 @@ def run(run: Run) -> dict[str, Any]:
         how = "built here"
     if run.dry:  # the parts that a dry run would not reach
         with contextlib.suppress(RuntimeError, SystemExit):
-            command = direct_command({**settings("9.0a"), "TOKENPRUNE_CUDA": "auto"}, run.out / "ninja", LIBRARY)
+            command = direct_command({**settings("9.0a"), "TOKENPRUNE_CUDA": "auto"}, run.work / "ninja", LIBRARY)
             steps.append({"step": "ninja file", "code": 0, "output": " ".join(command[-3:-1])})
         steps.append({"step": "this GPU", "output": str(this_gpu(run))})
     stage = {"status": "passed" if found else "failed", "summary": {"library": how if found else None}, "steps": steps}

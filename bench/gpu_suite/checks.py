@@ -1,4 +1,4 @@
-"""What the contract promises of a call besides its values: determinism, streams, graphs, no waiting, no writes to inputs.
+"""What the contract promises of a call besides its values: determinism, streams, graphs, untouched inputs, no waiting.
 
 Each check takes a device, a function of named inputs, and the inputs; it raises AssertionError. tests/test_gpu.py runs
 them on the samples of every op, the suite's stage `behaviour` on the shapes that are timed.
@@ -58,7 +58,9 @@ def changed(inputs: Inputs) -> Inputs:
     def change(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.roll(1, -1) if value.is_floating_point() or value.dtype == torch.bool else value.clone()
-        return [change(v) for v in value] if isinstance(value, list) and value and isinstance(value[0], Tensor) else value
+        return (
+            [change(v) for v in value] if isinstance(value, list) and value and isinstance(value[0], Tensor) else value
+        )
 
     return {name: change(value) for name, value in inputs.items()}
 

@@ -1,7 +1,7 @@
 """The calls that need a GPU, and nothing else: timer, graph, streams, memory, profiler. `Host` is the same on a CPU.
 
-`Host` runs the emulated CUDA kernels (or the CPU kernels, where an op is not ported), measures with the host's clock and
-captures nothing. With it the whole suite runs without a GPU, which is how its control flow is tested.
+`Host` runs the emulated CUDA kernels (or the CPU kernels, where an op is not ported), measures with the host's clock
+and captures nothing. With it the whole suite runs without a GPU, which is how its control flow is tested.
 """
 
 import contextlib

@@ -21,8 +21,8 @@ import json, torch
 found = {"torch": torch.__version__, "torch_cuda": torch.version.cuda, "cuda_available": torch.cuda.is_available()}
 if found["cuda_available"]:
     p = torch.cuda.get_device_properties(0)
-    found.update(gpu=p.name, count=torch.cuda.device_count(), capability=[p.major, p.minor], sms=p.multi_processor_count,
-                 memory=p.total_memory, l2=getattr(p, "L2_cache_size", None))
+    found.update(gpu=p.name, count=torch.cuda.device_count(), capability=[p.major, p.minor],
+                 sms=p.multi_processor_count, memory=p.total_memory, l2=getattr(p, "L2_cache_size", None))
 print("FOUND", json.dumps(found))
 """
 

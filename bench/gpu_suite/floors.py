@@ -1,53 +1,17 @@
-"""The times that no implementation can beat, and the rates they come from.
+"""The rates of this machine that the floors of the timing table are made of.
 
 `python -m bench.gpu_suite.floors` prints what the formulas predict for every row at assumed rates: predictions, and no
 measurement. The suite measures the rates on the machine that it runs on.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
 
+from .costs import FLOATS, floor_seconds, predicted_rates
 from .device import Device
-
-# Assumed for predictions only: what one H200 gave to large torch operations.
-PREDICTED = {"bandwidth": 4.3e12, "bfloat16": 790e12, "float16": 790e12, "float32": 50e12, "launch": 2.5e-6}
-
-
-def attention_bytes(batch: int, heads: int, key_heads: int, rows: int, keys: int, dim: int, size: int) -> float:
-    """Queries and keys read once, scores written once, two numbers per row."""
-    return batch * (heads * rows * dim * size + key_heads * keys * dim * size + 4 * keys + 8 * heads * rows)
-
-
-def attention_flops(batch: int, heads: int, rows: int, keys: int, dim: int) -> float:
-    """One product of all queries with all keys."""
-    return 2.0 * batch * heads * rows * keys * dim
-
-
-@dataclass
-class Rates:
-    """Bytes per second, FLOPs per second by dtype, seconds per launch."""
-
-    bandwidth: float
-    launch: float
-    flops: dict[str, float]
-
-
-def predicted_rates() -> Rates:
-    return Rates(PREDICTED["bandwidth"], PREDICTED["launch"], {n: PREDICTED[n] for n in FLOATS})
-
-
-FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-def floor_seconds(row: Any, rates: Rates) -> dict[str, float]:
-    """Moving the bytes, doing the products, and the larger of both plus one launch."""
-    name = str(row.dtype).removeprefix("torch.")
-    memory, products = row.bytes / rates.bandwidth, row.flops / rates.flops.get(name, rates.flops["float32"])
-    return {"memory": memory, "products": products, "floor": max(memory, products) + rates.launch}
 
 
 def copy_rate(device: Device) -> dict[str, Any]:
@@ -108,40 +72,26 @@ def items(device: Device) -> dict[str, Callable[[], dict[str, Any]]]:
     return {
         "copy": lambda: copy_rate(device),
         "copy of 32 MiB": lambda: small_copy_rate(device),
-        **{f"product {name}": lambda dtype=dtype: product_rate(device, dtype) for name, dtype in FLOATS.items()},
+        **{f"product {name}": lambda name=name: product_rate(device, getattr(torch, name)) for name in FLOATS},
         "empty launch": lambda: launch_seconds(device),
     }
 
 
-def measured_rates(found: list[dict[str, Any]]) -> Rates | None:
-    """From the items of the stage; None when one is missing."""
-    by_name = {item["name"]: item for item in found if item["status"] == "passed"}
-    try:
-        flops = {name: by_name[f"product {name}"]["flops_per_second"] for name in FLOATS}
-        launch = by_name["empty launch"]["in_a_graph"]
-        return Rates(by_name["copy"]["bytes_per_second"], launch, flops)
-    except KeyError:
-        return None
-
-
-def predictions() -> list[tuple[str, float, float, float]]:
-    """(row, memory, products, floor) in seconds at the assumed rates."""
+def lines() -> list[str]:
+    """A table row for every row with a floor, at the assumed rates."""
     from .device import Host
     from .rows import all_rows
 
-    rates = predicted_rates()
     table = []
     for row in all_rows(Host(emulate=False), toy=False):
         if row.bytes:
-            floor = floor_seconds(row, rates)
-            table.append((row.name, floor["memory"], floor["products"], floor["floor"]))
+            times = floor_seconds(row, predicted_rates())
+            table.append(f"| {row.name} | " + " | ".join(f"{seconds * 1e6:.2f}" for seconds in times.values()) + " |")
     return table
 
 
 def main() -> None:
-    print("| row | bytes, us | products, us | floor with one launch, us |\n|---|---|---|---|")
-    for name, memory, products, floor in predictions():
-        print(f"| {name} | {memory * 1e6:.2f} | {products * 1e6:.2f} | {floor * 1e6:.2f} |")
+    print("| row | bytes, us | products, us | floor with one launch, us |\n|---|---|---|---|", *lines(), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """A pytest plugin (`-p bench.gpu_suite.record`): runs the tests of backend "gpu" and records each as it ends.
 
-TOKENPRUNE_RECORD names the file. Tests that it already has are not run again, and a failure that leaves the device
-unusable ends the process, so that the driver can go on in a fresh one (work.py).
+TOKENPRUNE_RECORD names the file; TOKENPRUNE_SHARD=1/3 takes the second third of the tests. What the record already
+has is not run again, and a failure that leaves the device unusable ends the process: the driver goes on in a fresh one
+(work.py).
 """
 
 import inspect
@@ -24,17 +25,19 @@ def concerns_the_gpu(item: Any) -> bool:
     parameters = getattr(item, "callspec", None)
     if parameters is not None and "backend" in parameters.params:
         return bool(parameters.params["backend"] == "gpu")
-    if Path(str(item.fspath)).name == "test_gpu.py":
+    if item.path.name == "test_gpu.py":
         return True
     function = getattr(item, "function", None)
     return function is not None and "in BACKENDS" in inspect.getsource(inspect.unwrap(function))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    gone = [item for item in items if item.nodeid in _record.seen or not concerns_the_gpu(item)]
-    if gone:
+    mine, shards = map(int, os.environ.get("TOKENPRUNE_SHARD", "0/1").split("/"))
+    concerned = [item for item in items if concerns_the_gpu(item)]
+    kept = [item for item in concerned[mine::shards] if item.nodeid not in _record.seen]
+    if gone := [item for item in items if item not in set(kept)]:
         config.hook.pytest_deselected(items=gone)
-        items[:] = [item for item in items if item not in set(gone)]
+        items[:] = kept
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import work
-from .floors import Rates, floor_seconds, measured_rates
+from .costs import Rates, floor_seconds, measured_rates
 from .run import Stage
 
 NOT_A_MEASUREMENT = "DRY RUN on a CPU: no number below means anything."
@@ -65,7 +65,7 @@ def cell(times: dict[str, Any], kind: str) -> str:
 
 def timing_table(stage: Stage, rates: Rates | None) -> list[str]:
     lines = [
-        "| row | ours: events, us | ours: graph, us | host, us | launches | slower than ours | of the floor | promises |",
+        "| row | events, us | graph, us | host, us | launches | slower than ours | of the floor | promises |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for item in stage.get("items", []):
@@ -77,9 +77,10 @@ def timing_table(stage: Stage, rates: Rates | None) -> list[str]:
         kept = [v for v in verdicts(item, rates) if v["met"] is not None]
         missed = [f"{v['promise']} {v['got']:.3g}, wanted {v['wanted']:.3g}" for v in kept if not v["met"]]
         promises = "missed: " + "; ".join(missed) if missed else f"{len(kept)} met" if kept else ""
+        of_floor = "" if share is None else f"{share:.0%}"
         lines.append(
             f"| {item['name']} | {cell(ours, 'events')} | {cell(ours, 'graph')} | {ours.get('host', 0):.1f} | "
-            f"{item.get('launches', {}).get('kernels')} | {slower} | {'' if share is None else f'{share:.0%}'} | {promises} |"
+            f"{item.get('launches', {}).get('kernels')} | {slower} | {of_floor} | {promises} |"
         )
     return lines
 
@@ -133,7 +134,9 @@ def render(results: dict[str, Any]) -> str:
            if item["status"] in work.DONE_BADLY]  # fmt: skip
     if bad:
         lines += ["", "## What went wrong", ""]
-        lines += [f"- {name}: {item['name']}: {item['status']}: {one_line(item.get('reason', ''))}" for name, item in bad[:60]]
+        lines += [
+            f"- {name}: {item['name']}: {item['status']}: {one_line(item.get('reason', ''))}" for name, item in bad[:60]
+        ]
         lines += [f"- and {len(bad) - 60} more, see results.json"] if len(bad) > 60 else []
     return "\n".join(lines) + "\n"
 
@@ -164,7 +167,9 @@ def kept(results: dict[str, Any]) -> dict[str, Any]:
         "dry_run": results["dry_run"],
         "command": results["command"],
         "environment": facts,
-        "stages": {name: {k: s.get(k) for k in ("status", "seconds", "summary", "reason")} for name, s in stages.items()},
+        "stages": {
+            name: {k: s.get(k) for k in ("status", "seconds", "summary", "reason")} for name, s in stages.items()
+        },
         "floors": stages.get("floors", {}).get("items", []),
         "rows": rows,
     }

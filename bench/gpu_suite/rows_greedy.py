@@ -32,7 +32,7 @@ def assert_all_different(picks: Tensor) -> None:
 
 
 def shortfall_of_steps(objective: Tensor, picks: Tensor) -> float:
-    """objective[s] is what step s minimises over the tokens not picked before: how much worse than best the picks are."""
+    """How much worse than the best a pick is at most; step s minimises objective[s] over the tokens left."""
     steps, tokens = objective.shape
     taken = torch.nn.functional.one_hot(picks, tokens).cumsum(0)
     taken = torch.cat([torch.zeros_like(taken[:1]), taken[:-1]])[:steps].bool()

@@ -11,8 +11,8 @@ from bench import baselines_attention as baselines
 from bench.shapes import Model
 
 from .checks import Function, Inputs, close
+from .costs import attention_bytes, attention_flops
 from .device import Device, flat
-from .floors import attention_bytes, attention_flops
 from .rows import Row, Scale, installed, normal, on
 
 ON_CHIP = 24 << 20  # bytes of float32 logits that all multiprocessors together can keep: then one product is enough

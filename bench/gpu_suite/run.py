@@ -17,6 +17,7 @@ Stage = dict[str, Any]
 @dataclass
 class Run:
     out: Path
+    work: Path  # records and logs while it runs
     dry: bool
     quick: bool
     end: float  # time.monotonic() at which everything has to be over
@@ -37,7 +38,7 @@ class Run:
 
     def worker(self, stage: str, *arguments: str, item_seconds: float) -> tuple[list[work.Item], str | None]:
         """The items of a stage of worker.py, in a process of their own."""
-        record = self.out / "records" / f"{stage}.jsonl"
+        record = self.work / f"{stage}.jsonl"
         command = [sys.executable, "-m", "bench.gpu_suite.worker", stage, str(record), *arguments]
         if self.quick:
             command.append("--quick")

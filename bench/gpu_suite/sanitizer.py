@@ -8,8 +8,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import op_samples
-
 from . import ROOT, work
 from .environment import find_program
 from .run import Run, summarize
@@ -29,8 +27,9 @@ def tool_command(program: str, tool: str, usage: str) -> list[str]:
     optional = OPTIONAL[tool]
     if optional and optional[0] in usage:
         words += optional
-    if "--print-limit" in usage:
-        words += ["--print-limit", "10"]
+    for option, value in (("--print-limit", "10"), ("--target-processes", "all")):
+        if option in usage:
+            words += [option, value]
     return words
 
 
@@ -72,7 +71,7 @@ def control_verdict(tool: str, code: int | None, output: str) -> work.Item:
 
 
 def controls(run: Run, program: str, usage: str) -> list[work.Item]:
-    nvcc, binary = find_program("nvcc"), run.out / "controls"
+    nvcc, binary = find_program("nvcc"), run.work / "controls"
     if nvcc is None:
         return [{"name": "planted faults", "status": "skipped", "reason": "no nvcc to compile them"}]
     source = ROOT / "bench" / "gpu_suite" / "controls.cu"
@@ -88,6 +87,8 @@ def controls(run: Run, program: str, usage: str) -> list[work.Item]:
 
 def ported(run: Run) -> list[str]:
     """The ops that passed the first contact; all of them when that stage did not run."""
+    import op_samples
+
     contact = run.results.get("contact", {}).get("items", [])
     known = {item["name"]: item["status"] for item in contact}
     return [op for op in op_samples.OPS if known.get(op, "passed") not in ("missing", "crashed", "hung")]
@@ -116,7 +117,7 @@ def run(run: Run) -> dict[str, Any]:
             return {"name": f"{tool} {op}", "status": "skipped", "reason": "out of time"}
         began = time.monotonic()
         code, output = run.command([*words, *driver, op], SECONDS, **MEMORY)
-        log = run.out / "sanitizer" / f"{tool}-{op}.log"
+        log = run.work / "sanitizer" / f"{tool}-{op}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(output[-200_000:])
         return verdict(f"{tool} {op}", code, output, time.monotonic() - began)

@@ -5,6 +5,7 @@ So the parent restarts a process that breaks or hangs, and what had been started
 costs one item. Every line is on disk before the next item starts, so that nothing is lost when time runs out.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -112,10 +113,8 @@ def unfinished(path: Path) -> list[str]:
 
 def stop(process: subprocess.Popen[bytes]) -> None:
     """End a process that we started in a session of its own, with what it started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

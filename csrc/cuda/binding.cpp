@@ -75,7 +75,8 @@ namespace {
 
 void fill_bytes(const Tensor& t, int byte) {
   const CudaScope cuda(t);
-  check_launch("new_empty", cudaMemsetAsync(t.mutable_data_ptr(), byte, t.numel() * t.element_size(), cuda.stream()), {});
+  check_launch("new_empty", cudaMemsetAsync(t.mutable_data_ptr(), byte, t.numel() * t.element_size(), cuda.stream()),
+               {});
 }
 
 [[maybe_unused]] const bool fills_bytes = (fill_cuda_bytes = fill_bytes, true);
