@@ -11,6 +11,8 @@ void bind_compaction_planner(py::module_& m);
 void bind_attention_columns_planner(py::module_& m);
 void bind_selection_planner(py::module_& m);
 void bind_repulsion_planner(py::module_& m);
+void bind_mixture_planner(py::module_& m);
+void bind_similarity_planner(py::module_& m);
 
 void bind_planners(py::module_& m) {
   py::class_<tokenprune::DeviceLimits>(m, "DeviceLimits")
@@ -23,4 +25,6 @@ void bind_planners(py::module_& m) {
   bind_attention_columns_planner(m);
   bind_selection_planner(m);
   bind_repulsion_planner(m);
+  bind_mixture_planner(m);
+  bind_similarity_planner(m);
 }
