@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "tokenprune/limits.h"
 #include "tokenprune/math.h"
@@ -35,14 +36,18 @@ struct RepulsionProblem {
   int64_t* counts;   // [batch]
 };
 
-// Up to here all cosines of a sample are stored, and one block makes all its picks. A variable, because tests send
-// small samples the other way.
-inline int64_t gram_tokens = 3072;
-constexpr int64_t kGramBytes = 256 << 20;  // of the matrices that exist at once; samples beyond that wait their turn
+// Up to so many tokens all cosines of a sample are stored, and one block makes all its picks. The matrices that exist
+// at once take at most so many bytes (or hold one sample); samples beyond that wait their turn. Variables, because
+// tests send small samples the other ways too.
+inline int64_t gram_token_limit = 3072;
+inline int64_t gram_byte_limit = int64_t(256) << 20;
+// Rounds that are launched at most; fewer than one per pick do not promise all picks. A variable so that tests can see
+// how many a round makes.
+inline int64_t round_limit = std::numeric_limits<int64_t>::max();
 
 constexpr int kCandidates = 64;  // of a round: tokens that may be picked before all objectives are brought up to date
 constexpr int kDirectionParts = 32;  // the sum of all unit vectors is taken in so many parts
-constexpr int kControlWords = 4;     // of a sample, see RepulsionControl
+constexpr int kControlWords = 5;     // of a sample, see RepulsionControl
 
 // What each launch of the chosen algorithm looks like. Samples go in groups of `samples`, one group after the other,
 // through the same workspaces.
@@ -55,8 +60,8 @@ struct RepulsionPlan {
   int greedy_shared;  // its bytes of shared memory
   int64_t rounds;
   // Elements of the workspaces; all in all `floats` floats and `words` integers of 32 bits.
-  int64_t gram_floats, token_floats, direction_floats, token_words, pick_words;
-  int64_t floats() const { return gram_floats + token_floats + direction_floats; }
+  int64_t gram_floats, token_floats, direction_floats, row_floats, token_words, pick_words;
+  int64_t floats() const { return gram_floats + token_floats + direction_floats + row_floats; }
   int64_t words() const { return token_words + pick_words; }
 };
 
@@ -66,7 +71,7 @@ inline int gram_greedy_shared(int64_t n, bool energy) { return static_cast<int>(
 inline RepulsionPlan plan_repulsion(const RepulsionProblem& p, const DeviceLimits& limits) {
   RepulsionPlan plan{};
   const bool nothing = p.n == 0 || p.k == 0;  // the block that makes the picks writes that it made none
-  plan.gram = nothing || p.n <= gram_tokens;
+  plan.gram = nothing || p.n <= gram_token_limit;
   plan.start = !nothing && p.energy == nullptr && p.first != FirstPick::kIndex;
   plan.tile = 64;
   plan.samples = std::min(p.batch, kMaxGridX);
@@ -76,7 +81,7 @@ inline RepulsionPlan plan_repulsion(const RepulsionProblem& p, const DeviceLimit
   }
   const int64_t n = p.n;
   if (plan.gram) {
-    plan.samples = std::min(p.batch, std::max<int64_t>(1, kGramBytes / (n * n * 4)));
+    plan.samples = std::min(p.batch, std::max<int64_t>(1, gram_byte_limit / (n * n * 4)));
     const int64_t large = ceil_div<int64_t>(n, 128);
     // Large tiles read the features half as often, but only many of them occupy the device.
     if (plan.samples * (large * (large + 1) / 2) >= 2 * limits.sm_count) plan.tile = 128;
@@ -89,11 +94,16 @@ inline RepulsionPlan plan_repulsion(const RepulsionProblem& p, const DeviceLimit
   }
   const int64_t tiles = ceil_div<int64_t>(n, 64), pairs = ceil_div<int64_t>(n, 128);
   const int64_t parts = kDirectionParts * ceil_div<int64_t>(p.channels, 256);
-  const int64_t blocks =
-      std::max({tiles, p.first == FirstPick::kIsolated ? pairs * (pairs + 1) / 2 : 0, parts, n / 8 + 1});
+  // The largest grid of the launches in repulsion_start.cuh and repulsion_rounds.cuh, for one sample.
+  const int64_t blocks = std::max(
+      {tiles, p.first == FirstPick::kIsolated ? pairs * (pairs + 1) / 2 : 0, parts, n / 8 + 1, p.n_seeds / 256 + 1});
   plan.samples = std::min(p.batch, std::max<int64_t>(1, kMaxGridX / blocks));
-  plan.greedy_block = n > 256 ? 512 : 64;
-  plan.rounds = std::min(p.k, n) + ceil_div<int64_t>(std::min(p.n_seeds, n), kCandidates);
+  if (p.sum) {
+    plan.samples = std::min(plan.samples, std::max<int64_t>(1, gram_byte_limit / (n * kCandidates * 4)));
+    plan.row_floats = plan.samples * n * kCandidates;
+  }
+  plan.greedy_block = n > 256 ? 512 : 128;  // a power of two, and at least the threads of a tile
+  plan.rounds = std::min(round_limit, std::min(p.k, n) + ceil_div<int64_t>(std::min(p.n_seeds, n), kCandidates));
   plan.token_floats = plan.samples * n * 2;  // inverse norms, states
   plan.token_words = plan.samples * n * 2;   // keys, seeds
   plan.pick_words = plan.samples * (kCandidates + kControlWords);
