@@ -16,6 +16,7 @@ from torch import Tensor
 
 import tokenprune_kernels as tp
 from tokenprune_kernels import _autograd, _backend
+from tokenprune_kernels._schemas import SCHEMAS
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DTYPE_IDS = tuple(str(d).removeprefix("torch.") for d in DTYPES)
@@ -32,6 +33,9 @@ def add_emulator() -> str | None:
         return "the compiled library is not loaded"
     emulator.load()
     emulated = torch.library.Library("tokenprune_emulated", "FRAGMENT")
+    for name in SCHEMAS:
+        if name != "gather_compact":
+            emulated.impl(name, torch.library.fallthrough_kernel, "Autograd")
     _autograd.register(emulated, torch.ops.tokenprune_emulated)
     LIBRARIES.append(emulated)
     _backend._extra["emulator"] = torch.ops.tokenprune_emulated
