@@ -35,7 +35,7 @@ __device__ __forceinline__ const float* pair_tile(const TokenRows& rows, int64_t
 }
 
 template <class T, int kTile>
-__global__ void __launch_bounds__(DotTile<kTile>::kThreads)
+__global__ void __launch_bounds__(DotTile<kTile>::kThreads, DotTile<kTile>::kBlocks)
     gram_kernel(const RepulsionProblem p, int64_t tiles, float* gram, float* inverse) {
   using Tile = DotTile<kTile>;
   const int64_t sample = blockIdx.x / tiles, n = p.n;
@@ -91,7 +91,7 @@ struct StoredRows {
   // f(token, row[token]) for the thread's tokens; loads run ahead of what depends on them.
   template <class F>
   __device__ __forceinline__ void for_own(const float* row, F&& f) const {
-    constexpr int kAhead = 4;
+    constexpr int kAhead = 3;
     for (int first = threadIdx.x; first < n; first += kAhead * blockDim.x) {
       float dots[kAhead];
 #pragma unroll
