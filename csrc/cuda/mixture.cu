@@ -1,0 +1,11 @@
+// The kernel of select_mixture.
+#include "tokenprune/mixture.cuh"
+
+namespace tokenprune {
+
+cudaError_t launch_mixture(const MixtureProblem& p, const MixturePlan& plan, cudaStream_t stream) {
+  return launch({dim3(static_cast<unsigned>(p.batch)), dim3(plan.threads), plan.shared, stream}, mixture_kernel, p,
+                plan);
+}
+
+}  // namespace tokenprune

@@ -1,0 +1,10 @@
+// The similarity kernels for every storage type.
+#include "tokenprune/similarity_tile.cuh"
+
+namespace tokenprune {
+
+template cudaError_t launch_similarity<float>(const SimilarityProblem&, const SimilarityPlan&, cudaStream_t);
+template cudaError_t launch_similarity<__half>(const SimilarityProblem&, const SimilarityPlan&, cudaStream_t);
+template cudaError_t launch_similarity<__nv_bfloat16>(const SimilarityProblem&, const SimilarityPlan&, cudaStream_t);
+
+}  // namespace tokenprune

@@ -1,0 +1,277 @@
+// select_mixture (AdaFV): one launch, one block per sample.
+//
+//   text scores -----> keys --- radix selection: the k - b best ---> sorted ---> prefix sums of all after the first b
+//   --+ visual scores ---> keys --- the same -------------------------> sorted ---> prefix sums
+//   ---------------------------+
+//                                                                                                                      |
+//   indices, counts, num_text <--- one walk in order <--- fill: radix selection <--- kept <--- r: greatest product
+//   <---+
+//
+// Only values are sorted. Which tokens the first m of a list are follows from its m-th value: those with a greater one,
+// and of those with this one the first in order; `cut` is where these end. So "kept" is a function of a token's two
+// keys and its position, and nothing per token is stored but the keys.
+//
+// Prefix sums are in float64, in chunks: within a chunk from left to right, then from chunk to chunk, each chunk
+// starting with what the last one ended with. That keeps what a tree would lose: adding zeros changes no bit, so that
+// products that are equal because a list has run out of mass are equal here too, and the smallest r wins.
+//
+// Free places go by descending max(t / T, v / V), with T and V the sums of the lists. All are compared as
+// max(t * V, v * T): the same order without a division, and equal shares of the two lists give equal products where
+// these are exact.
+//
+// Grid B, block 128 to 512 (a thread for every two tokens), 12 KB static shared memory; dynamic: 8 bytes per sorted
+// place, 16 per summed one, and 8 per token if there is room. Scores are read once (keys in shared memory), otherwise
+// once per pass, up to 26 of them; the minimum is once. Lists too long for shared memory are sorted in global memory.
+#pragma once
+
+#include "tokenprune/mixture.h"
+#include "tokenprune/order.h"
+#include "tokenprune/radix.cuh"
+
+namespace tokenprune {
+
+static_assert(sizeof(RadixScratch<uint32_t>) + sizeof(RadixScratch<uint64_t>) + 1024 <= kMixtureStaticShared);
+
+__device__ __forceinline__ float score_at(const void* data, ScoreType type, int64_t i) {
+  if (type == ScoreType::kFloat) return static_cast<const float*>(data)[i];
+  if (type == ScoreType::kHalf) return to_float(static_cast<const __half*>(data)[i]);
+  return to_float(static_cast<const __nv_bfloat16*>(data)[i]);
+}
+
+// The keys of one list: 0 for a masked token, otherwise order_key of the score, of which negative ones and NaN count
+// as 0.
+struct MixtureKeys {
+  const void* scores;
+  ScoreType type;
+  const bool* mask;
+  const uint32_t* kept;  // the keys themselves, or null
+
+  __device__ __forceinline__ uint32_t fresh(uint32_t i) const {
+    if (mask != nullptr && !mask[i]) return 0;
+    const float score = score_at(scores, type, i);
+    return order_key(score > 0 ? score : 0.0f);
+  }
+  __device__ __forceinline__ uint32_t operator()(uint32_t i) const { return kept != nullptr ? kept[i] : fresh(i); }
+};
+
+// The score behind a key.
+__device__ __forceinline__ float score_of(uint32_t key) { return key == 0 ? 0.0f : __uint_as_float(key ^ 0x80000000u); }
+
+// Sorts both lists of `places` (a power of two), best first.
+__device__ __forceinline__ void sort_lists(uint32_t* text, uint32_t* visual, uint32_t places) {
+  for (uint32_t size = 2; size <= places; size *= 2)
+    for (uint32_t stride = size / 2; stride > 0; stride /= 2) {
+      __syncthreads();
+      for (uint32_t pair = threadIdx.x; pair < places; pair += blockDim.x) {
+        uint32_t* list = pair < places / 2 ? text : visual;
+        const uint32_t place = pair % (places / 2), i = 2 * place - place % stride, j = i + stride;
+        const uint32_t a = list[i], b = list[j];
+        if ((a < b) == ((i & size) == 0)) {
+          list[i] = b;
+          list[j] = a;
+        }
+      }
+    }
+  __syncthreads();
+}
+
+// mass[r] = the sum of the first r of `count` sorted scores, by half a block, whose threads are 0 .. threads - 1. All
+// threads of the block call it.
+__device__ __forceinline__ void prefix_sums(const uint32_t* sorted, uint32_t count, double* mass, uint32_t thread,
+                                            uint32_t threads) {
+  uint32_t chunk = ceil_div(count, threads);
+  while (static_cast<uint64_t>(chunk) * chunk < count)
+    ++chunk;  // as long as there are chunks: their sums are added up one by one
+  const uint32_t begin = min(thread * chunk, count), end = min(begin + chunk, count);
+  double sum = 0;
+  for (uint32_t r = begin; r < end; ++r) mass[r + 1] = sum += score_of(sorted[r]);
+  __syncthreads();
+  if (thread == 0) {
+    mass[0] = sum = 0;
+    for (uint32_t last = chunk; last < count + chunk; last += chunk)
+      mass[min(last, count)] = sum += mass[min(last, count)];
+  }
+  __syncthreads();
+  if (begin > 0)
+    for (uint32_t r = begin + 1; r < end; ++r) mass[r] += mass[begin];
+  __syncthreads();
+}
+
+// The smallest r that maximises text(r) * visual(rest - r); 0 * inf counts as 0. An r beyond the text list's end is
+// never better than its end.
+__device__ __forceinline__ int64_t best_split(const double* text, int64_t text_count, const double* visual,
+                                              int64_t visual_count, int64_t rest) {
+  double most = -1;
+  int64_t split = 0;
+  for (int64_t r = threadIdx.x; r <= min(rest, text_count); r += blockDim.x) {
+    double product = text[r] * visual[min(rest - r, visual_count)];
+    if (product != product) product = 0;
+    if (product > most) {
+      most = product;
+      split = r;
+    }
+  }
+  const double best = block_reduce(most, Max(), -1.0);
+  return block_reduce(most == best ? split : rest, Min(), rest);
+}
+
+// The first `count` of a sorted list as a threshold.
+__device__ __forceinline__ Threshold<uint32_t> threshold_of_sorted(const uint32_t* sorted, uint32_t count) {
+  if (count == 0) return no_candidate<uint32_t>();
+  const uint32_t key = sorted[count - 1];
+  uint32_t low = 0, high = count - 1;  // the first place with this key
+  while (low < high) {
+    const uint32_t middle = (low + high) / 2;
+    if (sorted[middle] > key)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return {key, count - low};
+}
+
+// What is kept of a list: keys above `key`, and those equal to it at positions before `cut`.
+struct KeptPart {
+  uint32_t key, cut;
+
+  __device__ __forceinline__ bool has(uint32_t token_key, uint32_t i) const {
+    return token_key > key || (token_key == key && i < cut);
+  }
+};
+
+// The weights that make max(text * of_text, visual * of_visual) compare as the greater of two shares does. A list whose
+// sum is 0 or infinite has no shares.
+struct ShareWeights {
+  double of_text, of_visual;
+
+  __device__ __forceinline__ ShareWeights(double text_sum, double visual_sum) {
+    const bool text = text_sum > 0 && text_sum * 0 == 0, visual = visual_sum > 0 && visual_sum * 0 == 0;
+    of_text = !text ? 0 : (visual ? visual_sum : 1);
+    of_visual = !visual ? 0 : (text ? text_sum : 1);
+  }
+  __device__ __forceinline__ double share(uint32_t text_key, uint32_t visual_key) const {
+    const double text = of_text > 0 ? of_text * score_of(text_key) : 0;
+    const double visual = of_visual > 0 ? of_visual * score_of(visual_key) : 0;
+    return text > visual ? text : visual;
+  }
+};
+
+__global__ void __launch_bounds__(kMixtureMaxThreads, 1)
+    mixture_kernel(const MixtureProblem p, const MixturePlan plan) {
+  using ListScratch = RadixScratch<uint32_t>;
+  using FillScratch = RadixScratch<uint64_t>;
+  TOKENPRUNE_SHARED(ListScratch, list_scratch);
+  TOKENPRUNE_SHARED(FillScratch, scratch);
+  TOKENPRUNE_SHARED(uint32_t[2], cuts);
+  const int64_t sample = blockIdx.x;
+  const auto n = static_cast<uint32_t>(p.n);
+  const Stretch of_warp = stretch_of_warp({0, n});
+
+  // Where things are: prefix sums, sorted keys, then the keys of all tokens.
+  unsigned char* place = plan.in_workspace ? p.workspace + sample * plan.list_bytes() : dynamic_shared();
+  double *text_mass = reinterpret_cast<double*>(place), *visual_mass = text_mass + plan.summed + 1;
+  uint32_t *text_sorted = reinterpret_cast<uint32_t*>(visual_mass + plan.summed + 1),
+           *visual_sorted = text_sorted + plan.sorted;
+  const bool* mask = p.mask == nullptr ? nullptr : p.mask + sample * p.mask_stride;
+  const auto keys_of = [&](const ScoreRows& rows) -> MixtureKeys {
+    const int bytes = rows.type == ScoreType::kFloat ? 4 : 2;
+    return {static_cast<const unsigned char*>(rows.data) + sample * rows.stride * bytes, rows.type, mask, nullptr};
+  };
+  MixtureKeys text = keys_of(p.text), visual = keys_of(p.visual);
+  if (plan.keys_in_shared) {
+    auto* kept = plan.in_workspace ? reinterpret_cast<uint32_t*>(dynamic_shared()) : visual_sorted + plan.sorted;
+    for (uint32_t i = of_warp.begin + lane_id(); i < of_warp.end; i += kWarp) {
+      kept[i] = text.fresh(i);
+      kept[n + i] = visual.fresh(i);
+    }
+    text.kept = kept;
+    visual.kept = kept + n;
+    __syncthreads();
+  }
+
+  // Sums of everything, for the shares.
+  double text_sum = 0, visual_sum = 0;
+  uint32_t tokens = 0;
+  for (uint32_t i = of_warp.begin + lane_id(); i < of_warp.end; i += kWarp) {
+    const uint32_t key = text(i);
+    tokens += key != 0;
+    text_sum += score_of(key);
+    visual_sum += score_of(visual(i));
+  }
+  tokens = block_reduce(tokens, Sum(), 0u);
+  const ShareWeights weights(block_reduce(text_sum, Sum(), 0.0), block_reduce(visual_sum, Sum(), 0.0));
+
+  // The best of both lists, sorted.
+  const int64_t wanted = p.k - p.reserved, rest = wanted - p.reserved;
+  const auto listed = static_cast<uint32_t>(min(wanted, static_cast<int64_t>(tokens)));
+  Threshold<uint32_t> of_text{}, of_visual{};
+#pragma unroll 1
+  for (int turn = 0; turn < 2; ++turn) {
+    of_visual = threshold_of_best(turn == 0 ? text : visual, of_warp, wanted, {0, 0}, list_scratch);
+    if (turn == 0) of_text = of_visual;
+  }
+  const MarkCounts above = ranked<2>(
+      of_warp, [&](uint32_t i) -> uint32_t { return (text(i) > of_text.key) + 2 * (visual(i) > of_visual.key); },
+      [&](uint32_t i, uint32_t flags, const uint32_t (&ranks)[2]) {
+        if (flags & 1) text_sorted[ranks[0]] = text(i);
+        if (flags & 2) visual_sorted[ranks[1]] = visual(i);
+      },
+      scratch);
+  for (int64_t i = threadIdx.x; i < plan.sorted; i += blockDim.x) {
+    if (i >= above.of[0]) text_sorted[i] = i < listed ? of_text.key : 0;
+    if (i >= above.of[1]) visual_sorted[i] = i < listed ? of_visual.key : 0;
+  }
+  sort_lists(text_sorted, visual_sorted, static_cast<uint32_t>(plan.sorted));
+
+  // How many to keep of each.
+  const auto reserved = static_cast<uint32_t>(min(p.reserved, static_cast<int64_t>(listed)));
+  const uint32_t summed = listed - reserved, half = blockDim.x / 2;
+  const bool for_text = threadIdx.x < half;
+  prefix_sums((for_text ? text_sorted : visual_sorted) + reserved, summed, for_text ? text_mass : visual_mass,
+              for_text ? threadIdx.x : threadIdx.x - half, half);
+  const int64_t split = best_split(text_mass, summed, visual_mass, summed, rest);
+  of_text =
+      threshold_of_sorted(text_sorted, static_cast<uint32_t>(min(p.reserved + split, static_cast<int64_t>(listed))));
+  of_visual =
+      threshold_of_sorted(visual_sorted, static_cast<uint32_t>(min(wanted - split, static_cast<int64_t>(listed))));
+
+  // Where the last token of each lies that is kept among equal ones.
+  if (threadIdx.x < 2) cuts[threadIdx.x] = 0;
+  ranked<2>(
+      of_warp, [&](uint32_t i) -> uint32_t { return (text(i) == of_text.key) + 2 * (visual(i) == of_visual.key); },
+      [&](uint32_t i, uint32_t flags, const uint32_t (&ranks)[2]) {
+        if (flags & 1 && ranks[0] + 1 == of_text.ties) cuts[0] = i + 1;
+        if (flags & 2 && ranks[1] + 1 == of_visual.ties) cuts[1] = i + 1;
+      },
+      scratch);
+  __syncthreads();
+  const KeptPart text_part = {of_text.key, cuts[0]}, visual_part = {of_visual.key, cuts[1]};
+
+  // The free places.
+  const auto fill_key = [&](uint32_t i) -> uint64_t {  // 0: kept already, or masked
+    const uint32_t text_key = text(i), visual_key = visual(i);
+    if (text_key == 0 || text_part.has(text_key, i) || visual_part.has(visual_key, i)) return 0;
+    return order_key(weights.share(text_key, visual_key));
+  };
+  uint32_t open = 0;
+  for (uint32_t i = of_warp.begin + lane_id(); i < of_warp.end; i += kWarp) open += fill_key(i) != 0;
+  const int64_t kept = tokens - block_reduce(open, Sum(), 0u);
+  const Threshold<uint64_t> fill = threshold_of_best(fill_key, of_warp, p.k - kept, {0, 0}, scratch);
+
+  int64_t* out = p.indices + sample * p.k;
+  const MarkCounts found = ranked<2>(
+      of_warp,
+      [&](uint32_t i) -> uint32_t {
+        const uint64_t key = fill_key(i);
+        if (key == 0) return text(i) != 0;
+        return key > fill.key ? 1 : (key == fill.key ? 2 : 0);
+      },
+      [&](uint32_t i, uint32_t flags, const uint32_t (&ranks)[2]) {
+        if (flags & 1 || (flags & 2 && ranks[1] < fill.ties)) out[ranks[0] + min(ranks[1], fill.ties)] = i;
+      },
+      scratch);
+  finish_list(out, p.k, p.counts + sample, static_cast<int64_t>(found.of[0]) + min(found.of[1], fill.ties));
+  if (threadIdx.x == 0) p.num_text[sample] = p.reserved + split;
+}
+
+}  // namespace tokenprune
