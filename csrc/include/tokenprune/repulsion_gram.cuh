@@ -35,7 +35,7 @@ __device__ __forceinline__ const float* pair_tile(const TokenRows& rows, int64_t
 }
 
 template <class T, int kTile>
-__global__ void __launch_bounds__(DotTile<kTile>::kThreads)
+__global__ void __launch_bounds__(DotTile<kTile>::kThreads, DotTile<kTile>::kBlocks)
     gram_kernel(const RepulsionProblem p, int64_t tiles, float* gram, float* inverse) {
   using Tile = DotTile<kTile>;
   const int64_t sample = blockIdx.x / tiles, n = p.n;
@@ -88,22 +88,20 @@ struct StoredRows {
   int n;
   Candidate mine = kNoCandidate;  // the best of the thread's tokens
 
-  // f(token, row[token]) for the thread's tokens; loads run ahead of what depends on them.
+  // f(token, row[token]) for the thread's tokens. Three loads run ahead: all there are when a matrix is in memory.
   template <class F>
   __device__ __forceinline__ void for_own(const float* row, F&& f) const {
-    constexpr int kAhead = 4;
-    for (int first = threadIdx.x; first < n; first += kAhead * blockDim.x) {
-      float dots[kAhead];
-#pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
-        const int i = first + u * blockDim.x;
-        dots[u] = i < n ? row[i] : 0;
-      }
-#pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
-        const int i = first + u * blockDim.x;
-        if (i < n) f(i, dots[u]);
-      }
+    const int step = blockDim.x;
+    const auto load = [&](int i) { return i < n ? row[i] : 0; };
+    int i = threadIdx.x;
+    float here = load(i), next = load(i + step), last = load(i + 2 * step);
+#pragma unroll 1
+    for (; i < n; i += step) {
+      const float ahead = load(i + 3 * step);
+      f(i, here);
+      here = next;
+      next = last;
+      last = ahead;
     }
   }
 

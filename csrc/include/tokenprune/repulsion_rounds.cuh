@@ -172,7 +172,7 @@ __device__ __forceinline__ uint32_t step_through_rows(const RepulsionProblem& p,
 }
 
 template <class T>
-__global__ void __launch_bounds__(kChooseThreads) choose_kernel(const RepulsionProblem p, const RepulsionRounds w) {
+__global__ void __launch_bounds__(kChooseThreads, 1) choose_kernel(const RepulsionProblem p, const RepulsionRounds w) {
   TOKENPRUNE_SHARED(Rank[2 * kChooseThreads], ranks);
   TOKENPRUNE_SHARED(int[kCandidates], tokens);
   static_assert(kCandidates == 64 && kCandidates == 2 * kWarp, "a tile, and two candidates per lane");
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(kChooseThreads) choose_kernel(const RepulsionP
 constexpr int kApplyThreads = DotTile<64>::kThreads;
 
 template <class T>
-__global__ void __launch_bounds__(kApplyThreads)
+__global__ void __launch_bounds__(kApplyThreads, DotTile<64>::kBlocks)
     apply_kernel(const RepulsionProblem p, const RepulsionRounds w, int64_t tiles) {
   TOKENPRUNE_SHARED(int[64], tokens);
   TOKENPRUNE_SHARED(int[kCandidates], selected);

@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kStartThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(DotTile<128>::kThreads)
+__global__ void __launch_bounds__(DotTile<128>::kThreads, DotTile<128>::kBlocks)
     isolated_keys_kernel(const RepulsionProblem p, const RepulsionRounds w, int64_t tiles) {
   using Tile = DotTile<128>;
   const int64_t sample = blockIdx.x / tiles, n = p.n;
