@@ -16,7 +16,7 @@ CSRC = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o 
 # Names of the environment that change the build or the installation reach the recipes as they are.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test bench readme build lint format sanitize check-abi clean
+.PHONY: help demo test bench readme build cuda-table lint format sanitize coverage check-abi clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,11 @@ readme: build  ## fill the generated tables of README.md from the last `make ben
 build: $(STAMP)  ## compile what changed in csrc/, in place
 	@$(BIN)/python setup.py -q build_ext --inplace
 
+# The table of all architectures, from a build for all of them, as .ci/run makes it.
+cuda-table: export TORCH_CUDA_ARCH_LIST = 8.0;8.6;8.9;9.0a;10.0;12.0+PTX
+cuda-table: build  ## write tests/cuda_resources.csv: registers and shared memory of the CUDA kernels
+	$(BIN)/python scripts/cuda_resources.py --write
+
 lint: $(STAMP)  ## ruff, mypy, clang-format, and a build in which warnings are errors
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,7 +61,12 @@ format: $(STAMP)  ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CSRC)
 
-sanitize: $(STAMP)  ## run the tests under AddressSanitizer and UndefinedBehaviorSanitizer
+coverage: build  ## run the tests of the CUDA kernels and list what they left without execution
+	$(BIN)/python scripts/kernel_coverage.py --clear
+	$(BIN)/python -m pytest -q --ignore=tests/test_build.py -k "emulator or cuda" $(ARGS)
+	$(BIN)/python scripts/kernel_coverage.py
+
+sanitize: $(STAMP)  ## run the tests under AddressSanitizer (and UndefinedBehaviorSanitizer), the emulated kernels too
 	PYTHON=$(abspath $(BIN)/python) bash scripts/sanitize.sh
 
 check-abi: $(STAMP)  ## load one wheel in the oldest and the newest torch (downloads gigabytes)

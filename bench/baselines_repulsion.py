@@ -21,7 +21,7 @@ def published(features: Tensor, k: int) -> Tensor:
     """arg max over the tokens left of min over the selected of (1 - cosine), from the selected rows anew each step."""
     unit = _unit(features)
     distance = 1 - unit @ unit.T
-    selected = torch.empty(k, dtype=torch.int64)
+    selected = torch.empty(k, dtype=torch.int64, device=features.device)
     selected[0] = _outlier(unit)
     for step in range(1, k):
         nearest = distance[selected[:step]].amin(0)
@@ -39,7 +39,7 @@ def incremental(features: Tensor, k: int, *, isolated: bool = False) -> Tensor:
         pick = cosine.amax(1).argmin()
     else:
         pick = _outlier(unit)
-    selected = torch.empty(k, dtype=torch.int64)
+    selected = torch.empty(k, dtype=torch.int64, device=features.device)
     selected[0] = pick
     running = cosine[pick].clone()
     running[pick] = torch.inf
@@ -58,7 +58,7 @@ def energy_minimisation(features: Tensor, positions: Tensor, k: int) -> Tensor:
     squares = place.square().sum(1)
     r2 = 2 * (1 - unit @ unit.T) + (squares[:, None] + squares - 2 * place @ place.T)
     phi = 1 / (r2.clamp_min_(0).sqrt_() + 1e-6)
-    selected = torch.empty(k, dtype=torch.int64)
+    selected = torch.empty(k, dtype=torch.int64, device=features.device)
     pick = selected[0] = _outlier(unit)
     running = phi[pick].clone()
     running[pick] = torch.inf

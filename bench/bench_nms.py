@@ -5,29 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import tokenprune_kernels as tp
 from bench.baselines_nms import published_loop
-from bench.shapes import MODELS
+from bench.images import image
 
 Race = Callable[..., dict[str, float]]
-
-
-def image(model: str, dtype: torch.dtype, patch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scores, features, positions and groups of one image. Tokens come in patches of similar features, as in a picture
-    (patch 1: all tokens differ); scores are the softmax of Gaussian logits, as attention is."""
-    torch.manual_seed(0)
-    shape = MODELS[model]
-    height, width = shape.grid
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    positions = torch.stack([rows, columns], -1).reshape(1, -1, 2).float().repeat(1, shape.crops, 1)
-    groups = torch.arange(shape.crops).repeat_interleave(height * width).unsqueeze(0)
-    small = torch.randn(shape.crops, -(-height // patch), -(-width // patch), shape.hidden)
-    features = small.repeat_interleave(patch, 1).repeat_interleave(patch, 2)[:, :height, :width]
-    features = features.reshape(1, -1, shape.hidden) + 0.2 * torch.randn(1, shape.tokens, shape.hidden)
-    scores = torch.softmax(2 * torch.randn(1, shape.tokens), -1)
-    return scores, features.to(dtype), positions, groups
 
 
 def same_picks(results: dict[str, Any]) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import tokenprune_kernels as tp
 
 from . import baselines_repulsion as baselines
+from .images import grid_positions, make_features
 from .shapes import MODELS
 
 over_kinds = pytest.mark.parametrize("kind", ["image", "gaussian"])
@@ -25,22 +25,6 @@ def _inference() -> Any:
     torch.manual_seed(0)
     with torch.inference_mode():
         yield
-
-
-def make_features(kind: str, model: Any, width: int) -> Tensor:
-    if kind == "gaussian":
-        return torch.randn(1, model.tokens, width)
-    rows, columns = model.grid
-    coarse = torch.randn(model.crops, 24, rows // 3, columns // 3)
-    smooth = torch.nn.functional.interpolate(coarse, size=model.grid, mode="bicubic", align_corners=True)
-    field = smooth.flatten(2).mT.reshape(-1, 24) @ torch.randn(24, width) / 24**0.5
-    return (field + 0.5 * torch.randn(width) + 0.3 * torch.randn(field.shape)).unsqueeze(0)
-
-
-def grid_positions(model: Any) -> Tensor:
-    """Where each token lies in its crop, in [0, 1]."""
-    rows, columns = (torch.linspace(0, 1, size) for size in model.grid)
-    return torch.cartesian_prod(rows, columns).repeat(model.crops, 1).unsqueeze(0)
 
 
 def same_picks(results: dict[str, Any]) -> None:

@@ -31,14 +31,21 @@ Tensor new_empty_of_code(const Tensor& like, const Shape& shape, int32_t code, b
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
                                                   code, device_type, device_index, &handle));
   Tensor fresh(handle);
-  if (poisoning() && fresh.is_cpu() && fresh.numel() > 0) {
+  if (poisoning() && fresh.numel() > 0) {
     // All ones is a NaN in every floating dtype; 0x5A.. is no index anyone could mistake for a real one.
-    std::memset(fresh.mutable_data_ptr(), floating ? 0xFF : 0x5A, fresh.numel() * fresh.element_size());
+    const int byte = floating ? 0xFF : 0x5A;
+    if (fresh.is_cpu()) {
+      std::memset(fresh.mutable_data_ptr(), byte, fresh.numel() * fresh.element_size());
+    } else if (fresh.is_cuda() && fill_cuda_bytes != nullptr) {
+      fill_cuda_bytes(fresh, byte);
+    }
   }
   return fresh;
 }
 
 }  // namespace
+
+void (*fill_cuda_bytes)(const Tensor& t, int byte) = nullptr;
 
 Tensor new_empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
   const bool floating = dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||

@@ -25,6 +25,10 @@ Tensor new_empty(const Tensor& like, const Shape& shape, ScalarType dtype);
 // The same in the dtype of `like`, whichever it is: also one that this build's ScalarType does not know.
 Tensor new_empty_of_same_dtype(const Tensor& like, const Shape& shape);
 
+// How bytes are set in the memory of a CUDA tensor, on its current stream: the CUDA bindings fill this in, so that a
+// build without them needs no CUDA library.
+extern void (*fill_cuda_bytes)(const Tensor& t, int byte);
+
 // `t` itself when its last dimension has stride 1 (or at most one element), a contiguous copy otherwise.
 Tensor with_contiguous_rows(const Tensor& t);
 

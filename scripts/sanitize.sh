@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer into a throw-away copy of the repository
-# and runs the tests that reach into every corner of them: contract, errors and fuzz, once per CPU capability.
+# and runs the tests that reach into every corner of them: contract, errors and fuzz, once per CPU capability. Then all
+# tests of the CUDA kernels, on an emulator built with AddressSanitizer.
 #
 #   bash scripts/sanitize.sh [pytest arguments]     PYTHON=python  CAPABILITIES="avx512 avx2 baseline"
 set -euo pipefail
@@ -26,7 +27,12 @@ export PYTHONPATH=$copy PYTHONMALLOC=malloc TOKENPRUNE_POISON=1
 
 for capability in ${CAPABILITIES:-avx512 avx2 baseline}; do
   echo "== sanitized tests, TOKENPRUNE_CPU_CAPABILITY=$capability"
-  # Without capturing file descriptors: a sanitizer report goes to stderr of a process that then ends.
+  # The CUDA kernels have their own turn below. Without capturing file descriptors: a sanitizer report goes to stderr of a process that then ends.
   TOKENPRUNE_CPU_CAPABILITY=$capability "$python" -m pytest -q -p no:cacheprovider --capture=sys \
-    tests/test_contract.py tests/test_contract_memory.py tests/test_errors.py tests/test_fuzz.py "$@"
+    tests/test_contract.py tests/test_contract_memory.py tests/test_errors.py tests/test_fuzz.py -k "not emulator" "$@"
 done
+
+echo "== sanitized tests of the CUDA kernels on the emulator"
+export TOKENPRUNE_EMULATOR_SANITIZE=1
+"$python" -m pytest -q -p no:cacheprovider --capture=sys tests --ignore=tests/test_build.py \
+  -k "emulator or cuda" "$@"

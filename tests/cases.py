@@ -9,41 +9,52 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import emulator
+import gpu_backend
 import pytest
 import torch
 from torch import Tensor
 
 import tokenprune_kernels as tp
-from tokenprune_kernels import _autograd, _backend
+from tokenprune_kernels import _backend
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DTYPE_IDS = tuple(str(d).removeprefix("torch.") for d in DTYPES)
 
 
-LIBRARIES: list[torch.library.Library] = []  # registrations live as long as their library
+# TOKENPRUNE_TEST_BACKENDS=gpu: only these, for runs that are about one of them.
+WANTED = tuple(filter(None, os.environ.get("TOKENPRUNE_TEST_BACKENDS", "cpu,reference,emulator,gpu").split(",")))
 
 
 def add_emulator() -> str | None:
     """Make the CUDA kernels a backend named "emulator", which takes CPU tensors; else the reason why not."""
+    if "emulator" not in WANTED:
+        return "not in TOKENPRUNE_TEST_BACKENDS"
     if shutil.which(os.environ.get("CXX") or "g++") is None:
         return "no C++ compiler"
     if tp.config()["backends"]["cpu"] is not None:
         return "the compiled library is not loaded"
-    emulator.load()
-    emulated = torch.library.Library("tokenprune_emulated", "FRAGMENT")
-    _autograd.register(emulated, torch.ops.tokenprune_emulated)
-    LIBRARIES.append(emulated)
-    _backend._extra["emulator"] = torch.ops.tokenprune_emulated
+    import emulator
+
+    _backend._extra["emulator"] = emulator.ops()
     return None
 
 
+def add_gpu() -> str | None:
+    """Make the CUDA kernels on a real GPU a backend named "gpu", which takes CPU tensors; else the reason why not."""
+    reason = gpu_backend.absent() if "gpu" in WANTED else "not in TOKENPRUNE_TEST_BACKENDS"
+    if reason is None:
+        _backend._extra["gpu"] = gpu_backend.OnGpu()
+    return reason
+
+
 NO_EMULATOR = add_emulator()
+NO_GPU = add_gpu()
 BACKENDS = (
-    *(name for name in ("cpu", "reference") if tp.config()["backends"][name] is None),
+    *(name for name in ("cpu", "reference") if name in WANTED and tp.config()["backends"][name] is None),
     *(() if NO_EMULATOR else ("emulator",)),
+    *(() if NO_GPU else ("gpu",)),
 )
-GPU_BACKENDS = ("emulator",)  # float64 is for the CPU and the references
+GPU_BACKENDS = ("emulator", "gpu")  # float64 is for the CPU and the references
 
 
 def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
@@ -63,7 +74,9 @@ def run_python(backend: str, op: str, *args: Any, **kwargs: Any) -> Any:
 
 
 # How a test calls an op on a backend: runner(op, *args, **kwargs).
-RUNNERS: dict[str, Callable[..., Any]] = {name: partial(run_python, name) for name in BACKENDS}
+RUNNERS: dict[str, Callable[..., Any]] = {
+    name: partial(run_python, name) for name in ("cpu", "reference", "emulator", "gpu")
+}
 
 
 def assert_as_good_as_torch(got: Tensor, exact: Tensor, plain: Tensor, scale: float = 1.0) -> None:

@@ -6,7 +6,7 @@ import os
 import op_samples as samples
 import pytest
 import torch
-from cases import over_backends
+from cases import dtypes_of, over_backends
 from op_samples import Sizes, make, map_tensors, run
 from test_contract import COMPILED, assert_same, assert_same_bits, bits, over_ops, over_samples, with_floats
 from torch import Tensor
@@ -95,7 +95,7 @@ def test_inputs_are_not_modified(op: str, name: str, backend: str) -> None:
 @over_backends
 @over_samples
 def test_outputs_are_fresh_contiguous_and_of_the_promised_shape_and_dtype(op: str, name: str, backend: str) -> None:
-    for dtype in (torch.float16, torch.float64):
+    for dtype in (torch.float16, dtypes_of(backend)[-1]):
         call = make(op, name, dtype=dtype)
         got = run(call, backend)
         assert [(tuple(g.shape), g.dtype) for g in got] == samples.promised(call)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import op_samples as samples
 import pytest
 import torch
-from cases import BACKENDS, over_backends
+from cases import BACKENDS, GPU_BACKENDS, over_backends
 from op_samples import OPS, Call, Sizes, make, run, run_op, with_arguments
 
 import tokenprune_kernels as tp
@@ -132,7 +132,7 @@ def test_k_must_be_an_integer(op: str, backend: str) -> None:
 @over_backends
 @pytest.mark.parametrize("op", [op for op in OPS if samples.INDEX_INPUTS & set(_rich(op).arguments)])
 def test_index_values_out_of_range_raise_index_errors(op: str, backend: str) -> None:
-    """In every position of the list, and without tokens."""
+    """In every position of the list, and without tokens. GPUs take such a value for -1."""
     call = _rich(op)
     for name in samples.INDEX_INPUTS & set(call.arguments):
         for value in (*BAD_INDICES, 11):
@@ -140,14 +140,27 @@ def test_index_values_out_of_range_raise_index_errors(op: str, backend: str) -> 
                 indices = call.arguments[name].clone()
                 indices[b, position] = value
                 wrong = with_arguments(call, **{name: indices})
+                if backend in GPU_BACKENDS:
+                    indices = indices.clone()
+                    indices[b, position] = -1
+                    for got, want in zip(
+                        run(wrong, backend), run(with_arguments(call, **{name: indices}), backend), strict=True
+                    ):
+                        assert torch.equal(got, want), f"{name} {value}"
+                    continue
                 with pytest.raises(IndexError):
                     run(wrong, backend)
                 with pytest.raises(IndexError):
                     run_op(wrong)
         nothing = make(op, RICHEST[op], Sizes(tokens=0, channels=8))
         wrong = with_arguments(nothing, **{name: torch.zeros_like(nothing.arguments[name])})
-        with pytest.raises(IndexError):
-            run(wrong, backend)
+        if backend in GPU_BACKENDS:
+            nobody = with_arguments(nothing, **{name: torch.full_like(nothing.arguments[name], -1)})
+            for got, want in zip(run(wrong, backend), run(nobody, backend), strict=True):
+                assert torch.equal(got, want)
+        else:
+            with pytest.raises(IndexError):
+                run(wrong, backend)
     _assert_good_call_works(op)
 
 

@@ -70,6 +70,19 @@ CudaScope::CudaScope(const Tensor& t)
       limits_(limits_of(t.get_device_index())) {}
 #endif
 
+#if !defined(TOKENPRUNE_EMULATOR)
+namespace {
+
+void fill_bytes(const Tensor& t, int byte) {
+  const CudaScope cuda(t);
+  check_launch("new_empty", cudaMemsetAsync(t.mutable_data_ptr(), byte, t.numel() * t.element_size(), cuda.stream()), {});
+}
+
+[[maybe_unused]] const bool fills_bytes = (fill_cuda_bytes = fill_bytes, true);
+
+}  // namespace
+#endif
+
 void check_launch(const char* op, cudaError_t status, std::initializer_list<NamedTensor> inputs) {
   if (status == cudaSuccess) return;
   (void)cudaGetLastError();  // a refused launch must not be reported again by the next call

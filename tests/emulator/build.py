@@ -16,47 +16,42 @@ import pybind11
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CSRC = ROOT / "csrc"
+MODULE = sysconfig.get_config_var("EXT_SUFFIX")
 SOURCES = [*sorted(HERE.glob("*.cpp")), *sorted((CSRC / "cuda").glob("*.c*")), CSRC / "tensor.cpp"]
+# The emulator alone, with kernels of its own that make mistakes: for the tests of the emulator.
+RUNTIME = [HERE / name for name in ("fiber.cpp", "grid.cpp", "runtime.cpp")]
+BROKEN = HERE / "broken"
 
 
-def folder() -> Path:
-    return ROOT / "build" / ("emulator-asan" if os.environ.get("TOKENPRUNE_EMULATOR_SANITIZE") == "1" else "emulator")
-
-
-def flags() -> list[str]:
+def torch_folder() -> Path:
     spec = importlib.util.find_spec("torch")
     assert spec is not None
     assert spec.origin is not None
-    torch = Path(spec.origin).parent / "include"
-    sanitize = os.environ.get("TOKENPRUNE_EMULATOR_SANITIZE") == "1"
-    systems = [torch, sysconfig.get_path("include"), pybind11.get_include()]
+    return Path(spec.origin).parent
+
+
+def flags(instrument: list[str]) -> list[str]:
+    systems = [torch_folder() / "include", sysconfig.get_path("include"), pybind11.get_include()]
     return [
         "-std=c++17", "-fPIC", "-g1", "-O1", "-ffp-contract=off", "-mavx2", "-mfma", "-mf16c",
-        "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-attributes",
-        *(["-fsanitize=address", "-fno-omit-frame-pointer"] if sanitize else ["--coverage"]),
+        "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-attributes", *instrument,
         "-DTOKENPRUNE_EMULATOR", "-DTORCH_TARGET_VERSION=0x020a000000000000",
-        f"-I{HERE / 'include'}", f"-I{CSRC / 'include'}", f"-I{CSRC}",
+        f"-I{HERE / 'include'}", f"-I{HERE}", f"-I{CSRC / 'include'}", f"-I{CSRC}",
         *[word for system in systems for word in ("-isystem", str(system))],
     ]  # fmt: skip
 
 
-def ninja_file(target: Path) -> str:
-    spec = importlib.util.find_spec("torch")
-    assert spec is not None
-    assert spec.origin is not None
+def ninja_file(target: Path, sources: list[Path], instrument: list[str], link: list[str]) -> str:
     compiler = os.environ.get("CXX") or "g++"
-    sanitize = os.environ.get("TOKENPRUNE_EMULATOR_SANITIZE") == "1"
-    link = ["-shared", f"-L{Path(spec.origin).parent / 'lib'}", "-ltorch_cpu", "-ldl"]
-    link += ["-fsanitize=address"] if sanitize else ["--coverage"]
     lines = [
         "ninja_required_version = 1.3",
-        f"rule cxx\n  command = rm -f $counts && {compiler} {shlex.join(flags())} -MMD -MF $out.d"
+        f"rule cxx\n  command = rm -f $counts && {compiler} {shlex.join(flags(instrument))} -MMD -MF $out.d"
         " -x c++ -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc\n  description = EMULATE $out",
-        f"rule link\n  command = {compiler} $in -o $out {shlex.join(link)}\n  description = LINK $out",
+        f"rule link\n  command = {compiler} $in -o $out {shlex.join([*instrument, *link])}\n  description = LINK $out",
     ]
     objects = []
-    for source in SOURCES:
+    for source in sources:
         objects.append(f"{source.relative_to(ROOT)}.o".replace("/", "-"))
         counts = objects[-1].removesuffix("o") + "gcda"  # the counts of the code that was there before
         lines.append(f"build {objects[-1]}: cxx {source}\n  counts = {counts}")
@@ -64,12 +59,12 @@ def ninja_file(target: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def build() -> Path:
-    """The path of the up-to-date extension module; compiles what changed."""
-    here = folder()
+def compiled(folder: str, name: str, sources: list[Path], instrument: list[str], link: list[str]) -> Path:
+    """The path of an up-to-date file in build/<folder>; compiles what changed."""
+    here = ROOT / "build" / folder
     here.mkdir(parents=True, exist_ok=True)
-    target = here / f"_emulator{sysconfig.get_config_var('EXT_SUFFIX')}"
-    text = ninja_file(target)
+    target = here / name
+    text = ninja_file(target, sources, instrument, link)
     file = here / "build.ninja"
     if not file.exists() or file.read_text() != text:
         file.write_text(text)
@@ -77,3 +72,29 @@ def build() -> Path:
     if run.returncode:
         raise RuntimeError(f"building the emulator failed:\n{run.stdout[-8000:]}\n{run.stderr[-2000:]}")
     return target
+
+
+def sanitizing() -> bool:
+    return os.environ.get("TOKENPRUNE_EMULATOR_SANITIZE") == "1"
+
+
+ADDRESSES = ["-fsanitize=address", "-fno-omit-frame-pointer"]
+
+
+def build() -> Path:
+    """The extension module with the kernels of csrc/cuda."""
+    instrument = ADDRESSES if sanitizing() else ["--coverage"]
+    link = ["-shared", f"-L{torch_folder() / 'lib'}", "-ltorch_cpu", "-ldl"]
+    return compiled("emulator-asan" if sanitizing() else "emulator", f"_emulator{MODULE}", SOURCES, instrument, link)
+
+
+def build_broken() -> Path:
+    """The extension module with the kernels of broken/."""
+    sources = [*RUNTIME, BROKEN / "kernels.cu", BROKEN / "module.cpp"]
+    return compiled("emulator-broken", f"_broken{MODULE}", sources, [], ["-shared", "-ldl"])
+
+
+def build_broken_program() -> Path:
+    """The executable with the kernels of broken/, under AddressSanitizer."""
+    sources = [*RUNTIME, BROKEN / "kernels.cu", BROKEN / "main.cpp"]
+    return compiled("emulator-broken-asan", "broken", sources, ADDRESSES, ["-rdynamic", "-ldl"])

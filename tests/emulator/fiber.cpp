@@ -13,6 +13,7 @@
 #endif
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -83,12 +84,14 @@ void Fiber::start(const std::function<void()>* body) {
   body_ = body;
   done_ = false;
   sanitizer_state_ = nullptr;
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(static_cast<char*>(memory_) + kPage, kStack);  // the frames of an unfinished body
+#endif
 #if defined(__x86_64__)
-  // As if `enter` had been called at the top of the stack: six saved registers, its address, and a return address that
-  // lies at 8 modulo 16, as after every call.
+  // As if `enter` had been called at the top of the stack: six saved registers, and after the return to `enter` a stack
+  // pointer 8 bytes off a multiple of 16, where a call leaves it.
   auto* top = reinterpret_cast<uint64_t*>(static_cast<char*>(memory_) + kPage + kStack);
-  top -= 3;
-  top[0] = top[1] = top[2] = 0;
+  *--top = 0;
   *--top = reinterpret_cast<uint64_t>(&Fiber::enter);
   for (int i = 0; i < 6; ++i) *--top = 0;
   inside_ = top;

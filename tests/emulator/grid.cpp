@@ -65,7 +65,7 @@ struct Block {
   std::vector<Static> statics;
   std::vector<Thread> threads;
   std::vector<std::vector<Meeting>> meetings;  // by warp
-  size_t at_barrier = 0;
+  size_t at_barrier = 0, ended = 0;
   int contributions = 0;
 };
 
@@ -129,32 +129,61 @@ void reorder(std::vector<size_t>& order, size_t n, std::mt19937_64& random) {
   if (settings().schedule == Schedule::kShuffled) std::shuffle(order.begin(), order.end(), random);
 }
 
-void run_cluster(const std::function<void()>& guarded, std::mt19937_64& random) {
-  std::vector<Thread*> threads;
-  for (const auto& block : running.cluster)
-    for (Thread& t : block->threads) threads.push_back(&t);
-  while (fibers.size() < threads.size()) fibers.push_back(std::make_unique<Fiber>());
-  for (size_t i = 0; i < threads.size(); ++i) {
-    threads[i]->fiber = fibers[i].get();
-    fibers[i]->start(&guarded);
+// The shared memory of a block that has ended belongs to nobody: whoever still reads it reads poison.
+void forget(Block& block) {
+  std::memset(block.dynamic.get(), kPoison, block.dynamic_bytes);
+  for (Block::Static& s : block.statics) std::memset(s.memory.get(), kPoison, s.bytes);
+}
+
+// Gives a thread its turn. True once it has ended.
+bool resume(Thread& t) {
+  running.thread = &t;
+  threadIdx = t.index;
+  blockIdx = t.block->index;
+  const bool ended = t.fiber->resume();
+  running.thread = nullptr;
+  if (running.failure) std::rethrow_exception(running.failure);
+  if (ended) {
+    t.state = State::kDone;
+    if (++t.block->ended == t.block->threads.size()) forget(*t.block);
   }
-  std::vector<size_t> order;
-  for (size_t done = 0; done < threads.size();) {
+  return ended;
+}
+
+// How many turns a warp gets before the next one does: forward and reversed as many as it can take.
+uint64_t turns_of_a_warp(std::mt19937_64& random) {
+  if (settings().schedule != Schedule::kShuffled || random() % 4 == 0) return UINT64_MAX;
+  return 1 + random() % 6;
+}
+
+// Warps run ahead of each other as far as barriers let them, so that a barrier too few shows: the first warp writes
+// what the last one has not read yet, or reads what it has not written.
+void run_cluster(const std::function<void()>& guarded, std::mt19937_64& random) {
+  std::vector<std::vector<Thread*>> warps;
+  size_t count = 0;
+  for (const auto& block : running.cluster)
+    for (Thread& t : block->threads) {
+      if (t.lane == 0) warps.emplace_back();
+      warps.back().push_back(&t);
+      if (fibers.size() == count) fibers.push_back(std::make_unique<Fiber>());
+      t.fiber = fibers[count++].get();
+      t.fiber->start(&guarded);
+    }
+  std::vector<size_t> order, lanes;
+  for (size_t done = 0; done < count;) {
     bool moved = false;
-    reorder(order, threads.size(), random);
-    for (size_t i : order) {
-      Thread& t = *threads[i];
-      if (t.state != State::kReady) continue;
-      moved = true;
-      running.thread = &t;
-      threadIdx = t.index;
-      blockIdx = t.block->index;
-      const bool ended = t.fiber->resume();
-      running.thread = nullptr;
-      if (running.failure) std::rethrow_exception(running.failure);
-      if (ended) {
-        t.state = State::kDone;
-        ++done;
+    reorder(order, warps.size(), random);
+    for (size_t w : order) {
+      bool going = true;
+      for (uint64_t turns = turns_of_a_warp(random); going && turns > 0; --turns) {
+        going = false;
+        reorder(lanes, warps[w].size(), random);
+        for (size_t i : lanes) {
+          Thread& t = *warps[w][i];
+          if (t.state != State::kReady) continue;
+          going = moved = true;
+          if (resume(t)) ++done;
+        }
       }
     }
     if (!moved) throw KernelError(deadlock());

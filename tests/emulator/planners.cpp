@@ -6,9 +6,12 @@
 
 namespace py = pybind11;
 
+void bind_attention_rows_planner(py::module_& m);  // planners_attention_rows.cpp
 void bind_compaction_planner(py::module_& m);
 void bind_mixture_planner(py::module_& m);
 void bind_similarity_planner(py::module_& m);
+void bind_selection_planner(py::module_& m);
+void bind_repulsion_planner(py::module_& m);
 
 void bind_planners(py::module_& m) {
   py::class_<tokenprune::DeviceLimits>(m, "DeviceLimits")
@@ -16,7 +19,10 @@ void bind_planners(py::module_& m) {
       .def_readwrite("sm_count", &tokenprune::DeviceLimits::sm_count)
       .def_readwrite("shared_per_block", &tokenprune::DeviceLimits::shared_per_block)
       .def_readwrite("architecture", &tokenprune::DeviceLimits::architecture);
+  bind_attention_rows_planner(m);
   bind_compaction_planner(m);
   bind_mixture_planner(m);
   bind_similarity_planner(m);
+  bind_selection_planner(m);
+  bind_repulsion_planner(m);
 }

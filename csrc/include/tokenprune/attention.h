@@ -63,7 +63,7 @@ inline int tile_chunks(int64_t dim, int element_size) {
   return static_cast<int>(ceil_div<int64_t>(dim * element_size, kChunkBytes));
 }
 
-// Dynamic shared memory of a tile, with operand A resident (all its chunks stay) or streamed.
+// Dynamic shared memory of a tile, with one operand resident (all its chunks stay) or both streamed.
 inline int tile_shared_bytes(int64_t dim, int element_size, bool resident) {
   return (kTileStages + (resident ? tile_chunks(dim, element_size) : kTileStages)) * kChunkTileBytes;
 }
@@ -79,13 +79,16 @@ struct AttentionRowPlan {
   int64_t row_tiles;    // per sample and key head
   int64_t split_tiles;  // key tiles of a range
   int splits;           // above 1 the ranges' results meet in a second launch
+  bool thin;            // at most kThinRows rows: the keys, not the rows, are spread over the warps
   bool resident;
   int shared;         // bytes
   int64_t blocks;     // of the first launch
   int64_t workspace;  // floats
 };
 
-constexpr int kPartialFloats = 4;  // a range's result for one row: maximum, sum, weighted sum, padding
+constexpr int kThinRows = 16;
+constexpr int64_t kMaxSplitTiles = 1 << 24;  // keys of a range are counted in 32 bits
+constexpr int kPartialFloats = 4;            // a range's result for one row: maximum, sum, weighted sum, padding
 
 // Ranges are what fills the GPU when there are few rows: as many as make the shortest schedule, in units of one tile of
 // keys, counting a block's start as one and a second launch as three.
@@ -94,17 +97,18 @@ inline AttentionRowPlan plan_attention_rows(int64_t batch, int64_t key_heads, in
   AttentionRowPlan plan{};
   const int64_t key_tiles = ceil_div<int64_t>(keys, kTileVectors);
   plan.row_tiles = ceil_div<int64_t>(group_rows, kTileVectors);
+  plan.thin = group_rows <= kThinRows;
   plan.resident = tile_resident(dim, element_size);
   plan.shared = tile_shared_bytes(dim, element_size, plan.resident);
   const int64_t tiles = batch * key_heads * plan.row_tiles;
-  plan.splits = 1;
-  plan.split_tiles = key_tiles;
+  plan.split_tiles = std::min(key_tiles, kMaxSplitTiles);
+  plan.splits = key_tiles == 0 ? 1 : static_cast<int>(ceil_div(key_tiles, plan.split_tiles));
   const int64_t slots =
       limits.sm_count * std::clamp(limits.shared_per_block / plan.shared, 1, tile_blocks_per_sm(element_size));
-  int64_t best = ceil_div(tiles, slots) * (key_tiles + 1);
+  int64_t best = ceil_div(tiles * plan.splits, slots) * (plan.split_tiles + 1);
   for (int64_t waves = 1; tiles > 0 && waves <= 4; ++waves) {
     const int64_t splits = std::min(waves * slots / tiles, key_tiles);
-    if (splits < 2) continue;
+    if (splits <= plan.splits) continue;
     const int64_t each = ceil_div(key_tiles, splits), used = ceil_div(key_tiles, each);
     const int64_t cost = ceil_div(tiles * used, slots) * (each + 1) + 3;
     if (cost >= best) continue;
@@ -118,7 +122,7 @@ inline AttentionRowPlan plan_attention_rows(int64_t batch, int64_t key_heads, in
 }
 
 struct AttentionRowOutputs {
-  float *lse, *entropy;  // [batch, query_heads, rows]; entropy may be null
+  float *lse, *entropy;  // [batch, query_heads, rows]
   float* workspace;      // plan.workspace floats, 16-byte aligned
 };
 

@@ -3,13 +3,17 @@
 //   rows of a key head's group (head 0: rows 0 .. M-1, head 1: ...)      tiles of 64      block (tile, key range)
 //   keys                                                                 ranges of tiles    64 x 64 dot products a step
 //
-// Every thread keeps, for each row it has sums of, the maximum m of its logits s, sum exp(s - m) and
-// sum (s - m) exp(s - m); they are rescaled when m grows. At the end the lanes of a row meet (fixed order), then the
-// ranges of keys (a second launch, a warp per row, fixed order). lse = m + log(sum), H = log(sum) - weighted / sum.
+// Every thread keeps, for each row it has sums of, the softmax statistics of the keys it has seen
+// (attention_state.cuh). At the end the lanes of a row meet in a fixed order, then the ranges of keys in a second
+// launch.
 //
-// Launch 1: grid row tiles * ranges * key heads * batch, 128 threads, 40 to 56 KiB shared memory (48 when D is large).
-//   A key head's K is read once per row tile, from L2 when other tiles read it too; Q once per range.
-// Launch 2 (only with several ranges): a warp per row; 16 bytes per row and range.
+// `wide` takes the rows as operand A: a warp has 16 rows and all 64 keys. Of at most 16 rows three warps would have
+// nothing to do: there `thin` takes the keys as A, a warp has 16 keys and all rows, and the warps meet at the end.
+//
+// Launch 1: grid row tiles * ranges * key heads * batch, 128 threads, 32 to 56 KiB shared memory. The rows of a group
+// are
+//   read once per range; K is read once per row tile, the tiles of one range running side by side: from L2 but once.
+// Launch 2, only with several ranges: a warp per row; 16 bytes per row and range.
 #pragma once
 
 #include "tokenprune/attention_state.cuh"
@@ -17,109 +21,191 @@
 
 namespace tokenprune {
 
-// Adds the logits of one row of a tile; hidden ones are -inf.
+// What a block of the first launch works on.
 template <class T>
-__device__ __forceinline__ RowState with_logits(const RowState& state, DotTile<T>& logits, int i) {
-  float max = state.max;
-#pragma unroll
-  for (int j = 0; j < DotTile<T>::kThreadB; ++j) max = logits.at(i, j) > max ? logits.at(i, j) : max;
-  const float shift = RowState::shift(max);
-  float sum = 0, weighted = 0;  // of the tile first: fewer roundings than one long sum
-#pragma unroll
-  for (int j = 0; j < DotTile<T>::kThreadB; ++j) {
-    const float t = bounded_exponent(logits.at(i, j) - shift), e = expf(t);
-    sum += e;
-    weighted = __fmaf_rn(e, t, weighted);
+struct RowBlock {
+  int64_t sample, key_head, split, begin;  // first key
+  int range;                               // keys
+  TileVectors<T> rows;
+  VectorList<T> keys;
+
+  // With causality the last rows see most keys and start first.
+  __device__ __forceinline__ RowBlock(const AttentionProblem& p, const AttentionRowPlan& plan) {
+    int64_t rest = blockIdx.x;
+    int64_t row_tile = rest % plan.row_tiles;
+    if (p.causal) row_tile = plan.row_tiles - 1 - row_tile;
+    rest /= plan.row_tiles;
+    split = rest % plan.splits;
+    rest /= plan.splits;
+    sample = rest / p.key_heads;
+    key_head = rest % p.key_heads;
+    begin = split * plan.split_tiles * kTileVectors;
+    const int64_t left = p.keys - begin, wanted = plan.split_tiles * kTileVectors;
+    range = static_cast<int>(left < wanted ? left : wanted);
+    rows = {query_rows_of_group<T>(p, sample, key_head), row_tile * kTileVectors};
+    keys = keys_of_head<T>(p, sample, key_head);
   }
-  const RowState before = raised(state, max);
-  return {max, before.sum + sum, before.weighted + weighted};
+
+  __device__ __forceinline__ TileVectors<T> key_tile(int t) const { return {keys, begin + int64_t(t) * kTileVectors}; }
+
+  // Of row r of the tile: how many keys of the range it sees, none if it does not exist.
+  __device__ __forceinline__ int sees(const AttentionProblem& p, int r) const {
+    if (r >= rows.present()) return 0;
+    const int64_t seen = last_visible_key(p, sample, (rows.first + r) % p.rows) + 1 - begin;
+    return seen < 0 ? 0 : seen < range ? static_cast<int>(seen) : range;
+  }
+
+  // What makes logits of its dot products, together with key_factor.
+  __device__ __forceinline__ float factor(const AttentionProblem& p, int r) const {
+    if (r >= rows.present()) return 0;
+    const int64_t index = rows.first + r;
+    return p.scale * row_factor(p, sample, key_head * p.group() + index / p.rows, index % p.rows);
+  }
+
+  // The tiles of keys that any row sees; `most` is the largest sees() of the thread's rows. All threads call it.
+  __device__ __forceinline__ int tiles(const AttentionProblem& p, int most) const {
+    if (p.causal) most = block_reduce(most, Max(), 0);
+    return ((p.causal ? most : range) + kTileVectors - 1) / kTileVectors;
+  }
+
+  __device__ __forceinline__ void write(const AttentionProblem& p, const AttentionRowPlan& plan,
+                                        const AttentionRowOutputs& out, int r, const RowState& state) const {
+    const int64_t row = (sample * p.key_heads + key_head) * p.group_rows() + rows.first + r;
+    write_row(out, row, state, static_cast<int>(split), plan.splits);
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kTileThreads, tile_blocks_per_sm(sizeof(T)))
+    attention_rows_wide_kernel(const AttentionProblem p, const AttentionRowPlan plan, const AttentionRowOutputs out) {
+  using Tile = DotTile<T>;
+  constexpr int kRows = Tile::kThreadA, kKeys = Tile::kThreadB;
+  const RowBlock<T> block(p, plan);
+  const bool active = 16 * warp_id() < block.rows.present();
+  int sees[kRows], most = 0;
+  float factor[kRows];
+  RowState state[kRows];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    sees[i] = block.sees(p, Tile::a(i));
+    factor[i] = block.factor(p, Tile::a(i));
+    state[i] = RowState::empty();
+    most = sees[i] > most ? sees[i] : most;
+  }
+
+  const auto add_logits = [&](int t, Tile& logits) {
+    if (!active) return;
+    const int first = t * kTileVectors;
+    uint32_t unmasked = 0xFFFFFFFFu;
+    if (p.key_mask != nullptr || p.cosine) {
+#pragma unroll
+      for (int j = 0; j < kKeys; ++j) {
+        if (first + Tile::b(j) >= block.range) continue;
+        const int64_t key = block.begin + first + Tile::b(j);
+        if (!key_is_unmasked(p, block.sample, key)) unmasked &= ~(1u << j);
+        const float by = key_factor(p, block.sample, block.key_head, key);
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) logits.at(i, j) *= by;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int visible = sees[i] - first;
+#pragma unroll
+      for (int j = 0; j < kKeys; ++j) logits.at(i, j) *= factor[i];
+      if (visible < kTileVectors || unmasked != 0xFFFFFFFFu) {
+#pragma unroll
+        for (int j = 0; j < kKeys; ++j)
+          if (Tile::b(j) >= visible || (unmasked >> j & 1) == 0) logits.at(i, j) = -INFINITY;
+      }
+      float max = state[i].max;
+#pragma unroll
+      for (int j = 0; j < kKeys; ++j) max = fmaxf(max, logits.at(i, j));
+      const float reference = reference_logit(max);
+      float sum = 0, weighted = 0;  // of the tile first: fewer roundings than one long sum
+#pragma unroll
+      for (int j = 0; j < kKeys; ++j) add_term(logits.at(i, j), reference, sum, weighted);
+      const RowState before = raised(state[i], max);
+      state[i] = {max, before.sum + sum, before.weighted + weighted};
+    }
+  };
+  for_each_tile<T>(
+      dynamic_shared(), static_cast<int>(p.dim), plan.resident, block.tiles(p, most), [&](int) { return block.rows; },
+      [&](int t) { return block.key_tile(t); }, add_logits);
+
+  if (!active) return;
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    const RowState total = warp_merged(state[i], Tile::kLanesPerA);
+    if (lane_id() % Tile::kLanesPerA == 0 && Tile::a(i) < block.rows.present())
+      block.write(p, plan, out, Tile::a(i), total);
+  }
 }
 
 template <class T>
 __global__ void __launch_bounds__(kTileThreads, tile_blocks_per_sm(sizeof(T)))
-    attention_rows_kernel(const AttentionProblem p, const AttentionRowPlan plan, const AttentionRowOutputs out) {
+    attention_rows_thin_kernel(const AttentionProblem p, const AttentionRowPlan plan, const AttentionRowOutputs out) {
   using Tile = DotTile<T>;
-  // Row tiles of the same keys are neighbours in time. With causality the last rows see most and start first.
-  int64_t rest = blockIdx.x;
-  int64_t row_tile = rest % plan.row_tiles;
-  rest /= plan.row_tiles;
-  if (p.causal) row_tile = plan.row_tiles - 1 - row_tile;
-  const int split = static_cast<int>(rest % plan.splits);
-  rest /= plan.splits;  // sample * key_heads + key_head
-  const int64_t sample = rest / p.key_heads, key_head = rest % p.key_heads;
-
-  const TileVectors<T> rows{query_rows_of_group<T>(p, sample, key_head), row_tile * kTileVectors};
-  const VectorList<T> keys = keys_of_head<T>(p, sample, key_head);
-  const bool active = 16 * warp_id() < rows.present();
-
-  const int64_t begin = split * plan.split_tiles * kTileVectors;
-  const int64_t left = p.keys - begin, wanted = plan.split_tiles * kTileVectors;
-  const int range = static_cast<int>(left < wanted ? left : wanted);  // keys of this block
-
-  // Of this thread's rows: how many of these keys they see, and what a dot product becomes a logit with.
-  int sees[Tile::kThreadA];
-  float factor[Tile::kThreadA];
-  RowState state[Tile::kThreadA];
-  int most = 0;
+  constexpr int kRows = Tile::kThreadB / 4, kKeys = Tile::kThreadA, kStride = Tile::kLanesPerA;
+  static_assert(Tile::block(kRows - 1) == 0 && Tile::block(kRows) == 1, "the sums of one block of B vectors");
+  const RowBlock<T> block(p, plan);
+  int sees[kRows], most = 0;
+  float factor[kRows];
+  RowState state[kRows];
 #pragma unroll
-  for (int i = 0; i < Tile::kThreadA; ++i) {
-    state[i] = RowState::empty();
-    sees[i] = 0;
-    factor[i] = 0;
-    if (Tile::a(i) >= rows.present()) continue;
-    const int64_t r = rows.first + Tile::a(i), row = r % p.rows;
-    const int64_t seen = last_visible_key(p, sample, row) + 1 - begin;
-    sees[i] = seen < 0 ? 0 : seen < range ? static_cast<int>(seen) : range;
-    factor[i] = p.scale * row_factor(p, sample, key_head * p.group() + r / p.rows, row);
-    most = sees[i] > most ? sees[i] : most;
+  for (int j = 0; j < kRows; ++j) {
+    sees[j] = block.sees(p, Tile::b(j));
+    factor[j] = block.factor(p, Tile::b(j));
+    state[j] = RowState::empty();
+    most = sees[j] > most ? sees[j] : most;
   }
-  if (p.causal) most = block_reduce(most, Max(), 0);
-  const int tiles = ((p.causal ? most : range) + kTileVectors - 1) / kTileVectors;
 
-  for_each_tile<T>(
-      dynamic_shared(), static_cast<int>(p.dim), plan.resident, tiles, [&](int) { return rows; },
-      [&](int t) { return TileVectors<T>{keys, begin + int64_t(t) * kTileVectors}; },
-      [&](int t, Tile& logits) {
-        if (!active) return;
-        const int64_t first = begin + int64_t(t) * kTileVectors;
-        uint32_t unmasked = 0xFFFFFFFFu;
-        if (p.key_mask != nullptr || p.cosine) {
+  const auto add_logits = [&](int t, Tile& logits) {
+    const int first = t * kTileVectors;
+    bool unmasked[kKeys];
 #pragma unroll
-          for (int j = 0; j < Tile::kThreadB; ++j) {
-            const int64_t key = first + Tile::b(j);
-            if (key >= p.keys) continue;
-            if (!key_is_unmasked(p, sample, key)) unmasked &= ~(1u << j);
-            const float by = key_factor(p, sample, key_head, key);
+    for (int i = 0; i < kKeys; ++i) {
+      unmasked[i] = first + Tile::a(i) < block.range;
+      if (!unmasked[i]) continue;
+      const int64_t key = block.begin + first + Tile::a(i);
+      unmasked[i] = key_is_unmasked(p, block.sample, key);
+      const float by = key_factor(p, block.sample, block.key_head, key);
 #pragma unroll
-            for (int i = 0; i < Tile::kThreadA; ++i) logits.at(i, j) *= by;
-          }
-        }
+      for (int j = 0; j < kRows; ++j) logits.at(i, j) *= by;
+    }
 #pragma unroll
-        for (int i = 0; i < Tile::kThreadA; ++i) {
+    for (int j = 0; j < kRows; ++j) {
+      const int visible = sees[j] - first;
+      float max = state[j].max;
 #pragma unroll
-          for (int j = 0; j < Tile::kThreadB; ++j) logits.at(i, j) *= factor[i];
-          const int visible = sees[i] - t * kTileVectors;
-          if (visible < kTileVectors || unmasked != 0xFFFFFFFFu) {
+      for (int i = 0; i < kKeys; ++i) {
+        float& logit = logits.at(i, j);
+        logit = unmasked[i] && Tile::a(i) < visible ? logit * factor[j] : -INFINITY;
+        max = fmaxf(max, logit);
+      }
+      const float reference = reference_logit(max);
+      state[j] = raised(state[j], max);
 #pragma unroll
-            for (int j = 0; j < Tile::kThreadB; ++j)
-              if (Tile::b(j) >= visible || (unmasked >> j & 1) == 0) logits.at(i, j) = -INFINITY;
-          }
-          state[i] = with_logits(state[i], logits, i);
-        }
-      });
+      for (int i = 0; i < kKeys; ++i) add_term(logits.at(i, j), reference, state[j].sum, state[j].weighted);
+    }
+  };
+  for_each_tile<T, true, 1>(
+      dynamic_shared(), static_cast<int>(p.dim), plan.resident, block.tiles(p, most), [&](int) { return block.rows; },
+      [&](int t) { return block.key_tile(t); }, add_logits);
 
-  if (!active) return;
+  TOKENPRUNE_SHARED(RowState[kTileThreads / kWarp][kThinRows], partial);
 #pragma unroll
-  for (int i = 0; i < Tile::kThreadA; ++i) {
-    const RowState total = warp_merged(state[i], Tile::kLanesPerA);
-    if (lane_id() % Tile::kLanesPerA != 0 || Tile::a(i) >= rows.present()) continue;
-    const int64_t row = rest * p.group_rows() + rows.first + Tile::a(i);
-    if (plan.splits == 1)
-      write_row(out, row, total);
-    else
-      reinterpret_cast<float4*>(out.workspace)[row * plan.splits + split] =
-          make_float4(total.max, total.sum, total.weighted, 0.0f);
+  for (int j = 0; j < kRows; ++j) {
+    const RowState total = warp_merged(state[j], kWarp, kStride);
+    if (lane_id() < kStride) partial[warp_id()][Tile::b(j)] = total;
   }
+  __syncthreads();
+  const int r = threadIdx.x;
+  if (r >= block.rows.present()) return;
+  RowState total = partial[0][r];
+#pragma unroll
+  for (int warp = 1; warp < kTileThreads / kWarp; ++warp) total = merged(total, partial[warp][r]);
+  block.write(p, plan, out, r, total);
 }
 
 // `rows` is that of the whole batch.
@@ -137,7 +223,8 @@ cudaError_t launch_attention_rows(const AttentionProblem& p, const AttentionRowP
                                   const AttentionRowOutputs& out, cudaStream_t stream) {
   const Launch tiles{dim3(static_cast<unsigned>(plan.blocks)), dim3(kTileThreads), static_cast<size_t>(plan.shared),
                      stream};
-  const cudaError_t status = launch(tiles, attention_rows_kernel<T>, p, plan, out);
+  const cudaError_t status =
+      launch(tiles, plan.thin ? attention_rows_thin_kernel<T> : attention_rows_wide_kernel<T>, p, plan, out);
   if (status != cudaSuccess || plan.splits == 1) return status;
   constexpr int kCombineThreads = 128;
   const int64_t rows = p.batch * p.key_heads * p.group_rows();

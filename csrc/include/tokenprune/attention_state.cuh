@@ -1,52 +1,70 @@
 // Softmax statistics of a row that is seen in parts: the online update, and how parts meet.
+//
+// With the largest logit m of a part and t = (s - m) log2(e) <= 0, the part is (m, sum 2^t, sum t 2^t). Parts are
+// brought to a common m and added. In the end lse = m + log(sum) and H = log(sum) - ln(2) weighted / sum: nothing
+// cancels, because t is measured from the maximum.
+//
+// 2^t is exp2_approx, relative error 2^-22, and rounding t adds |t| 2^-24. Over the row the relative error of the sum
+// is at most 2^-22 + 2^-24 E|t| with E|t| <= log2(N), the mean under P: two units in the last place of lse, where the
+// logits themselves are rounded to |s| 2^-24.
 #pragma once
 
 #include "tokenprune/attention.h"
+#include "tokenprune/ptx.cuh"
 #include "tokenprune/warp.cuh"
 
 namespace tokenprune {
 
-// Online softmax statistics of a part of a row. `sum` and `weighted` are relative to shift().
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
 struct RowState {
   float max, sum, weighted;
 
   __device__ __forceinline__ static RowState empty() { return {-INFINITY, 0.0f, 0.0f}; }
-  // Infinite maxima are not taken out: with none visible every term is 0, and with a logit of +inf the sum becomes
-  // +inf (or NaN beside a NaN), which is what log-sum-exp is then.
-  __device__ __forceinline__ static float shift(float max) { return fabsf(max) == INFINITY ? 0.0f : max; }
 };
 
-// exp is 0 at the bound, and its product with the bound too; NaN stays.
-__device__ __forceinline__ float bounded_exponent(float t) { return t < -150.0f ? -150.0f : t; }
+// What logits are measured from: their maximum, unless it is infinite. With no visible logit every term is 0 then, and
+// with one of +inf the sum becomes +inf (NaN beside a NaN), which is what log-sum-exp is.
+__device__ __forceinline__ float reference_logit(float max) { return fabsf(max) == INFINITY ? 0.0f : max; }
 
-// `state` brought to a maximum that is not smaller.
+// t as a factor of 2^t: where 2^t is 0, t is finite. A NaN is lost here, but not in 2^t.
+__device__ __forceinline__ float exponent_factor(float t) { return fmaxf(t, -150.0f); }
+
+__device__ __forceinline__ void add_term(float logit, float reference, float& sum, float& weighted) {
+  const float t = (logit - reference) * kLog2e, e = exp2_approx(t);
+  sum += e;
+  weighted = __fmaf_rn(e, exponent_factor(t), weighted);
+}
+
+// `state` measured from a maximum that is not smaller than its own.
 __device__ __forceinline__ RowState raised(const RowState& state, float max) {
-  const float delta = bounded_exponent(state.max - RowState::shift(max)), ratio = expf(delta);
-  return {max, state.sum * ratio, (state.weighted + state.sum * delta) * ratio};
+  const float t = exponent_factor((state.max - reference_logit(max)) * kLog2e), ratio = exp2_approx(t);
+  return {max, state.sum * ratio, __fmaf_rn(state.sum, t, state.weighted) * ratio};
 }
 
 __device__ __forceinline__ RowState merged(const RowState& a, const RowState& b) {
-  const float max = a.max > b.max ? a.max : b.max;
+  const float max = fmaxf(a.max, b.max);
   const RowState x = raised(a, max), y = raised(b, max);
   return {max, x.sum + y.sum, x.weighted + y.weighted};
 }
 
-// The states of `width` neighbouring lanes, the same in every one of them up to rounding: take the first one's.
-__device__ __forceinline__ RowState warp_merged(RowState state, int width) {
-  for (int offset = width / 2; offset > 0; offset /= 2)
-    state =
-        merged(state, {__shfl_down_sync(kAllLanes, state.max, offset), __shfl_down_sync(kAllLanes, state.sum, offset),
-                       __shfl_down_sync(kAllLanes, state.weighted, offset)});
+// The states of the lanes l, l + stride, l + 2 stride, ... below `width`, in lane l < stride. Whole warps only.
+__device__ __forceinline__ RowState warp_merged(RowState state, int width, int stride = 1) {
+  for (int offset = width / 2; offset >= stride; offset /= 2) {
+    const RowState other{__shfl_down_sync(kAllLanes, state.max, offset), __shfl_down_sync(kAllLanes, state.sum, offset),
+                         __shfl_down_sync(kAllLanes, state.weighted, offset)};
+    state = merged(state, other);
+  }
   return state;
 }
 
-__device__ __forceinline__ float lse_of(const RowState& s) { return RowState::shift(s.max) + logf(s.sum); }
+__device__ __forceinline__ float lse_of(const RowState& s) { return reference_logit(s.max) + logf(s.sum); }
 // A row that sees nothing has entropy 0.
 __device__ __forceinline__ float entropy_of(const RowState& s) {
-  return s.sum == 0 ? 0.0f : logf(s.sum) - s.weighted / s.sum;
+  return s.sum == 0 ? 0.0f : logf(s.sum) - kLn2 * (s.weighted / s.sum);
 }
 
-// The state of a row from the partial states of all ranges of keys, lane 0's is the result. Whole warps only.
+// The state of a row from the partial states of all ranges of keys, in lane 0. Whole warps only.
 __device__ __forceinline__ RowState combined_row(const float* workspace, int64_t row, int splits) {
   const float4* partials = reinterpret_cast<const float4*>(workspace) + row * splits;
   RowState state = RowState::empty();
@@ -57,9 +75,16 @@ __device__ __forceinline__ RowState combined_row(const float* workspace, int64_t
   return warp_merged(state, kWarp);
 }
 
-__device__ __forceinline__ void write_row(const AttentionRowOutputs& out, int64_t row, const RowState& state) {
+// Writes the result of a row, or of one range of its keys.
+__device__ __forceinline__ void write_row(const AttentionRowOutputs& out, int64_t row, const RowState& state,
+                                          int split = 0, int splits = 1) {
+  if (splits > 1) {
+    reinterpret_cast<float4*>(out.workspace)[row * splits + split] =
+        make_float4(state.max, state.sum, state.weighted, 0.0f);
+    return;
+  }
   out.lse[row] = lse_of(state);
-  if (out.entropy != nullptr) out.entropy[row] = entropy_of(state);
+  out.entropy[row] = entropy_of(state);
 }
 
 }  // namespace tokenprune

@@ -1,8 +1,9 @@
 // Tiles of 64 x 64 dot products: vectors a of operand A against vectors b of operand B. The row pass takes query rows
 // as A and keys as B, a column pass keys as A and query rows as B: what belongs to one A vector lies in few lanes.
 //
-//   global memory --- cp.async, chunks of 128 bytes per vector ---> ring of 3 stages in shared memory (B, and A unless
-//   it is resident) --- ldmatrix ---> mma m16n8k16 (float16, bfloat16) or FMA (float32), float32 sums in registers
+//   global memory --- cp.async, chunks of 128 bytes per vector ---> ring of 3 stages in shared memory (one operand, and
+//   the other unless it is resident) --- ldmatrix ---> mma m16n8k16 (float16, bfloat16) or FMA (float32), float32 sums
+//   in registers
 //
 // A block has 4 warps; warp w computes the A vectors 16 w .. 16 w + 15 against all 64 B vectors, 32 sums per thread.
 // One barrier per chunk: after it, the chunk loaded two steps ago is there, and the stage read in the last step is
@@ -11,7 +12,7 @@
 //
 // Shared memory: a chunk of a vector is 8 units of 16 bytes; unit u of vector v lies at unit u ^ (v % 8) of row v. The
 // 8 rows that one ldmatrix phase (or 8 neighbouring lanes) reads at the same unit then lie in distinct banks.
-// 48 KiB with both operands streamed, 24 KiB + 8 KiB per chunk with A resident.
+// 48 KiB with both operands streamed, 24 KiB + 8 KiB per chunk with one resident.
 #pragma once
 
 #include "tokenprune/attention.h"
@@ -77,6 +78,10 @@ __device__ __forceinline__ float key_factor(const AttentionProblem& p, int64_t s
   return p.cosine ? p.key_inverse_norms[(sample * p.key_heads + key_head) * p.keys + key] : 1.0f;
 }
 
+// A block may be several teams of kTileThreads threads, with a tile each, that pass the same barriers.
+__device__ __forceinline__ int tile_thread() { return threadIdx.x % kTileThreads; }
+__device__ __forceinline__ int tile_warp() { return tile_thread() / kWarp; }
+
 // One thread's 32 sums of a tile: kThreadA x kThreadB of them, sum (i, j) being that of the tile's vectors a(i) of A
 // and b(j) of B. The kLanesPerA lanes that share the same a(i) are neighbours: warp_reduce(x, op, kLanesPerA) meets
 // them.
@@ -89,13 +94,13 @@ struct DotTile {
   float sums[8][4];
 
   __device__ __forceinline__ static int a(int i) {
-    return 16 * warp_id() + lane_id() / kLanesPerA + i * (kWarp / kLanesPerA);
+    return 16 * tile_warp() + lane_id() / kLanesPerA + i * (kWarp / kLanesPerA);
   }
   __device__ __forceinline__ static int b(int j) {
     return kMma ? 8 * (j / 2) + 2 * (lane_id() % 4) + j % 2 : 8 * j + lane_id() % 8;
   }
   // Of the j with the same block(j), b(j) lies in 16 block(j) .. 16 block(j) + 15, for all lanes.
-  static constexpr int block(int j) { return kMma ? j / 4 : j / 2; }
+  __host__ __device__ static constexpr int block(int j) { return kMma ? j / 4 : j / 2; }
   __device__ __forceinline__ float& at(int i, int j) { return kMma ? sums[j / 2][2 * i + j % 2] : sums[j][i]; }
 
   __device__ __forceinline__ void clear() {
@@ -106,19 +111,29 @@ struct DotTile {
   }
 
   // Adds the products of one chunk, of which `left` elements exist (the others are zeros), for the first b_left vectors
-  // of B. All lanes of a warp call it.
+  // of B, at most 16 kBlocks. All lanes of a warp call it.
+  template <int kBlocks>
+  __device__ __forceinline__ void multiply(const unsigned char* a_chunk, const unsigned char* b_chunk, int left,
+                                           int b_left) {
+    if (left >= kChunk && b_left > 16 * (kBlocks - 1))
+      multiply<kBlocks, true>(a_chunk, b_chunk, left, b_left);  // without a branch: loads run ahead of products
+    else
+      multiply<kBlocks, false>(a_chunk, b_chunk, left, b_left);
+  }
+
+  template <int kBlocks, bool kFull>
   __device__ __forceinline__ void multiply(const unsigned char* a_chunk, const unsigned char* b_chunk, int left,
                                            int b_left) {
     if constexpr (kMma) {
-      const int lane = lane_id(), a_row = 16 * warp_id() + lane % 16, b_row = lane / 16 * 8 + lane % 8;
+      const int lane = lane_id(), a_row = 16 * tile_warp() + lane % 16, b_row = lane / 16 * 8 + lane % 8;
 #pragma unroll
       for (int k = 0; k < kChunk / 16; ++k) {
-        if (16 * k >= left) break;
+        if (!kFull && 16 * k >= left) break;
         uint32_t x[4];
         ldmatrix_x4(x, unit(a_chunk, a_row, 2 * k + lane / 16));
 #pragma unroll
-        for (int n = 0; n < 4; ++n) {
-          if (16 * n >= b_left) break;
+        for (int n = 0; n < kBlocks; ++n) {
+          if (!kFull && 16 * n >= b_left) break;
           uint32_t y[4];
           ldmatrix_x4(y, unit(b_chunk, 16 * n + b_row, 2 * k + lane / 8 % 2));
           const uint32_t low[2] = {y[0], y[1]}, high[2] = {y[2], y[3]};
@@ -129,13 +144,13 @@ struct DotTile {
     } else {
 #pragma unroll 1  // unrolled, the reads of several units would spill
       for (int u = 0; u < 8; ++u) {
-        if (kUnit * u >= left) break;
+        if (!kFull && kUnit * u >= left) break;
         float4 x[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) x[i] = *reinterpret_cast<const float4*>(unit(a_chunk, a(i), u));
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          if (8 * j >= b_left) break;
+        for (int j = 0; j < 2 * kBlocks; ++j) {
+          if (!kFull && 8 * j >= b_left) break;
           const float4 y = *reinterpret_cast<const float4*>(unit(b_chunk, b(j), u));
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
@@ -154,27 +169,41 @@ struct DotTile {
   }
 };
 
-// One thread's part in copying the chunks of a tile of 64 vectors: of the vectors threadIdx.x / 4 and 32 further, the
-// units threadIdx.x % 4 and 4 further, odd vectors in reverse order: 8 neighbouring lanes write to distinct banks, and
-// 4 read 64 bytes in a row.
+// Which 64 vectors of a list a tile takes. A list has a count, vector(v) (null: zeros) and aligned.
+template <class T, class List = VectorList<T>>
+struct TileVectors {
+  List list;
+  int64_t first;
+
+  // How many of the 64 exist.
+  __device__ __forceinline__ int present() const {
+    const int64_t left = list.count - first;
+    return left < 0 ? 0 : left < kTileVectors ? static_cast<int>(left) : kTileVectors;
+  }
+};
+
+// One thread's part in copying the chunks of a tile of 64 vectors: of the vectors tile_thread() / 4 and 32 further, the
+// units tile_thread() % 4 and 4 further, odd vectors in reverse order: 8 neighbouring lanes write to distinct banks,
+// and 4 read 64 bytes in a row.
 template <class T>
 struct TileLoader {
   const T* vectors[2];
   bool aligned;
 
-  __device__ __forceinline__ void point_to(const VectorList<T>& list, int64_t first) {
-    aligned = list.aligned;
-    vectors[0] = list.vector(first + threadIdx.x / 4);
-    vectors[1] = list.vector(first + threadIdx.x / 4 + 32);
+  template <class List>
+  __device__ __forceinline__ void point_to(const TileVectors<T, List>& tile) {
+    aligned = tile.list.aligned;
+    vectors[0] = tile.list.vector(tile.first + tile_thread() / 4);
+    vectors[1] = tile.list.vector(tile.first + tile_thread() / 4 + 32);
   }
 
   // Starts (or, unaligned, makes) the copy of chunk `c` to `to`.
   __device__ __forceinline__ void copy(unsigned char* to, int c, int dim) const {
     constexpr int kUnit = DotTile<T>::kUnit;
-    const int row = threadIdx.x / 4;
+    const int row = tile_thread() / 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int u = threadIdx.x % 4 + 4 * ((half + row) % 2), element = c * DotTile<T>::kChunk + u * kUnit;
+      const int u = tile_thread() % 4 + 4 * ((half + row) % 2), element = c * DotTile<T>::kChunk + u * kUnit;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         unsigned char* at = to + (row + 32 * i) * kChunkBytes + ((u ^ (row & 7)) << 4);
@@ -193,47 +222,33 @@ struct TileLoader {
   }
 };
 
-// Which 64 vectors of a list a tile takes.
-template <class T>
-struct TileVectors {
-  VectorList<T> list;
-  int64_t first;
-
-  // How many of the 64 exist.
-  __device__ __forceinline__ int present() const {
-    const int64_t left = list.count - first;
-    return left < 0 ? 0 : left < kTileVectors ? static_cast<int>(left) : kTileVectors;
-  }
-};
-
-// visit(t, tile) with the finished sums of tile t = 0 .. tiles - 1, those of the vectors a_of(t) and b_of(t). Both are
-// functions from t to TileVectors<T>, called again whenever needed. With `resident`, A is a_of(0) for all tiles and is
-// read once. A warp whose A vectors do not exist computes nothing, and sums of B vectors that do not exist may be left
-// 0: `visit` must not use either. It is called by all threads, may contain barriers, and must not touch `shared`
+// visit(t, tile) with the finished sums of tile t = 0 .. tiles - 1, those of the vectors kept_of(t) and streamed_of(t).
+// Both are functions from t to TileVectors, called again whenever needed. With `resident` the first operand is
+// kept_of(0) for all tiles and is read once. It is operand A of the tile, or with kKeptIsB operand B. Of B only the
+// first 16 kBlocks vectors are used.
+//
+// A warp whose A vectors do not exist computes nothing, and sums of B vectors that do not exist may be left 0: `visit`
+// must not use either. It is called by all threads, may contain barriers, and must not touch `shared`
 // (tile_shared_bytes of it). All threads call this function, which may be called repeatedly.
-template <class T, class AOf, class BOf, class Visit>
-__device__ __forceinline__ void for_each_tile(unsigned char* shared, int dim, bool resident, int tiles, AOf&& a_of,
-                                              BOf&& b_of, Visit&& visit) {
+template <class T, bool kKeptIsB = false, int kBlocks = 4, class KeptOf, class StreamedOf, class Visit>
+__device__ __forceinline__ void for_each_tile(unsigned char* shared, int dim, bool resident, int tiles,
+                                              KeptOf&& kept_of, StreamedOf&& streamed_of, Visit&& visit) {
   static_assert(kTileStages == 3, "two chunks ahead");
   constexpr int kChunk = DotTile<T>::kChunk;
-  unsigned char* const b_ring = shared;
-  unsigned char* const a_ring = shared + kTileStages * kChunkTileBytes;  // or all chunks of A
+  unsigned char* const ring = shared;
+  unsigned char* const kept_ring = shared + kTileStages * kChunkTileBytes;  // resident: all chunks
   const int chunks = (dim + kChunk - 1) / kChunk;
-  TileLoader<T> a_loader, b_loader;
+  TileLoader<T> loader;
   int next_tile = 0, next_chunk = 0, next_stage = 0;  // what is loaded next, and to where
   const auto load = [&] {
     if (next_tile < tiles) {
-      const bool with_a = !resident || next_tile == 0;
-      if (next_chunk == 0) {
-        const TileVectors<T> b = b_of(next_tile);
-        b_loader.point_to(b.list, b.first);
-        if (with_a) {
-          const TileVectors<T> a = a_of(next_tile);
-          a_loader.point_to(a.list, a.first);
-        }
+      if (next_chunk == 0) loader.point_to(streamed_of(next_tile));
+      loader.copy(ring + next_stage * kChunkTileBytes, next_chunk, dim);
+      if (!resident || next_tile == 0) {
+        TileLoader<T> kept_loader;  // made again for every chunk: kept, its pointers would cost registers
+        kept_loader.point_to(kept_of(next_tile));
+        kept_loader.copy(kept_ring + (resident ? next_chunk : next_stage) * kChunkTileBytes, next_chunk, dim);
       }
-      b_loader.copy(b_ring + next_stage * kChunkTileBytes, next_chunk, dim);
-      if (with_a) a_loader.copy(a_ring + (resident ? next_chunk : next_stage) * kChunkTileBytes, next_chunk, dim);
       next_stage = next_stage == kTileStages - 1 ? 0 : next_stage + 1;
       if (++next_chunk == chunks) {
         next_chunk = 0;
@@ -247,17 +262,19 @@ __device__ __forceinline__ void for_each_tile(unsigned char* shared, int dim, bo
   load();
   int stage = 0;
   for (int t = 0; t < tiles; ++t) {
-    const bool active = 16 * warp_id() < a_of(resident ? 0 : t).present();
-    const int b_left = b_of(t).present();
+    const int kept = kept_of(resident ? 0 : t).present(), streamed = streamed_of(t).present();
+    const bool active = 16 * tile_warp() < (kKeptIsB ? streamed : kept);
     DotTile<T> tile;
     tile.clear();
     for (int c = 0; c < chunks; ++c) {
       cp_async_wait<1>();
       __syncthreads();
       load();
+      const unsigned char* x = kept_ring + (resident ? c : stage) * kChunkTileBytes;
+      const unsigned char* y = ring + stage * kChunkTileBytes;
       if (active)
-        tile.multiply(a_ring + (resident ? c : stage) * kChunkTileBytes, b_ring + stage * kChunkTileBytes,
-                      dim - c * kChunk, b_left);
+        tile.template multiply<kBlocks>(kKeptIsB ? y : x, kKeptIsB ? x : y, dim - c * kChunk,
+                                        kKeptIsB ? kept : streamed);
       stage = stage == kTileStages - 1 ? 0 : stage + 1;
     }
     visit(t, tile);

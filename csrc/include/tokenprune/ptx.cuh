@@ -41,6 +41,16 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
+// --- arithmetic
+// -------------------------------------------------------------------------------------------------------
+
+// 2^x within a relative error of 2^-22; below 2^-126 it is 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // --- asynchronous copies into shared memory --------------------------------------------------------------------------
 
 // 16 bytes, both addresses 16-byte aligned; with `valid` false the destination gets zeros and `source` is not read.

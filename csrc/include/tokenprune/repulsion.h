@@ -35,10 +35,11 @@ struct RepulsionProblem {
   int64_t* counts;   // [batch]
 };
 
-// Up to here all cosines of a sample are stored, and one block makes all its picks. A variable, because tests send
-// small samples the other way.
-inline int64_t gram_tokens = 3072;
-constexpr int64_t kGramBytes = 256 << 20;  // of the matrices that exist at once; samples beyond that wait their turn
+// Up to so many tokens all cosines of a sample are stored, and one block makes all its picks. The matrices that exist at
+// once take at most so many bytes (or hold one sample); samples beyond that wait their turn. Variables, because tests
+// send small samples the other ways too.
+inline int64_t gram_token_limit = 3072;
+inline int64_t gram_byte_limit = int64_t(256) << 20;
 
 constexpr int kCandidates = 64;  // of a round: tokens that may be picked before all objectives are brought up to date
 constexpr int kDirectionParts = 32;  // the sum of all unit vectors is taken in so many parts
@@ -66,7 +67,7 @@ inline int gram_greedy_shared(int64_t n, bool energy) { return static_cast<int>(
 inline RepulsionPlan plan_repulsion(const RepulsionProblem& p, const DeviceLimits& limits) {
   RepulsionPlan plan{};
   const bool nothing = p.n == 0 || p.k == 0;  // the block that makes the picks writes that it made none
-  plan.gram = nothing || p.n <= gram_tokens;
+  plan.gram = nothing || p.n <= gram_token_limit;
   plan.start = !nothing && p.energy == nullptr && p.first != FirstPick::kIndex;
   plan.tile = 64;
   plan.samples = std::min(p.batch, kMaxGridX);
@@ -76,7 +77,7 @@ inline RepulsionPlan plan_repulsion(const RepulsionProblem& p, const DeviceLimit
   }
   const int64_t n = p.n;
   if (plan.gram) {
-    plan.samples = std::min(p.batch, std::max<int64_t>(1, kGramBytes / (n * n * 4)));
+    plan.samples = std::min(p.batch, std::max<int64_t>(1, gram_byte_limit / (n * n * 4)));
     const int64_t large = ceil_div<int64_t>(n, 128);
     // Large tiles read the features half as often, but only many of them occupy the device.
     if (plan.samples * (large * (large + 1) / 2) >= 2 * limits.sm_count) plan.tile = 128;
@@ -89,8 +90,9 @@ inline RepulsionPlan plan_repulsion(const RepulsionProblem& p, const DeviceLimit
   }
   const int64_t tiles = ceil_div<int64_t>(n, 64), pairs = ceil_div<int64_t>(n, 128);
   const int64_t parts = kDirectionParts * ceil_div<int64_t>(p.channels, 256);
-  const int64_t blocks =
-      std::max({tiles, p.first == FirstPick::kIsolated ? pairs * (pairs + 1) / 2 : 0, parts, n / 8 + 1});
+  // The largest grid of the launches in repulsion_start.cuh and repulsion_rounds.cuh, for one sample.
+  const int64_t blocks = std::max(
+      {tiles, p.first == FirstPick::kIsolated ? pairs * (pairs + 1) / 2 : 0, parts, n / 8 + 1, p.n_seeds / 256 + 1});
   plan.samples = std::min(p.batch, std::max<int64_t>(1, kMaxGridX / blocks));
   plan.greedy_block = n > 256 ? 512 : 64;
   plan.rounds = std::min(p.k, n) + ceil_div<int64_t>(std::min(p.n_seeds, n), kCandidates);

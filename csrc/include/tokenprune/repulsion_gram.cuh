@@ -1,4 +1,4 @@
-// repulsion_sample with all cosines of a sample in device memory, up to `gram_tokens` tokens.
+// repulsion_sample with all cosines of a sample in device memory, up to `gram_token_limit` tokens.
 //
 // 1. gram: the inner products of all pairs, n x n float32. grid: samples * tiles on and above the diagonal; block:
 //    DotTile (128 threads for tiles of 64, 256 for tiles of 128); shared: DotTile::kShared. Reads tiles * 2 * kTile

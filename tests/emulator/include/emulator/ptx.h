@@ -1,6 +1,7 @@
 // Host twins of the functions of tokenprune/ptx.cuh.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 
 #include "emulator/grid.h"
@@ -53,6 +54,11 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
         std::memcpy(&static_cast<Request*>(requests[lane])->r[m], source + 4 * (lane % 4), 4);
       }
   });
+}
+
+inline float exp2_approx(float x) {
+  const float y = std::exp2(x);
+  return y < 0x1p-126f ? 0.0f : y;
 }
 
 inline void cp_async_16(void* shared, const void* source, bool valid) {

@@ -1,0 +1,140 @@
+"""`python -m bench.gpu_suite --out DIR`: build, correctness, sanitizer and timings on the GPU of this machine.
+
+Without a GPU, or with --dry-run, the same stages run on toy sizes with the emulated kernels: that tests the suite.
+Every stage is on its own: one that fails is recorded and the others go on. DIR/results.json and DIR/report.md are
+rewritten after every stage, so that a kill loses nothing that was finished. docs/gpu.md says how to read them.
+"""
+
+import argparse
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from . import build, correctness, environment, report, sanitizer
+from .run import Run, Stage, summarize
+
+SCHEMA = 1
+RESERVE = 8.0  # seconds kept for the last report
+
+
+def worker(name: str, item_seconds: float) -> Callable[[Run], Stage]:
+    return lambda run: summarize(*run.worker(name, item_seconds=item_seconds))
+
+
+# name -> (what it does, the most seconds it may take)
+STAGES: dict[str, tuple[Callable[[Run], Stage], float]] = {
+    "environment": (environment.run, 60),
+    "build": (build.run, 260),
+    "contact": (worker("contact", 45), 120),
+    "floors": (worker("floors", 30), 60),
+    "timing": (worker("timing", 45), 160),
+    "correctness": (correctness.run, 170),
+    "behaviour": (worker("behaviour", 45), 120),
+    "sanitizer": (sanitizer.run, 170),
+    "compiled": (worker("compiled", 90), 120),
+}
+# Stages of one group run at the same time; those that measure times are alone.
+GROUPS = (
+    ("environment",), ("build",), ("contact",), ("floors",), ("timing",), ("correctness", "behaviour", "sanitizer"),
+    ("compiled",),
+)  # fmt: skip
+
+
+class Results:
+    """What has been found so far, on disk after every stage."""
+
+    def __init__(self, run: Run, dry_run: str | bool) -> None:
+        self.run, self._lock = run, threading.Lock()
+        self.data: dict[str, Any] = {
+            "schema": SCHEMA, "dry_run": dry_run, "command": " ".join(["python -m bench.gpu_suite", *sys.argv[1:]]),
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"), "seconds": 0.0, "stages": run.results,
+        }  # fmt: skip
+
+    def add(self, name: str, stage: Stage) -> None:
+        with self._lock:
+            self.run.results[name] = stage
+            self.data["seconds"] = round(time.monotonic() - self.run.began, 1)
+            report.write(self.data, self.run.out)
+
+
+def run_stage(name: str, run: Run, results: Results) -> None:
+    """One stage within its time; whatever it raises becomes its result."""
+    function, cap = STAGES[name]
+    began = time.monotonic()
+    left = run.end - RESERVE - began
+    if left < 3:
+        results.add(name, {"status": "skipped", "reason": "out of time", "summary": {}, "seconds": 0.0})
+        return
+    run.say(f"{name}: starts, {min(cap, left):.0f} s at most")
+    try:
+        stage = function(replace(run, deadline=began + min(cap, left)))
+    except Exception as error:
+        stage = {"status": "error", "reason": f"{type(error).__name__}: {error}", "summary": {},
+                 "trace": traceback.format_exc()[-3000:]}  # fmt: skip
+    stage["seconds"] = round(time.monotonic() - began, 1)
+    results.add(name, stage)
+    counts = " ".join(f"{key}={value}" for key, value in stage.get("summary", {}).items())
+    reason = f" ({report.one_line(stage['reason'], 200)})" if stage.get("reason") else ""
+    run.say(f"{name}: {stage['status']} in {stage['seconds']} s {counts}{reason}")
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_suite", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results; emptied of earlier ones")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats")
+    parser.add_argument("--dry-run", action="store_true", help="toy sizes and the emulator, although there is a GPU")
+    parser.add_argument("--seconds", type=float, default=470, help="the whole time budget (default: %(default)s)")
+    parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE")
+    parser.add_argument("--skip", nargs="+", choices=STAGES, default=[], metavar="STAGE",
+                        help=f"of {', '.join(STAGES)}")  # fmt: skip
+    return parser.parse_args(words)
+
+
+def why_dry(asked: bool) -> str | bool:
+    """Why this is no run on a GPU, or False."""
+    if asked:
+        return "--dry-run"
+    import torch
+
+    return False if torch.cuda.is_available() else "torch finds no CUDA device"
+
+
+def main() -> int:
+    arguments = parse()
+    out = arguments.out.resolve()
+    (out / "records").mkdir(parents=True, exist_ok=True)
+    for old in (out / "records").iterdir():
+        old.unlink()
+    began = time.monotonic()
+    dry = why_dry(arguments.dry_run)
+    if dry:
+        os.environ.update(TOKENPRUNE_TEST_GPU="emulated", OMP_NUM_THREADS="1")
+    else:
+        os.environ.pop("TOKENPRUNE_TEST_GPU", None)
+    # Timings and checks see the package as users do.
+    for name in ("TOKENPRUNE_POISON", "TOKENPRUNE_CHECK_INDICES", "TOKENPRUNE_BACKEND", "CUDA_LAUNCH_BLOCKING"):
+        os.environ.pop(name, None)
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    run = Run(out, bool(dry), arguments.quick, end=began + arguments.seconds, began=began)
+    results = Results(run, dry)
+    if dry:
+        run.say(f"DRY RUN ({dry}): toy sizes, emulated kernels, no measurement")
+    wanted = [name for name in arguments.only if name not in arguments.skip]
+    for group in GROUPS:
+        chosen = [name for name in group if name in wanted]
+        with ThreadPoolExecutor(max_workers=len(group)) as pool:
+            list(pool.map(lambda name: run_stage(name, run, results), chosen))
+    print((out / "report.md").read_text() if (out / "report.md").exists() else "no stage ran", flush=True)
+    run.say(f"results in {arguments.out}")
+    return 1 if any(s["status"] in ("failed", "error") for s in run.results.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

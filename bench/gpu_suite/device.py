@@ -1,0 +1,287 @@
+"""The calls that need a GPU, and nothing else: timer, graph, streams, memory, profiler. `Host` is the same on a CPU.
+
+`Host` runs the emulated CUDA kernels (or the CPU kernels, where an op is not ported), measures with the host's clock and
+captures nothing. With it the whole suite runs without a GPU, which is how its control flow is tested.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+import tokenprune_kernels as tp
+from tokenprune_kernels import _backend
+
+from .work import UnavailableError
+
+SPIN_CYCLES = 20_000_000  # about 10 ms on a GPU: work that comes too early is sure to come before its end
+SYNCHRONIZING = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy"}
+
+
+@dataclass
+class Captured:
+    """A graph and the outputs that every replay writes."""
+
+    replay: Callable[[], None]
+    outputs: list[Tensor]
+
+
+class Device(Protocol):
+    torch_device: torch.device
+    real: bool
+
+    def has_kernel(self, op: str) -> bool: ...
+    def backend(self, op: str) -> str: ...
+    def op(self, op: str) -> Callable[..., Any]: ...
+    def synchronize(self) -> None: ...
+    def broken(self) -> str | None: ...
+    def times(self, f: Callable[[], Any], repeats: int) -> list[float]: ...
+    def capture(self, f: Callable[[], Any]) -> Captured: ...
+    def side_stream(self) -> contextlib.AbstractContextManager[Any]: ...
+    def spin(self) -> None: ...
+    def join(self, stream: Any) -> None: ...
+    def forbid_synchronization(self) -> contextlib.AbstractContextManager[None]: ...
+    def launches(self, f: Callable[[], Any]) -> dict[str, Any]: ...
+    def peak_bytes(self, f: Callable[[], Any]) -> int | None: ...
+    def free_bytes(self) -> int: ...
+    def l2_bytes(self) -> int: ...
+    def empty_launch(self) -> None: ...
+
+
+def flat(result: Any) -> list[Tensor]:
+    """Tensors of an op's or a function's result."""
+    if isinstance(result, Tensor):
+        return [result]
+    return [t for r in result for t in flat(r)] if isinstance(result, (list, tuple)) else []
+
+
+class Cuda:
+    real = True
+
+    def __init__(self) -> None:
+        self.torch_device = torch.device("cuda", torch.cuda.current_device())
+
+    def has_kernel(self, op: str) -> bool:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"tokenprune::{op}", "CUDA")
+
+    def backend(self, op: str) -> str:
+        return "cuda"
+
+    def op(self, op: str) -> Callable[..., Any]:
+        """The Python function on the backend under test."""
+        return partial(getattr(tp, op), backend="cuda")
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def broken(self) -> str | None:
+        try:
+            torch.cuda.synchronize()
+            torch.zeros(1, device=self.torch_device).item()
+        except Exception as error:
+            return str(error)[:300]
+        return None
+
+    def times(self, f: Callable[[], Any], repeats: int) -> list[float]:
+        """Seconds between events around each of `repeats` runs in a row."""
+        pairs = []
+        for _ in range(repeats):
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            f()
+            after.record()
+            pairs.append((before, after))
+        torch.cuda.synchronize()
+        return [before.elapsed_time(after) / 1e3 for before, after in pairs]
+
+    def capture(self, f: Callable[[], Any]) -> Captured:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):  # handles and lazily loaded modules, outside of the capture
+                f()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = f()
+        return Captured(graph.replay, flat(result))
+
+    @contextlib.contextmanager
+    def side_stream(self) -> Iterator[Any]:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            yield stream
+
+    def spin(self) -> None:
+        torch.cuda._sleep(SPIN_CYCLES)
+
+    def join(self, stream: Any) -> None:
+        """What is launched from now on waits for what was launched on the side stream."""
+        if stream is not None:
+            torch.cuda.current_stream().wait_stream(stream)
+
+    @contextlib.contextmanager
+    def forbid_synchronization(self) -> Iterator[None]:
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+    def launches(self, f: Callable[[], Any]) -> dict[str, Any]:
+        """Kernels, copies and host synchronisations of one call, from the profiler."""
+        from torch.autograd import DeviceType
+        from torch.profiler import ProfilerActivity, profile, record_function
+
+        f()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            with record_function("tokenprune_region"):
+                f()
+            torch.cuda.synchronize()
+        events = list(profiler.events())
+        region = next(e for e in events if e.name == "tokenprune_region" and e.device_type == DeviceType.CPU)
+        inside = [e for e in events if region.time_range.start <= e.time_range.start <= region.time_range.end]
+        on_device = [e.name for e in events if e.device_type == DeviceType.CUDA and e.name != "tokenprune_region"]
+        kernels = [name for name in on_device if not name.startswith(("Memcpy", "Memset"))]
+        return {
+            "kernels": len(kernels),
+            "names": sorted({name[:100] for name in kernels})[:40],
+            "copies_and_fills": len(on_device) - len(kernels),
+            "synchronizations": sum(e.name in SYNCHRONIZING for e in inside),
+        }
+
+    def peak_bytes(self, f: Callable[[], Any]) -> int | None:
+        """Device memory that one call holds at most, its outputs included, beyond what was there before."""
+        f()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = f()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        del kept
+        return peak
+
+    def free_bytes(self) -> int:
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
+
+    def l2_bytes(self) -> int:
+        return int(getattr(torch.cuda.get_device_properties(self.torch_device), "L2_cache_size", 0)) or 64 << 20
+
+    def empty_launch(self) -> None:
+        torch.cuda._sleep(0)
+
+
+class Host:
+    """The CPU twin. Its numbers mean nothing and are marked as a dry run wherever they are written."""
+
+    real = False
+
+    def __init__(self, emulate: bool = True) -> None:
+        self.torch_device = torch.device("cpu")
+        self.no_emulator: str | None = None if emulate else "not asked for"
+        if not emulate:
+            return
+        try:
+            import emulator
+
+            _backend._extra["emulator"] = emulator.ops()
+        except Exception as error:
+            self.no_emulator = f"{type(error).__name__}: {str(error)[:300]}"
+
+    def has_kernel(self, op: str) -> bool:
+        return self.no_emulator is None and torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"tokenprune_emulated::{op}", "CPU"
+        )
+
+    def backend(self, op: str) -> str:
+        return "emulator" if self.has_kernel(op) else "auto"
+
+    def op(self, op: str) -> Callable[..., Any]:
+        return partial(getattr(tp, op), backend=self.backend(op))
+
+    def synchronize(self) -> None:
+        pass
+
+    def broken(self) -> str | None:
+        return None
+
+    def times(self, f: Callable[[], Any], repeats: int) -> list[float]:
+        measured = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            f()
+            measured.append(time.perf_counter() - began)
+        return measured
+
+    def capture(self, f: Callable[[], Any]) -> Captured:
+        outputs = flat(f())
+
+        def replay() -> None:
+            for old, new in zip(outputs, flat(f()), strict=True):
+                old.copy_(new)
+
+        return Captured(replay, outputs)
+
+    def side_stream(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def spin(self) -> None:
+        pass
+
+    def join(self, stream: Any) -> None:
+        pass
+
+    def forbid_synchronization(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def launches(self, f: Callable[[], Any]) -> dict[str, Any]:
+        if self.no_emulator is not None:
+            return {"kernels": None, "synchronizations": None}
+        import emulator
+
+        module = emulator.load()
+        module.take_launches()
+        f()
+        made = module.take_launches()
+        return {"kernels": len(made), "names": sorted({launch["kernel"] for launch in made}), "synchronizations": 0}
+
+    def peak_bytes(self, f: Callable[[], Any]) -> int | None:
+        f()
+        return None
+
+    def free_bytes(self) -> int:
+        return 1 << 27
+
+    def l2_bytes(self) -> int:
+        return 1 << 20
+
+    def empty_launch(self) -> None:
+        pass
+
+
+def dry() -> bool:
+    """Is the CPU twin asked for?"""
+    return os.environ.get("TOKENPRUNE_TEST_GPU") == "emulated"
+
+
+def pick() -> Device:
+    """The device of this process, or UnavailableError."""
+    if dry():
+        return Host()
+    if not torch.cuda.is_available():
+        raise UnavailableError("torch finds no CUDA device")
+    reason = _backend.unavailable("cuda", "cuda")
+    if reason is not None:
+        raise UnavailableError(reason)
+    return Cuda()

@@ -1,0 +1,52 @@
+"""Whole methods on inputs of a model's size, for the benchmarks on every device."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune_kernels import methods
+
+from .shapes import Model
+
+
+def smooth_features(model: Model, width: int, generator: torch.Generator) -> Tensor:
+    """Visual tokens as redundant as real ones: a smooth random field over each crop plus noise, [1, N, width]."""
+    crop_tokens = model.tokens // model.crops
+    rows, columns = model.grid
+    coarse = torch.randn(model.crops, width, max(rows // 4, 2), max(columns // 4, 2), generator=generator)
+    field = torch.nn.functional.interpolate(coarse, (rows, columns), mode="bilinear", align_corners=True)
+    tokens = field.flatten(2).mT[:, :crop_tokens].reshape(1, model.tokens, width)
+    return tokens + 0.3 * torch.randn(tokens.shape, generator=generator)
+
+
+def inputs(model: Model, seed: int = 0) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    rows, columns = model.grid
+    cell = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).float()
+    features = smooth_features(model, model.hidden, g)
+    return {
+        "query": torch.randn(1, model.query_heads, model.question, model.head_dim, generator=g),
+        "key": torch.randn(1, model.key_heads, model.tokens, model.head_dim, generator=g),
+        "features": features,
+        "text": features[:, : model.question] + torch.randn(1, model.question, model.hidden, generator=g),
+        "saliency": torch.rand(1, model.tokens, generator=g),
+        "positions": cell.repeat(model.crops, 1).unsqueeze(0),
+    }
+
+
+def calls(model: Model, x: dict[str, Tensor]) -> dict[str, Callable[[], Any]]:
+    k = model.keep
+    return {
+        "coast": lambda: methods.coast(x["query"], x["key"], x["features"], k, causal=False),
+        "sts_structure": lambda: methods.sts_structure(x["features"], k, positions=x["positions"]),
+        "sts_semantics": lambda: methods.sts_semantics(x["query"], x["key"], k, causal=False),
+        "adafv": lambda: methods.adafv(x["text"], x["features"], x["saliency"], k),
+        "zspaprune": lambda: methods.zspaprune(x["text"], x["features"], k),
+        "adaptprune": lambda: methods.adaptprune(
+            x["query"], x["key"], x["features"], x["positions"], k, grid=model.grid, causal=False
+        ),
+        "fastv": lambda: methods.fastv(x["query"], x["key"], k, causal=False),
+        "divprune": lambda: methods.divprune(x["features"], k),
+    }

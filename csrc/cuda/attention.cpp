@@ -1,0 +1,108 @@
+// CUDA bindings of attention_scores and cross_attention_scores: the column pass, after the row pass or from a given
+// lse.
+#include "cuda/attention_inputs.h"
+#include "tokenprune/attention_columns.h"
+
+namespace tokenprune {
+
+namespace {
+
+// Scores from lse [B, Hq, M], which is float32 and contiguous; the inverse norms are there.
+Tensor run_attention_columns(const char* op, const AttentionInputs& inputs, const Tensor& lse,
+                             const OptionalTensor& key_indices_in, const OptionalTensor& query_mask_in,
+                             const AttentionReductions& reductions, bool one_launch, const CudaScope& cuda) {
+  ColumnProblem c{};
+  c.attention = inputs.problem;
+  const AttentionProblem& p = c.attention;
+  c.lse = lse.const_data_ptr<float>();
+  c.columns = p.keys;
+  OptionalTensor key_indices;
+  if (key_indices_in) {
+    key_indices = with_contiguous_rows(*key_indices_in);
+    c.key_indices = key_indices->const_data_ptr<int64_t>();
+    c.key_indices_stride = key_indices->stride(0);
+    c.columns = key_indices->size(1);
+  }
+  const MaskArgument query_mask(query_mask_in);
+  c.query_mask = query_mask.data();
+  c.query_mask_stride = query_mask.stride();
+  c.heads = static_cast<ColumnHeads>(reductions.heads);
+  c.total_kinds = static_cast<int64_t>(reductions.rows.size());
+  c.last_only = true;
+  for (const QueryReduction rows : reductions.rows) c.last_only = c.last_only && rows == QueryReduction::kLast;
+  const Shape shape =
+      c.per_head() ? Shape{p.batch, c.total_kinds, p.query_heads, c.columns} : Shape{p.batch, c.total_kinds, c.columns};
+  Tensor scores = new_empty(inputs.query, shape, ScalarType::Float);
+  c.scores = scores.mutable_data_ptr<float>();
+  const ColumnPlan plan =
+      plan_attention_columns({p.batch, p.query_heads, p.key_heads, p.rows, p.dim, c.columns,
+                              static_cast<int>(inputs.query.element_size()), c.per_head(), c.last_only, one_launch},
+                             cuda.limits());
+  OptionalTensor partial;
+  if (plan.row_parts > 1) {
+    partial = new_empty(inputs.query, {plan.partial_elements(p.batch, c.out_heads(), c.columns)}, ScalarType::Float);
+    c.partial = partial->mutable_data_ptr<float>();
+  }
+  for (; c.first_kind < c.total_kinds; c.first_kind += kMaxKinds) {
+    c.kind_count = static_cast<int>(std::min<int64_t>(kMaxKinds, c.total_kinds - c.first_kind));
+    c.kinds = 0;
+    for (int r = 0; r < c.kind_count; ++r) c.kinds |= static_cast<uint64_t>(reductions.rows[c.first_kind + r]) << 2 * r;
+    const cudaError_t status = dispatch_storage(inputs.query, [&](auto tag) {
+      return launch_attention_columns<typename decltype(tag)::type>(c, plan, cuda.stream());
+    });
+    check_launch(op, status, {{"query", inputs.query}, {"key", inputs.key}});
+  }
+  return scores;
+}
+
+AttentionReductions check(const char* op, const Tensor& query, const Tensor& key, const OptionalTensor& lse,
+                          const OptionalTensor& key_indices, const OptionalTensor& query_mask,
+                          const OptionalTensor& key_mask, const OptionalTensor& query_positions,
+                          const std::string& head_reduction, const std::string& query_reduction) {
+  check_attention(op, query, key, lse, key_indices, query_mask, key_mask, query_positions);
+  check_not_float64(op, {{"query", query}});
+  if (key_indices) check_indices(op, "key_indices", *key_indices, key.size(2));
+  return parse_reductions(op, head_reduction, query_reduction);
+}
+
+std::tuple<Tensor, Tensor, Tensor> cross_attention_scores(
+    const Tensor& query, const Tensor& key, const OptionalTensor& key_indices, const OptionalTensor& query_mask,
+    const OptionalTensor& key_mask, const OptionalTensor& query_positions, std::optional<double> scale, bool causal,
+    bool cosine, std::string head_reduction, std::string query_reduction) {
+  const char* op = "cross_attention_scores";
+  const AttentionReductions reductions = check(op, query, key, std::nullopt, key_indices, query_mask, key_mask,
+                                               query_positions, head_reduction, query_reduction);
+  const CudaScope cuda(query);
+  const AttentionInputs inputs(query, key, key_mask, query_positions, scale, causal, cosine);
+  run_attention_norms(op, inputs, cuda);
+  const auto [entropy, lse] = run_attention_rows(op, inputs, cuda);
+  const AttentionProblem& p = inputs.problem;
+  const AttentionRowPlan rows = plan_attention_rows(p.batch, p.key_heads, p.group_rows(), p.keys, p.dim,
+                                                    static_cast<int>(query.element_size()), cuda.limits());
+  const bool one_launch = rows.splits > 1;  // three launches in all
+  Tensor scores = run_attention_columns(op, inputs, lse, key_indices, query_mask, reductions, one_launch, cuda);
+  return {scores, entropy, lse};
+}
+
+Tensor attention_scores(const Tensor& query, const Tensor& key, const Tensor& lse, const OptionalTensor& key_indices,
+                        const OptionalTensor& query_mask, const OptionalTensor& key_mask,
+                        const OptionalTensor& query_positions, std::optional<double> scale, bool causal, bool cosine,
+                        std::string head_reduction, std::string query_reduction) {
+  const char* op = "attention_scores";
+  const AttentionReductions reductions =
+      check(op, query, key, lse, key_indices, query_mask, key_mask, query_positions, head_reduction, query_reduction);
+  const CudaScope cuda(query);
+  const AttentionInputs inputs(query, key, key_mask, query_positions, scale, causal, cosine);
+  run_attention_norms(op, inputs, cuda);
+  return run_attention_columns(op, inputs, contiguous_as(lse, ScalarType::Float), key_indices, query_mask, reductions,
+                               false, cuda);
+}
+
+}  // namespace
+
+TOKENPRUNE_CUDA_OPS(m) {
+  m.impl("cross_attention_scores", TORCH_BOX(&cross_attention_scores));
+  m.impl("attention_scores", TORCH_BOX(&attention_scores));
+}
+
+}  // namespace tokenprune

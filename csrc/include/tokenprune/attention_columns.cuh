@@ -1,0 +1,472 @@
+// The column pass: scores of keys from the rows' log-sum-exp. Nothing of size rows x keys leaves the registers.
+//
+//   64 columns (keys, gathered by key_indices) of a sample = operand A        a block, or a cluster of blocks
+//     for each 64 rows:                                                       rows = operand B
+//       for each head:  P = exp(logit - lse), summed or maximised over heads  32 values per thread
+//       the parts' values meet (heads are split over teams and blocks), each part going on with some of the rows
+//       rows are reduced: sum, maximum and last row of every column           per thread, for its columns
+//   lanes, then parts meet in a fixed order; 64 columns are written
+//
+// With head_reduction none there is nothing to meet, and the rows are the inner loop. A thread has what belongs to one
+// column in 4 (float32: 8) neighbouring lanes, so rows are reduced in registers. Row tiles of which no row counts
+// or sees any of these keys (query_mask, causality) are skipped at both ends.
+//
+// Launch 1: grid items x cluster, block 128 x teams; shared memory per team 48 KiB (24 KiB + 8 KiB per 128 bytes of a
+//   vector with the key tile resident) + 1 KiB, and 768 bytes per part. Every block reads its 64 keys of every key head
+//   once per row tile (from L2 after the first time) and all rows' queries, from L2 as well: at the minimum, the keys
+//   cross the memory bus once, and so do the queries.
+// Launch 2 (several row parts only): a thread per score, reads 8 bytes per row part and score.
+#pragma once
+
+#include "tokenprune/attention_columns.h"
+#include "tokenprune/attention_tile.cuh"
+#include "tokenprune/math.h"
+
+namespace tokenprune {
+
+enum class HeadOp { kSum, kMax, kNone };
+
+struct NanMax {
+  __device__ __forceinline__ float operator()(float a, float b) const { return nan_max(a, b); }
+};
+
+// The keys of a tile's columns: where they are, or -1 for what has no score: beyond the columns, masked, or no key.
+template <class T>
+struct ColumnKeys {
+  VectorList<T> keys;
+  const int64_t* indices;  // [64], in shared memory
+  int64_t count;
+  bool aligned;
+
+  __device__ __forceinline__ const T* vector(int64_t v) const {
+    if (v >= count) return nullptr;
+    const int64_t key = indices[v];
+    return key < 0 ? nullptr : keys.data + key * keys.row_stride;
+  }
+};
+
+struct CountedRows {
+  int64_t count, last;  // of the rows with query_mask; -1: there is none
+  int64_t first, end;   // of those, which of [begin, limit) can see key `lowest`
+};
+
+// All threads of the block call it and get the same.
+__device__ __forceinline__ CountedRows counted_rows(const ColumnProblem& c, int64_t sample, int64_t begin,
+                                                    int64_t limit, int64_t lowest) {
+  const AttentionProblem& p = c.attention;
+  if (c.query_mask == nullptr && !p.causal) return {p.rows, p.rows - 1, begin, limit};
+  const bool* mask = c.query_mask == nullptr ? nullptr : c.query_mask + sample * c.query_mask_stride;
+  long long count = 0, last = -1, first = limit, end = begin;
+  for (int64_t row = threadIdx.x; row < p.rows; row += blockDim.x) {
+    if (mask != nullptr && !mask[row]) continue;
+    ++count;
+    last = row;
+    if (row < begin || row >= limit || last_visible_key(p, sample, row) < lowest) continue;
+    if (row < first) first = row;
+    end = row + 1;
+  }
+  count = block_reduce(count, Sum(), 0ll);
+  last = block_reduce(last, Max(), -1ll);
+  first = block_reduce(first, Min(), static_cast<long long>(limit));
+  end = block_reduce(end, Max(), static_cast<long long>(begin));
+  return {count, last, first, end};
+}
+
+// What the rows of a column give.
+struct ColumnSums {
+  float sum, max, last;
+};
+
+// Writes those scores of a column that are asked for: `all` but the last row's, and `last`, that one.
+__device__ __forceinline__ void write_scores(const ColumnProblem& c, int64_t sample, int64_t head, int64_t column,
+                                             int64_t count, const ColumnSums& sums, bool all, bool last) {
+  const int64_t over = c.heads == ColumnHeads::kMean ? c.attention.query_heads : 1;
+  const float heads = over > 1 ? static_cast<float>(over) : 1.0f;
+  float* to = c.scores + ((sample * c.total_kinds + c.first_kind) * c.out_heads() + head) * c.columns + column;
+  for (int r = 0; r < c.kind_count; ++r, to += c.out_heads() * c.columns) {
+    const ColumnRows kind = c.kind(r);
+    if (!(kind == ColumnRows::kLast ? last : all)) continue;
+    const float value = kind == ColumnRows::kLast ? sums.last : kind == ColumnRows::kMax ? sums.max : sums.sum;
+    const float rows = kind == ColumnRows::kMean && count > 1 ? static_cast<float>(count) : 1.0f;
+    *to = value / heads / rows;
+  }
+}
+
+// What a block knows of the item at work, in shared memory: it is needed rarely, registers always.
+struct ColumnItem {
+  int64_t keys[kTileVectors];  // of the columns; -1: hidden from every row
+  int64_t sample, first_column, row_part;
+  CountedRows rows;
+};
+static_assert(sizeof(ColumnItem) == kColumnItemBytes);
+
+template <class T, HeadOp op>
+struct ColumnPass {
+  using Tile = DotTile<T>;
+  static constexpr int kA = Tile::kThreadA, kB = Tile::kThreadB;
+  // b(j) is in 8 unit(j) .. 8 unit(j) + 7, for all lanes.
+  __device__ __forceinline__ static constexpr int unit(int j) { return j * 8 / kB; }
+
+  const ColumnProblem& c;
+  const AttentionProblem& p;
+  const ColumnPlan& plan;
+  int team, part, group;  // group: query heads of a key head
+  int head_begin, head_end;
+  // Of the rows at work: the first one, how many; bit j: row b(j) counts; bit i * kB + j: it sees column a(i).
+  int64_t row0;
+  int present;
+  uint32_t valid, visible;
+  float sum[kA], max[kA];
+  Tile mass;      // P, or what the heads so far make of it
+  unsigned turn;  // tiles so far
+
+  __device__ __forceinline__ ColumnPass(const ColumnProblem& problem, const ColumnPlan& plan_in)
+      : c(problem), p(problem.attention), plan(plan_in), turn(0) {
+    team = threadIdx.x / kTileThreads;
+    part = cluster_rank() * plan.teams + team;
+    group = static_cast<int>(p.group());
+  }
+
+  // Shared memory: rings of the teams; statistics of the teams, [2][64] each: factor and lse of the rows of the tile at
+  // work and of the next one; the item; the last row's values [64], of the first block; results [parts][2][64].
+  __device__ __forceinline__ unsigned char* ring_of(int t) const { return dynamic_shared() + t * plan.ring; }
+  __device__ __forceinline__ float2* statistics(unsigned for_turn) const {
+    return reinterpret_cast<float2*>(ring_of(plan.teams)) + (team * 2 + for_turn % 2) * kTileVectors;
+  }
+  __device__ __forceinline__ ColumnItem& item() const {
+    return *reinterpret_cast<ColumnItem*>(ring_of(plan.teams) + plan.teams * kStatisticsBytes);
+  }
+  __device__ __forceinline__ float* last_values() const { return reinterpret_cast<float*>(&item() + 1); }
+  __device__ __forceinline__ float* results_of(int q) const { return last_values() + (1 + 2 * q) * kTileVectors; }
+
+  // Barrier of all that work on an item.
+  __device__ __forceinline__ void meet() const {
+    if (plan.cluster > 1)
+      cluster_sync();
+    else
+      __syncthreads();
+  }
+
+  __device__ __forceinline__ void begin(int64_t number) {
+    const int64_t first_column = number % plan.key_tiles * kTileVectors;
+    number /= plan.key_tiles;
+    const int64_t range = op == HeadOp::kNone ? number % plan.head_ranges : part;
+    const int64_t ranges = op == HeadOp::kNone ? plan.head_ranges : plan.parts();
+    number /= plan.head_ranges;
+    const int64_t row_part = number % plan.row_parts, sample = number / plan.row_parts;
+    head_begin = static_cast<int>(p.query_heads * range / ranges);
+    head_end = static_cast<int>(p.query_heads * (range + 1) / ranges);
+
+    meet();  // the last item's reads of shared memory
+    long long lowest = p.keys;
+    if (threadIdx.x < kTileVectors) {
+      const int64_t column = first_column + threadIdx.x;
+      int64_t key = -1;
+      if (column < c.columns) key = c.key_indices ? c.key_indices[sample * c.key_indices_stride + column] : column;
+      if (key < 0 || key >= p.keys || !key_is_unmasked(p, sample, key)) key = -1;
+      item().keys[threadIdx.x] = key;
+      if (key >= 0) lowest = key;
+    }
+    if (p.causal) lowest = block_reduce(lowest, Min(), static_cast<long long>(p.keys));
+    const int64_t from = row_part * plan.rows_per_part, to = from + plan.rows_per_part;
+    CountedRows rows = counted_rows(c, sample, from, to < p.rows ? to : p.rows, lowest);
+    rows.first = rows.first / kTileVectors * kTileVectors;  // equal tokens of different tiles are summed alike
+    if (c.last_only) {
+      rows.first = rows.last < 0 ? 0 : rows.last;
+      rows.end = rows.last + 1;
+    }
+    if (threadIdx.x == 0) {
+      item().sample = sample;
+      item().first_column = first_column;
+      item().row_part = row_part;
+      item().rows = rows;
+    }
+    __syncthreads();
+    visible = 0;
+#pragma unroll
+    for (int i = 0; i < kA; ++i)
+      if (item().keys[Tile::a(i)] >= 0) visible |= ((uint64_t(1) << kB) - 1) << i * kB;
+    clear();
+  }
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < kA; ++i) sum[i] = max[i] = 0;  // P is not negative, and no row gives 0
+  }
+
+  // The rows from `row` on are the next ones at work.
+  __device__ __forceinline__ void take_rows(int64_t row) {
+    const int64_t left = item().rows.end - row, sample = item().sample;
+    row0 = row;
+    present = left < kTileVectors ? static_cast<int>(left) : kTileVectors;
+    valid = 0;
+    if (p.causal) visible = 0;  // -1 as an unsigned number is beyond every limit
+#pragma unroll
+    for (int j = 0; j < kB; ++j) {
+      const int64_t r = row + Tile::b(j);
+      if (Tile::b(j) >= present) continue;
+      if (c.query_mask == nullptr || c.query_mask[sample * c.query_mask_stride + r]) valid |= 1u << j;
+      if (!p.causal) continue;
+      const int64_t limit = last_visible_key(p, sample, r);
+      if (limit < 0) continue;
+#pragma unroll
+      for (int i = 0; i < kA; ++i)
+        if (static_cast<uint64_t>(item().keys[Tile::a(i)]) <= static_cast<uint64_t>(limit))
+          visible |= 1u << (i * kB + j);
+    }
+  }
+
+  // What row `thread of the team` of the tile (head, row) multiplies dot products with, and its lse. A row or head that
+  // does not exist sees nothing.
+  __device__ __forceinline__ float2 statistics_of(int head, int64_t row) const {
+    const int v = tile_thread();
+    if (v >= kTileVectors || row + v >= item().rows.end || head >= head_end) return make_float2(0.0f, -INFINITY);
+    const int64_t sample = item().sample;
+    return make_float2(p.scale * row_factor(p, sample, head, row + v),
+                       c.lse[(sample * p.query_heads + head) * p.rows + row + v]);
+  }
+
+  __device__ __forceinline__ void put_statistics(unsigned for_turn, float2 value) {
+    if (tile_thread() < kTileVectors) statistics(for_turn)[tile_thread()] = value;
+  }
+
+  // Turns dot products into probabilities and adds them to the heads before.
+  __device__ __forceinline__ void add_head(Tile& dots, int head) {
+    const float2* of_row = statistics(turn);
+    Tile& into = op == HeadOp::kNone ? dots : mass;
+    if (p.cosine && head < head_end) {
+#pragma unroll
+      for (int i = 0; i < kA; ++i) {
+        const int64_t key = item().keys[Tile::a(i)];
+        if (key < 0) continue;
+        const float by = key_factor(p, item().sample, head / group, key);
+#pragma unroll
+        for (int j = 0; j < kB; ++j) dots.at(i, j) *= by;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kB; ++j) {
+      if (8 * unit(j) >= present) break;
+      const float2 row = of_row[Tile::b(j)];
+#pragma unroll
+      for (int i = 0; i < kA; ++i) {
+        const float logit = dots.at(i, j) * row.x;
+        const bool seen = (visible >> (i * kB + j) & 1) != 0 && logit != -INFINITY && row.y != -INFINITY;
+        const float probability = seen ? expf(logit - row.y) : 0.0f;
+        if constexpr (op == HeadOp::kNone)
+          into.at(i, j) = probability;
+        else if constexpr (op == HeadOp::kMax)
+          into.at(i, j) = nan_max(into.at(i, j), probability);
+        else
+          into.at(i, j) += probability;
+      }
+    }
+  }
+
+  // Rows 8 n .. 8 n + 7 of a tile are unit n, which one part reduces.
+  __device__ __forceinline__ bool is_mine(int n) const { return plan.parts() == 1 || n * plan.parts() / 8 == part; }
+
+  // The parts' heads meet: each part reads the values of its rows from all parts, in order. A thread's values go to the
+  // thread of the same number. The ring is free between tiles.
+  __device__ __forceinline__ void meet_parts() {
+    float4* const mine = reinterpret_cast<float4*>(ring_of(team));
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < 8; ++n)
+      if (8 * n < present)
+        mine[n * kTileThreads + tile_thread()] =
+            make_float4(mass.sums[n][0], mass.sums[n][1], mass.sums[n][2], mass.sums[n][3]);
+    meet();
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      if (8 * n >= present || !is_mine(n)) continue;
+      for (int q = 0; q < plan.parts(); ++q) {
+        const unsigned char* theirs = cluster_shared(ring_of(q % plan.teams), q / plan.teams);
+        const float4 x = reinterpret_cast<const float4*>(theirs)[n * kTileThreads + tile_thread()];
+        const float values[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          float& total = mass.sums[n][e];
+          if (q == 0)
+            total = values[e];
+          else if constexpr (op == HeadOp::kMax)
+            total = nan_max(total, values[e]);
+          else
+            total += values[e];
+        }
+      }
+    }
+    meet();
+  }
+
+  // Adds the rows at work to the columns' sums. The rows of a tile are added up first: fewer roundings than one long
+  // sum.
+  __device__ __forceinline__ void add_rows(Tile& from) {
+    float of_tile[kA] = {};
+    const int64_t last_row = item().rows.last - row0;
+#pragma unroll
+    for (int j = 0; j < kB; ++j) {
+      if (8 * unit(j) >= present) break;
+      if (!is_mine(unit(j)) || (valid >> j & 1) == 0) continue;
+#pragma unroll
+      for (int i = 0; i < kA; ++i) {
+        of_tile[i] += from.at(i, j);
+        max[i] = nan_max(max[i], from.at(i, j));
+        if (Tile::b(j) == last_row) cluster_shared(last_values(), 0)[Tile::a(i)] = from.at(i, j);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kA; ++i) sum[i] += of_tile[i];
+  }
+
+  // The lanes' and the parts' sums meet in the first block, which writes them.
+  __device__ __forceinline__ void finish(int head) {
+    float* const to = cluster_shared(results_of(part), 0);
+#pragma unroll
+    for (int i = 0; i < kA; ++i) {
+      const float s = warp_reduce(sum[i], Sum(), Tile::kLanesPerA), m = warp_reduce(max[i], NanMax(), Tile::kLanesPerA);
+      if (lane_id() % Tile::kLanesPerA != 0) continue;
+      to[Tile::a(i)] = s;
+      to[kTileVectors + Tile::a(i)] = m;
+    }
+    clear();
+    meet();
+    const int64_t column = item().first_column + threadIdx.x;
+    if (part - team != 0 || threadIdx.x >= kTileVectors || column >= c.columns) return;
+    const CountedRows& rows = item().rows;
+    const int64_t sample = item().sample, row_part = item().row_part;
+    ColumnSums sums{0, 0, 0};
+    for (int q = 0; q < plan.parts(); ++q) {
+      sums.sum += results_of(q)[threadIdx.x];
+      sums.max = nan_max(sums.max, results_of(q)[kTileVectors + threadIdx.x]);
+    }
+    if (rows.last >= rows.first && rows.last < rows.end) sums.last = last_values()[threadIdx.x];
+    const bool alone = plan.row_parts == 1;
+    const bool has_last = alone || row_part == (rows.last < 0 ? 0 : rows.last / plan.rows_per_part);
+    write_scores(c, sample, head, column, rows.count, sums, alone, has_last);
+    if (alone) return;
+    float* partial = c.partial + ((sample * plan.row_parts + row_part) * 2 * c.out_heads() + head) * c.columns + column;
+    partial[0] = sums.sum;
+    partial[c.out_heads() * c.columns] = sums.max;
+  }
+
+  // The tiles of heads head_begin + first .. (over_rows false) or of row tiles from `row` on (true).
+  __device__ __forceinline__ void run_tiles(int first_head, int64_t row, int tiles, bool over_rows) {
+    const auto head_of = [&](int t) { return first_head + (over_rows ? 0 : t); };
+    const auto row_of = [&](int t) { return row + (over_rows ? int64_t(t) * kTileVectors : 0); };
+    const int64_t left = c.columns - item().first_column, columns = left < kTileVectors ? left : kTileVectors;
+    const auto keys_of = [&](int t) {
+      const int head = head_of(t);
+      if (head >= head_end) return TileVectors<T, ColumnKeys<T>>{};
+      const VectorList<T> list = keys_of_head<T>(p, item().sample, head / group);
+      return TileVectors<T, ColumnKeys<T>>{{list, item().keys, columns, list.aligned}, 0};
+    };
+    const auto queries_of = [&](int t) {
+      const int head = head_of(t);
+      if (head >= head_end) return TileVectors<T>{};
+      VectorList<T> list = query_rows_of_head<T>(p, item().sample, head);
+      list.count = item().rows.end;
+      return TileVectors<T>{list, row_of(t)};
+    };
+    put_statistics(turn, statistics_of(head_of(0), row_of(0)));
+    float2 next = statistics_of(head_of(1), row_of(1));
+    for_each_tile<T>(ring_of(team), static_cast<int>(p.dim), plan.resident, tiles, keys_of, queries_of,
+                     [&](int t, Tile& dots) {
+                       put_statistics(turn + 1, next);
+                       next = statistics_of(head_of(t + 2), row_of(t + 2));
+                       if (op == HeadOp::kNone && over_rows) take_rows(row_of(t));
+                       add_head(dots, head_of(t));
+                       ++turn;
+                       if constexpr (op == HeadOp::kNone) {
+                         add_rows(dots);
+                         if (!over_rows || t == tiles - 1) finish(head_of(t));
+                       }
+                     });
+  }
+
+  __device__ __forceinline__ void run() {
+    // Teams pass the same barriers, so they go through the same number of tiles.
+    const int64_t first_row = item().rows.first, end_row = item().rows.end;
+    const int heads =
+        plan.teams > 1 ? static_cast<int>((p.query_heads + plan.parts() - 1) / plan.parts()) : head_end - head_begin;
+    const bool over_rows = op == HeadOp::kNone && end_row - first_row > kTileVectors;
+    int64_t row = first_row;
+    int done = 0;
+    while (row < end_row && done < heads) {
+      if (done == 0 && !over_rows) {
+        take_rows(row);
+        mass.clear();
+      }
+      int tiles = heads - done;
+      if (over_rows) {
+        tiles = static_cast<int>((end_row - row + kTileVectors - 1) / kTileVectors);
+      } else if (plan.resident) {
+        const int left = group - (head_begin + done) % group;  // heads of the same key head
+        if (left < tiles) tiles = left;
+      }
+      run_tiles(head_begin + done, row, tiles, over_rows);
+      done += over_rows ? 1 : tiles;
+      if (over_rows || done < heads) continue;
+      if constexpr (op != HeadOp::kNone) {
+        if (plan.parts() > 1) meet_parts();
+        add_rows(mass);
+        done = 0;
+      }
+      row += kTileVectors;
+    }
+    const bool nothing = first_row >= end_row;
+    const int from = op == HeadOp::kNone ? head_begin : 0, to = op != HeadOp::kNone ? 1 : nothing ? head_end : from;
+    for (int head = from; head < to; ++head) {
+      __syncthreads();
+      finish(head);
+    }
+  }
+};
+
+template <class T, HeadOp op>
+__global__ void __launch_bounds__(kTileThreads* kMaxTeams, 1)
+    attention_columns_kernel(const ColumnProblem c, const ColumnPlan plan) {
+  ColumnPass<T, op> pass(c, plan);
+  for (int64_t item = blockIdx.x / plan.cluster; item < plan.items; item += gridDim.x / plan.cluster) {
+    pass.begin(item);
+    pass.run();
+  }
+}
+
+// The row parts' sums and maxima meet in order. A block has kCombineThreads scores of a sample.
+__global__ void __launch_bounds__(kCombineThreads)
+    attention_columns_combine_kernel(const ColumnProblem c, const ColumnPlan plan) {
+  const int64_t size = c.out_heads() * c.columns, blocks = (size + kCombineThreads - 1) / kCombineThreads;
+  const int64_t sample = blockIdx.x / blocks, i = blockIdx.x % blocks * kCombineThreads + threadIdx.x;
+  long long count = c.attention.rows;
+  if (c.query_mask != nullptr) {
+    count = 0;
+    for (int64_t row = threadIdx.x; row < c.attention.rows; row += kCombineThreads)
+      count += c.query_mask[sample * c.query_mask_stride + row];
+    count = block_reduce(count, Sum(), 0ll);
+  }
+  if (i >= size) return;
+  const float* partial = c.partial + sample * plan.row_parts * 2 * size + i;
+  ColumnSums sums{0, 0, 0};
+  for (int64_t part = 0; part < plan.row_parts; ++part) {
+    sums.sum += partial[2 * part * size];
+    sums.max = nan_max(sums.max, partial[(2 * part + 1) * size]);
+  }
+  write_scores(c, sample, i / c.columns, i % c.columns, count, sums, true, false);
+}
+
+template <class T>
+cudaError_t launch_attention_columns(const ColumnProblem& c, const ColumnPlan& plan, cudaStream_t stream) {
+  const Launch where{dim3(static_cast<unsigned>(plan.blocks)), dim3(kTileThreads * plan.teams),
+                     static_cast<size_t>(plan.shared), stream, static_cast<unsigned>(plan.cluster)};
+  const auto kernel = c.per_head()                   ? attention_columns_kernel<T, HeadOp::kNone>
+                      : c.heads == ColumnHeads::kMax ? attention_columns_kernel<T, HeadOp::kMax>
+                                                     : attention_columns_kernel<T, HeadOp::kSum>;
+  const cudaError_t status = launch(where, kernel, c, plan);
+  if (status != cudaSuccess || plan.launches() < 2) return status;
+  const int64_t blocks = c.attention.batch * ceil_div<int64_t>(c.out_heads() * c.columns, kCombineThreads);
+  return launch({dim3(static_cast<unsigned>(blocks)), dim3(kCombineThreads), 0, stream},
+                attention_columns_combine_kernel, c, plan);
+}
+
+}  // namespace tokenprune

@@ -1,0 +1,179 @@
+// spatial_semantic_nms (AdaptPrune, arXiv 2503.08019): at most three launches, whatever k is.
+//
+// A pick changes only the tokens of its group within the radius: 80 on a grid with radius 5. Which ones those are and
+// with which weights does not depend on the order of the picks, so it is worked out in parallel beforehand, and what is
+// left of a step is a search for the best key and a handful of multiplications:
+//   prepare  one warp per token: the norm of its features, its position and score as float32.
+//   lists    one block per 16 tokens and range of columns: finds the tokens that they reach, and computes those weights
+//            with 16 x 64 tiles of dot products (tensor cores for 16-bit features).
+//   select   one block, or one cluster, per sample: all k steps (greedy.cuh) on keys in shared memory.
+// Lists have a fixed capacity. A token that reaches more than that has no list: should it be picked, the selecting blocks
+// compute its weights on the spot, with the same sums. With k <= 2 there are no lists at all.
+//
+//            grid                        block  shared memory              bytes moved
+//   prepare  tokens / 8                  256    none                       the features once (the minimum)
+//   lists    tokens / 16 * splits        256    about 26 KB                (16 + reached columns) rows per tile, from L2;
+//                                                                          8 per list entry written
+//   select   samples * cluster           512    about 11 KB + 4 per token  4 per token; 8 per list entry of every pick
+#pragma once
+
+#include "tokenprune/nms_lists.cuh"
+
+namespace tokenprune {
+
+// The score behind a key of candidate_key (with +0 for either zero, and a NaN for every NaN).
+__device__ __forceinline__ float score_of_key(uint32_t key) {
+  return __uint_as_float((key & 0x80000000u) != 0 ? key ^ 0x80000000u : ~key);
+}
+
+constexpr int kSelectRound = 4 * kNmsSelectThreads;  // columns looked at between barriers where there is no list
+constexpr int kSelectColumns = kNmsSelectThreads / kWarp / kSegments * kDotColumns;
+
+struct NmsSelectShared {
+  CandidateSlots slots;
+  int32_t reached[kSelectRound];
+  int32_t reached_count;
+  float partial[kSegments][kSelectColumns];
+};
+static_assert(sizeof(NmsSelectShared) <= kNmsSelectStatic, "the planner reserves this much");
+
+// The rule of the greedy engine. A block owns the tokens [first, first + owned) of its sample; a key of 0 is a token
+// that is picked, dropped or masked.
+template <class T>
+struct NmsRule {
+  const NmsProblem& p;
+  const NmsWorkspace& w;
+  NmsSelectShared& s;
+  uint32_t* keys;  // of the owned tokens
+  int64_t sample, first, owned, capacity, steps;
+
+  __device__ __forceinline__ Candidate best() const {
+    Candidate mine = kNoCandidate;
+    for (int64_t i = threadIdx.x; i < owned; i += kNmsSelectThreads) {
+      const uint32_t key = keys[i];
+      if (key > mine.key) mine = {key, static_cast<uint32_t>(first + i)};
+    }
+    return mine;
+  }
+
+  // Lets an available token meet a pick.
+  __device__ __forceinline__ void suppress(int64_t token, float weight) const {
+    const uint32_t key = keys[token - first];
+    if (key == 0) return;
+    if (!p.by.hard) {
+      keys[token - first] = candidate_key(score_of_key(key) * (1 - weight));
+    } else if (weight >= p.by.threshold) {
+      keys[token - first] = 0;
+    }
+  }
+
+  __device__ __forceinline__ bool owns(int64_t token) const { return token >= first && token < first + owned; }
+
+  __device__ __forceinline__ void commit(int64_t place, Candidate pick) {
+    if (threadIdx.x == 0) {
+      if (cluster_rank() == 0) {
+        p.indices[sample * p.k + place] = pick.index;
+        p.selected[sample * p.k + place] = score_of_key(pick.key);
+      }
+      if (owns(pick.index)) keys[pick.index - first] = 0;
+    }
+    if (place + 1 == steps) return;  // nobody asks any more
+    if (capacity == 0) {
+      meet_neighbours(pick.index);
+    } else {
+      const NmsEntry* list = w.lists + (sample * p.n + pick.index) * capacity;
+      // Asked for together with the thread's own first entry: one wait for memory.
+      const int32_t head = list[0].index;
+      NmsEntry entry = threadIdx.x < capacity ? list[threadIdx.x] : NmsEntry{kEnd, 0};
+      if (head == kOverflow) {
+        meet_neighbours(pick.index);
+      } else {
+        for (int64_t e = threadIdx.x; entry.index != kEnd;) {
+          if (owns(entry.index)) suppress(entry.index, entry.weight);
+          e += kNmsSelectThreads;
+          if (e >= capacity) break;
+          entry = list[e];
+        }
+      }
+    }
+    __syncthreads();
+  }
+
+  // The weights of a pick without a list, computed now.
+  __device__ void meet_neighbours(int64_t pick_index) {
+    const NmsToken pick = load_token(p, w, sample, pick_index);
+    for (int64_t from = 0; from < owned; from += kSelectRound) {
+      if (threadIdx.x == 0) s.reached_count = 0;
+      __syncthreads();
+      const int64_t end = min(owned, from + kSelectRound);
+      for (int64_t i = from + threadIdx.x; i < end; i += kNmsSelectThreads)
+        if (keys[i] != 0 && first + i != pick_index && reaches(p.by, pick, load_token(p, w, sample, first + i)))
+          s.reached[atomicAdd(&s.reached_count, 1)] = static_cast<int32_t>(first + i);
+      // In any order: each of them is a sum of its own.
+      __syncthreads();
+      const int count = s.reached_count;
+      for (int done = 0; done < count; done += kSelectColumns)
+        meet_reached(pick_index, pick, done, min(count - done, kSelectColumns));
+      __syncthreads();
+    }
+  }
+
+  __device__ __forceinline__ void meet_reached(int64_t pick_index, const NmsToken& pick, int done, int columns) {
+    const int mine = warp_id() / kSegments * kDotColumns;
+    if (mine < columns) {
+      float* partial = s.partial[warp_id() % kSegments] + mine;
+      warp_dots_of_one<T>(
+          feature_row<T>(p, sample, pick_index),
+          [&](int c) { return feature_row<T>(p, sample, s.reached[done + min(mine + c, columns - 1)]); },
+          segment_of(warp_id() % kSegments, semantic_dim(p)), wide_features<T>(p, sample),
+          [&](int c, float dot) { partial[c] = dot; });
+    }
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < columns) {
+      const int c = threadIdx.x;
+      const float shares[kSegments] = {s.partial[0][c], s.partial[1][c], s.partial[2][c], s.partial[3][c]};
+      const int64_t token = s.reached[done + c];
+      suppress(token, weight_of(p.by, pick, load_token(p, w, sample, token), sum_of_segments(shares)));
+    }
+    __syncthreads();
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(kNmsSelectThreads)
+    nms_select_kernel(const NmsProblem p, int64_t capacity, int64_t steps, int64_t owned, bool keys_in_shared) {
+  TOKENPRUNE_SHARED(NmsSelectShared, s);
+  const NmsWorkspace w = nms_workspace(p, capacity);
+  const int64_t sample = blockIdx.x / cluster_size(), first = min(cluster_rank() * owned, p.n);
+  owned = min(owned, p.n - first);
+  uint32_t* keys = w.keys + sample * p.n + first;
+  if (keys_in_shared) {
+    auto* copy = reinterpret_cast<uint32_t*>(dynamic_shared());
+    for (int64_t i = threadIdx.x; i < owned; i += kNmsSelectThreads) copy[i] = keys[i];
+    keys = copy;
+  }
+  // A thread's first search reads only what it has copied itself, or what an earlier launch has written.
+  NmsRule<T> rule{p, w, s, keys, sample, first, owned, capacity, steps};
+  const int64_t picked = greedy_select(rule, s.slots, steps);
+  if (cluster_rank() != 0) return;
+  if (threadIdx.x == 0) p.counts[sample] = picked;
+  for (int64_t place = picked + threadIdx.x; place < p.k; place += kNmsSelectThreads) {
+    p.indices[sample * p.k + place] = -1;
+    p.selected[sample * p.k + place] = 0;
+  }
+}
+
+template <class T>
+cudaError_t launch_spatial_semantic_nms(const NmsProblem& p, const NmsPlan& plan, cudaStream_t stream) {
+  cudaError_t status =
+      launch({dim3(plan.prepare_blocks), dim3(kNmsThreads), 0, stream}, nms_prepare_kernel<T>, p, plan.capacity);
+  if (status != cudaSuccess) return status;
+  status = launch({dim3(plan.list_blocks), dim3(kNmsThreads), 0, stream}, nms_lists_kernel<T>, p, plan.capacity,
+                  plan.splits, plan.split_columns);
+  if (status != cudaSuccess) return status;
+  return launch({dim3(p.batch * plan.cluster), dim3(kNmsSelectThreads), static_cast<size_t>(plan.shared), stream,
+                 static_cast<unsigned>(plan.cluster)},
+                nms_select_kernel<T>, p, plan.capacity, plan.steps, plan.owned, plan.keys_in_shared);
+}
+
+}  // namespace tokenprune

@@ -1,0 +1,61 @@
+#include "broken/kernels.h"
+
+#include <map>
+#include <stdexcept>
+
+#include "broken/barriers.cuh"
+#include "broken/memory.cuh"
+#include "broken/twins.cuh"
+
+namespace {
+
+using Kernel = void (*)(Arguments);
+
+const std::map<std::string, Kernel>& kernels() {
+  using namespace broken;
+  static const std::map<std::string, Kernel> all{
+      {"reduce_twice", reduce_twice},
+      {"library_reductions", library_reductions},
+      {"half_at_a_barrier", half_at_a_barrier},
+      {"half_at_a_cluster_barrier", half_at_a_cluster_barrier},
+      {"lanes_in_different_collectives", lanes_in_different_collectives},
+      {"lanes_with_different_masks", lanes_with_different_masks},
+      {"mask_without_its_lane", mask_without_its_lane},
+      {"shuffle_from_outside", shuffle_from_outside},
+      {"ends_in_a_collective", ends_in_a_collective},
+      {"one_thread_throws", one_thread_throws},
+      {"read_dynamic", read_dynamic},
+      {"write_dynamic", write_dynamic},
+      {"read_static", read_static},
+      {"write_static", write_static},
+      {"read_global", read_global},
+      {"write_global", write_global},
+      {"copies", copies},
+      {"copy_misaligned", copy_misaligned},
+      {"copy_without_wait", copy_without_wait},
+      {"cluster_neighbours", cluster_neighbours},
+      {"cluster_misuse", cluster_misuse},
+      {"cluster_read_too_late", cluster_read_too_late},
+      {"multiply_half", multiply<__half>},
+      {"multiply_bfloat16", multiply<__nv_bfloat16>},
+      {"load_matrices", load_matrices},
+      {"shuffles", shuffles},
+      {"votes", votes},
+  };
+  return all;
+}
+
+}  // namespace
+
+std::vector<std::string> kernel_names() {
+  std::vector<std::string> names;
+  for (const auto& entry : kernels()) names.push_back(entry.first);
+  return names;
+}
+
+cudaError_t run_kernel(const std::string& name, dim3 grid, dim3 block, size_t shared, unsigned cluster,
+                       const Arguments& arguments) {
+  const auto found = kernels().find(name);
+  if (found == kernels().end()) throw std::invalid_argument("no kernel is named " + name);
+  return tokenprune::launch({grid, block, shared, nullptr, cluster}, found->second, arguments);
+}
