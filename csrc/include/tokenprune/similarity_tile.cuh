@@ -130,7 +130,7 @@ __device__ __forceinline__ void multiply_tile(const SimilarityProblem& p, const 
 }
 
 template <class T>
-__global__ void __launch_bounds__(kSimilarityThreads)
+__global__ void __launch_bounds__(kSimilarityThreads, 3)
     tile_similarity_kernel(const SimilarityProblem p, const UnitSums sums) {
   TOKENPRUNE_SHARED(SimilarityTileShared, s);
   unsigned char* ring = dynamic_shared();
