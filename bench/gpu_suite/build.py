@@ -157,6 +157,10 @@ def run(run: Run) -> dict[str, Any]:
             command = direct_command({**settings("9.0a"), "TOKENPRUNE_CUDA": "auto"}, run.work / "ninja", LIBRARY)
             steps.append({"step": "ninja file", "code": 0, "output": " ".join(command[-3:-1])})
         steps.append({"step": "this GPU", "output": str(this_gpu(run))})
+        # Here, because a worker that compiles for minutes would be taken for one that hangs.
+        emulate = "import bench.gpu_suite, emulator; emulator.load()"
+        code, output = run.command([sys.executable, "-c", emulate], seconds=240)
+        steps.append({"step": "emulator", "code": code, "output": output[-2000:]})
     stage = {"status": "passed" if found else "failed", "summary": {"library": how if found else None}, "steps": steps}
     if found is None:
         stage["reason"] = reason + "".join(f"\n{step['step']}: {step['output'][-1500:]}" for step in steps)
