@@ -22,7 +22,8 @@
 namespace tokenprune {
 
 // A list of vectors, of which a tile takes 64 from `first` on; beyond `count` there are zeros. The rows of all query
-// heads that share a key head form one list: vector v is row v % per_head of head v / per_head.
+// heads that share a key head form one list: vector v is row v % per_head of head v / per_head. A list of several heads
+// has fewer than 2^31 vectors (the binding checks it): a 64-bit division would be a call, around which ptxas spills.
 template <class T>
 struct VectorList {
   const T* data;
@@ -32,7 +33,8 @@ struct VectorList {
   __device__ __forceinline__ const T* vector(int64_t v) const {
     if (v >= count) return nullptr;
     if (count <= per_head) return data + v * row_stride;
-    return data + v / per_head * head_stride + v % per_head * row_stride;
+    const uint32_t each = static_cast<uint32_t>(per_head), head = static_cast<uint32_t>(v) / each;
+    return data + head * head_stride + (static_cast<uint32_t>(v) - head * each) * row_stride;
   }
 };
 
