@@ -96,15 +96,27 @@ def test_every_regime_takes_its_launches_and_agrees_with_the_reference(regime: s
     assert made[0]["grid"] == (blocks, 1, 1)
     assert made[0]["cluster"] == cluster
     assert made[0]["block"] == (128 * teams, 1, 1)
-    assert [launch["kernel"] for launch in made[1:]] == ["attention_columns_combine_kernel"] * (launches - 1)
+    assert all(launch["kernel"].startswith("attention_columns_combine_kernel") for launch in made[1:])
 
 
 @over_dtypes
 @pytest.mark.parametrize("heads", HEADS)
 def test_every_instantiation(dtype: torch.dtype, heads: str) -> None:
-    _, (launch,) = check(*inputs(1, 4, 2, 70, 70, 24, dtype), head_reduction=heads, query_reduction=ALL_ROWS)
+    query, key, lse = inputs(1, 4, 2, 70, 70, 24, dtype)
+    _, (launch,) = check(query, key, lse, head_reduction=heads, query_reduction=ALL_ROWS)
     storage = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}[dtype]
     assert storage in launch["kernel"]
+    query_mask, key_mask = torch.rand(1, 70) < 0.7, torch.rand(1, 70) < 0.7
+    for rows in (ALL_ROWS, "last"):
+        check(query, key, lse, head_reduction=heads, query_reduction=rows, query_mask=query_mask, key_mask=key_mask,
+              key_indices=torch.randint(-1, 70, (1, 9)), causal=True, cosine=True)  # fmt: skip
+
+
+@over_dtypes
+def test_row_parts_in_every_storage_type(dtype: torch.dtype) -> None:
+    for heads in ("max", "none"):
+        _, made = check(*inputs(1, 2, 1, 1090, 5, 8, dtype), head_reduction=heads, query_reduction="mean+max")
+        assert len(made) == 2
 
 
 @over_regimes
