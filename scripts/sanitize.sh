@@ -16,6 +16,8 @@ ln -sfn ../python_ref tokenprune_kernels/reference  # what an installation maps
 
 TOKENPRUNE_SANITIZE=1 TOKENPRUNE_CPU=1 TOKENPRUNE_CUDA=0 "$python" setup.py -q build_ext --inplace
 
+(cd tests && TOKENPRUNE_EMULATOR_SANITIZE=1 "$python" -m emulator)  # compilers are slow below the runtime
+
 library() { "${CXX:-g++}" -print-file-name="$1"; }
 # Python itself is not instrumented: the runtime comes first, and what the interpreter keeps until exit is no leak.
 # An allocation that is too large returns null, as it does without the sanitizer: the fuzz tests ask for some.

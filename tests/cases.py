@@ -99,6 +99,7 @@ def run_with_capability(capability: str, script: str) -> list[str]:
     """The lines a Python script prints in a process of its own whose CPU kernels use this instruction set."""
     say = "from tokenprune_kernels import _registry\nprint(_registry.build_info()['cpu_capability'])\n"
     environment = {**os.environ, "TOKENPRUNE_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parent)  # where `emulator` and `cases` are imported from
     run = subprocess.run(
         [sys.executable, "-c", say + script], env=environment, cwd=Path(__file__).parent.parent,
         capture_output=True, text=True, timeout=300, check=False,

@@ -328,13 +328,14 @@ class TestDerivatives:
         assert moved[2] is None
         assert torch.equal(moved[0], op([tangent], INDICES, dims=[1])[0])
 
-    def test_compiled_gradient(self):
+    @pytest.mark.parametrize("dynamic", [False, True])
+    def test_compiled_gradient(self, dynamic):
         hidden, positions, planes = self.inputs()
 
         def run(h: Tensor, p: Tensor, q: Tensor) -> list[Tensor]:
             return [2 * t for t in tp.gather_compact([h, p, q], INDICES, dims=self.DIMS, batch_dims=self.BATCH_DIMS)]
 
-        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=dynamic)
         for f in (run, compiled):
             hidden.grad = planes.grad = None
             kept = f(hidden, positions, planes)

@@ -1,4 +1,4 @@
-"""repulsion_sample on the CUDA emulator: both algorithms on the same inputs, launches, layouts, schedules, the planner."""
+"""repulsion_sample on the CUDA emulator: both algorithms on the same inputs, launches, layouts, schedules, planner."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -29,13 +29,25 @@ def _fresh() -> Iterator[None]:
     module.take_launches()
     yield
     module.settings().reset()
-    module.set_repulsion_limits(module.GRAM_TOKEN_LIMIT, module.GRAM_BYTE_LIMIT)
+    limits()
+
+
+def limits(tokens: int | None = None, matrices: int | None = None, rounds: int | None = None) -> None:
+    """The planner's limits; those that are not given are those of the package."""
+    module.set_repulsion_limits(
+        module.GRAM_TOKEN_LIMIT if tokens is None else tokens,
+        module.GRAM_BYTE_LIMIT if matrices is None else matrices,
+        module.ROUND_LIMIT if rounds is None else rounds,
+    )
 
 
 @pytest.fixture
 def rounds() -> None:
     """Small inputs go the way of large ones."""
-    module.set_repulsion_limits(0, module.GRAM_BYTE_LIMIT)
+    limits(tokens=0)
+
+
+both_ways = pytest.mark.parametrize("tokens", [0, 3072], ids=["rounds", "matrix"])
 
 
 def sample(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -51,24 +63,23 @@ def kernels() -> list[str]:
 
 
 @over_dtypes
-@hypothesis_settings(deadline=None, max_examples=25, print_blob=True)
+@hypothesis_settings(deadline=None, max_examples=16, print_blob=True)
 @given(seed=st.integers(0, 2**32), n=st.integers(1, 150), channels=st.sampled_from([1, 3, 17, 64, 72]))
 def test_exact_inputs_in_rounds(dtype: torch.dtype, seed: int, n: int, channels: int) -> None:
     if dtype == torch.float64:
         return
-    module.set_repulsion_limits(0, module.GRAM_BYTE_LIMIT)  # not a fixture: hypothesis runs the body many times
+    limits(tokens=0)  # not a fixture: hypothesis runs the body many times
     features, k, options = exact_case(seed, n, channels)
     k = min(k, 30)
     got = sample(features.to(dtype), k, **options)
     same(got, reference.repulsion_sample(features.double(), k, **options))
-    assert "gram_greedy_kernel" not in kernels()
+    assert ("choose_kernel" in kernels()) == (k > 0)
 
 
 @pytest.mark.usefixtures("rounds")
-@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "placed"), [(torch.float16, True), (torch.bfloat16, False), (torch.float32, True)])
 @over_aggregates
 @over_potentials
-@pytest.mark.parametrize("placed", [False, True])
 def test_replay_in_rounds(dtype: torch.dtype, aggregate: str, potential: str, placed: bool) -> None:
     common.assert_replays(dtype, "emulator", aggregate, potential, placed)
 
@@ -97,16 +108,16 @@ def test_special_cases_in_rounds() -> None:
 # --- ties ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limit", [0, 3072], ids=["rounds", "gram"])
+@both_ways
 @pytest.mark.parametrize("first", ["outlier", "isolated", "seeds"])
 @over_aggregates
 @over_potentials
 @pytest.mark.parametrize(("dtype", "channels"), [(torch.float16, 72), (torch.bfloat16, 1), (torch.float32, 136)])
 def test_identical_tokens_tie(
-    dtype: torch.dtype, channels: int, potential: str, aggregate: str, first: str, limit: int
+    dtype: torch.dtype, channels: int, potential: str, aggregate: str, first: str, tokens: int
 ) -> None:
     """Copies of a token have bitwise the same U whatever computed it, so the copy with the lower index goes first."""
-    module.set_repulsion_limits(limit, module.GRAM_BYTE_LIMIT)
+    limits(tokens)
     n, k = 70, 24
     base = torch.randn(1, n, channels).to(dtype)
     places = torch.rand(1, n, 2)
@@ -126,8 +137,8 @@ def test_identical_tokens_tie(
 
 
 def test_all_tokens_identical() -> None:
-    for limit in (0, 3072):
-        module.set_repulsion_limits(limit, module.GRAM_BYTE_LIMIT)
+    for tokens in (0, 3072):
+        limits(tokens)
         for first in ("outlier", "isolated", "index"):
             picks, _ = sample(torch.randn(1, 1, 40).expand(2, 90, 40), 20, first=first)
             assert picks.tolist() == [list(range(20))] * 2
@@ -186,28 +197,64 @@ def test_large_tiles_compute_the_same_matrix(dtype: torch.dtype) -> None:
 
 def test_samples_wait_their_turn() -> None:
     """Two matrices of 50 tokens fit into the limit, so five samples are three groups."""
-    module.set_repulsion_limits(50, 2 * 50 * 50 * 4)
+    limits(50, matrices=2 * 50 * 50 * 4)
     features, mask = torch.randn(5, 50, 24), torch.rand(5, 50) < 0.8
     options: dict[str, Any] = {"mask": mask, "positions": torch.rand(5, 50, 2), "potential": "riesz"}
     options |= {"seed_indices": torch.tensor([[3, -1], [-1, -1], [0, 49], [7, 7], [-1, -1]])}
     grouped = sample(features, 20, **options)
     assert kernels() == ["gram_kernel", "gram_start_kernel", "gram_greedy_kernel"] * 3
-    module.set_repulsion_limits(50, 1)
+    limits(50, matrices=1)
     same(sample(features, 20, **options), grouped)
-    module.set_repulsion_limits(50, module.GRAM_BYTE_LIMIT)
+    limits(50)
     same(sample(features, 20, **options), grouped)
 
 
-@pytest.mark.usefixtures("rounds")
-def test_a_round_makes_many_picks() -> None:
-    """Orthogonal tokens never disturb each other: after the start, one round picks 64 of them."""
+@over_aggregates
+@over_potentials
+def test_a_round_makes_many_picks(aggregate: str, potential: str) -> None:
+    """Orthogonal tokens disturb all others alike: after the start, one round picks 64 of them, the lowest first."""
+    options: dict[str, Any] = {"aggregate": aggregate, "potential": potential, "first": "index"}
     features = torch.eye(100).unsqueeze(0)
-    picks, counts = sample(features, 66, first="index")
+    limits(tokens=0, rounds=3)
+    picks, counts = sample(features, 66, **options)
+    assert counts.tolist() == [66]
     assert picks.tolist() == [list(range(66))]
-    picks, counts = sample(features, 120, first="index", seed_indices=torch.tensor([[99, 3, 99, 200, -1, 40]]))
+    limits(tokens=0, rounds=2)  # of a sum, the second round makes its first pick and predicts the others
+    assert sample(features, 66, **options)[1].tolist() == [65 if aggregate == "max" else 2]
+    limits(tokens=0, rounds=4)  # one for the seeds
+    picks, counts = sample(features, 120, seed_indices=torch.tensor([[99, 3, 99, 200, -1, 40]]), **options)
     assert counts.tolist() == [97]
     assert picks[0, :97].tolist() == [i for i in range(100) if i not in (3, 40, 99)]
     assert (picks[0, 97:] == -1).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"aggregate": "sum"}, {"aggregate": "sum", "potential": "riesz"}], ids=str)
+def test_rounds_are_few_on_clustered_tokens(options: dict[str, Any]) -> None:
+    """Every centre has 16 tokens around it; still a round makes several of the 60 picks."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(16, 64, generator=generator).repeat_interleave(16, 0)
+    features = (centres + 0.5 * torch.randn(256, 64, generator=generator)).unsqueeze(0)
+    limits(tokens=0)
+    complete = sample(features, 60, **options)
+    assert complete[1].tolist() == [60]
+    limits(tokens=0, rounds=16)
+    same(sample(features, 60, **options), complete)
+
+
+@both_ways
+@over_aggregates
+def test_fewer_tokens_than_picks(aggregate: str, tokens: int) -> None:
+    """Masked tokens, seeds and a large k: the last ones are picked, and nobody twice."""
+    limits(tokens)
+    features, mask = torch.randn(3, 140, 16), torch.rand(3, 140) < 0.6
+    mask[1] = False
+    seeds = torch.randint(-1, 140, (3, 20))
+    picks, counts = sample(features, 150, mask=mask, seed_indices=seeds, aggregate=aggregate)
+    for b in range(3):
+        left = set(mask[b].nonzero().squeeze(1).tolist()) - set(seeds[b].tolist())
+        assert counts[b] == len(left)
+        assert set(picks[b, : len(left)].tolist()) == left
+        assert (picks[b, len(left) :] == -1).all()
 
 
 @pytest.mark.usefixtures("rounds")
@@ -233,12 +280,12 @@ def test_more_tokens_than_a_matrix_has() -> None:
 # --- layouts, schedules, errors --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limit", [0, 3072], ids=["rounds", "gram"])
+@both_ways
 @pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
 @pytest.mark.parametrize("channels", [0, 5, 32, 71, 200])
-def test_any_alignment(channels: int, dtype: torch.dtype, limit: int) -> None:
+def test_any_alignment(channels: int, dtype: torch.dtype, tokens: int) -> None:
     """Rows at odd addresses and of odd lengths, beside memory that must not enter."""
-    module.set_repulsion_limits(limit, module.GRAM_BYTE_LIMIT)
+    limits(tokens)
     generator = torch.Generator().manual_seed(channels)
     wanted = exact_features(generator, 2, 66, channels)
     expected = reference.repulsion_sample(wanted.double(), 12, first="isolated")
@@ -251,9 +298,9 @@ def test_any_alignment(channels: int, dtype: torch.dtype, limit: int) -> None:
     same(sample(wanted.to(dtype)[:1].expand(2, -1, -1), 12, first="isolated"), (expected[0][[0, 0]], expected[1]))
 
 
-@pytest.mark.parametrize("limit", [0, 3072], ids=["rounds", "gram"])
-def test_the_order_of_threads_does_not_matter(limit: int) -> None:
-    module.set_repulsion_limits(limit, module.GRAM_BYTE_LIMIT)
+@both_ways
+def test_the_order_of_threads_does_not_matter(tokens: int) -> None:
+    limits(tokens)
     features, mask = torch.randn(2, 150, 72).half(), torch.rand(2, 150) < 0.9
     shared: dict[str, Any] = {"mask": mask, "positions": torch.rand(2, 150, 2)}
     calls: list[dict[str, Any]] = [
@@ -271,11 +318,11 @@ def test_the_order_of_threads_does_not_matter(limit: int) -> None:
             same(other, results[0])
 
 
-@pytest.mark.parametrize("limit", [0, 3072], ids=["rounds", "gram"])
+@both_ways
 @pytest.mark.parametrize("first", ["outlier", "isolated"])
-def test_a_refused_launch_is_reported(first: str, limit: int) -> None:
+def test_a_refused_launch_is_reported(first: str, tokens: int) -> None:
     """Whichever it is; nothing is launched after it."""
-    module.set_repulsion_limits(limit, module.GRAM_BYTE_LIMIT)
+    limits(tokens)
     features, seeds = torch.randn(1, 40, 8), torch.tensor([[1]])
     sample(features, 2, first=first, seed_indices=seeds)
     count = len(module.take_launches())
@@ -290,10 +337,10 @@ def test_a_refused_launch_is_reported(first: str, limit: int) -> None:
 # --- numerics --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limit", [0, 3072], ids=["rounds", "gram"])
-def test_gaussian_with_infinite_sigma(limit: int) -> None:
+@both_ways
+def test_gaussian_with_infinite_sigma(tokens: int) -> None:
     """Every potential is 1 and the first of equals goes first; an infinite distance over an infinite sigma is NaN."""
-    module.set_repulsion_limits(limit, module.GRAM_BYTE_LIMIT)
+    limits(tokens)
     features, positions = torch.randn(1, 30, 8), torch.rand(1, 30, 2)
     positions[0, 3] = torch.inf
     options: dict[str, Any] = {"potential": "gaussian", "sigma": torch.inf, "positions": positions, "first": "index"}
@@ -305,7 +352,7 @@ def test_gaussian_with_infinite_sigma(limit: int) -> None:
 # --- the planner -----------------------------------------------------------------------------------------------------
 
 
-@hypothesis_settings(deadline=None, max_examples=400, print_blob=True)
+@hypothesis_settings(deadline=None, max_examples=200, print_blob=True)
 @given(
     batch=st.integers(0, 70000),
     n=st.one_of(st.integers(0, 65536), st.integers(3000, 3100), st.integers(0, 200)),
@@ -314,14 +361,15 @@ def test_gaussian_with_infinite_sigma(limit: int) -> None:
     n_seeds=st.integers(0, 70000),
     first=st.integers(0, 2),
     energy=st.booleans(),
+    total=st.booleans(),
     sm_count=st.integers(1, 200),
 )
 def test_plans(
-    batch: int, n: int, channels: int, k: int, n_seeds: int, first: int, energy: bool, sm_count: int
+    batch: int, n: int, channels: int, k: int, n_seeds: int, first: int, energy: bool, total: bool, sm_count: int
 ) -> None:
-    limits = module.DeviceLimits()
-    limits.sm_count = sm_count
-    plan = module.plan_repulsion(batch, n, channels, k, n_seeds, first, energy, limits)
+    device = module.DeviceLimits()
+    device.sm_count = sm_count
+    plan = module.plan_repulsion(batch, n, channels, k, n_seeds, first, energy, total, device)
     assert 0 <= plan.samples <= batch
     assert (plan.samples == 0) == (batch == 0)
     assert plan.greedy_block % 32 == 0
@@ -347,12 +395,13 @@ def test_plans(
         assert plan.tile == 64 or plan.samples * pairs * (pairs + 1) // 2 >= 2 * sm_count
     else:
         direction = 33 * channels if plan.start and first == 0 else 0
-        assert plan.floats == plan.samples * (2 * n + direction)
-        assert plan.words == plan.samples * (2 * n + 64 + 4)
+        assert plan.floats == plan.samples * (2 * n + direction + (64 * n if total else 0))
+        assert plan.words == plan.samples * (2 * n + 64 + 5)
+        assert not total or plan.samples * 64 * n * 4 <= 2**28 or plan.samples == 1
         # Every round but those of seeds makes a pick while there is one to make.
         assert plan.rounds == min(k, n) + -(-min(n_seeds, n) // 64)
         assert plan.greedy_block & (plan.greedy_block - 1) == 0
-        assert plan.greedy_block <= 512
+        assert 128 <= plan.greedy_block <= 512
         grids += [plan.samples * tiles, plan.samples * -(-n // 8), plan.samples * n_seeds // 256 + 1]
         grids += [plan.samples * 32 * slices]
         if first == 1:

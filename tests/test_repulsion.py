@@ -256,7 +256,7 @@ def test_nothing_to_pick(backend: str, aggregate: str) -> None:
 @over_backends
 @over_aggregates
 def test_seeds(backend: str, aggregate: str) -> None:
-    """Repeated and missing entries change nothing; a masked seed still repels. GPUs take a bad entry for a missing one."""
+    """Repeated and missing entries change nothing (on GPUs bad ones neither); a masked seed still repels."""
     features = torch.randn(1, 40, 8, dtype=dtypes_of(backend)[-1])
     call = {"aggregate": aggregate, "backend": backend}
     plain = tp.repulsion_sample(features, 10, seed_indices=torch.tensor([[3, 17]]), **call)

@@ -74,12 +74,14 @@ class _GatherCompact(torch.autograd.Function):
         """
         (indices,) = ctx.saved_tensors
         back: list[Tensor | None] = [None] * len(grads)
-        given = [i for i, grad in enumerate(grads) if grad is not None]
-        while given:
-            tokens = ctx.tokens[given[0]]
+        given = {i: grad for i, grad in enumerate(grads) if grad is not None}
+        lengths: list[int] = []
+        for i in given:
+            if not any(ctx.tokens[i] == tokens for tokens in lengths):  # a symbolic length has no hash
+                lengths.append(ctx.tokens[i])
+        for tokens in lengths:
             alike = [i for i in given if ctx.tokens[i] == tokens]
-            given = [i for i in given if ctx.tokens[i] != tokens]
-            kept = [grads[i] for i in alike]
+            kept = [given[i] for i in alike]
             whole = _gather_for(ctx.ops, kept)(
                 kept,
                 ctx.ops._invert_indices.default(indices, tokens),

@@ -32,6 +32,8 @@ struct AttentionInputs {
     p.rows = query.size(2);
     p.keys = key.size(2);
     p.dim = query.size(3);
+    if (p.group() > 1 && p.group_rows() >= int64_t(1) << 31)
+      fail("attention", "query", "have fewer than 2^31 rows per key head", p.group_rows());
     const int64_t element = query.element_size();
     p.query_aligned = vectors_are_aligned(p.query, p.query_strides, p.dim, element);
     p.key_aligned = vectors_are_aligned(p.key, p.key_strides, p.dim, element);

@@ -1,5 +1,6 @@
 #include "cuda/binding.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -9,6 +10,8 @@
 #endif
 
 namespace tokenprune {
+
+cudaError_t compiled_architecture(int* architecture);  // device.cu
 
 namespace {
 
@@ -28,11 +31,15 @@ cudaStream_t current_stream(int32_t device) {
 }
 #endif
 
+void check_query(cudaError_t status) {
+  if (status == cudaSuccess) return;
+  (void)cudaGetLastError();
+  throw std::runtime_error(std::string("tokenprune: cannot query the CUDA device: ") + cudaGetErrorString(status));
+}
+
 int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
-  const cudaError_t status = cudaDeviceGetAttribute(&value, which, device);
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string("tokenprune: cannot query the CUDA device: ") + cudaGetErrorString(status));
+  check_query(cudaDeviceGetAttribute(&value, which, device));
   return value;
 }
 
@@ -40,8 +47,10 @@ DeviceLimits query_limits(int device) {
   DeviceLimits limits;
   limits.sm_count = attribute(cudaDevAttrMultiProcessorCount, device);
   limits.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  limits.architecture =
-      10 * attribute(cudaDevAttrComputeCapabilityMajor, device) + attribute(cudaDevAttrComputeCapabilityMinor, device);
+  int compiled = 0;
+  check_query(compiled_architecture(&compiled));
+  limits.architecture = std::min(compiled, 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                                               attribute(cudaDevAttrComputeCapabilityMinor, device));
   return limits;
 }
 

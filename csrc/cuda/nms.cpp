@@ -37,29 +37,26 @@ std::tuple<Tensor, Tensor, Tensor> spatial_semantic_nms(const Tensor& scores_in,
   Tensor selected = new_empty(scores, {batch, k}, ScalarType::Float);
   Tensor counts = new_empty(scores, {batch}, ScalarType::Long);
   const double reach = std::min(radius, 6 * sigma_spatial);  // from there on the spatial factor rounds away
-  const NmsPlan plan =
-      plan_nms(batch, n, dim, static_cast<int64_t>(features.element_size()), k, reach, cuda.limits());
+  const NmsPlan plan = plan_nms(batch, n, dim, static_cast<int64_t>(features.element_size()), k, reach, cuda.limits());
   Tensor workspace = new_empty(scores, {ceil_div<int64_t>(plan.workspace, 8)}, ScalarType::Long);
-  const NmsProblem problem{
-      float_rows(scores),
-      float_rows(positions),
-      features.const_data_ptr(),
-      features.stride(0),
-      features.stride(1),
-      groups ? groups->const_data_ptr<int64_t>() : nullptr,
-      groups ? groups->stride(0) : 0,
-      mask.data(),
-      mask.stride(),
-      batch,
-      n,
-      dim,
-      k,
-      {largest_square_within(static_cast<float>(radius)), static_cast<float>(2 * sigma_spatial * sigma_spatial),
-       static_cast<float>(2 * sigma_semantic * sigma_semantic), static_cast<float>(threshold), hard},
-      workspace.mutable_data_ptr(),
-      indices.mutable_data_ptr<int64_t>(),
-      selected.mutable_data_ptr<float>(),
-      counts.mutable_data_ptr<int64_t>()};
+  const NmsProblem problem{float_rows(scores),
+                           float_rows(positions),
+                           features.const_data_ptr(),
+                           features.stride(0),
+                           features.stride(1),
+                           groups ? groups->const_data_ptr<int64_t>() : nullptr,
+                           groups ? groups->stride(0) : 0,
+                           mask.data(),
+                           mask.stride(),
+                           batch,
+                           n,
+                           dim,
+                           k,
+                           nms_suppression(radius, sigma_spatial, sigma_semantic, threshold, hard),
+                           workspace.mutable_data_ptr(),
+                           indices.mutable_data_ptr<int64_t>(),
+                           selected.mutable_data_ptr<float>(),
+                           counts.mutable_data_ptr<int64_t>()};
   const cudaError_t status = dispatch_storage(features, [&](auto tag) {
     return launch_spatial_semantic_nms<typename decltype(tag)::type>(problem, plan, cuda.stream());
   });

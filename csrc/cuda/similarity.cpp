@@ -17,13 +17,27 @@ bool rows_are_aligned(const Tensor& t) {
 }
 
 RowList masked_rows(const Tensor& queries, const MaskArgument& mask) {
-  return {queries.const_data_ptr(), queries.stride(0), queries.stride(1), queries.size(1), nullptr, 0, mask.data(),
-          mask.stride(),            queries.size(1)};
+  return {queries.const_data_ptr(),
+          queries.stride(0),
+          queries.stride(1),
+          queries.size(1),
+          nullptr,
+          0,
+          mask.data(),
+          mask.stride(),
+          queries.size(1)};
 }
 
 RowList rows_at(const Tensor& features, const Tensor& indices) {
-  return {features.const_data_ptr(), features.stride(0), features.stride(1), features.size(1),
-          indices.const_data_ptr<int64_t>(), indices.stride(0), nullptr, 0, indices.size(1)};
+  return {features.const_data_ptr(),
+          features.stride(0),
+          features.stride(1),
+          features.size(1),
+          indices.const_data_ptr<int64_t>(),
+          indices.stride(0),
+          nullptr,
+          0,
+          indices.size(1)};
 }
 
 // scores[b, j] = max over best_of of the cosines + sign * mean over mean_of; an empty list contributes 0.

@@ -30,13 +30,17 @@ def load() -> ModuleType:
 
 @functools.cache
 def ops() -> Any:
-    """The emulated kernels as a namespace of ops, gather_compact with its gradient."""
+    """The emulated kernels as a namespace of ops: only gather_compact has a gradient."""
     import torch
 
     from tokenprune_kernels import _autograd
+    from tokenprune_kernels._schemas import SCHEMAS
 
     load()
     library = torch.library.Library("tokenprune_emulated", "FRAGMENT")
+    for name in SCHEMAS:
+        if name != "gather_compact":
+            library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     _autograd.register(library, torch.ops.tokenprune_emulated)
     _LIBRARIES.append(library)
     return torch.ops.tokenprune_emulated

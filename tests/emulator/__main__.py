@@ -1,5 +1,7 @@
-"""`python -m emulator` (in tests/): build the emulator and print where it is."""
+"""`python -m emulator` (in tests/): build the emulator and what its own tests need, and print where it is."""
 
-from .build import build
+from .build import build, build_broken, build_broken_program
 
+build_broken()
+build_broken_program()
 print(build())

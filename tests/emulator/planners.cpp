@@ -10,6 +10,10 @@ void bind_attention_rows_planner(py::module_& m);  // planners_attention_rows.cp
 void bind_compaction_planner(py::module_& m);
 void bind_selection_planner(py::module_& m);
 void bind_repulsion_planner(py::module_& m);
+void bind_mixture_planner(py::module_& m);
+void bind_similarity_planner(py::module_& m);
+void bind_attention_columns_planner(py::module_& m);
+void bind_nms_planner(py::module_& m);
 
 void bind_planners(py::module_& m) {
   py::class_<tokenprune::DeviceLimits>(m, "DeviceLimits")
@@ -21,4 +25,8 @@ void bind_planners(py::module_& m) {
   bind_compaction_planner(m);
   bind_selection_planner(m);
   bind_repulsion_planner(m);
+  bind_mixture_planner(m);
+  bind_similarity_planner(m);
+  bind_attention_columns_planner(m);
+  bind_nms_planner(m);
 }

@@ -11,7 +11,7 @@ namespace {
 const float no_energy = 0;
 
 RepulsionPlan plan(int64_t batch, int64_t n, int64_t channels, int64_t k, int64_t n_seeds, int first, bool energy,
-                   const DeviceLimits& limits) {
+                   bool sum, const DeviceLimits& limits) {
   RepulsionProblem p{};
   p.batch = batch;
   p.n = n;
@@ -19,6 +19,7 @@ RepulsionPlan plan(int64_t batch, int64_t n, int64_t channels, int64_t k, int64_
   p.k = k;
   p.n_seeds = n_seeds;
   p.first = static_cast<FirstPick>(first);
+  p.sum = sum;
   p.energy = energy ? &no_energy : nullptr;
   return plan_repulsion(p, limits);
 }
@@ -37,10 +38,12 @@ void bind_repulsion_planner(py::module_& m) {
       .def_property_readonly("floats", &RepulsionPlan::floats)
       .def_property_readonly("words", &RepulsionPlan::words);
   m.def("plan_repulsion", &plan);
-  m.def("set_repulsion_limits", [](int64_t tokens, int64_t bytes) {
+  m.def("set_repulsion_limits", [](int64_t tokens, int64_t bytes, int64_t rounds) {
     gram_token_limit = tokens;
     gram_byte_limit = bytes;
+    round_limit = rounds;
   });
   m.attr("GRAM_TOKEN_LIMIT") = gram_token_limit;
   m.attr("GRAM_BYTE_LIMIT") = gram_byte_limit;
+  m.attr("ROUND_LIMIT") = round_limit;
 }

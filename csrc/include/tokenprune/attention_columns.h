@@ -57,7 +57,7 @@ struct ColumnPlan {
 
 constexpr int kMaxTeams = 3;          // of 128 threads: leaves a thread 168 registers
 constexpr int kMaxColumnCluster = 8;  // what every device with clusters can do
-constexpr int kBlocksPerSm = 512;     // cap of the grid: more items are looped over
+constexpr int kBlocksPerSm = 64;      // cap of the grid: more items are looped over
 constexpr int kCombineThreads = 256;
 constexpr int64_t kPartialFloor = 1 << 20;  // bytes of partial results that nobody misses
 
@@ -104,16 +104,21 @@ inline ColumnPlan plan_attention_columns(const ColumnShape& s, const DeviceLimit
       return column_shared_bytes(s.dim, s.element_size, false, plan.cluster, teams) + kColumnStaticBytes <=
              limits.shared_per_block;
     };
-    while (plan.teams < kMaxTeams && room(plan.cluster * (plan.teams + 1)) && fits_with(plan.teams + 1)) ++plan.teams;
+    const auto heads_each = [&](int teams) { return ceil_div<int64_t>(s.query_heads, plan.cluster * teams); };
+    for (int teams = 2; teams <= kMaxTeams; ++teams)
+      if (room(plan.cluster * teams) && fits_with(teams) && heads_each(teams) < heads_each(plan.teams))
+        plan.teams = teams;
     plan.resident = fits && grouped && plan.teams == 1;
   }
   const int64_t units = tiles * plan.head_ranges * plan.parts();
   if (!s.one_launch && units > 0 && row_tiles > 1) {
+    const int64_t slots = 3 * int64_t(limits.sm_count);  // teams that run at once, by registers
     constexpr int64_t kSteps = 8;  // tiles a block should have to compute: below, a second launch costs more
     const int64_t heads = ceil_div(s.query_heads, plan.head_ranges * plan.parts());
     const int64_t bytes = 2 * s.batch * (s.per_head ? s.query_heads : 1) * s.columns * int64_t(sizeof(float));
-    const int64_t small = std::max(row_tiles / 4, kPartialFloor / bytes);  // 1% of the rows x columns matrices
-    plan.row_parts = std::max<int64_t>(1, std::min({wanted / units, row_tiles, row_tiles * heads / kSteps, small}));
+    const int64_t small =
+        std::max(row_tiles / 4, kPartialFloor / std::max<int64_t>(1, bytes));  // 1% of the rows x columns matrices
+    plan.row_parts = std::max<int64_t>(1, std::min({slots / units, row_tiles, row_tiles * heads / kSteps, small}));
   }
   plan.rows_per_part = std::max<int64_t>(1, ceil_div(row_tiles, plan.row_parts)) * kTileVectors;
   plan.row_parts = std::max<int64_t>(1, ceil_div<int64_t>(rows, plan.rows_per_part));

@@ -22,7 +22,8 @@
 namespace tokenprune {
 
 // A list of vectors, of which a tile takes 64 from `first` on; beyond `count` there are zeros. The rows of all query
-// heads that share a key head form one list: vector v is row v % per_head of head v / per_head.
+// heads that share a key head form one list: vector v is row v % per_head of head v / per_head. A list of several heads
+// has fewer than 2^31 vectors (the binding checks it): a 64-bit division would be a call, around which ptxas spills.
 template <class T>
 struct VectorList {
   const T* data;
@@ -32,7 +33,8 @@ struct VectorList {
   __device__ __forceinline__ const T* vector(int64_t v) const {
     if (v >= count) return nullptr;
     if (count <= per_head) return data + v * row_stride;
-    return data + v / per_head * head_stride + v % per_head * row_stride;
+    const uint32_t each = static_cast<uint32_t>(per_head), head = static_cast<uint32_t>(v) / each;
+    return data + head * head_stride + (static_cast<uint32_t>(v) - head * each) * row_stride;
   }
 };
 
@@ -115,8 +117,9 @@ struct DotTile {
   template <int kBlocks>
   __device__ __forceinline__ void multiply(const unsigned char* a_chunk, const unsigned char* b_chunk, int left,
                                            int b_left) {
-    if (left >= kChunk && b_left > 16 * (kBlocks - 1))
-      multiply<kBlocks, true>(a_chunk, b_chunk, left, b_left);  // without a branch: loads run ahead of products
+    // Without a branch, loads run ahead of products. In float32 there are products enough between two branches.
+    if (kMma && left >= kChunk && b_left > 16 * (kBlocks - 1))
+      multiply<kBlocks, kMma>(a_chunk, b_chunk, left, b_left);
     else
       multiply<kBlocks, false>(a_chunk, b_chunk, left, b_left);
   }
@@ -144,13 +147,13 @@ struct DotTile {
     } else {
 #pragma unroll 1  // unrolled, the reads of several units would spill
       for (int u = 0; u < 8; ++u) {
-        if (!kFull && kUnit * u >= left) break;
+        if (kUnit * u >= left) break;
         float4 x[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) x[i] = *reinterpret_cast<const float4*>(unit(a_chunk, a(i), u));
 #pragma unroll
         for (int j = 0; j < 2 * kBlocks; ++j) {
-          if (!kFull && 8 * j >= b_left) break;
+          if (8 * j >= b_left) break;
           const float4 y = *reinterpret_cast<const float4*>(unit(b_chunk, b(j), u));
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
@@ -182,45 +185,35 @@ struct TileVectors {
   }
 };
 
-// One thread's part in copying the chunks of a tile of 64 vectors: of the vectors tile_thread() / 4 and 32 further, the
-// units tile_thread() % 4 and 4 further, odd vectors in reverse order: 8 neighbouring lanes write to distinct banks,
-// and 4 read 64 bytes in a row.
 template <class T>
-struct TileLoader {
-  const T* vectors[2];
-  bool aligned;
-
-  template <class List>
-  __device__ __forceinline__ void point_to(const TileVectors<T, List>& tile) {
-    aligned = tile.list.aligned;
-    vectors[0] = tile.list.vector(tile.first + tile_thread() / 4);
-    vectors[1] = tile.list.vector(tile.first + tile_thread() / 4 + 32);
-  }
-
-  // Starts (or, unaligned, makes) the copy of chunk `c` to `to`.
-  __device__ __forceinline__ void copy(unsigned char* to, int c, int dim) const {
-    constexpr int kUnit = DotTile<T>::kUnit;
-    const int row = tile_thread() / 4;
+__device__ __forceinline__ void copy_elements(T* to, const T* vector, int element, int dim) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int u = tile_thread() % 4 + 4 * ((half + row) % 2), element = c * DotTile<T>::kChunk + u * kUnit;
+  for (int e = 0; e < DotTile<T>::kUnit; ++e)
+    to[e] = vector != nullptr && element + e < dim ? vector[element + e] : from_float<T>(0.0f);
+}
+
+// Starts (or, unaligned, makes) the copy of chunk `c` of a tile's vectors to `to`. A thread copies, of the vectors
+// tile_thread() / 4 and 32 further, the units tile_thread() % 4 and 4 further, odd vectors in reverse order: 8
+// neighbouring lanes write to distinct banks, and 4 read 64 bytes in a row. The vectors are found again for every
+// chunk: kept, their addresses would cost registers while a tile is visited.
+template <class T, class List>
+__device__ __forceinline__ void copy_chunk(unsigned char* to, const TileVectors<T, List>& tile, int c, int dim) {
+  const int row = tile_thread() / 4;
+  const T* const vectors[2] = {tile.list.vector(tile.first + row), tile.list.vector(tile.first + row + 32)};
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        unsigned char* at = to + (row + 32 * i) * kChunkBytes + ((u ^ (row & 7)) << 4);
-        if (aligned)
-          cp_async_16(at, vectors[i] + element, vectors[i] != nullptr && element < dim);
-        else
-          copy_elements(reinterpret_cast<T*>(at), vectors[i], element, dim);
-      }
+  for (int half = 0; half < 2; ++half) {
+    const int u = tile_thread() % 4 + 4 * ((half + row) % 2);
+    const int element = c * DotTile<T>::kChunk + u * DotTile<T>::kUnit;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      unsigned char* at = to + (row + 32 * i) * kChunkBytes + ((u ^ (row & 7)) << 4);
+      if (tile.list.aligned)
+        cp_async_16(at, vectors[i] + element, vectors[i] != nullptr && element < dim);
+      else
+        copy_elements(reinterpret_cast<T*>(at), vectors[i], element, dim);
     }
   }
-
-  __device__ __forceinline__ static void copy_elements(T* to, const T* vector, int element, int dim) {
-#pragma unroll
-    for (int e = 0; e < DotTile<T>::kUnit; ++e)
-      to[e] = vector != nullptr && element + e < dim ? vector[element + e] : from_float<T>(0.0f);
-  }
-};
+}
 
 // visit(t, tile) with the finished sums of tile t = 0 .. tiles - 1, those of the vectors kept_of(t) and streamed_of(t).
 // Both are functions from t to TileVectors, called again whenever needed. With `resident` the first operand is
@@ -238,17 +231,13 @@ __device__ __forceinline__ void for_each_tile(unsigned char* shared, int dim, bo
   unsigned char* const ring = shared;
   unsigned char* const kept_ring = shared + kTileStages * kChunkTileBytes;  // resident: all chunks
   const int chunks = (dim + kChunk - 1) / kChunk;
-  TileLoader<T> loader;
   int next_tile = 0, next_chunk = 0, next_stage = 0;  // what is loaded next, and to where
   const auto load = [&] {
     if (next_tile < tiles) {
-      if (next_chunk == 0) loader.point_to(streamed_of(next_tile));
-      loader.copy(ring + next_stage * kChunkTileBytes, next_chunk, dim);
-      if (!resident || next_tile == 0) {
-        TileLoader<T> kept_loader;  // made again for every chunk: kept, its pointers would cost registers
-        kept_loader.point_to(kept_of(next_tile));
-        kept_loader.copy(kept_ring + (resident ? next_chunk : next_stage) * kChunkTileBytes, next_chunk, dim);
-      }
+      copy_chunk<T>(ring + next_stage * kChunkTileBytes, streamed_of(next_tile), next_chunk, dim);
+      if (!resident || next_tile == 0)
+        copy_chunk<T>(kept_ring + (resident ? next_chunk : next_stage) * kChunkTileBytes, kept_of(next_tile),
+                      next_chunk, dim);
       next_stage = next_stage == kTileStages - 1 ? 0 : next_stage + 1;
       if (++next_chunk == chunks) {
         next_chunk = 0;

@@ -26,7 +26,8 @@ constexpr int kNoRow = -1;                 // a row of zeros
 
 template <int kTile>
 struct DotTile {
-  static constexpr int kThreads = 2 * kTile;  // that compute; a larger block helps with the copies
+  static constexpr int kThreads = 2 * kTile;          // that compute; a larger block helps with the copies
+  static constexpr int kBlocks = kTile > 64 ? 1 : 4;  // per multiprocessor at least: up to 255 or 128 registers
   static constexpr int kStages = kTile > 64 ? 2 : 3;
   static constexpr int kStageBytes = 2 * kTile * kRowPitch;
   static constexpr int kOutPitch = kTile + 1;  // floats; odd, so that rows and columns are free of bank conflicts
@@ -105,7 +106,7 @@ struct TileProduct<float, kTile> {  // a thread owns every kRowStep-th of the ro
   __device__ __forceinline__ void add(const unsigned char* stage, int columns) {
     const unsigned char* left = stage + threadIdx.x / 16 * kRowPitch;
     const unsigned char* right = stage + (kTile + threadIdx.x % 16) * kRowPitch;
-#pragma unroll 2
+#pragma unroll 1
     for (int k = 0; k < kRowBytes; k += 16) {
       float4 a[kM];
 #pragma unroll

@@ -1,9 +1,11 @@
 // select_mixture (AdaFV): one launch, one block per sample.
 //
-//   text scores -----> keys --- radix selection: the k - b best ---> sorted ---> prefix sums of all after the first b --+
-//   visual scores ---> keys --- the same -------------------------> sorted ---> prefix sums ---------------------------+
+//   text scores -----> keys --- radix selection: the k - b best ---> sorted ---> prefix sums of all after the first b
+//   --+ visual scores ---> keys --- the same -------------------------> sorted ---> prefix sums
+//   ---------------------------+
 //                                                                                                                      |
-//   indices, counts, num_text <--- one walk in order <--- fill: radix selection <--- kept <--- r: greatest product <---+
+//   indices, counts, num_text <--- one walk in order <--- fill: radix selection <--- kept <--- r: greatest product
+//   <---+
 //
 // Only values are sorted. Which tokens the first m of a list are follows from its m-th value: those with a greater one,
 // and of those with this one the first in order; `cut` is where these end. So "kept" is a function of a token's two
@@ -17,7 +19,7 @@
 // max(t * V, v * T): the same order without a division, and equal shares of the two lists give equal products where
 // these are exact.
 //
-// Grid B, block 128 to 512 (a thread for every two tokens), 11 KB static shared memory; dynamic: 8 bytes per sorted
+// Grid B, block 128 to 512 (a thread for every two tokens), 12 KB static shared memory; dynamic: 8 bytes per sorted
 // place, 16 per summed one, and 8 per token if there is room. Scores are read once (keys in shared memory), otherwise
 // once per pass, up to 26 of them; the minimum is once. Lists too long for shared memory are sorted in global memory.
 #pragma once
@@ -27,6 +29,8 @@
 #include "tokenprune/radix.cuh"
 
 namespace tokenprune {
+
+static_assert(sizeof(RadixScratch<uint32_t>) + sizeof(RadixScratch<uint64_t>) + 1024 <= kMixtureStaticShared);
 
 __device__ __forceinline__ float score_at(const void* data, ScoreType type, int64_t i) {
   if (type == ScoreType::kFloat) return static_cast<const float*>(data)[i];
@@ -76,14 +80,16 @@ __device__ __forceinline__ void sort_lists(uint32_t* text, uint32_t* visual, uin
 __device__ __forceinline__ void prefix_sums(const uint32_t* sorted, uint32_t count, double* mass, uint32_t thread,
                                             uint32_t threads) {
   uint32_t chunk = ceil_div(count, threads);
-  while (static_cast<uint64_t>(chunk) * chunk < count) ++chunk;  // as long as there are chunks: their sums are added up one by one
+  while (static_cast<uint64_t>(chunk) * chunk < count)
+    ++chunk;  // as long as there are chunks: their sums are added up one by one
   const uint32_t begin = min(thread * chunk, count), end = min(begin + chunk, count);
   double sum = 0;
   for (uint32_t r = begin; r < end; ++r) mass[r + 1] = sum += score_of(sorted[r]);
   __syncthreads();
   if (thread == 0) {
     mass[0] = sum = 0;
-    for (uint32_t last = chunk; last < count + chunk; last += chunk) mass[min(last, count)] = sum += mass[min(last, count)];
+    for (uint32_t last = chunk; last < count + chunk; last += chunk)
+      mass[min(last, count)] = sum += mass[min(last, count)];
   }
   __syncthreads();
   if (begin > 0)
@@ -150,7 +156,7 @@ struct ShareWeights {
   }
 };
 
-static __global__ void __launch_bounds__(kMixtureMaxThreads, 1)
+__global__ void __launch_bounds__(kMixtureMaxThreads, 1)
     mixture_kernel(const MixtureProblem p, const MixturePlan plan) {
   using ListScratch = RadixScratch<uint32_t>;
   using FillScratch = RadixScratch<uint64_t>;
@@ -206,7 +212,7 @@ static __global__ void __launch_bounds__(kMixtureMaxThreads, 1)
   }
   const MarkCounts above = ranked<2>(
       of_warp, [&](uint32_t i) -> uint32_t { return (text(i) > of_text.key) + 2 * (visual(i) > of_visual.key); },
-      [&](uint32_t i, uint32_t flags, const uint32_t(&ranks)[2]) {
+      [&](uint32_t i, uint32_t flags, const uint32_t (&ranks)[2]) {
         if (flags & 1) text_sorted[ranks[0]] = text(i);
         if (flags & 2) visual_sorted[ranks[1]] = visual(i);
       },
@@ -224,14 +230,16 @@ static __global__ void __launch_bounds__(kMixtureMaxThreads, 1)
   prefix_sums((for_text ? text_sorted : visual_sorted) + reserved, summed, for_text ? text_mass : visual_mass,
               for_text ? threadIdx.x : threadIdx.x - half, half);
   const int64_t split = best_split(text_mass, summed, visual_mass, summed, rest);
-  of_text = threshold_of_sorted(text_sorted, static_cast<uint32_t>(min(p.reserved + split, static_cast<int64_t>(listed))));
-  of_visual = threshold_of_sorted(visual_sorted, static_cast<uint32_t>(min(wanted - split, static_cast<int64_t>(listed))));
+  of_text =
+      threshold_of_sorted(text_sorted, static_cast<uint32_t>(min(p.reserved + split, static_cast<int64_t>(listed))));
+  of_visual =
+      threshold_of_sorted(visual_sorted, static_cast<uint32_t>(min(wanted - split, static_cast<int64_t>(listed))));
 
   // Where the last token of each lies that is kept among equal ones.
   if (threadIdx.x < 2) cuts[threadIdx.x] = 0;
   ranked<2>(
       of_warp, [&](uint32_t i) -> uint32_t { return (text(i) == of_text.key) + 2 * (visual(i) == of_visual.key); },
-      [&](uint32_t i, uint32_t flags, const uint32_t(&ranks)[2]) {
+      [&](uint32_t i, uint32_t flags, const uint32_t (&ranks)[2]) {
         if (flags & 1 && ranks[0] + 1 == of_text.ties) cuts[0] = i + 1;
         if (flags & 2 && ranks[1] + 1 == of_visual.ties) cuts[1] = i + 1;
       },
@@ -258,7 +266,7 @@ static __global__ void __launch_bounds__(kMixtureMaxThreads, 1)
         if (key == 0) return text(i) != 0;
         return key > fill.key ? 1 : (key == fill.key ? 2 : 0);
       },
-      [&](uint32_t i, uint32_t flags, const uint32_t(&ranks)[2]) {
+      [&](uint32_t i, uint32_t flags, const uint32_t (&ranks)[2]) {
         if (flags & 1 || (flags & 2 && ranks[1] < fill.ties)) out[ranks[0] + min(ranks[1], fill.ties)] = i;
       },
       scratch);

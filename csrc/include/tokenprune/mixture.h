@@ -35,7 +35,7 @@ struct MixtureProblem {
 constexpr int kMixtureMaxThreads = 512;
 // Counters and positions within a sample have 32 bits, one of them spare.
 constexpr int64_t kMixtureMaxTokens = (int64_t(1) << 31) - 1;
-constexpr int kMixtureStaticShared = 8 * 1024;  // bytes that the kernel has beside its lists
+constexpr int kMixtureStaticShared = 12 * 1024;  // bytes that the kernel has beside its lists
 
 // One block per sample. Of both lists it sorts the part that may be kept and sums up what is not reserved of it; that
 // lies in shared memory, or in global memory when it is too long. The keys of all tokens lie there too if they fit.
@@ -54,8 +54,8 @@ inline MixturePlan plan_mixture(int64_t n, int64_t k, int64_t reserved, const De
   constexpr int64_t kTokensPerThread = 2, kMinThreads = 128;
   MixturePlan plan{};
   const int64_t listed = std::min(k - reserved, n);
-  plan.threads = static_cast<unsigned>(std::clamp<int64_t>(
-      round_up<int64_t>(ceil_div(n, kTokensPerThread), 32), kMinThreads, kMixtureMaxThreads));
+  plan.threads = static_cast<unsigned>(
+      std::clamp<int64_t>(round_up<int64_t>(ceil_div(n, kTokensPerThread), 32), kMinThreads, kMixtureMaxThreads));
   plan.sorted = 2;
   while (plan.sorted < listed) plan.sorted *= 2;
   plan.summed = std::max<int64_t>(listed - reserved, 0);

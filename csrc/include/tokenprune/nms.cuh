@@ -7,14 +7,15 @@
 //   lists    one block per 16 tokens and range of columns: finds the tokens that they reach, and computes those weights
 //            with 16 x 64 tiles of dot products (tensor cores for 16-bit features).
 //   select   one block, or one cluster, per sample: all k steps (greedy.cuh) on keys in shared memory.
-// Lists have a fixed capacity. A token that reaches more than that has no list: should it be picked, the selecting blocks
-// compute its weights on the spot, with the same sums. With k <= 2 there are no lists at all.
+// Lists have a fixed capacity. A token that reaches more than that has no list: should it be picked, the selecting
+// blocks compute its weights on the spot, with the same sums. With k <= 2 there are no lists at all.
 //
 //            grid                        block  shared memory              bytes moved
 //   prepare  tokens / 8                  256    none                       the features once (the minimum)
-//   lists    tokens / 16 * splits        256    about 26 KB                (16 + reached columns) rows per tile, from L2;
+//   lists    tokens / 16 * splits        256    about 26 KB                (16 + reached columns) rows per tile, from
+//   L2;
 //                                                                          8 per list entry written
-//   select   samples * cluster           512    about 11 KB + 4 per token  4 per token; 8 per list entry of every pick
+//   select   samples * cluster           <= 512 about 11 KB + 4 per token  4 per token; 8 per list entry of every pick
 #pragma once
 
 #include "tokenprune/nms_lists.cuh"
@@ -26,14 +27,13 @@ __device__ __forceinline__ float score_of_key(uint32_t key) {
   return __uint_as_float((key & 0x80000000u) != 0 ? key ^ 0x80000000u : ~key);
 }
 
-constexpr int kSelectRound = 4 * kNmsSelectThreads;  // columns looked at between barriers where there is no list
-constexpr int kSelectColumns = kNmsSelectThreads / kWarp / kSegments * kDotColumns;
+constexpr int kLooksPerThread = 4;  // at tokens between two barriers, where a pick has no list
 
 struct NmsSelectShared {
   CandidateSlots slots;
-  int32_t reached[kSelectRound];
+  int32_t reached[kLooksPerThread * kNmsMostSelectThreads];
   int32_t reached_count;
-  float partial[kSegments][kSelectColumns];
+  float partial[kSegments][kNmsMostSelectThreads / kWarp / kSegments * kDotColumns];
 };
 static_assert(sizeof(NmsSelectShared) <= kNmsSelectStatic, "the planner reserves this much");
 
@@ -49,7 +49,7 @@ struct NmsRule {
 
   __device__ __forceinline__ Candidate best() const {
     Candidate mine = kNoCandidate;
-    for (int64_t i = threadIdx.x; i < owned; i += kNmsSelectThreads) {
+    for (int64_t i = threadIdx.x; i < owned; i += blockDim.x) {
       const uint32_t key = keys[i];
       if (key > mine.key) mine = {key, static_cast<uint32_t>(first + i)};
     }
@@ -90,7 +90,7 @@ struct NmsRule {
       } else {
         for (int64_t e = threadIdx.x; entry.index != kEnd;) {
           if (owns(entry.index)) suppress(entry.index, entry.weight);
-          e += kNmsSelectThreads;
+          e += blockDim.x;
           if (e >= capacity) break;
           entry = list[e];
         }
@@ -102,18 +102,18 @@ struct NmsRule {
   // The weights of a pick without a list, computed now.
   __device__ void meet_neighbours(int64_t pick_index) {
     const NmsToken pick = load_token(p, w, sample, pick_index);
-    for (int64_t from = 0; from < owned; from += kSelectRound) {
+    for (int64_t from = 0; from < owned; from += kLooksPerThread * blockDim.x) {
       if (threadIdx.x == 0) s.reached_count = 0;
       __syncthreads();
-      const int64_t end = min(owned, from + kSelectRound);
-      for (int64_t i = from + threadIdx.x; i < end; i += kNmsSelectThreads)
+      const int64_t end = min(owned, from + kLooksPerThread * blockDim.x);
+      for (int64_t i = from + threadIdx.x; i < end; i += blockDim.x)
         if (keys[i] != 0 && first + i != pick_index && reaches(p.by, pick, load_token(p, w, sample, first + i)))
           s.reached[atomicAdd(&s.reached_count, 1)] = static_cast<int32_t>(first + i);
       // In any order: each of them is a sum of its own.
       __syncthreads();
-      const int count = s.reached_count;
-      for (int done = 0; done < count; done += kSelectColumns)
-        meet_reached(pick_index, pick, done, min(count - done, kSelectColumns));
+      const int count = s.reached_count, at_once = blockDim.x / kWarp / kSegments * kDotColumns;
+      for (int done = 0; done < count; done += at_once)
+        meet_reached(pick_index, pick, done, min(count - done, at_once));
       __syncthreads();
     }
   }
@@ -140,7 +140,7 @@ struct NmsRule {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kNmsSelectThreads)
+__global__ void __launch_bounds__(kNmsMostSelectThreads)
     nms_select_kernel(const NmsProblem p, int64_t capacity, int64_t steps, int64_t owned, bool keys_in_shared) {
   TOKENPRUNE_SHARED(NmsSelectShared, s);
   const NmsWorkspace w = nms_workspace(p, capacity);
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kNmsSelectThreads)
   uint32_t* keys = w.keys + sample * p.n + first;
   if (keys_in_shared) {
     auto* copy = reinterpret_cast<uint32_t*>(dynamic_shared());
-    for (int64_t i = threadIdx.x; i < owned; i += kNmsSelectThreads) copy[i] = keys[i];
+    for (int64_t i = threadIdx.x; i < owned; i += blockDim.x) copy[i] = keys[i];
     keys = copy;
   }
   // A thread's first search reads only what it has copied itself, or what an earlier launch has written.
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kNmsSelectThreads)
   const int64_t picked = greedy_select(rule, s.slots, steps);
   if (cluster_rank() != 0) return;
   if (threadIdx.x == 0) p.counts[sample] = picked;
-  for (int64_t place = picked + threadIdx.x; place < p.k; place += kNmsSelectThreads) {
+  for (int64_t place = picked + threadIdx.x; place < p.k; place += blockDim.x) {
     p.indices[sample * p.k + place] = -1;
     p.selected[sample * p.k + place] = 0;
   }
@@ -171,7 +171,7 @@ cudaError_t launch_spatial_semantic_nms(const NmsProblem& p, const NmsPlan& plan
   status = launch({dim3(plan.list_blocks), dim3(kNmsThreads), 0, stream}, nms_lists_kernel<T>, p, plan.capacity,
                   plan.splits, plan.split_columns);
   if (status != cudaSuccess) return status;
-  return launch({dim3(p.batch * plan.cluster), dim3(kNmsSelectThreads), static_cast<size_t>(plan.shared), stream,
+  return launch({dim3(p.batch * plan.cluster), dim3(plan.select_threads), static_cast<size_t>(plan.shared), stream,
                  static_cast<unsigned>(plan.cluster)},
                 nms_select_kernel<T>, p, plan.capacity, plan.steps, plan.owned, plan.keys_in_shared);
 }

@@ -1,6 +1,6 @@
-// spatial_semantic_nms as the host sees it: the problem, the plan of its three launches, and the launcher's declaration.
-// The algorithm is described in nms.cuh; the launcher is instantiated for the storage types of the features in
-// csrc/cuda/nms.cu. Scores and positions are read through FloatRows, whatever their type: they are small.
+// spatial_semantic_nms as the host sees it: the problem, the plan of its three launches, and the launcher's
+// declaration. The algorithm is described in nms.cuh; the launcher is instantiated for the storage types of the
+// features in csrc/cuda/nms.cu. Scores and positions are read through FloatRows, whatever their type: they are small.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -57,14 +57,19 @@ inline float largest_square_within(float radius) {
   return square;
 }
 
-constexpr int kNmsRowTile = 16;                          // picks whose lists one block makes, the rows of one mma
-constexpr int kNmsColumnTile = 64;                       // neighbours that it meets at a time
-constexpr int kNmsThreads = 256, kNmsSelectThreads = 512;
-constexpr int64_t kNmsRoomyLists = 16 << 20;             // bytes of lists that are always allowed
-constexpr int64_t kNmsModestCapacity = 128;              // allowed beyond that when the features are as large
-constexpr int64_t kNmsFewestEntries = 32;                // shorter lists than this would mostly overflow
-constexpr int64_t kNmsSelectStatic = 12 * 1024;          // bytes of static shared memory of the selection kernel
-constexpr int64_t kNmsLargestCluster = 8;
+inline NmsSuppression nms_suppression(double radius, double sigma_spatial, double sigma_semantic, double threshold,
+                                      bool hard) {
+  return {largest_square_within(static_cast<float>(radius)), static_cast<float>(2 * sigma_spatial * sigma_spatial),
+          static_cast<float>(2 * sigma_semantic * sigma_semantic), static_cast<float>(threshold), hard};
+}
+
+constexpr int kNmsRowTile = 16;     // picks whose lists one block makes, the rows of one mma
+constexpr int kNmsColumnTile = 64;  // neighbours that it meets at a time
+constexpr int kNmsThreads = 256, kNmsMostSelectThreads = 512;
+constexpr int64_t kNmsRoomyLists = 16 << 20;     // bytes of lists that are always allowed
+constexpr int64_t kNmsModestCapacity = 128;      // allowed beyond that when the features are as large
+constexpr int64_t kNmsFewestEntries = 32;        // shorter lists than this would mostly overflow
+constexpr int64_t kNmsSelectStatic = 12 * 1024;  // bytes of static shared memory of the selection kernel
 
 struct NmsPlan {
   int64_t steps;                  // picks that can be made at most
@@ -72,6 +77,7 @@ struct NmsPlan {
   int64_t splits, split_columns;  // the columns are shared out to `splits` blocks per row tile
   int64_t prepare_blocks, list_blocks;
   int64_t cluster, owned;  // blocks that select for one sample, and tokens that each of them owns
+  int64_t select_threads;  // a multiple of 128
   bool keys_in_shared;
   int64_t shared;     // bytes of dynamic shared memory of the selection kernel
   int64_t workspace;  // bytes
@@ -84,6 +90,7 @@ inline NmsPlan plan_nms(int64_t batch, int64_t n, int64_t dim, int64_t element_s
   plan.steps = std::min(k, n);
   plan.cluster = 1;
   plan.owned = n;
+  plan.select_threads = 128;
   if (batch == 0 || plan.steps == 0) return plan;
   const int64_t tokens = batch * n;
   // Lists pay off when they are used a few times: a list costs about what the update after one pick costs.
@@ -105,10 +112,11 @@ inline NmsPlan plan_nms(int64_t batch, int64_t n, int64_t dim, int64_t element_s
   // Several blocks per sample where a step is long: many tokens to look through, or picks that overflow their lists.
   const bool crowded = plan.capacity < n - 1 && (plan.capacity == 0 || 3.2 * reach * reach > plan.capacity);
   const int64_t useful = std::max(n / 4096, crowded ? n / 256 : int64_t(0));
-  while (limits.has_clusters() && plan.cluster < kNmsLargestCluster && 2 * plan.cluster <= useful &&
+  while (limits.has_clusters() && plan.cluster < kMaxCluster && 2 * plan.cluster <= useful &&
          2 * plan.cluster * batch <= limits.sm_count)
     plan.cluster *= 2;
   plan.owned = ceil_div(n, plan.cluster);
+  plan.select_threads = std::min(round_up<int64_t>(plan.owned, 128), int64_t(kNmsMostSelectThreads));
   plan.keys_in_shared = 4 * plan.owned + kNmsSelectStatic <= limits.shared_per_block;
   plan.shared = plan.keys_in_shared ? 4 * plan.owned : 0;
   plan.workspace = tokens * (8 * plan.capacity + 16);

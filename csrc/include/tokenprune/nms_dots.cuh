@@ -52,15 +52,15 @@ struct Segment {
 };
 
 __device__ __forceinline__ Segment segment_of(int which, int64_t dim) {
-  const int64_t length = (dim + kSegments * kStep - 1) / (kSegments * kStep) * kStep;
+  const int64_t length = round_up(ceil_div<int64_t>(dim, kSegments), int64_t(kStep));
   const int64_t begin = min(which * length, dim);
   return {begin, min(begin + length, dim)};
 }
 
 __device__ __forceinline__ float sum_of_segments(const float (&s)[kSegments]) { return (s[0] + s[1]) + (s[2] + s[3]); }
 
-// body(part, begin, end, whole) over the chunks of a segment; part is added to the sums after each of them. `whole` is a
-// type: the chunk has kChunk elements and is aligned.
+// body(part, begin, end, whole) over the chunks of a segment; part is added to the sums after each of them. `whole` is
+// a type: the chunk has kChunk elements and is aligned.
 template <int count, class Body>
 __device__ __forceinline__ void in_chunks(float (&sums)[count], Segment segment, bool wide, Body&& body) {
 #pragma unroll
@@ -86,9 +86,9 @@ __device__ __forceinline__ uint4 load_words(const T* row, int64_t k, int64_t end
   return words;
 }
 
-// sum += the products of 32 elements of 16 rows (low: rows g, high: rows g + 8) with those of 8 columns. The tensor core
-// may sum over k in any assignment of elements to its k positions, as long as rows and columns agree: here each lane's
-// share are 8 neighbouring elements, one 16-byte load for two instructions.
+// sum += the products of 32 elements of 16 rows (low: rows g, high: rows g + 8) with those of 8 columns. The tensor
+// core may sum over k in any assignment of elements to its k positions, as long as rows and columns agree: here each
+// lane's share are 8 neighbouring elements, one 16-byte load for two instructions.
 template <class T>
 __device__ __forceinline__ void multiply_step(float (&sum)[4], uint4 low, uint4 high, uint4 column) {
   const uint32_t a_first[4] = {low.x, high.x, low.y, high.y}, a_second[4] = {low.z, high.z, low.w, high.w};
@@ -110,7 +110,7 @@ __device__ __forceinline__ void warp_dots(Row&& row, Column&& column, Segment se
       const int c = 8 * j + 2 * t;
       const T* const columns[2] = {column(c), column(c + 1)};
       float sums[4];
-      in_chunks(sums, segment, wide, [&](float(&part)[4], int64_t begin, int64_t end, auto whole) {
+      in_chunks(sums, segment, wide, [&](float (&part)[4], int64_t begin, int64_t end, auto whole) {
 #pragma unroll 2
         for (int64_t k = begin; k < end; k += kVector<T>) {
           Vector<T> a[2], b[2];
@@ -134,15 +134,14 @@ __device__ __forceinline__ void warp_dots(Row&& row, Column&& column, Segment se
 #pragma unroll
     for (int j = 0; j < 4; ++j) columns[j] = column(8 * j + g);
     float sums[16];
-    in_chunks(sums, segment, wide, [&](float(&part)[16], int64_t begin, int64_t end, auto whole) {
+    in_chunks(sums, segment, wide, [&](float (&part)[16], int64_t begin, int64_t end, auto whole) {
       float sum[4][4] = {};
       if constexpr (whole.value) {
 #pragma unroll 1
         for (int64_t k = begin + kVector<T> * t; k < end; k += kStep) {
           const uint4 low = load_words<true>(rows[0], k, end, wide), high = load_words<true>(rows[1], k, end, wide);
 #pragma unroll
-          for (int j = 0; j < 4; ++j)
-            multiply_step<T>(sum[j], low, high, load_words<true>(columns[j], k, end, wide));
+          for (int j = 0; j < 4; ++j) multiply_step<T>(sum[j], low, high, load_words<true>(columns[j], k, end, wide));
         }
       } else {
         // One group of columns after the other, because the careful loads take many registers.
@@ -173,7 +172,7 @@ __device__ __forceinline__ void warp_dots_of_one(const T* row, Column&& column, 
   if constexpr (sizeof(T) == sizeof(float)) {
     const T* const mine = column(lane_id());
     float sum[1];
-    in_chunks(sum, segment, wide, [&](float(&part)[1], int64_t begin, int64_t end, auto whole) {
+    in_chunks(sum, segment, wide, [&](float (&part)[1], int64_t begin, int64_t end, auto whole) {
 #pragma unroll 4
       for (int64_t k = begin; k < end; k += kVector<T>) {
         const Vector<T> a = load_vector<whole.value>(row, k, end, wide);

@@ -8,8 +8,8 @@
 
 namespace tokenprune {
 
-// A token that pick i suppresses. The first entry of a list says kOverflow when the list has no room for them all; a
-// list that is not full ends with kEnd.
+// A token that a pick suppresses. A list that is not full ends with kEnd; one that has no room for them all says
+// kOverflow instead.
 struct alignas(8) NmsEntry {
   int32_t index;
   float weight;
@@ -91,7 +91,9 @@ __device__ __forceinline__ float weight_of(const NmsSuppression& by, const NmsTo
 }
 
 // An infinite sigma_semantic makes that factor 1 whatever the cosine: no dot product is needed.
-__device__ __forceinline__ int64_t semantic_dim(const NmsProblem& p) { return std::isinf(p.by.two_semantic2) ? 0 : p.dim; }
+__device__ __forceinline__ int64_t semantic_dim(const NmsProblem& p) {
+  return std::isinf(p.by.two_semantic2) ? 0 : p.dim;
+}
 
 // --- launch 1: one warp per token ------------------------------------------------------------------------------------
 
@@ -130,7 +132,8 @@ __global__ void __launch_bounds__(kNmsThreads) nms_prepare_kernel(const NmsProbl
   }
 }
 
-// --- launch 2: the lists of 16 tokens, the columns of one split --------------------------------------------------------
+// --- launch 2: the lists of 16 tokens, the columns of one split
+// --------------------------------------------------------
 
 constexpr int kPendingColumns = 512;  // a power of two, at least kNmsColumnTile - 1 + kNmsThreads
 constexpr int kPartialStride = kNmsColumnTile + 8;
@@ -145,8 +148,8 @@ struct NmsListShared {
   int64_t sample;
   int32_t first, begin, end;  // the rows are the tokens first, first + 1, ..., the columns [begin, end)
   NmsToken rows[kNmsRowTile];
-  uint32_t wanted;  // the rows that get a list
-  int32_t counts[kNmsRowTile];  // entries of a list before the current tile
+  uint32_t wanted, overflowing;            // the rows that get a list, and those for which it is too short
+  int32_t counts[kNmsRowTile];             // entries of a list before the current tile
   ReachedColumn pending[kPendingColumns];  // a ring
   int32_t warp_columns[kNmsThreads / kWarp];
   uint64_t row_columns[kNmsRowTile];  // bit c: the row reaches column c of the tile
@@ -217,9 +220,7 @@ __device__ __forceinline__ void multiply_columns(const NmsProblem& p, NmsListSha
         return feature_row<T>(p, s.sample, s.pending[(head + min(half + c, columns - 1)) % kPendingColumns].index);
       },
       segment_of(warp_id() % kSegments, semantic_dim(p)), wide_features<T>(p, s.sample),
-      [&](int r, int c, float x, float y) {
-        *reinterpret_cast<float2*>(&partial[r][half + c]) = make_float2(x, y);
-      });
+      [&](int r, int c, float x, float y) { *reinterpret_cast<float2*>(&partial[r][half + c]) = make_float2(x, y); });
 }
 
 // Turns them into list entries. Ends with a barrier.
@@ -261,7 +262,7 @@ __global__ void __launch_bounds__(kNmsThreads, 2)
     nms_lists_kernel(const NmsProblem p, int64_t capacity, int32_t splits, int32_t split_columns) {
   TOKENPRUNE_SHARED(NmsListShared, s);
   const NmsWorkspace w = nms_workspace(p, capacity);
-  const int32_t n = static_cast<int32_t>(p.n), tiles = (n + kNmsRowTile - 1) / kNmsRowTile;
+  const int32_t n = static_cast<int32_t>(p.n), tiles = ceil_div(n, kNmsRowTile);
   for (int64_t item = blockIdx.x; item < p.batch * tiles * splits; item += gridDim.x) {
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -280,15 +281,19 @@ __global__ void __launch_bounds__(kNmsThreads, 2)
       s.row_columns[threadIdx.x] = 0;
     }
     if (warp_id() == 0) s.wanted = __ballot_sync(kAllLanes, wanted);
+    if (threadIdx.x == 0) s.overflowing = 0;
     __syncthreads();
     if (capacity < n - 1) {  // otherwise every list has room
       count_reached(p, w, s, 0, n);
-      if (threadIdx.x < kNmsRowTile) {
-        if (s.counts[threadIdx.x] > capacity && (s.wanted >> threadIdx.x & 1)) {
-          atomicAnd(&s.wanted, ~(1u << threadIdx.x));
-          if (s.end == n) w.lists[(s.sample * n + s.first + threadIdx.x) * capacity] = {kOverflow, 0};
+      if (warp_id() == 0) {
+        const bool overflows = lane_id() < kNmsRowTile && s.counts[lane_id() % kNmsRowTile] > capacity;
+        const uint32_t rows = s.wanted & __ballot_sync(kAllLanes, overflows);
+        __syncwarp();
+        if (lane_id() < kNmsRowTile) s.counts[lane_id()] = 0;
+        if (lane_id() == 0) {
+          s.wanted &= ~rows;
+          s.overflowing = rows;
         }
-        s.counts[threadIdx.x] = 0;
       }
       __syncthreads();
     }
@@ -310,15 +315,17 @@ __global__ void __launch_bounds__(kNmsThreads, 2)
       }
     }
     if (s.end < n) continue;
-    // As many end marks as the threads of a selecting block look for.
+    // As many marks as the threads of a selecting block look for.
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
       const int r = row_of_thread(i);
-      if ((s.wanted >> r & 1) == 0) continue;
+      const bool overflows = s.overflowing >> r & 1;
+      if (!overflows && (s.wanted >> r & 1) == 0) continue;
       NmsEntry* list = w.lists + (s.sample * n + s.first + r) * capacity;
-      const int64_t entries = s.counts[r] + __popcll(s.row_columns[r]);
-      const int64_t marks = min(capacity, entries + kNmsSelectThreads);
-      for (int64_t e = entries + threadIdx.x % kNmsColumnTile; e < marks; e += kNmsColumnTile) list[e] = {kEnd, 0};
+      const int64_t entries = overflows ? 0 : s.counts[r] + __popcll(s.row_columns[r]);
+      const int64_t marks = min(capacity, entries + kNmsMostSelectThreads);
+      for (int64_t e = entries + threadIdx.x % kNmsColumnTile; e < marks; e += kNmsColumnTile)
+        list[e] = {overflows ? kOverflow : kEnd, 0};
     }
   }
 }

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "tokenprune/limits.h"
 #include "tokenprune/math.h"
@@ -35,15 +36,18 @@ struct RepulsionProblem {
   int64_t* counts;   // [batch]
 };
 
-// Up to so many tokens all cosines of a sample are stored, and one block makes all its picks. The matrices that exist at
-// once take at most so many bytes (or hold one sample); samples beyond that wait their turn. Variables, because tests
-// send small samples the other ways too.
+// Up to so many tokens all cosines of a sample are stored, and one block makes all its picks. The matrices that exist
+// at once take at most so many bytes (or hold one sample); samples beyond that wait their turn. Variables, because
+// tests send small samples the other ways too.
 inline int64_t gram_token_limit = 3072;
 inline int64_t gram_byte_limit = int64_t(256) << 20;
+// Rounds that are launched at most; fewer than one per pick do not promise all picks. A variable so that tests can see
+// how many a round makes.
+inline int64_t round_limit = std::numeric_limits<int64_t>::max();
 
 constexpr int kCandidates = 64;  // of a round: tokens that may be picked before all objectives are brought up to date
 constexpr int kDirectionParts = 32;  // the sum of all unit vectors is taken in so many parts
-constexpr int kControlWords = 4;     // of a sample, see RepulsionControl
+constexpr int kControlWords = 5;     // of a sample, see RepulsionControl
 
 // What each launch of the chosen algorithm looks like. Samples go in groups of `samples`, one group after the other,
 // through the same workspaces.
@@ -56,8 +60,8 @@ struct RepulsionPlan {
   int greedy_shared;  // its bytes of shared memory
   int64_t rounds;
   // Elements of the workspaces; all in all `floats` floats and `words` integers of 32 bits.
-  int64_t gram_floats, token_floats, direction_floats, token_words, pick_words;
-  int64_t floats() const { return gram_floats + token_floats + direction_floats; }
+  int64_t gram_floats, token_floats, direction_floats, row_floats, token_words, pick_words;
+  int64_t floats() const { return gram_floats + token_floats + direction_floats + row_floats; }
   int64_t words() const { return token_words + pick_words; }
 };
 
@@ -94,8 +98,12 @@ inline RepulsionPlan plan_repulsion(const RepulsionProblem& p, const DeviceLimit
   const int64_t blocks = std::max(
       {tiles, p.first == FirstPick::kIsolated ? pairs * (pairs + 1) / 2 : 0, parts, n / 8 + 1, p.n_seeds / 256 + 1});
   plan.samples = std::min(p.batch, std::max<int64_t>(1, kMaxGridX / blocks));
-  plan.greedy_block = n > 256 ? 512 : 64;
-  plan.rounds = std::min(p.k, n) + ceil_div<int64_t>(std::min(p.n_seeds, n), kCandidates);
+  if (p.sum) {
+    plan.samples = std::min(plan.samples, std::max<int64_t>(1, gram_byte_limit / (n * kCandidates * 4)));
+    plan.row_floats = plan.samples * n * kCandidates;
+  }
+  plan.greedy_block = n > 256 ? 512 : 128;  // a power of two, and at least the threads of a tile
+  plan.rounds = std::min(round_limit, std::min(p.k, n) + ceil_div<int64_t>(std::min(p.n_seeds, n), kCandidates));
   plan.token_floats = plan.samples * n * 2;  // inverse norms, states
   plan.token_words = plan.samples * n * 2;   // keys, seeds
   plan.pick_words = plan.samples * (kCandidates + kControlWords);

@@ -35,7 +35,7 @@ __device__ __forceinline__ const float* pair_tile(const TokenRows& rows, int64_t
 }
 
 template <class T, int kTile>
-__global__ void __launch_bounds__(DotTile<kTile>::kThreads)
+__global__ void __launch_bounds__(DotTile<kTile>::kThreads, DotTile<kTile>::kBlocks)
     gram_kernel(const RepulsionProblem p, int64_t tiles, float* gram, float* inverse) {
   using Tile = DotTile<kTile>;
   const int64_t sample = blockIdx.x / tiles, n = p.n;
@@ -77,34 +77,31 @@ __global__ void __launch_bounds__(kStartThreads)
   if (lane_id() == 0) start[sample * n + i] = result;
 }
 
-struct GramRule {
+// The objectives of a sample's tokens, a thread's own every blockDim-th, and what a selected token does to them. Nobody
+// else touches their entries of `state` and `key`.
+struct StoredRows {
   const RepulsionObjective& objective;
-  const float* gram;     // of the sample
-  const float* energy;   // in shared memory, or null
-  const float* inverse;  // in shared memory
-  float* state;          // in shared memory, as are the keys; key 0: not available
-  uint32_t* key;
+  const float* energy;  // or null
+  const float* inverse;
+  float* state;
+  uint32_t* key;  // 0: not available
   int n;
-  int64_t* indices;
   Candidate mine = kNoCandidate;  // the best of the thread's tokens
 
-  // f(token, its inner product with token j) for the thread's tokens; loads run ahead of what depends on them.
+  // f(token, row[token]) for the thread's tokens. Three loads run ahead: all there are when a matrix is in memory.
   template <class F>
-  __device__ __forceinline__ void for_own(int64_t j, F&& f) const {
-    constexpr int kAhead = 4;
-    const float* row = gram + j * n;
-    for (int first = threadIdx.x; first < n; first += kAhead * blockDim.x) {
-      float dots[kAhead];
-#pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
-        const int i = first + u * blockDim.x;
-        dots[u] = i < n ? row[i] : 0;
-      }
-#pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
-        const int i = first + u * blockDim.x;
-        if (i < n) f(i, dots[u]);
-      }
+  __device__ __forceinline__ void for_own(const float* row, F&& f) const {
+    const int step = blockDim.x;
+    const auto load = [&](int i) { return i < n ? row[i] : 0; };
+    int i = threadIdx.x;
+    float here = load(i), next = load(i + step), last = load(i + 2 * step);
+#pragma unroll 1
+    for (; i < n; i += step) {
+      const float ahead = load(i + 3 * step);
+      f(i, here);
+      here = next;
+      next = last;
+      last = ahead;
     }
   }
 
@@ -117,26 +114,39 @@ struct GramRule {
     return objective.key(state[i], energy == nullptr ? 0 : energy[i]);
   }
 
-  __device__ __forceinline__ void seed(int64_t j) {
+  // All tokens meet j, whose inner products are `row`.
+  __device__ __forceinline__ void meet(const float* row, int64_t j) {
     const float other = inverse[j];
-    for_own(j, [&](int i, float dot) { state[i] = objective.meet(state[i], cosine_of(dot, inverse[i], other), i, j); });
+    for_own(row,
+            [&](int i, float dot) { state[i] = objective.meet(state[i], cosine_of(dot, inverse[i], other), i, j); });
   }
 
-  __device__ __forceinline__ Candidate best() const { return mine; }
-
-  __device__ __forceinline__ void commit(int64_t place, Candidate pick) {
-    if (threadIdx.x == 0) indices[place] = pick.index;
+  // The available ones among them do, j is not one any more, and `mine` is brought up to date.
+  __device__ __forceinline__ void meet_pick(const float* row, int64_t j) {
     mine = kNoCandidate;
-    const float other = inverse[pick.index];
-    for_own(pick.index, [&](int i, float dot) {
+    const float other = inverse[j];
+    for_own(row, [&](int i, float dot) {
       if (key[i] == 0) return;
-      if (static_cast<uint32_t>(i) == pick.index) {
+      if (i == j) {
         key[i] = 0;
         return;
       }
-      state[i] = objective.meet(state[i], cosine_of(dot, inverse[i], other), i, pick.index);
+      state[i] = objective.meet(state[i], cosine_of(dot, inverse[i], other), i, j);
       offer(i, key_of(i));
     });
+  }
+};
+
+struct GramRule {
+  StoredRows tokens;
+  const float* gram;  // of the sample
+  int64_t* indices;
+
+  __device__ __forceinline__ const float* row(int64_t j) const { return gram + j * tokens.n; }
+  __device__ __forceinline__ Candidate best() const { return tokens.mine; }
+  __device__ __forceinline__ void commit(int64_t place, Candidate pick) {
+    if (threadIdx.x == 0) indices[place] = pick.index;
+    tokens.meet_pick(row(pick.index), pick.index);
   }
 };
 
@@ -145,19 +155,23 @@ constexpr uint32_t kMasked = 0, kAvailable = 1, kSeed = 2;
 
 // Lets all tokens meet the seeds, in ascending order and each once; true if there are any.
 __device__ __forceinline__ bool meet_seeds(GramRule& rule, const int64_t* seeds, int64_t n_seeds) {
-  const int n = rule.n;
+  StoredRows& tokens = rule.tokens;
+  const int n = tokens.n;
   bool any = false;
   for (int64_t s = threadIdx.x; s < n_seeds; s += blockDim.x) {
     const int64_t j = valid_seed(seeds[s], n);
     if (j < 0) continue;
-    atomicMax(&rule.key[j], kSeed);
+    atomicMax(&tokens.key[j], kSeed);
     any = true;
   }
   any = __syncthreads_or(any);
   for (int base = 0; any && base < n; base += kWarp) {
     const int j = base + lane_id();
-    unsigned found = __ballot_sync(kAllLanes, j < n && rule.key[j] == kSeed);
-    for (; found != 0; found &= found - 1) rule.seed(base + __ffs(found) - 1);
+    unsigned found = __ballot_sync(kAllLanes, j < n && tokens.key[j] == kSeed);
+    for (; found != 0; found &= found - 1) {
+      const int seed = base + __ffs(found) - 1;
+      tokens.meet(rule.row(seed), seed);
+    }
   }
   __syncthreads();  // all have seen the marks
   return any;
@@ -172,25 +186,26 @@ __global__ void __launch_bounds__(1024)
   float *state = shared, *norms = shared + n, *energy = p.energy == nullptr ? nullptr : shared + 3 * n;
   const RepulsionObjective objective(p, sample);
   int64_t* indices = p.indices + sample * p.k;
-  GramRule rule{objective, gram + sample * n * n, energy, norms, state, reinterpret_cast<uint32_t*>(shared + 2 * n), n,
-                indices};
+  uint32_t* key = reinterpret_cast<uint32_t*>(shared + 2 * n);
+  GramRule rule{{objective, energy, norms, state, key, n}, gram + sample * n * n, indices};
+  StoredRows& tokens = rule.tokens;
   if (p.k > 0) {
     for (int i = threadIdx.x; i < n; i += blockDim.x) {
       state[i] = objective.nothing();
       norms[i] = inverse[sample * n + i];
-      rule.key[i] = is_valid(p, sample, i) ? kAvailable : kMasked;
+      key[i] = is_valid(p, sample, i) ? kAvailable : kMasked;
       if (energy != nullptr) energy[i] = p.energy[sample * n + i];
     }
     __syncthreads();
     const bool started = p.seeds != nullptr && meet_seeds(rule, p.seeds + sample * p.n_seeds, p.n_seeds);
     for (int i = threadIdx.x; i < n; i += blockDim.x) {
-      if (rule.key[i] != kAvailable) {
-        rule.key[i] = 0;
+      if (key[i] != kAvailable) {
+        key[i] = 0;
       } else if (started) {
-        rule.offer(i, rule.key_of(i));
+        tokens.offer(i, tokens.key_of(i));
       } else {
         const float first = energy != nullptr ? energy[i] : (start != nullptr ? start[sample * n + i] : 0);
-        rule.offer(i, candidate_key(-first));
+        tokens.offer(i, candidate_key(-first));
       }
     }
   }

@@ -15,7 +15,8 @@ namespace tokenprune {
 
 struct RepulsionControl {
   uint32_t picked;    // tokens
-  uint32_t selected;  // of the last round: picks or seeds that the tokens have to meet
+  uint32_t selected;  // tokens in the list of the last round
+  uint32_t stored;    // their rows are kept, see repulsion_rounds.cuh; else all tokens have met them
   uint32_t cursor;    // seeds before this token have been selected
   uint32_t started;   // is anything selected yet?
 };
@@ -25,14 +26,16 @@ static_assert(sizeof(RepulsionControl) == kControlWords * sizeof(uint32_t), "kCo
 struct RepulsionRounds {
   float *inverse, *state;  // [samples, n]
   float* direction;        // [samples, kDirectionParts + 1, channels]; the last one is the sum
+  float* rows;             // [samples, kCandidates, n], for a sum
   uint32_t *key, *seed;    // [samples, n]; key 0: not available
-  uint32_t* picks;         // [samples, kCandidates]
+  uint32_t* picks;         // [samples, kCandidates]: the list of the last round
   RepulsionControl* control;
 
   RepulsionRounds(const RepulsionProblem& p, const RepulsionPlan& plan, float* floats, uint32_t* words)
       : inverse(floats),
         state(floats + plan.samples * p.n),
         direction(floats + plan.token_floats),
+        rows(direction + plan.direction_floats),
         key(words),
         seed(words + plan.samples * p.n),
         picks(words + plan.token_words),
@@ -64,7 +67,7 @@ __global__ void __launch_bounds__(kStartThreads)
     p.indices[sample * p.k + place] = -1;
   if (block == 0 && threadIdx.x == 0) {
     p.counts[sample] = 0;
-    w.control[sample] = {0, 0, p.seeds == nullptr ? 0xFFFFFFFFu : 0, 0};
+    w.control[sample] = {0, 0, 0, p.seeds == nullptr ? 0xFFFFFFFFu : 0, 0};
   }
   if (i >= p.n) return;
   const float squares = sum_over_row<T>(rows_of(p, sample, sizeof(T)), i, [](float x, int64_t) { return x * x; });
@@ -126,7 +129,7 @@ __global__ void __launch_bounds__(kStartThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(DotTile<128>::kThreads)
+__global__ void __launch_bounds__(DotTile<128>::kThreads, DotTile<128>::kBlocks)
     isolated_keys_kernel(const RepulsionProblem p, const RepulsionRounds w, int64_t tiles) {
   using Tile = DotTile<128>;
   const int64_t sample = blockIdx.x / tiles, n = p.n;

@@ -6,8 +6,8 @@
 // divided by two norms after the reduction. Where that differs from normalising first:
 //   * squares of finite elements that overflow: the unit vector is 0 (x / inf), and the dot product may be inf - inf;
 //   * infinite or NaN elements: the unit vector has a NaN, so that every cosine with it is NaN.
-// row_inverse_norm tells these apart (0 and NaN); neither can occur otherwise, and |dot| <= |x| |q| cannot overflow when
-// both norms are finite.
+// row_inverse_norm tells these apart (0 and NaN); neither can occur otherwise, and |dot| <= |x| |q| cannot overflow
+// when both norms are finite.
 //
 //   listed rows --- unit_sum_kernel ---> sums of groups of unit rows --- combine_sums_kernel ---> one sum per sample
 //                                                    | (up to 4 groups)                             |
@@ -48,7 +48,8 @@ constexpr int kReadUnit = 16 / sizeof(T);  // elements read at once
 
 // Elements c .. c + kReadUnit - 1 of a row, zeros from `dim` on.
 template <class T>
-__device__ __forceinline__ void read_unit(const T* row, int64_t c, int64_t dim, bool aligned, float (&out)[kReadUnit<T>]) {
+__device__ __forceinline__ void read_unit(const T* row, int64_t c, int64_t dim, bool aligned,
+                                          float (&out)[kReadUnit<T>]) {
   T elements[kReadUnit<T>];
   if (aligned) {
     const uint4 words = *reinterpret_cast<const uint4*>(row + c);
@@ -163,7 +164,7 @@ __global__ void __launch_bounds__(kUnitSumThreads)
 }
 
 // In float64: there may be hundreds of groups, and the sum should be as good as that of one group.
-static __global__ void __launch_bounds__(kUnitSumThreads)
+__global__ void __launch_bounds__(kUnitSumThreads)
     combine_sums_kernel(const float* parts, int64_t groups, int64_t dim, float* sums) {
   const int64_t blocks = ceil_div<int64_t>(dim, kUnitSumThreads), sample = blockIdx.x / blocks;
   const int64_t c = blockIdx.x % blocks * kUnitSumThreads + threadIdx.x;
@@ -259,9 +260,8 @@ cudaError_t launch_unit_sums(const SimilarityProblem& p, const SimilarityPlan& p
   sums = {};
   if (plan.groups == 0) return cudaSuccess;
   float *parts = p.workspace, *total = parts + plan.group_floats(), *listed = total + plan.sum_floats();
-  const cudaError_t status =
-      launch({dim3(p.batch * plan.groups), dim3(kUnitSumThreads), 0, stream}, unit_sum_kernel<T>, p.mean_of, p.dim,
-             plan.groups, plan.rows_per_group, p.aligned, parts, listed);
+  const cudaError_t status = launch({dim3(p.batch * plan.groups), dim3(kUnitSumThreads), 0, stream}, unit_sum_kernel<T>,
+                                    p.mean_of, p.dim, plan.groups, plan.rows_per_group, p.aligned, parts, listed);
   sums = {plan.combine ? total : parts, listed, plan.combine ? 1 : plan.groups};
   if (status != cudaSuccess || !plan.combine) return status;
   return launch({dim3(ceil_div<int64_t>(p.dim, kUnitSumThreads) * p.batch), dim3(kUnitSumThreads), 0, stream},

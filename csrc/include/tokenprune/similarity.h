@@ -30,9 +30,9 @@ struct SimilarityProblem {
   int64_t sample_stride, row_stride;
   int64_t batch, n, dim;
   RowList best_of, mean_of;
-  float mean_sign;  // scores = max over best_of + mean_sign * mean over mean_of
-  bool aligned;     // all rows start at a multiple of 16 bytes and have whole 16-byte units
-  float* scores;    // [batch, n]
+  float mean_sign;   // scores = max over best_of + mean_sign * mean over mean_of
+  bool aligned;      // all rows start at a multiple of 16 bytes and have whole 16-byte units
+  float* scores;     // [batch, n]
   float* workspace;  // plan.workspace() floats, 16-byte aligned; may be null if that is 0
 };
 
@@ -49,10 +49,10 @@ constexpr int kSimilarityTile = 64;   // features and listed rows of a tile
 // launch adds up if they are many.
 struct SimilarityPlan {
   bool tiles;
-  int rows_per_warp;      // without tiles: 1 or 4
-  unsigned cluster;       // with tiles: blocks that share the channels of a tile
-  int64_t blocks;         // of the scoring launch
-  int64_t groups;         // per sample, of the launch that sums unit rows; 0: no such launch
+  int rows_per_warp;  // without tiles: 1 or 4
+  unsigned cluster;   // with tiles: blocks that share the channels of a tile
+  int64_t blocks;     // of the scoring launch
+  int64_t groups;     // per sample, of the launch that sums unit rows; 0: no such launch
   int64_t rows_per_group;
   bool combine;
   int64_t batch, dim;
@@ -76,7 +76,8 @@ inline SimilarityPlan plan_similarity(int64_t batch, int64_t n, int64_t dim, int
   plan.cluster = 1;
   plan.rows_per_warp = 1;
   if (plan.tiles) {
-    const int64_t tiles = batch * ceil_div<int64_t>(n, kSimilarityTile), chunks = ceil_div<int64_t>(dim * element_size, 128);
+    const int64_t tiles = batch * ceil_div<int64_t>(n, kSimilarityTile),
+                  chunks = ceil_div<int64_t>(dim * element_size, 128);
     // Few tiles leave most of the device idle and are long: their channels are shared out, at least two chunks each.
     while (limits.has_clusters() && plan.cluster < kMaxCluster && tiles * plan.cluster * 2 <= limits.sm_count &&
            chunks >= plan.cluster * 4)

@@ -36,20 +36,24 @@ constexpr int kProductStride = kSimilarityTile + 4;  // neighbouring features in
 constexpr int kSimilarityTileBytes = 2 * kTileStages * kChunkTileBytes;
 static_assert(kSimilarityTile * kProductStride * sizeof(float) <= kSimilarityTileBytes);
 
-// The thread's part of the squares of a tile's row (half of each chunk), and of the products with the unit sum.
+// The thread's part of the squares of a tile's row (half of each chunk), and of the products with the unit sum. Summed
+// chunk by chunk, like the products: one sum over thousands of channels would round as often.
 template <class T>
 __device__ __forceinline__ void add_squares(const unsigned char* chunk, const float* unit_sum, float& squares,
                                             float& with_sum) {
+  float of_chunk = 0, sum_of_chunk = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int u = threadIdx.x % 2 * 4 + i;
     float x[kReadUnit<T>];
     read_unit(reinterpret_cast<const T*>(DotTile<T>::unit(chunk, threadIdx.x / 2, u)), 0, kReadUnit<T>, true, x);
-    squares = add_dot(x, x, squares);
+    of_chunk = add_dot(x, x, of_chunk);
     if (unit_sum == nullptr) continue;
 #pragma unroll
-    for (int e = 0; e < kReadUnit<T>; ++e) with_sum = __fmaf_rn(x[e], unit_sum[u * kReadUnit<T> + e], with_sum);
+    for (int e = 0; e < kReadUnit<T>; ++e) sum_of_chunk = __fmaf_rn(x[e], unit_sum[u * kReadUnit<T> + e], sum_of_chunk);
   }
+  squares += of_chunk;
+  with_sum += sum_of_chunk;
 }
 
 // The thread's part in copying chunk `c` of a stage's 128 rows: the same unit of every 16th.
@@ -126,7 +130,7 @@ __device__ __forceinline__ void multiply_tile(const SimilarityProblem& p, const 
 }
 
 template <class T>
-__global__ void __launch_bounds__(kSimilarityThreads)
+__global__ void __launch_bounds__(kSimilarityThreads, 3)
     tile_similarity_kernel(const SimilarityProblem p, const UnitSums sums) {
   TOKENPRUNE_SHARED(SimilarityTileShared, s);
   unsigned char* ring = dynamic_shared();
@@ -193,8 +197,7 @@ __global__ void __launch_bounds__(kSimilarityThreads)
       const float own = row_inverse_norm(over_blocks(&s.feature_squares[i]), feature(i), p.dim, true);
       float score = 0;
       if (any) score = own != 0 ? best * own : tainted ? kNan : 0.0f;
-      if (sums.parts != nullptr)
-        score += p.mean_sign * sums.mean(sample, p.dim, over_blocks(&s.with_sum[i]), own);
+      if (sums.parts != nullptr) score += p.mean_sign * sums.mean(sample, p.dim, over_blocks(&s.with_sum[i]), own);
       if (lane_id() == 0) p.scores[sample * p.n + first + i] = score;
     }
     cluster_sync();  // everybody has read this tile's sums
@@ -208,7 +211,8 @@ cudaError_t launch_similarity(const SimilarityProblem& p, const SimilarityPlan& 
   if (status != cudaSuccess) return status;
   Launch where{dim3(plan.blocks), dim3(kSimilarityThreads), 0, stream, plan.cluster};
   if (!plan.tiles)
-    return launch(where, plan.rows_per_warp == 1 ? warp_similarity_kernel<T, 1> : warp_similarity_kernel<T, 4>, p, sums);
+    return launch(where, plan.rows_per_warp == 1 ? warp_similarity_kernel<T, 1> : warp_similarity_kernel<T, 4>, p,
+                  sums);
   where.shared = kSimilarityTileBytes;
   return launch(where, tile_similarity_kernel<T>, p, sums);
 }
