@@ -1,7 +1,7 @@
 // repulsion_sample with all cosines of a sample in device memory, up to `gram_token_limit` tokens.
 //
 // 1. gram: the inner products of all pairs, n x n float32. grid: samples * tiles on and above the diagonal; block:
-//    DotTile (128 threads for tiles of 64, 256 for tiles of 128); shared: DotTile::kShared. Reads tiles * 2 * kTile
+//    GramTile (128 threads for tiles of 64, 256 for tiles of 128); shared: GramTile::kShared. Reads tiles * 2 * kTile
 //    rows (from the L2 cache but for the first time: n * channels elements), writes n * n floats. Tiles are written
 //    twice, mirrored; those on the diagonal write the inverse norms, so that nothing has to be launched before.
 // 2. gram_start, for the starts that compare tokens: a warp per token reads a row of the matrix. 256 threads.
@@ -31,13 +31,13 @@ __device__ __forceinline__ const float* pair_tile(const TokenRows& rows, int64_t
     tokens[1][r] = at.y * kTile + r < n ? at.y * kTile + r : kNoRow;
   }
   __syncthreads();
-  return dot_tile<T, kTile>(rows, tokens[0], tokens[1], kTile, dynamic_shared());
+  return gram_tile<T, kTile>(rows, tokens[0], tokens[1], kTile, dynamic_shared());
 }
 
 template <class T, int kTile>
-__global__ void __launch_bounds__(DotTile<kTile>::kThreads, DotTile<kTile>::kBlocks)
+__global__ void __launch_bounds__(GramTile<kTile>::kThreads, GramTile<kTile>::kBlocks)
     gram_kernel(const RepulsionProblem p, int64_t tiles, float* gram, float* inverse) {
-  using Tile = DotTile<kTile>;
+  using Tile = GramTile<kTile>;
   const int64_t sample = blockIdx.x / tiles, n = p.n;
   const int2 at = tile_of(blockIdx.x % tiles);
   const float* dots = pair_tile<T, kTile>(rows_of(p, sample, sizeof(T)), n, at);
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(1024)
 
 template <class T, int kTile>
 cudaError_t launch_gram(const RepulsionProblem& p, float* gram, float* inverse, cudaStream_t stream) {
-  using Tile = DotTile<kTile>;
+  using Tile = GramTile<kTile>;
   const int64_t side = ceil_div<int64_t>(p.n, kTile), tiles = side * (side + 1) / 2;
   return launch({dim3(p.batch * tiles), dim3(Tile::kThreads), Tile::kShared, stream}, gram_kernel<T, kTile>, p, tiles,
                 gram, inverse);

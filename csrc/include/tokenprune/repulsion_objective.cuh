@@ -3,7 +3,7 @@
 // r2, so phi is evaluated once and not per pair); U follows from the state.
 #pragma once
 
-#include "tokenprune/dot_tile.cuh"
+#include "tokenprune/gram_tile.cuh"
 #include "tokenprune/greedy.cuh"
 #include "tokenprune/math.h"
 #include "tokenprune/repulsion.h"

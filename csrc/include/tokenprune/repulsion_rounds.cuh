@@ -1,10 +1,10 @@
 // repulsion_sample for many tokens, in rounds of two launches.
 //
 // 1. choose, a block per sample: takes the best few dozen tokens as candidates, compares them with each other (one tile
-//    of inner products), and runs the sampler among them. 128 or 512 threads; shared: DotTile<64>::kShared; reads n
+//    of inner products), and runs the sampler among them. 128 or 512 threads; shared: GramTile<64>::kShared; reads n
 //    keys and kCandidates rows of features.
 // 2. apply, a block per 64 tokens: the inner products of all tokens with what was chosen. 128 threads;
-//    DotTile<64>::kShared; reads all features once.
+//    GramTile<64>::kShared; reads all features once.
 //
 // max: meeting a selected token never improves an objective. So as long as the best candidate beats the best of all
 // other tokens, whose objectives are those before the round, it is the true pick: the others could only have become
@@ -131,7 +131,7 @@ __device__ __forceinline__ uint32_t pick_candidates(const RepulsionProblem& p, c
       if (own.rank[e] == 0) continue;
       const int64_t i = index_of(own.rank[e]);
       const float cosine =
-          cosine_of(dots[slot * DotTile<64>::kOutPitch + lane_id() + e * kWarp], own.inverse[e], other);
+          cosine_of(dots[slot * GramTile<64>::kOutPitch + lane_id() + e * kWarp], own.inverse[e], other);
       own.state[e] = objective.meet(own.state[e], cosine, i, j);
       own.rank[e] = i == j ? 0 : rank_of(objective.key(own.state[e], own.energy[e]), static_cast<uint32_t>(i));
     }
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kChooseThreads, 1) choose_kernel(const Repulsi
       for (int r = threadIdx.x; r < kCandidates; r += blockDim.x)
         tokens[r] = ranks[r] == 0 ? kNoRow : static_cast<int>(index_of(ranks[r]));
       __syncthreads();
-      dots = dot_tile<T, 64>(rows_of(p, sample, sizeof(T)), tokens, tokens, kCandidates, dynamic_shared());
+      dots = gram_tile<T, 64>(rows_of(p, sample, sizeof(T)), tokens, tokens, kCandidates, dynamic_shared());
     }
     if (warp_id() == 0) {
       control.selected = pick_candidates(p, w, sample, ranks, outside, dots, left < kCandidates ? left : kCandidates,
@@ -219,10 +219,10 @@ __global__ void __launch_bounds__(kChooseThreads, 1) choose_kernel(const Repulsi
   }
 }
 
-constexpr int kApplyThreads = DotTile<64>::kThreads;
+constexpr int kApplyThreads = GramTile<64>::kThreads;
 
 template <class T>
-__global__ void __launch_bounds__(kApplyThreads, DotTile<64>::kBlocks)
+__global__ void __launch_bounds__(kApplyThreads, GramTile<64>::kBlocks)
     apply_kernel(const RepulsionProblem p, const RepulsionRounds w, int64_t tiles) {
   TOKENPRUNE_SHARED(int[64], tokens);
   TOKENPRUNE_SHARED(int[kCandidates], selected);
@@ -240,17 +240,17 @@ __global__ void __launch_bounds__(kApplyThreads, DotTile<64>::kBlocks)
     norms[r] = r < count ? w.inverse[sample * n + selected[r]] : 0;
   }
   __syncthreads();
-  const float* dots = dot_tile<T, 64>(rows_of(p, sample, sizeof(T)), tokens, selected, count, dynamic_shared());
+  const float* dots = gram_tile<T, 64>(rows_of(p, sample, sizeof(T)), tokens, selected, count, dynamic_shared());
   if (control.stored) {
     float* rows = w.rows + sample * kCandidates * n + first;
     for (int q = threadIdx.x; q < count * 64; q += kApplyThreads)
-      if (first + q % 64 < n) rows[q / 64 * n + q % 64] = dots[q % 64 * DotTile<64>::kOutPitch + q / 64];
+      if (first + q % 64 < n) rows[q / 64 * n + q % 64] = dots[q % 64 * GramTile<64>::kOutPitch + q / 64];
     return;
   }
   if (threadIdx.x >= 64 || tokens[threadIdx.x] == kNoRow) return;
   const RepulsionObjective objective(p, sample);
   const int64_t i = tokens[threadIdx.x], at = sample * n + i;
-  const float* row = dots + threadIdx.x * DotTile<64>::kOutPitch;
+  const float* row = dots + threadIdx.x * GramTile<64>::kOutPitch;
   const float inverse = w.inverse[at];
   float state = w.state[at];
   for (int r = 0; r < count; ++r) state = objective.meet(state, cosine_of(row[r], inverse, norms[r]), i, selected[r]);
@@ -266,10 +266,10 @@ cudaError_t launch_repulsion_rounds(const RepulsionProblem& p, const RepulsionPl
   const int64_t tiles = ceil_div<int64_t>(p.n, 64);
   cudaError_t status = launch_start<T>(p, plan, w, stream);
   for (int64_t round = 0; round < plan.rounds && status == cudaSuccess; ++round) {
-    status = launch({dim3(p.batch), dim3(plan.greedy_block), DotTile<64>::kShared, stream}, choose_kernel<T>, p, w);
+    status = launch({dim3(p.batch), dim3(plan.greedy_block), GramTile<64>::kShared, stream}, choose_kernel<T>, p, w);
     if (status == cudaSuccess && round + 1 < plan.rounds)
-      status = launch({dim3(p.batch * tiles), dim3(kApplyThreads), DotTile<64>::kShared, stream}, apply_kernel<T>, p, w,
-                      tiles);
+      status = launch({dim3(p.batch * tiles), dim3(kApplyThreads), GramTile<64>::kShared, stream}, apply_kernel<T>, p,
+                      w, tiles);
   }
   return status;
 }

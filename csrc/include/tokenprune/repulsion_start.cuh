@@ -5,7 +5,7 @@
 // 3. outlier: direction_parts and direction_sum add up the unit vectors, a thread per channel and part of the tokens,
 // in
 //    a fixed order; outlier_keys, a warp per token, takes the product with the sum. Reads the features twice.
-//    isolated: isolated_keys compares all pairs, tile by tile of 128 x 128 (256 threads, DotTile::kShared), each pair
+//    isolated: isolated_keys compares all pairs, tile by tile of 128 x 128 (256 threads, GramTile::kShared), each pair
 //    once: n * n / 2 inner products. A key is the minimum over the tiles, in whatever order they come.
 #pragma once
 
@@ -129,9 +129,9 @@ __global__ void __launch_bounds__(kStartThreads)
 }
 
 template <class T>
-__global__ void __launch_bounds__(DotTile<128>::kThreads, DotTile<128>::kBlocks)
+__global__ void __launch_bounds__(GramTile<128>::kThreads, GramTile<128>::kBlocks)
     isolated_keys_kernel(const RepulsionProblem p, const RepulsionRounds w, int64_t tiles) {
-  using Tile = DotTile<128>;
+  using Tile = GramTile<128>;
   const int64_t sample = blockIdx.x / tiles, n = p.n;
   const int2 at = tile_of(blockIdx.x % tiles);
   const float* dots = pair_tile<T, 128>(rows_of(p, sample, sizeof(T)), n, at);
@@ -161,7 +161,7 @@ cudaError_t launch_start(const RepulsionProblem& p, const RepulsionPlan& plan, c
   if (status != cudaSuccess || !plan.start) return status;
   if (p.first == FirstPick::kIsolated) {
     const int64_t side = ceil_div<int64_t>(p.n, 128), tiles = side * (side + 1) / 2;
-    return launch({dim3(p.batch * tiles), dim3(DotTile<128>::kThreads), DotTile<128>::kShared, stream},
+    return launch({dim3(p.batch * tiles), dim3(GramTile<128>::kThreads), GramTile<128>::kShared, stream},
                   isolated_keys_kernel<T>, p, w, tiles);
   }
   const int64_t slices = ceil_div<int64_t>(p.channels, kStartThreads);

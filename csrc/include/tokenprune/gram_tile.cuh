@@ -25,7 +25,7 @@ constexpr int kRowPitch = kRowBytes + 16;  // 8 rows in a column are in differen
 constexpr int kNoRow = -1;                 // a row of zeros
 
 template <int kTile>
-struct DotTile {
+struct GramTile {
   static constexpr int kThreads = 2 * kTile;          // that compute; a larger block helps with the copies
   static constexpr int kBlocks = kTile > 64 ? 1 : 4;  // per multiprocessor at least: up to 255 or 128 registers
   static constexpr int kStages = kTile > 64 ? 2 : 3;
@@ -87,20 +87,21 @@ struct TileProduct {  // tensor cores: a warp owns kTile / 2 rows and 32 columns
 
   __device__ __forceinline__ void store(float* out) const {
     const int group = lane_id() / 4, pair = lane_id() % 4 * 2;
-    float* corner = out + (warp_id() % 2 * (kTile / 2) + group) * DotTile<kTile>::kOutPitch + warp_id() / 2 * 32 + pair;
+    float* corner =
+        out + (warp_id() % 2 * (kTile / 2) + group) * GramTile<kTile>::kOutPitch + warp_id() / 2 * 32 + pair;
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
       for (int n = 0; n < kN; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e)
-          corner[(16 * m + e / 2 * 8) * DotTile<kTile>::kOutPitch + 8 * n + e % 2] = sum[m][n][e];
+          corner[(16 * m + e / 2 * 8) * GramTile<kTile>::kOutPitch + 8 * n + e % 2] = sum[m][n][e];
   }
 };
 
 template <int kTile>
 struct TileProduct<float, kTile> {  // a thread owns every kRowStep-th of the rows and every 16th of the columns
-  static constexpr int kRowStep = DotTile<kTile>::kThreads / 16, kM = kTile / kRowStep, kN = kTile / 16;
+  static constexpr int kRowStep = GramTile<kTile>::kThreads / 16, kM = kTile / kRowStep, kN = kTile / 16;
   float sum[kM][kN] = {};
 
   __device__ __forceinline__ void add(const unsigned char* stage, int columns) {
@@ -131,17 +132,17 @@ struct TileProduct<float, kTile> {  // a thread owns every kRowStep-th of the ro
     for (int m = 0; m < kM; ++m)
 #pragma unroll
       for (int n = 0; n < kN; ++n)
-        out[(threadIdx.x / 16 + m * kRowStep) * DotTile<kTile>::kOutPitch + threadIdx.x % 16 + 16 * n] = sum[m][n];
+        out[(threadIdx.x / 16 + m * kRowStep) * GramTile<kTile>::kOutPitch + threadIdx.x % 16 + 16 * n] = sum[m][n];
   }
 };
 
-// out[r * kOutPitch + c] = <left[r], right[c]>, in `shared` (DotTile::kShared bytes, 16-byte aligned). `left` and
+// out[r * kOutPitch + c] = <left[r], right[c]>, in `shared` (GramTile::kShared bytes, 16-byte aligned). `left` and
 // `right` are kTile tokens or kNoRow each, in shared memory, written before a barrier of the caller. Only the first
 // `columns` columns are computed; the others hold anything. All threads call it and may read the result at once.
 template <class T, int kTile>
-__device__ __forceinline__ const float* dot_tile(const TokenRows& rows, const int* left, const int* right, int columns,
-                                                 unsigned char* shared) {
-  using Tile = DotTile<kTile>;
+__device__ __forceinline__ const float* gram_tile(const TokenRows& rows, const int* left, const int* right, int columns,
+                                                  unsigned char* shared) {
+  using Tile = GramTile<kTile>;
   constexpr int kDepth = kRowBytes / static_cast<int>(sizeof(T));
   const int steps = static_cast<int>((rows.channels + kDepth - 1) / kDepth);
   const auto load = [&](int step) {
