@@ -219,7 +219,16 @@ def ninja_file(target: Path, compiler: list[str], nvcc: str | None, cuda_sources
         # file beside the object, where the budget test reads them.
         strict = ["-Werror", "all-warnings"] if os.environ.get("TOKENPRUNE_WERROR") == "1" else []
         host = f"-Xcompiler={','.join(['-fPIC', '-fvisibility=hidden', '-Wall'])}"
-        words = [nvcc, "-std=c++17", "-O3", "-lineinfo", "-Xptxas=-v,-warn-spills", *strict, *nvcc_architectures(), host]
+        words = [
+            nvcc,
+            "-std=c++17",
+            "-O3",
+            "-lineinfo",
+            "-Xptxas=-v,-warn-spills",
+            *strict,
+            *nvcc_architectures(),
+            host,
+        ]
         command = f"{shell([*words, '-I' + str(CSRC / 'include')])} -MD -MF $out.d -c $in -o $out"
         lines.append(f"rule nvcc\n  command = {command} > $out.log 2>&1 || {{ cat $out.log; exit 1; }}")
         lines.append("  depfile = $out.d\n  deps = gcc\n  description = NVCC $out")

@@ -5,12 +5,20 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from cases import dtypes_of
 from torch import Tensor
 from transcriptions import NearTieError
 
 from tokenprune_kernels.methods import Selection
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # float16 adds nothing: arithmetic is float32 as for bfloat16
+
+
+def widest(backend: str) -> torch.dtype:
+    """float64 where the backend takes it, so that rounding decides nothing."""
+    return dtypes_of(backend)[-1]
+
+
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=("float32", "float64", "bfloat16"))
 GRIDS = ((5, 6), (3, 4), (4, 7))  # the samples of a batch: different numbers of visual tokens
 

@@ -158,8 +158,10 @@ def test_indices_that_are_no_rows_do_not_count(dtype, anchors, references):
     assert contrastive(features, *nothing).eq(0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("special", [NAN, INF, 1e30, 1e-30])
+@pytest.mark.parametrize(
+    ("dtype", "special"),
+    [(dtype, special) for dtype in DTYPES[1:] for special in (NAN, INF, 1e30, 1e-30)] + [(DTYPES[0], INF)],
+)
 @pytest.mark.parametrize(
     ("anchors", "references", "multiprocessors"), [(3, 4, 1), (3, 40, 132), (40, 40, 132), (70, 0, 1)]
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transcriptions
 from cases import over_backends
-from method_inputs import Prompt, assert_close, assert_selected, batch, decided, over_dtypes, prompt, ragged
+from method_inputs import Prompt, assert_close, assert_selected, batch, decided, over_dtypes, prompt, ragged, widest
 
 from tokenprune_kernels.methods import adafv
 
@@ -31,7 +31,7 @@ def test_selects_what_the_equations_say(k, dtype, backend):
 @over_backends
 @pytest.mark.parametrize("options", [{}, {"floor": 0.0}, {"floor": 0.4}, {"temperature": 3.0}], ids=str)
 def test_options(options, backend):
-    p, expected = decided(lambda seed: prompt(seed, torch.float64), lambda p: _expected(p, 14, **options))
+    p, expected = decided(lambda seed: prompt(seed, widest(backend)), lambda p: _expected(p, 14, **options))
     kept = _kept(p, 14, **options, backend=backend)
     assert_selected(kept, [expected["indices"]])
     assert kept.details["num_text"].tolist() == [expected["num_text"]]
@@ -55,9 +55,10 @@ def test_padding_changes_nothing(k, dtype, backend):
 @over_backends
 def test_identical_lists_are_split_in_the_middle(backend):
     """Prefix sums are concave, so that the product of equal ones is largest at R / 2."""
-    visual = torch.randn(1, 24, 8, dtype=torch.float64)
-    text = torch.randn(1, 3, 8, dtype=torch.float64)
-    saliency = adafv(text, visual, torch.zeros(1, 24, dtype=torch.float64), 0, temperature=2.0).details["text"]
+    dtype = widest(backend)
+    visual = torch.randn(1, 24, 8, dtype=dtype)
+    text = torch.randn(1, 3, 8, dtype=dtype)
+    saliency = adafv(text, visual, torch.zeros(1, 24, dtype=dtype), 0, temperature=2.0).details["text"]
     kept = adafv(text, visual, saliency, 12, floor=0.0, temperature=2.0, backend=backend)
     assert kept.details["num_text"].tolist() == [6]
     # Both halves name the same six tokens; the freed places go to the next six of the one ranking there is.

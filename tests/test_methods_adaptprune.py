@@ -7,7 +7,7 @@ import pytest
 import torch
 import transcriptions
 from cases import over_backends
-from method_inputs import Prompt, assert_close, assert_selected, batch, decided, over_dtypes, prompt, ragged
+from method_inputs import Prompt, assert_close, assert_selected, batch, decided, over_dtypes, prompt, ragged, widest
 
 from tokenprune_kernels.methods import adaptprune
 
@@ -44,7 +44,7 @@ def test_selects_what_the_formulas_say(k, dtype, backend):
 @pytest.mark.parametrize("grid", [(24, 24), (5, 5), (1, 9), (8, 1), (2, 7)], ids=str)
 def test_centre_prior_is_the_papers_table(grid, backend):
     """exp(-(y^2 + x^2) / (2 sigma^2)) over evenly spaced coordinates, divided by its maximum."""
-    p = prompt(1, torch.float64, grid=grid)
+    p = prompt(1, widest(backend), grid=grid)
     corrected = _kept(p, 1, backend=backend).details["corrected"][0]
     assert_close(corrected, _attention(p) * transcriptions.centre_prior(p.positions.numpy(), grid))
 

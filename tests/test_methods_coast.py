@@ -4,7 +4,7 @@ import pytest
 import torch
 import transcriptions
 from cases import over_backends
-from method_inputs import Prompt, assert_close, assert_selected, batch, decided, over_dtypes, prompt, ragged
+from method_inputs import Prompt, assert_close, assert_selected, batch, decided, over_dtypes, prompt, ragged, widest
 
 import tokenprune_kernels as tp
 from tokenprune_kernels.methods import coast
@@ -70,7 +70,7 @@ def test_ratios(options, backend):
 
 @over_backends
 def test_a_given_lse_may_cover_keys_that_are_not_passed(backend):
-    p, expected = decided(lambda seed: prompt(seed, torch.float64), lambda p: _expected(p, 12))
+    p, expected = decided(lambda seed: prompt(seed, widest(backend)), lambda p: _expected(p, 12))
     _, lse = tp.attention_entropy(p.query[None], p.key[None], causal=True)
     only_visual = p.key[None][:, :, p.place]
     kept = coast(p.query[None], only_visual, p.features[None], 12, lse=lse, causal=False, backend=backend)

@@ -110,7 +110,7 @@ def ratios(times: dict[str, Item]) -> dict[str, float]:
     """How many times slower than ours, by the times between events."""
     ours = times["ours"]["events"]["median"]
     return {
-        name: round(t["events"]["median"] / ours, 3)
+        name: float(f"{t['events']['median'] / ours:.4g}")
         for name, t in times.items()
         if name != "ours" and "events" in t and ours > 0
     }

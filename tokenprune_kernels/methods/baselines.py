@@ -80,7 +80,7 @@ def random(
 
     With mask [B, n], only real tokens take part, and batch and device are those of the mask. Otherwise the device is
     `device`, by default that of the generator.
-    details: keys [B, n] float64; the K largest are kept.
+    details: keys [B, n] float32; the K largest are kept.
 
     >>> import torch
     >>> from tokenprune_kernels.methods import random
@@ -96,6 +96,6 @@ def random(
         batch, device = mask.shape[0], mask.device
     elif device is None and generator is not None:
         device = generator.device
-    keys = torch.empty(batch, n, dtype=torch.float64, device=device).uniform_(generator=generator)
+    keys = torch.empty(batch, n, dtype=torch.float32, device=device).uniform_(generator=generator)
     indices, counts = select_topk(keys, k, mask=mask, backend=backend)
     return Selection(indices, counts, {"keys": keys})

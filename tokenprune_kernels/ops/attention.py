@@ -1,6 +1,5 @@
 """Attention scores of keys, with the entropy and log-sum-exp of every query row."""
 
-import torch
 from torch import Tensor
 
 from .. import _checks

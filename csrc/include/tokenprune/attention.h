@@ -56,7 +56,7 @@ constexpr int kTileVectors = 64, kTileThreads = 128, kTileStages = 3;
 constexpr int kChunkBytes = 128;
 constexpr int kChunkTileBytes = kTileVectors * kChunkBytes;
 
-// Blocks of a tile kernel that an SM holds at once, by registers: 128 per thread in 16 bits, 168 in float32.
+// Blocks of a tile kernel that an SM holds at once, by registers: at most 128 per thread in 16 bits, 168 in float32.
 constexpr int tile_blocks_per_sm(int element_size) { return element_size == 2 ? 4 : 3; }
 
 inline int tile_chunks(int64_t dim, int element_size) {

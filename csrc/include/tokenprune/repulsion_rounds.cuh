@@ -11,7 +11,7 @@
 // worse. The list of a round is these picks, and apply lets every token meet them.
 // sum: every pick changes all objectives by about the same, so that test would stop at once. Here only the first token
 // of the list is a pick, the others are a prediction; apply stores the rows of all of them, and the next choose, before
-// anything else, makes exact steps over all tokens for as long as the next pick has a row (8 n bytes and a barrier
+// anything else, makes exact steps over all tokens for as long as the next pick has a row (20 n bytes and a barrier
 // each). A wrong prediction costs time only.
 //
 // A round makes at least one pick, so k rounds are launched; a round that finds its sample done ends at once. Seeds

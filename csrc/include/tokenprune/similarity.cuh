@@ -13,7 +13,7 @@
 //                                                    | (up to 4 groups)                             |
 //   features, rows of short lists ------------------ warp_similarity_kernel ------------------------+--> scores
 //
-// unit_sum_kernel: grid groups * B, 256 threads, 384 B shared. Reads each row twice, the second time from the cache.
+// unit_sum_kernel: grid groups * B, 256 threads, 0.5 KB shared. Reads each row twice, the second time from the cache.
 // combine_sums_kernel: grid ceil(C / 256) * B, 256 threads.
 // warp_similarity_kernel: grid B * ceil(N / (4 or 16)), 128 threads, no shared memory. Reads features once from
 // memory; every warp reads the listed rows, which its neighbours have brought to the cache.

@@ -116,7 +116,7 @@ __device__ __forceinline__ void multiply_tile(const SimilarityProblem& p, const 
     const unsigned char *a = stage_of(c), *b = a + kChunkTileBytes;
     DotTile<T> part;
     part.clear();
-    part.template multiply<4>(a, b, dim - c * kChunk, columns);
+    part.template multiply<kSimilarityTile / 16>(a, b, dim - c * kChunk, columns);
 #pragma unroll
     for (int i = 0; i < 8; ++i)
 #pragma unroll
