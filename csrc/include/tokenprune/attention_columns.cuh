@@ -43,7 +43,7 @@ struct ColumnKeys {
 // What a block knows of the item at work, in shared memory: it is needed rarely, registers always.
 struct ColumnItem {
   int64_t keys[kTileVectors];  // of the columns; -1: hidden from every row
-  int64_t sample, first_column, row_part;
+  int64_t number, sample, first_column, row_part;
   CountedRows rows;
 };
 static_assert(sizeof(ColumnItem) == kColumnItemBytes);
@@ -58,11 +58,11 @@ struct ColumnPass {
   const ColumnProblem& c;
   const AttentionProblem& p;
   const ColumnPlan& plan;
-  int team, part, group;  // group: query heads of a key head
+  int team, part;
   int head_begin, head_end;
-  // Of the rows at work: the first one, how many; bit j: row b(j) counts; bit i * kB + j: it sees column a(i).
-  int64_t row0;
-  int present;
+  // Of the rows at work: how many; which is the last one that counts, if it is there; bit j: row b(j) counts; bit
+  // i * kB + j: it sees column a(i).
+  int present, last_row;
   uint32_t valid, visible;
   float sum[kA], max[kA];
   Tile mass;      // P, or what the heads so far make of it
@@ -72,7 +72,6 @@ struct ColumnPass {
       : c(problem), p(problem.attention), plan(plan_in), turn(0) {
     team = threadIdx.x / kTileThreads;
     part = cluster_rank() * plan.teams + team;
-    group = static_cast<int>(p.group());
   }
 
   // Shared memory: rings of the teams; statistics of the teams, [2][64] each: factor and lse of the rows of the tile at
@@ -96,6 +95,8 @@ struct ColumnPass {
   }
 
   __device__ __forceinline__ void begin(int64_t number) {
+    meet();  // the last item's reads of shared memory
+    if (threadIdx.x == 0) item().number = number;
     const int64_t first_column = number % plan.key_tiles * kTileVectors;
     number /= plan.key_tiles;
     const int64_t range = op == HeadOp::kNone ? number % plan.head_ranges : part;
@@ -105,7 +106,6 @@ struct ColumnPass {
     head_begin = static_cast<int>(p.query_heads * range / ranges);
     head_end = static_cast<int>(p.query_heads * (range + 1) / ranges);
 
-    meet();  // the last item's reads of shared memory
     long long lowest = p.keys;
     if (threadIdx.x < kTileVectors) {
       const int64_t column = first_column + threadIdx.x;
@@ -145,8 +145,9 @@ struct ColumnPass {
   // The rows from `row` on are the next ones at work.
   __device__ __forceinline__ void take_rows(int64_t row) {
     const int64_t left = item().rows.end - row, sample = item().sample;
-    row0 = row;
+    const int64_t last = item().rows.last - row;
     present = left < kTileVectors ? static_cast<int>(left) : kTileVectors;
+    last_row = last >= 0 && last < kTileVectors ? static_cast<int>(last) : -1;
     valid = 0;
     if (p.causal) visible = 0;  // -1 as an unsigned number is beyond every limit
 #pragma unroll
@@ -187,7 +188,7 @@ struct ColumnPass {
       for (int i = 0; i < kA; ++i) {
         const int64_t key = item().keys[Tile::a(i)];
         if (key < 0) continue;
-        const float by = key_factor(p, item().sample, head / group, key);
+        const float by = key_factor(p, item().sample, head / plan.group, key);
 #pragma unroll
         for (int j = 0; j < kB; ++j) dots.at(i, j) *= by;
       }
@@ -251,7 +252,6 @@ struct ColumnPass {
   // sum.
   __device__ __forceinline__ void add_rows(Tile& from) {
     float of_tile[kA] = {};
-    const int64_t last_row = item().rows.last - row0;
 #pragma unroll
     for (int j = 0; j < kB; ++j) {
       if (8 * unit(j) >= present) break;
@@ -306,7 +306,7 @@ struct ColumnPass {
     const auto keys_of = [&](int t) {
       const int head = head_of(t);
       if (head >= head_end) return TileVectors<T, ColumnKeys<T>>{};
-      const VectorList<T> list = keys_of_head<T>(p, item().sample, head / group);
+      const VectorList<T> list = keys_of_head<T>(p, item().sample, head / plan.group);
       return TileVectors<T, ColumnKeys<T>>{{list, item().keys, columns, list.aligned}, 0};
     };
     const auto queries_of = [&](int t) {
@@ -332,24 +332,27 @@ struct ColumnPass {
                      });
   }
 
+  __device__ __forceinline__ int64_t rows_after(int row_tile) const {
+    return item().rows.end - item().rows.first - int64_t(row_tile) * kTileVectors;
+  }
+
   __device__ __forceinline__ void run() {
     // Teams pass the same barriers, so they go through the same number of tiles.
-    const int64_t first_row = item().rows.first, end_row = item().rows.end;
     const int heads =
         plan.teams > 1 ? static_cast<int>((p.query_heads + plan.parts() - 1) / plan.parts()) : head_end - head_begin;
-    const bool over_rows = op == HeadOp::kNone && end_row - first_row > kTileVectors;
-    int64_t row = first_row;
-    int done = 0;
-    while (row < end_row && done < heads) {
+    const bool over_rows = op == HeadOp::kNone && rows_after(1) > 0;
+    int row_tile = 0, done = 0;
+    while (rows_after(row_tile) > 0 && done < heads) {
+      const int64_t row = item().rows.first + int64_t(row_tile) * kTileVectors;
       if (done == 0 && !over_rows) {
         take_rows(row);
         mass.clear();
       }
       int tiles = heads - done;
       if (over_rows) {
-        tiles = static_cast<int>((end_row - row + kTileVectors - 1) / kTileVectors);
+        tiles = static_cast<int>((rows_after(0) + kTileVectors - 1) / kTileVectors);
       } else if (plan.resident) {
-        const int left = group - (head_begin + done) % group;  // heads of the same key head
+        const int left = plan.group - (head_begin + done) % plan.group;  // heads of the same key head
         if (left < tiles) tiles = left;
       }
       run_tiles(head_begin + done, row, tiles, over_rows);
@@ -360,10 +363,10 @@ struct ColumnPass {
         add_rows(mass);
         done = 0;
       }
-      row += kTileVectors;
+      ++row_tile;
     }
-    const bool nothing = first_row >= end_row;
-    const int from = op == HeadOp::kNone ? head_begin : 0, to = op != HeadOp::kNone ? 1 : nothing ? head_end : from;
+    const int from = op == HeadOp::kNone ? head_begin : 0;
+    const int to = op != HeadOp::kNone ? 1 : rows_after(0) > 0 ? from : head_end;  // with rows, heads are finished
     for (int head = from; head < to; ++head) {
       __syncthreads();
       finish(head);
@@ -375,9 +378,10 @@ template <class T, HeadOp op>
 __global__ void __launch_bounds__(kTileThreads* kMaxTeams, 1)
     attention_columns_kernel(const ColumnProblem c, const ColumnPlan plan) {
   ColumnPass<T, op> pass(c, plan);
-  for (int64_t item = blockIdx.x / plan.cluster; item < plan.items; item += gridDim.x / plan.cluster) {
+  for (int64_t item = blockIdx.x / plan.cluster; item < plan.items;) {
     pass.begin(item);
     pass.run();
+    item = pass.item().number + gridDim.x / plan.cluster;
   }
 }
 

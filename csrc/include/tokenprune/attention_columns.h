@@ -44,6 +44,7 @@ struct ColumnPlan {
   int64_t row_parts;      // ranges of rows, an item each; above 1 a second launch combines them
   int64_t rows_per_part;  // a multiple of the tile
   int cluster, teams;     // blocks of an item, teams of kTileThreads threads of a block: heads are split over both
+  int group;              // query heads of a key head
   bool resident;          // the key tile of a key head stays in shared memory
   int64_t items, blocks;  // blocks is the grid; they loop over the items
   int ring, shared;       // bytes of a team's tiles and of the whole block
@@ -64,7 +65,7 @@ constexpr int64_t kPartialFloor = 1 << 20;  // bytes of partial results that nob
 // Shared memory of a block: tiles and two sets of row statistics of every team, what is known of the item, and the
 // parts' results at the end.
 constexpr int kStatisticsBytes = 2 * kTileVectors * 2 * sizeof(float);
-constexpr int kColumnItemBytes = (kTileVectors + 7) * sizeof(int64_t);
+constexpr int kColumnItemBytes = (kTileVectors + 8) * sizeof(int64_t);
 constexpr int kColumnStaticBytes = 1024;  // of block_reduce, and what the system keeps
 constexpr int kResultBytes = 2 * kTileVectors * sizeof(float);
 
@@ -86,6 +87,7 @@ struct ColumnShape {
 inline ColumnPlan plan_attention_columns(const ColumnShape& s, const DeviceLimits& limits) {
   ColumnPlan plan{};
   plan.key_tiles = ceil_div<int64_t>(s.columns, kTileVectors);
+  plan.group = s.key_heads > 0 ? static_cast<int>(s.query_heads / s.key_heads) : 0;
   plan.cluster = plan.teams = 1;
   plan.head_ranges = plan.row_parts = 1;
   const int64_t rows = s.last_only ? std::min<int64_t>(s.rows, 1) : s.rows;
