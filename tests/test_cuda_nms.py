@@ -168,8 +168,8 @@ PLANS = {
     "a cluster, keys in global memory": {"cluster": 4, "keys_in_shared": False, "capacity": 24},
     "one block does all the tiles": {"prepare_blocks": 1, "list_blocks": 1},
     "one split": {"splits": 1, "split_columns": 128, "list_blocks": 16},
-    "more threads than tokens": {"select_threads": 512},
-    "more threads than tokens, no lists": {"select_threads": 512, "capacity": 0},
+    "more threads than tokens": {"select_threads": 384},
+    "more threads than tokens, no lists": {"select_threads": 384, "capacity": 0},
 }
 
 
@@ -298,7 +298,7 @@ def test_plans_cover_the_work_within_the_limits(
     assert plan.owned * plan.cluster >= n
     assert plan.owned * (plan.cluster - 1) < n
     assert plan.select_threads % 128 == 0
-    assert 128 <= plan.select_threads <= 512
+    assert 128 <= plan.select_threads <= 384
     assert plan.shared == (4 * plan.owned if plan.keys_in_shared else 0)
     assert plan.shared + module.NMS_SELECT_STATIC <= 1024 * shared
 

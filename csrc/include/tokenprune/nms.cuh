@@ -12,10 +12,10 @@
 //
 //            grid                        block  shared memory              bytes moved
 //   prepare  tokens / 8                  256    none                       the features once (the minimum)
-//   lists    tokens / 16 * splits        256    about 26 KB                (16 + reached columns) rows per tile, from
+//   lists    tokens / 16 * splits        256    about 23 KB                (16 + reached columns) rows per tile, from
 //   L2;
 //                                                                          8 per list entry written
-//   select   samples * cluster           <= 512 about 11 KB + 4 per token  4 per token; 8 per list entry of every pick
+//   select   samples * cluster           <= 384 about 8 KB + 4 per token  4 per token; 8 per list entry of every pick
 #pragma once
 
 #include "tokenprune/nms_lists.cuh"
@@ -140,7 +140,7 @@ struct NmsRule {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kNmsMostSelectThreads)
+__global__ void __launch_bounds__(kNmsMostSelectThreads, 1)
     nms_select_kernel(const NmsProblem p, int64_t capacity, int64_t steps, int64_t owned, bool keys_in_shared) {
   TOKENPRUNE_SHARED(NmsSelectShared, s);
   const NmsWorkspace w = nms_workspace(p, capacity);
@@ -152,7 +152,9 @@ __global__ void __launch_bounds__(kNmsMostSelectThreads)
     for (int64_t i = threadIdx.x; i < owned; i += blockDim.x) copy[i] = keys[i];
     keys = copy;
   }
-  // A thread's first search reads only what it has copied itself, or what an earlier launch has written.
+  // A thread's first search reads only what it has copied itself, or what an earlier launch has written. The barrier is
+  // for the other blocks' shared memory: it may be written once they have started.
+  cluster_sync();
   NmsRule<T> rule{p, w, s, keys, sample, first, owned, capacity, steps};
   const int64_t picked = greedy_select(rule, s.slots, steps);
   if (cluster_rank() != 0) return;

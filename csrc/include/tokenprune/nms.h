@@ -65,11 +65,11 @@ inline NmsSuppression nms_suppression(double radius, double sigma_spatial, doubl
 
 constexpr int kNmsRowTile = 16;     // picks whose lists one block makes, the rows of one mma
 constexpr int kNmsColumnTile = 64;  // neighbours that it meets at a time
-constexpr int kNmsThreads = 256, kNmsMostSelectThreads = 512;
-constexpr int64_t kNmsRoomyLists = 16 << 20;     // bytes of lists that are always allowed
-constexpr int64_t kNmsModestCapacity = 128;      // allowed beyond that when the features are as large
-constexpr int64_t kNmsFewestEntries = 32;        // shorter lists than this would mostly overflow
-constexpr int64_t kNmsSelectStatic = 12 * 1024;  // bytes of static shared memory of the selection kernel
+constexpr int kNmsThreads = 256, kNmsMostSelectThreads = 384;
+constexpr int64_t kNmsRoomyLists = 16 << 20;    // bytes of lists that are always allowed
+constexpr int64_t kNmsModestCapacity = 128;     // allowed beyond that when the features are as large
+constexpr int64_t kNmsFewestEntries = 32;       // shorter lists than this would mostly overflow
+constexpr int64_t kNmsSelectStatic = 9 * 1024;  // bytes of static shared memory of the selection kernel
 
 struct NmsPlan {
   int64_t steps;                  // picks that can be made at most

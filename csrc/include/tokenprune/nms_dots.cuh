@@ -173,7 +173,7 @@ __device__ __forceinline__ void warp_dots_of_one(const T* row, Column&& column, 
     const T* const mine = column(lane_id());
     float sum[1];
     in_chunks(sum, segment, wide, [&](float (&part)[1], int64_t begin, int64_t end, auto whole) {
-#pragma unroll 4
+#pragma unroll 2
       for (int64_t k = begin; k < end; k += kVector<T>) {
         const Vector<T> a = load_vector<whole.value>(row, k, end, wide);
         const Vector<T> b = load_vector<whole.value>(mine, k, end, wide);
