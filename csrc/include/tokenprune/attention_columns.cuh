@@ -44,6 +44,7 @@ struct ColumnKeys {
 struct ColumnItem {
   int64_t keys[kTileVectors];  // of the columns; -1: hidden from every row
   int64_t number, sample, first_column, row_part;
+  int2 heads[kMaxTeams + kMaxTeams % 2];  // of the teams: first and past the last
   CountedRows rows;
 };
 static_assert(sizeof(ColumnItem) == kColumnItemBytes);
@@ -59,30 +60,29 @@ struct ColumnPass {
   const AttentionProblem& p;
   const ColumnPlan& plan;
   int team, part;
-  int head_begin, head_end;
-  // Of the rows at work: how many; which is the last one that counts, if it is there; bit j: row b(j) counts; bit
-  // i * kB + j: it sees column a(i).
-  int present, last_row;
-  uint32_t valid, visible;
+  // Of the rows at work: how many; bit i * kB + j: row b(j) sees column a(i).
+  int present;
+  uint32_t visible;
   float sum[kA], max[kA];
-  Tile mass;      // P, or what the heads so far make of it
-  unsigned turn;  // tiles so far
+  Tile mass;  // P, or what the heads so far make of it
 
   __device__ __forceinline__ ColumnPass(const ColumnProblem& problem, const ColumnPlan& plan_in)
-      : c(problem), p(problem.attention), plan(plan_in), turn(0) {
+      : c(problem), p(problem.attention), plan(plan_in) {
     team = threadIdx.x / kTileThreads;
     part = cluster_rank() * plan.teams + team;
   }
 
-  // Shared memory: rings of the teams; statistics of the teams, [2][64] each: factor and lse of the rows of the tile at
-  // work and of the next one; the item; the last row's values [64], of the first block; results [parts][2][64].
+  // Shared memory: rings of the teams; statistics of the teams, [3][64] each: factor and lse of the rows of the tile at
+  // work and of the next two; the item; the last row's values [64], of the first block; results [parts][2][64].
   __device__ __forceinline__ unsigned char* ring_of(int t) const { return dynamic_shared() + t * plan.ring; }
-  __device__ __forceinline__ float2* statistics(unsigned for_turn) const {
-    return reinterpret_cast<float2*>(ring_of(plan.teams)) + (team * 2 + for_turn % 2) * kTileVectors;
+  __device__ __forceinline__ float2* statistics(int tile) const {
+    return reinterpret_cast<float2*>(ring_of(plan.teams)) + (team * 3 + tile % 3) * kTileVectors;
   }
   __device__ __forceinline__ ColumnItem& item() const {
     return *reinterpret_cast<ColumnItem*>(ring_of(plan.teams) + plan.teams * kStatisticsBytes);
   }
+  __device__ __forceinline__ int head_begin() const { return item().heads[team].x; }
+  __device__ __forceinline__ int head_end() const { return item().heads[team].y; }
   __device__ __forceinline__ float* last_values() const { return reinterpret_cast<float*>(&item() + 1); }
   __device__ __forceinline__ float* results_of(int q) const { return last_values() + (1 + 2 * q) * kTileVectors; }
 
@@ -103,8 +103,10 @@ struct ColumnPass {
     const int64_t ranges = op == HeadOp::kNone ? plan.head_ranges : plan.parts();
     number /= plan.head_ranges;
     const int64_t row_part = number % plan.row_parts, sample = number / plan.row_parts;
-    head_begin = static_cast<int>(p.query_heads * range / ranges);
-    head_end = static_cast<int>(p.query_heads * (range + 1) / ranges);
+    if (tile_thread() == 0) {
+      item().heads[team].x = static_cast<int>(p.query_heads * range / ranges);
+      item().heads[team].y = static_cast<int>(p.query_heads * (range + 1) / ranges);
+    }
 
     long long lowest = p.keys;
     if (threadIdx.x < kTileVectors) {
@@ -145,17 +147,13 @@ struct ColumnPass {
   // The rows from `row` on are the next ones at work.
   __device__ __forceinline__ void take_rows(int64_t row) {
     const int64_t left = item().rows.end - row, sample = item().sample;
-    const int64_t last = item().rows.last - row;
     present = left < kTileVectors ? static_cast<int>(left) : kTileVectors;
-    last_row = last >= 0 && last < kTileVectors ? static_cast<int>(last) : -1;
-    valid = 0;
-    if (p.causal) visible = 0;  // -1 as an unsigned number is beyond every limit
+    if (!p.causal) return;
+    visible = 0;  // -1 as an unsigned number is beyond every limit
 #pragma unroll
     for (int j = 0; j < kB; ++j) {
       const int64_t r = row + Tile::b(j);
       if (Tile::b(j) >= present) continue;
-      if (c.query_mask == nullptr || c.query_mask[sample * c.query_mask_stride + r]) valid |= 1u << j;
-      if (!p.causal) continue;
       const int64_t limit = last_visible_key(p, sample, r);
       if (limit < 0) continue;
 #pragma unroll
@@ -169,21 +167,21 @@ struct ColumnPass {
   // does not exist sees nothing.
   __device__ __forceinline__ float2 statistics_of(int head, int64_t row) const {
     const int v = tile_thread();
-    if (v >= kTileVectors || row + v >= item().rows.end || head >= head_end) return make_float2(0.0f, -INFINITY);
+    if (v >= kTileVectors || row + v >= item().rows.end || head >= head_end()) return make_float2(0.0f, -INFINITY);
     const int64_t sample = item().sample;
     return make_float2(p.scale * row_factor(p, sample, head, row + v),
                        c.lse[(sample * p.query_heads + head) * p.rows + row + v]);
   }
 
-  __device__ __forceinline__ void put_statistics(unsigned for_turn, float2 value) {
-    if (tile_thread() < kTileVectors) statistics(for_turn)[tile_thread()] = value;
+  __device__ __forceinline__ void put_statistics(int tile, float2 value) {
+    if (tile_thread() < kTileVectors) statistics(tile)[tile_thread()] = value;
   }
 
   // Turns dot products into probabilities and adds them to the heads before.
-  __device__ __forceinline__ void add_head(Tile& dots, int head) {
-    const float2* of_row = statistics(turn);
+  __device__ __forceinline__ void add_head(Tile& dots, int head, int tile) {
+    const float2* of_row = statistics(tile);
     Tile& into = op == HeadOp::kNone ? dots : mass;
-    if (p.cosine && head < head_end) {
+    if (p.cosine && head < head_end()) {
 #pragma unroll
       for (int i = 0; i < kA; ++i) {
         const int64_t key = item().keys[Tile::a(i)];
@@ -248,19 +246,24 @@ struct ColumnPass {
     meet();
   }
 
-  // Adds the rows at work to the columns' sums. The rows of a tile are added up first: fewer roundings than one long
-  // sum.
-  __device__ __forceinline__ void add_rows(Tile& from) {
+  __device__ __forceinline__ bool row_counts(int64_t row) const {
+    return c.query_mask == nullptr || c.query_mask[item().sample * c.query_mask_stride + row];
+  }
+
+  // Adds the rows at work, from `row` on, to the columns' sums. The rows of a tile are added up first: fewer roundings
+  // than one long sum.
+  __device__ __forceinline__ void add_rows(Tile& from, int64_t row) {
     float of_tile[kA] = {};
 #pragma unroll
     for (int j = 0; j < kB; ++j) {
       if (8 * unit(j) >= present) break;
-      if (!is_mine(unit(j)) || (valid >> j & 1) == 0) continue;
+      const int64_t r = row + Tile::b(j);
+      if (!is_mine(unit(j)) || Tile::b(j) >= present || !row_counts(r)) continue;
 #pragma unroll
       for (int i = 0; i < kA; ++i) {
         of_tile[i] += from.at(i, j);
         max[i] = nan_max(max[i], from.at(i, j));
-        if (Tile::b(j) == last_row) cluster_shared(last_values(), 0)[Tile::a(i)] = from.at(i, j);
+        if (r == item().rows.last) cluster_shared(last_values(), 0)[Tile::a(i)] = from.at(i, j);
       }
     }
 #pragma unroll
@@ -280,7 +283,7 @@ struct ColumnPass {
     clear();
     meet();
     const int64_t column = item().first_column + threadIdx.x;
-    if (part - team != 0 || threadIdx.x >= kTileVectors || column >= c.columns) return;
+    if (cluster_rank() != 0 || threadIdx.x >= kTileVectors || column >= c.columns) return;
     const CountedRows& rows = item().rows;
     const int64_t sample = item().sample, row_part = item().row_part;
     ColumnSums sums{0, 0, 0};
@@ -298,35 +301,41 @@ struct ColumnPass {
     partial[c.out_heads() * c.columns] = sums.max;
   }
 
-  // The tiles of heads head_begin + first .. (over_rows false) or of row tiles from `row` on (true).
-  __device__ __forceinline__ void run_tiles(int first_head, int64_t row, int tiles, bool over_rows) {
+  __device__ __forceinline__ int64_t row_of_tile(int tile) const {
+    return item().rows.first + int64_t(tile) * kTileVectors;
+  }
+
+  // The tiles of heads head_begin + first .. (over_rows false) or of row tiles from `row_tile` on (true).
+  __device__ __forceinline__ void run_tiles(int first_head, int row_tile, int tiles, bool over_rows) {
     const auto head_of = [&](int t) { return first_head + (over_rows ? 0 : t); };
-    const auto row_of = [&](int t) { return row + (over_rows ? int64_t(t) * kTileVectors : 0); };
-    const int64_t left = c.columns - item().first_column, columns = left < kTileVectors ? left : kTileVectors;
+    const auto row_of = [&](int t) { return row_of_tile(row_tile + (over_rows ? t : 0)); };
     const auto keys_of = [&](int t) {
       const int head = head_of(t);
-      if (head >= head_end) return TileVectors<T, ColumnKeys<T>>{};
+      if (head >= head_end()) return TileVectors<T, ColumnKeys<T>>{};
       const VectorList<T> list = keys_of_head<T>(p, item().sample, head / plan.group);
+      const int64_t left = c.columns - item().first_column, columns = left < kTileVectors ? left : kTileVectors;
       return TileVectors<T, ColumnKeys<T>>{{list, item().keys, columns, list.aligned}, 0};
     };
     const auto queries_of = [&](int t) {
       const int head = head_of(t);
-      if (head >= head_end) return TileVectors<T>{};
+      if (head >= head_end()) return TileVectors<T>{};
       VectorList<T> list = query_rows_of_head<T>(p, item().sample, head);
       list.count = item().rows.end;
       return TileVectors<T>{list, row_of(t)};
     };
-    put_statistics(turn, statistics_of(head_of(0), row_of(0)));
-    float2 next = statistics_of(head_of(1), row_of(1));
+    __syncthreads();  // the last run's reads of statistics
+    put_statistics(0, statistics_of(head_of(0), row_of(0)));
+    put_statistics(1, statistics_of(head_of(1), row_of(1)));
     for_each_tile<T>(ring_of(team), static_cast<int>(p.dim), plan.resident, tiles, keys_of, queries_of,
                      [&](int t, Tile& dots) {
-                       put_statistics(turn + 1, next);
-                       next = statistics_of(head_of(t + 2), row_of(t + 2));
+                       // Read before the work and stored after it: the store waits for nothing, and no register holds
+                       // the values while a tile is multiplied.
+                       const float2 after_next = statistics_of(head_of(t + 2), row_of(t + 2));
                        if (op == HeadOp::kNone && over_rows) take_rows(row_of(t));
-                       add_head(dots, head_of(t));
-                       ++turn;
+                       add_head(dots, head_of(t), t);
+                       put_statistics(t + 2, after_next);
                        if constexpr (op == HeadOp::kNone) {
-                         add_rows(dots);
+                         add_rows(dots, row_of(t));
                          if (!over_rows || t == tiles - 1) finish(head_of(t));
                        }
                      });
@@ -338,12 +347,12 @@ struct ColumnPass {
 
   __device__ __forceinline__ void run() {
     // Teams pass the same barriers, so they go through the same number of tiles.
-    const int heads =
-        plan.teams > 1 ? static_cast<int>((p.query_heads + plan.parts() - 1) / plan.parts()) : head_end - head_begin;
+    const int heads = plan.teams > 1 ? static_cast<int>((p.query_heads + plan.parts() - 1) / plan.parts())
+                                     : head_end() - head_begin();
     const bool over_rows = op == HeadOp::kNone && rows_after(1) > 0;
     int row_tile = 0, done = 0;
     while (rows_after(row_tile) > 0 && done < heads) {
-      const int64_t row = item().rows.first + int64_t(row_tile) * kTileVectors;
+      const int64_t row = row_of_tile(row_tile);
       if (done == 0 && !over_rows) {
         take_rows(row);
         mass.clear();
@@ -352,21 +361,21 @@ struct ColumnPass {
       if (over_rows) {
         tiles = static_cast<int>((rows_after(0) + kTileVectors - 1) / kTileVectors);
       } else if (plan.resident) {
-        const int left = plan.group - (head_begin + done) % plan.group;  // heads of the same key head
+        const int left = plan.group - (head_begin() + done) % plan.group;  // heads of the same key head
         if (left < tiles) tiles = left;
       }
-      run_tiles(head_begin + done, row, tiles, over_rows);
+      run_tiles(head_begin() + done, row_tile, tiles, over_rows);
       done += over_rows ? 1 : tiles;
       if (over_rows || done < heads) continue;
       if constexpr (op != HeadOp::kNone) {
         if (plan.parts() > 1) meet_parts();
-        add_rows(mass);
+        add_rows(mass, row);
         done = 0;
       }
       ++row_tile;
     }
-    const int from = op == HeadOp::kNone ? head_begin : 0;
-    const int to = op != HeadOp::kNone ? 1 : rows_after(0) > 0 ? from : head_end;  // with rows, heads are finished
+    const int from = op == HeadOp::kNone ? head_begin() : 0;
+    const int to = op != HeadOp::kNone ? 1 : rows_after(0) > 0 ? from : head_end();  // with rows, heads are finished
     for (int head = from; head < to; ++head) {
       __syncthreads();
       finish(head);
