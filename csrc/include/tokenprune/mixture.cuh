@@ -207,8 +207,11 @@ __global__ void __launch_bounds__(kMixtureMaxThreads, 1)
   Threshold<uint32_t> of_text{}, of_visual{};
 #pragma unroll 1
   for (int turn = 0; turn < 2; ++turn) {
-    of_visual = threshold_of_best(turn == 0 ? text : visual, of_warp, wanted, {0, 0}, list_scratch);
-    if (turn == 0) of_text = of_visual;
+    const bool first = turn == 0;  // chosen field by field: a choice between structs would put them into local memory
+    const MixtureKeys list{first ? text.scores : visual.scores, first ? text.type : visual.type, mask,
+                           first ? text.kept : visual.kept};
+    of_visual = threshold_of_best(list, of_warp, wanted, {0, 0}, list_scratch);
+    if (first) of_text = of_visual;
   }
   const MarkCounts above = ranked<2>(
       of_warp, [&](uint32_t i) -> uint32_t { return (text(i) > of_text.key) + 2 * (visual(i) > of_visual.key); },
