@@ -177,15 +177,26 @@ __global__ void __launch_bounds__(kMixtureMaxThreads, 1)
     const int bytes = rows.type == ScoreType::kFloat ? 4 : 2;
     return {static_cast<const unsigned char*>(rows.data) + sample * rows.stride * bytes, rows.type, mask, nullptr};
   };
-  MixtureKeys text = keys_of(p.text), visual = keys_of(p.visual);
+  // In shared memory: in registers, the compiler would write every loop once for each kind of either list, and a choice
+  // between the lists would put both into local memory.
+  TOKENPRUNE_SHARED(MixtureKeys[2], lists);
+  if (threadIdx.x == 0) {
+    lists[0] = keys_of(p.text);
+    lists[1] = keys_of(p.visual);
+  }
+  __syncthreads();
+  const MixtureKeys &text = lists[0], &visual = lists[1];
   if (plan.keys_in_shared) {
     auto* kept = plan.in_workspace ? reinterpret_cast<uint32_t*>(dynamic_shared()) : visual_sorted + plan.sorted;
     for (uint32_t i = of_warp.begin + lane_id(); i < of_warp.end; i += kWarp) {
       kept[i] = text.fresh(i);
       kept[n + i] = visual.fresh(i);
     }
-    text.kept = kept;
-    visual.kept = kept + n;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      lists[0].kept = kept;
+      lists[1].kept = kept + n;
+    }
     __syncthreads();
   }
 
@@ -207,11 +218,8 @@ __global__ void __launch_bounds__(kMixtureMaxThreads, 1)
   Threshold<uint32_t> of_text{}, of_visual{};
 #pragma unroll 1
   for (int turn = 0; turn < 2; ++turn) {
-    const bool first = turn == 0;  // chosen field by field: a choice between structs would put them into local memory
-    const MixtureKeys list{first ? text.scores : visual.scores, first ? text.type : visual.type, mask,
-                           first ? text.kept : visual.kept};
-    of_visual = threshold_of_best(list, of_warp, wanted, {0, 0}, list_scratch);
-    if (first) of_text = of_visual;
+    of_visual = threshold_of_best(lists[turn], of_warp, wanted, {0, 0}, list_scratch);
+    if (turn == 0) of_text = of_visual;
   }
   const MarkCounts above = ranked<2>(
       of_warp, [&](uint32_t i) -> uint32_t { return (text(i) > of_text.key) + 2 * (visual(i) > of_visual.key); },
