@@ -62,7 +62,7 @@ constexpr int kBlocksPerSm = 64;      // cap of the grid: more items are looped 
 constexpr int kCombineThreads = 256;
 constexpr int64_t kPartialFloor = 1 << 20;  // bytes of partial results that nobody misses
 
-// Shared memory of a block: tiles and two sets of row statistics of every team, what is known of the item, and the
+// Shared memory of a block: tiles and three sets of row statistics of every team, what is known of the item, and the
 // parts' results at the end.
 constexpr int kStatisticsBytes = 3 * kTileVectors * 2 * sizeof(float);
 constexpr int kColumnItemBytes = (kTileVectors + 12) * sizeof(int64_t);
