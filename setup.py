@@ -144,6 +144,14 @@ def path(name: object) -> str:
     return re.sub(r"([$ :])", r"$\1", str(name))
 
 
+def prepared(build: Path, target: Path, compiler: list[str], nvcc: str | None, cuda_sources: list[Path]) -> list[str]:
+    """Writes what ninja needs into the folder `build`; the command that builds `target` there."""
+    write_if_changed(build / "exports", "{ global: PyInit__C; local: *; };\n")
+    write_if_changed(build / "build.ninja", ninja_file(target, compiler, nvcc, cuda_sources))
+    jobs = os.environ.get("MAX_JOBS")
+    return [*ninja_command(), "-C", str(build), *(["-j", jobs] if jobs else [])]
+
+
 class NinjaBuild(build_ext):
     """Writes build.ninja and runs it."""
 
@@ -162,12 +170,8 @@ class NinjaBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         for folder in (build, target.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        write_if_changed(build / "exports", "{ global: PyInit__C; local: *; };\n")
-        write_if_changed(build / "build.ninja", ninja_file(target, compiler, nvcc, cuda_sources))
-        jobs = os.environ.get("MAX_JOBS")
         detail = ["--verbose"] if self.verbose > 1 else []
-        command = [*ninja_command(), "-C", str(build), *(["-j", jobs] if jobs else []), *detail]
-        if subprocess.run(command).returncode:
+        if subprocess.run([*prepared(build, target, compiler, nvcc, cuda_sources), *detail]).returncode:
             raise SystemExit(f"building {ext.name} failed, see above; TOKENPRUNE_CPU=0 installs without it")
 
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 
 os.environ.setdefault("TOKENPRUNE_POISON", "1")  # read by the compiled library when it first allocates
 if os.environ.get("TOKENPRUNE_TEST_WITHOUT_LIBRARY") == "1":  # test_registry.py runs some tests as if there were none
@@ -14,6 +15,23 @@ import torch
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_emulator() -> Iterator[None]:
+    """No test sees the emulator's settings or launches of another."""
+    from cases import NO_EMULATOR
+
+    if NO_EMULATOR is not None:
+        yield
+        return
+    import emulator
+
+    module = emulator.load()
+    module.settings().reset()
+    module.take_launches()
+    yield
+    module.settings().reset()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,7 +1,6 @@
 """The column pass of the CUDA attention kernels on the host emulator: how heads, rows and columns are split, the
 launches that each split takes, and that no split changes what is computed."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import emulator
@@ -20,14 +19,6 @@ module = emulator.load() if NO_EMULATOR is None else None
 over_dtypes = pytest.mark.parametrize("dtype", dtypes_of("emulator"), ids=lambda d: str(d).removeprefix("torch."))
 HEADS = ("mean", "sum", "max", "none")
 ALL_ROWS = "last+mean+max+sum"
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    module.settings().reset()
-    module.take_launches()
-    yield
-    module.settings().reset()
 
 
 def device(**limits: int) -> None:

@@ -21,14 +21,6 @@ pytestmark = pytest.mark.skipif(NO_EMULATOR is not None, reason=str(NO_EMULATOR)
 module = emulator.load() if NO_EMULATOR is None else None
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    module.settings().reset()
-    module.take_launches()
-    yield
-    module.settings().reset()
-
-
 def gather(tensors: list[Tensor], indices: Tensor, **arguments) -> list[Tensor]:
     return list(tp.gather_compact(tensors, indices, **arguments, backend="emulator"))
 

@@ -19,14 +19,6 @@ DTYPES = dtypes_of("emulator")
 INF, NAN = math.inf, math.nan
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    module.settings().reset()
-    module.take_launches()
-    yield
-    module.settings().reset()
-
-
 def mixture(text: Tensor, visual: Tensor, k: int, **arguments) -> tuple[Tensor, ...]:
     return tp.select_mixture(text, visual, k, **arguments, backend="emulator")
 

@@ -22,14 +22,6 @@ TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # FloatType in 
 over_types = pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    module.settings().reset()
-    module.take_launches()
-    yield
-    module.settings().reset()
-
-
 def inputs(batch: int, n: int, channels: int, dtype: torch.dtype, side: int = 7) -> dict[str, Tensor]:
     """Scores of either sign, features in bundles, positions on a small grid in no order, two groups, a few masked."""
     bundles = torch.randn(batch, 1 + n // 6, channels)

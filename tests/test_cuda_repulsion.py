@@ -24,11 +24,8 @@ LARGEST_GRID = 2**31 - 1
 
 
 @pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    module.settings().reset()
-    module.take_launches()
+def _own_limits() -> Iterator[None]:
     yield
-    module.settings().reset()
     limits()
 
 

@@ -16,14 +16,6 @@ NAN, INF = float("nan"), float("inf")
 KERNELS = {"select_topk": "select_kernel", "select_two_tailed": "select_kernel", "mask_to_indices": "mask_kernel"}
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    module.settings().reset()
-    module.take_launches()
-    yield
-    module.settings().reset()
-
-
 def assert_selects_as_the_reference(scores: Tensor, k: int, mask: Tensor | None = None, low: int | None = None) -> None:
     """Every op, with the indices and counts of the reference, in one launch each."""
     num_low = torch.full((len(scores),), k // 3 if low is None else low)

@@ -21,14 +21,6 @@ INF, NAN = math.inf, math.nan
 BATCH = 2
 
 
-@pytest.fixture(autouse=True)
-def _fresh():
-    module.settings().reset()
-    module.take_launches()
-    yield
-    module.settings().reset()
-
-
 def contrastive(features: Tensor, anchors: Tensor, references: Tensor) -> Tensor:
     return tp.contrastive_scores(features, anchors, references, backend="emulator")
 

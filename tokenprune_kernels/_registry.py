@@ -88,8 +88,5 @@ def load() -> None:
         torch.library.register_fake(
             f"tokenprune::{name}", _as_runtime_error(getattr(_fakes, name)), lib=_library, allow_override=True
         )
-        if name != "gather_compact":
-            # Indices, scores and entropies carry no gradient: autograd is skipped, at no cost per call.
-            _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     _autograd.register(_library, torch.ops.tokenprune)
     _vmap.register(_library)

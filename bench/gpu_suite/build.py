@@ -99,13 +99,10 @@ def direct_command(settings: dict[str, str], folder: Path, target: Path) -> list
         if compiler is None:
             raise RuntimeError("no C++ compiler (g++) on this machine")
         sources = sorted((setup.CSRC / "cuda").glob("*.cu"))
-        nvcc = setup.cuda_compiler(sources)
-        text = setup.ninja_file(target, compiler, nvcc, sources)
-        ninja = setup.ninja_command()  # without ninja: SystemExit that says so
-    folder.mkdir(parents=True, exist_ok=True)
-    setup.write_if_changed(folder / "exports", "{ global: PyInit__C; local: *; };\n")
-    setup.write_if_changed(folder / "build.ninja", text)
-    return [*ninja, "-C", str(folder)]
+        folder.mkdir(parents=True, exist_ok=True)
+        # Without ninja: SystemExit that says so.
+        command: list[str] = setup.prepared(folder, target, compiler, setup.cuda_compiler(sources), sources)
+    return command
 
 
 def settings(arch: str | None) -> dict[str, str]:
@@ -155,7 +152,7 @@ def run(run: Run) -> dict[str, Any]:
     if run.dry:  # the parts that a dry run would not reach
         with contextlib.suppress(RuntimeError, SystemExit):
             command = direct_command({**settings("9.0a"), "TOKENPRUNE_CUDA": "auto"}, run.work / "ninja", LIBRARY)
-            steps.append({"step": "ninja file", "code": 0, "output": " ".join(command[-3:-1])})
+            steps.append({"step": "ninja file", "code": 0, "output": " ".join(command)})
         steps.append({"step": "this GPU", "output": str(this_gpu(run))})
         # Here, because a worker that compiles for minutes would be taken for one that hangs.
         emulate = "import bench.gpu_suite, emulator; emulator.load()"

@@ -77,6 +77,15 @@ def scores_row(
     )
 
 
+def question_costs(model: Model, dtype: torch.dtype) -> dict[str, float]:
+    """Bytes and FLOPs of one product of the question's rows with the visual tokens."""
+    heads, rows, tokens, dim = model.query_heads, model.question, model.tokens, model.head_dim
+    return {
+        "bytes": attention_bytes(1, heads, model.key_heads, rows, tokens, dim, dtype.itemsize),
+        "flops": attention_flops(1, heads, rows, tokens, dim),
+    }
+
+
 def from_lse_row(device: Device, model: Model, dtype: torch.dtype) -> Row:
     base = attention_inputs(model, model.question, dtype)
     op = device.op("attention_scores")
@@ -95,9 +104,7 @@ def from_lse_row(device: Device, model: Model, dtype: torch.dtype) -> Row:
         lambda x: op(**x),
         agrees_with(eager),
         {"eager reference": eager},
-        bytes=attention_bytes(1, model.query_heads, model.key_heads, model.question, model.tokens, model.head_dim,
-                              dtype.itemsize),
-        flops=attention_flops(1, model.query_heads, model.question, model.tokens, model.head_dim),
+        **question_costs(model, dtype),
         dtype=dtype,
         max_launches=2,
     )  # fmt: skip
@@ -116,9 +123,7 @@ def entropy_row(device: Device, model: Model, dtype: torch.dtype) -> Row:
         lambda x: op(**x),
         agrees_with(eager),
         {"eager reference": eager},
-        bytes=attention_bytes(1, model.query_heads, model.key_heads, model.question, model.tokens, model.head_dim,
-                              dtype.itemsize),
-        flops=attention_flops(1, model.query_heads, model.question, model.tokens, model.head_dim),
+        **question_costs(model, dtype),
         dtype=dtype,
     )  # fmt: skip
 

@@ -34,13 +34,9 @@ def ops() -> Any:
     import torch
 
     from tokenprune_kernels import _autograd
-    from tokenprune_kernels._schemas import SCHEMAS
 
     load()
     library = torch.library.Library("tokenprune_emulated", "FRAGMENT")
-    for name in SCHEMAS:
-        if name != "gather_compact":
-            library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     _autograd.register(library, torch.ops.tokenprune_emulated)
     _LIBRARIES.append(library)
     return torch.ops.tokenprune_emulated
