@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 import tokenprune_kernels as tp
-from tokenprune_kernels import _backend
+from tokenprune_kernels import _backend, _triton
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DTYPE_IDS = tuple(str(d).removeprefix("torch.") for d in DTYPES)
 
 
 # TOKENPRUNE_TEST_BACKENDS=gpu: only these, for runs that are about one of them.
-WANTED = tuple(filter(None, os.environ.get("TOKENPRUNE_TEST_BACKENDS", "cpu,reference,emulator,gpu").split(",")))
+WANTED = tuple(filter(None, os.environ.get("TOKENPRUNE_TEST_BACKENDS", "cpu,reference,emulator,triton,gpu").split(",")))
 
 
 def add_emulator() -> str | None:
@@ -47,18 +47,40 @@ def add_gpu() -> str | None:
     return reason
 
 
+def add_triton() -> str | None:
+    """Make the Triton kernels a backend "triton" that takes CPU tensors, interpreted without a GPU; else why not."""
+    if "triton" not in WANTED:
+        return "not in TOKENPRUNE_TEST_BACKENDS"
+    if _triton.absent() is not None:
+        return _triton.absent()
+    if gpu_backend.has_gpu():
+        _backend._extra["triton"] = gpu_backend.OnGpu("tokenprune_triton")
+        _triton.namespace()
+    else:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, which no test does before this
+    return None
+
+
 NO_EMULATOR = add_emulator()
+NO_TRITON = add_triton()
 NO_GPU = add_gpu()
 BACKENDS = (
     *(name for name in ("cpu", "reference") if name in WANTED and tp.config()["backends"][name] is None),
     *(() if NO_EMULATOR else ("emulator",)),
+    *(() if NO_TRITON else ("triton",)),
     *(() if NO_GPU else ("gpu",)),
 )
-GPU_BACKENDS = ("emulator", "gpu")  # float64 is for the CPU and the references
+GPU_BACKENDS = ("emulator", "triton", "gpu")  # float64 is for the CPU and the references
 
 
 def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
-    """The floating dtypes that a backend takes."""
+    """The floating dtypes that a backend takes.
+
+    In Triton's interpreter a product of bfloat16 matrices is wrong by many orders of magnitude (triton issue 11584, and
+    still in 3.9): bfloat16 is for the GPU there.
+    """
+    if backend == "triton" and not gpu_backend.has_gpu():
+        return (torch.float16, torch.float32)
     return DTYPES[:3] if backend in GPU_BACKENDS else DTYPES
 
 
@@ -75,7 +97,7 @@ def run_python(backend: str, op: str, *args: Any, **kwargs: Any) -> Any:
 
 # How a test calls an op on a backend: runner(op, *args, **kwargs).
 RUNNERS: dict[str, Callable[..., Any]] = {
-    name: partial(run_python, name) for name in ("cpu", "reference", "emulator", "gpu")
+    name: partial(run_python, name) for name in ("cpu", "reference", "emulator", "triton", "gpu")
 }
 
 

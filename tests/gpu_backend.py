@@ -22,6 +22,10 @@ LARGEST = 1 << 30  # bytes of a storage
 NAMESPACE = "tokenprune_emulated" if EMULATED else "tokenprune"
 
 
+def has_gpu() -> bool:
+    return not EMULATED and os.environ.get("TOKENPRUNE_TEST_GPU") != "0" and torch.cuda.is_available()
+
+
 def absent() -> str | None:
     """Why there is no such backend here, or None."""
     wish = os.environ.get("TOKENPRUNE_TEST_GPU")
@@ -44,11 +48,11 @@ def has_kernel(op: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", KEY)
 
 
-def kernel(op: str) -> Any:
+def kernel(op: str, namespace: str = NAMESPACE) -> Any:
     """The op, which must have a kernel: without one torch would run the reference, and the test would show nothing."""
-    if not has_kernel(op):
+    if namespace == NAMESPACE and not has_kernel(op):
         pytest.skip(f"no CUDA kernel of {op} in this build")
-    return getattr(getattr(torch.ops, NAMESPACE), op)
+    return getattr(getattr(torch.ops, namespace), op)
 
 
 def _travels_whole(t: Tensor) -> bool:
@@ -104,7 +108,10 @@ def back(value: Any) -> Any:
 
 
 class OnGpu:
-    """The namespace that the package's Python functions call into."""
+    """The namespace that the package's Python functions call into; the ops of `namespace` serve it."""
+
+    def __init__(self, namespace: str = NAMESPACE) -> None:
+        self._namespace = namespace
 
     def __getattr__(self, op: str) -> Callable[..., Any]:
         if op.startswith("_"):
@@ -112,9 +119,9 @@ class OnGpu:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():  # only what can be traced
-                plain = getattr(getattr(torch.ops, NAMESPACE), op)
+                plain = getattr(getattr(torch.ops, self._namespace), op)
                 return back(plain(*carried(args), **{name: carried(value) for name, value in kwargs.items()}))
-            function, trip = kernel(op), Trip()
+            function, trip = kernel(op, self._namespace), Trip()
             moved = {name: trip.there(value) for name, value in kwargs.items()}
             result = back(function(*trip.there(args), **moved))
             trip.assert_nothing_was_written(op)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _registry, reference
+from . import _registry, _triton, reference
 from ._schemas import SCHEMAS
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
@@ -81,13 +81,13 @@ def unavailable(name: str, device: str) -> str | None:
     if name == "cuda":
         if not _registry.compiled():
             return f"the compiled library is not loaded ({_registry.load_error()})"
-        if not _registry.build_info().get("cuda_architectures"):
+        if not _registry.has_cuda_kernels():
             return "this build has no CUDA kernels"
         if not torch.cuda.is_available():
             return "torch finds no CUDA device"
         return None if device == "cuda" else f"the inputs are on {device}"
     if name == "triton":
-        return "this version has no Triton kernels"
+        return _triton.unavailable(device)
     return None
 
 
@@ -109,4 +109,4 @@ def implementation(backend: str | None, tensor: Tensor) -> Any:
     reason = unavailable(name, tensor.device.type)
     if reason is not None:
         raise BackendUnavailableError(f"backend {name!r} was asked for, but {reason}")
-    return torch.ops.tokenprune
+    return torch.ops.tokenprune_triton if name == "triton" else torch.ops.tokenprune

@@ -1,4 +1,7 @@
-"""Makes torch.ops.tokenprune.* exist: from the compiled library where there is one, from the references otherwise."""
+"""Makes torch.ops.tokenprune.* exist: from the compiled library where there is one, from the references otherwise.
+
+On GPUs without compiled kernels Triton serves.
+"""
 
 import functools
 import importlib
@@ -9,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import _autograd, _fakes, _vmap, reference
+from . import _autograd, _fakes, _triton, _vmap, reference
 from ._schemas import PRIVATE_SCHEMAS, SCHEMAS
 
 _library: torch.library.Library | None = None  # keeps the registrations alive
@@ -33,7 +36,12 @@ def build_info() -> dict[str, Any]:
     return json.loads(_binary.build_info()) if _binary is not None else {}
 
 
-def _as_runtime_error(function: Callable[..., Any]) -> Callable[..., Any]:
+def has_cuda_kernels() -> bool:
+    """Does the compiled library hold CUDA kernels that this torch can run? A ROCm build calls its GPUs cuda too."""
+    return bool(build_info().get("cuda_architectures")) and torch.version.hip is None
+
+
+def as_runtime_error(function: Callable[..., Any]) -> Callable[..., Any]:
     """torch.ops promises RuntimeError for bad arguments, from every implementation."""
 
     @functools.wraps(function)
@@ -61,11 +69,11 @@ def _fallback(name: str) -> Callable[..., Any]:
             return result[0].unsqueeze(1), result[1], result[2]
         return result
 
-    return _as_runtime_error(run)
+    return as_runtime_error(run)
 
 
 def load() -> None:
-    """Load the compiled library, or define the ops from the references; then add fakes, vmap and autograd."""
+    """Load the compiled library, or define the ops from the references; then add fakes, autograd, vmap and Triton."""
     global _library, _binary, _load_error
     if _library is not None:
         return
@@ -86,7 +94,8 @@ def load() -> None:
         # Serves every device that has no kernel of its own.
         _library.impl(name, _fallback(name), "CompositeExplicitAutograd")
         torch.library.register_fake(
-            f"tokenprune::{name}", _as_runtime_error(getattr(_fakes, name)), lib=_library, allow_override=True
+            f"tokenprune::{name}", as_runtime_error(getattr(_fakes, name)), lib=_library, allow_override=True
         )
     _autograd.register(_library, torch.ops.tokenprune)
-    _vmap.register(_library)
+    _vmap.register(_library, torch.ops.tokenprune)
+    _triton.serve(_library, cuda=not has_cuda_kernels())

@@ -4,6 +4,7 @@ torch.library.register_vmap refuses keyword-only tensors, so the rule is registe
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,10 +38,10 @@ def _unfold(value: Tensor, level: int, size: int, batch_dim: int) -> Tensor:
     return result
 
 
-def _rule(name: str) -> Callable[..., Any]:
+def _rule(ops: Any, name: str) -> Callable[..., Any]:
     def rule(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         level, size = _level_and_size()
-        op = getattr(torch.ops.tokenprune, name).default
+        op = getattr(ops, name).default
 
         def fold(value: Any) -> Any:
             return _fold(value, level, size, 0) if isinstance(value, Tensor) else value
@@ -55,6 +56,7 @@ def _rule(name: str) -> Callable[..., Any]:
 
 
 def _gather_rule(
+    ops: Any,
     keyset: Any,
     tensors: Sequence[Tensor],
     indices: Tensor,
@@ -66,13 +68,12 @@ def _gather_rule(
     batch_dims = [0] * len(tensors) if batch_dims is None else batch_dims
     with torch._C._ExcludeDispatchKeyGuard(_KEY):
         folded = [_fold(t, level, size, b) for t, b in zip(tensors, batch_dims, strict=True)]
-        kept = torch.ops.tokenprune.gather_compact.default(
-            folded, _fold(indices, level, size, 0), dims=dims, batch_dims=batch_dims
-        )
+        kept = ops.gather_compact.default(folded, _fold(indices, level, size, 0), dims=dims, batch_dims=batch_dims)
         return [_unfold(k, level, size, b) for k, b in zip(kept, batch_dims, strict=True)]
 
 
-def register(library: torch.library.Library) -> None:
+def register(library: torch.library.Library, ops: Any) -> None:
+    """The vmap rules of all ops of a library; `ops` is its namespace below torch.ops."""
     for name in SCHEMAS | PRIVATE_SCHEMAS:
-        rule = _gather_rule if name == "gather_compact" else _rule(name)
+        rule = partial(_gather_rule, ops) if name == "gather_compact" else _rule(ops, name)
         library.impl(name, rule, "FuncTorchBatched", with_keyset=True)

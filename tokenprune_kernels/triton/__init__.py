@@ -1,0 +1,8 @@
+"""The Triton kernels: the same ops for GPUs without a compiled library, and a second implementation to check it by.
+
+Importing this package imports Triton; the rest of tokenprune_kernels does so only when a call needs it.
+"""
+
+from .selection import score_entropy
+
+__all__ = ["score_entropy"]
