@@ -26,6 +26,7 @@ from .run import Run, Stage, summarize
 SCHEMA = 1
 RESERVE = 8.0  # seconds kept for the last report
 LOGS = "logs.tar.gz"  # one file: a machine that is lent may give few files back
+NO_LOGS = ("controls", "triton-cache")
 
 
 def worker(name: str, item_seconds: float) -> Callable[[Run], Stage]:
@@ -42,12 +43,15 @@ STAGES: dict[str, tuple[Callable[[Run], Stage], float]] = {
     "correctness": (correctness.run, 170),
     "behaviour": (worker("behaviour", 45), 120),
     "sanitizer": (sanitizer.run, 170),
+    "triton": (worker("triton", 60), 170),
+    "triton_warm": (worker("triton_warm", 30), 60),
+    "triton_tests": (lambda run: correctness.run(run, "triton"), 200),
     "compiled": (worker("compiled", 90), 120),
 }
 # Stages of one group run at the same time; those that measure times are alone.
 GROUPS = (
     ("environment",), ("build",), ("contact",), ("floors",), ("timing",), ("correctness", "behaviour", "sanitizer"),
-    ("compiled",),
+    ("triton",), ("triton_warm",), ("triton_tests",), ("compiled",),
 )  # fmt: skip
 
 
@@ -127,14 +131,16 @@ def main() -> int:
     began = time.monotonic()
     dry = why_dry(arguments.dry_run)
     if dry:
-        os.environ.update(TOKENPRUNE_TEST_GPU="emulated", OMP_NUM_THREADS="1")
+        os.environ.update(TOKENPRUNE_TEST_GPU="emulated", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     else:
         os.environ.pop("TOKENPRUNE_TEST_GPU", None)
+        os.environ.pop("TRITON_INTERPRET", None)
     # Timings and checks see the package as users do.
     for name in ("TOKENPRUNE_POISON", "TOKENPRUNE_CHECK_INDICES", "TOKENPRUNE_BACKEND", "CUDA_LAUNCH_BLOCKING"):
         os.environ.pop(name, None)
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
     folder = tempfile.TemporaryDirectory(prefix="tokenprune-gpu-")
+    os.environ["TRITON_CACHE_DIR"] = str(Path(folder.name) / "triton-cache")  # empty: first calls compile
     run = Run(out, Path(folder.name), bool(dry), arguments.quick, end=began + arguments.seconds, began=began)
     results = Results(run, dry, described(arguments))
     if dry:
@@ -145,7 +151,7 @@ def main() -> int:
         with ThreadPoolExecutor(max_workers=len(group)) as pool:
             list(pool.map(lambda name: run_stage(name, run, results), chosen))
     with tarfile.open(out / LOGS, "w:gz") as archive:
-        archive.add(run.work, "logs", filter=lambda info: None if info.name.endswith("controls") else info)
+        archive.add(run.work, "logs", filter=lambda info: None if info.name.endswith(NO_LOGS) else info)
     folder.cleanup()
     print((out / "report.md").read_text() if (out / "report.md").exists() else "no stage ran", flush=True)
     run.say(f"results in {arguments.out}")

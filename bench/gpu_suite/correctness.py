@@ -1,4 +1,4 @@
-"""The tests of backend "gpu", a process per test file; without pytest, the samples of every op."""
+"""The tests of backend "gpu" or "triton", a process per test file; without pytest, the samples of every op."""
 
 import importlib.util
 import os
@@ -37,15 +37,17 @@ def missing_modules() -> list[str]:
     return [name for name in ("pytest", "numpy") if importlib.util.find_spec(name) is None]
 
 
-def run(run: Run) -> dict[str, Any]:
+def run(run: Run, backend: str = "gpu") -> dict[str, Any]:
     lacking = missing_modules()
+    if lacking and backend != "gpu":
+        return {"status": "skipped", "reason": f"not installed: {', '.join(lacking)}", "summary": {}}
     if lacking:
         items, problem = run.worker("samples", item_seconds=ITEM_SECONDS)
         summary = summarize(items, problem)
         summary["summary"]["note"] = f"not installed: {', '.join(lacking)}; the samples of every op ran without pytest"
         return summary
     environment = {
-        "TOKENPRUNE_TEST_BACKENDS": "gpu",
+        "TOKENPRUNE_TEST_BACKENDS": backend,
         "TOKENPRUNE_POISON": "1",
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
@@ -53,7 +55,7 @@ def run(run: Run) -> dict[str, Any]:
 
     def one(part: tuple[Path, str]) -> tuple[list[work.Item], str | None]:
         file, shard = part
-        record = run.work / f"{file.stem}-{shard[0]}.jsonl"
+        record = run.work / f"{backend}-{file.stem}-{shard[0]}.jsonl"
         command = [sys.executable, *PYTEST, str(file), *(["-k", DRY_TESTS] if run.dry else [])]
         return work.drive(
             command, record, deadline=run.deadline, item_seconds=ITEM_SECONDS, good_codes=PYTEST_RAN,
@@ -61,6 +63,8 @@ def run(run: Run) -> dict[str, Any]:
         )  # fmt: skip
 
     files = [f for f in test_files() if not run.dry or f.name in DRY_FILES]
+    if backend != "gpu":
+        files = [f for f in files if f.name != "test_gpu.py"]
     items: list[work.Item] = []
     problems = []
     with ThreadPoolExecutor(max_workers=run.processes) as pool:

@@ -2,6 +2,7 @@
 
 `Host` runs the emulated CUDA kernels (or the CPU kernels, where an op is not ported), measures with the host's clock
 and captures nothing. With it the whole suite runs without a GPU, which is how its control flow is tested.
+`using("triton")` is the same device with its ops served by the Triton kernels, interpreted on the CPU.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 import tokenprune_kernels as tp
-from tokenprune_kernels import _backend
+from tokenprune_kernels import _backend, _triton
 
 from .work import UnavailableError
 
@@ -35,7 +36,9 @@ class Captured:
 class Device(Protocol):
     torch_device: torch.device
     real: bool
+    forced: str | None  # the backend of all ops, methods included, or None: the CUDA kernels
 
+    def using(self, backend: str) -> "Device": ...
     def has_kernel(self, op: str) -> bool: ...
     def backend(self, op: str) -> str: ...
     def op(self, op: str) -> Callable[..., Any]: ...
@@ -64,18 +67,24 @@ def flat(result: Any) -> list[Tensor]:
 class Cuda:
     real = True
 
-    def __init__(self) -> None:
+    def __init__(self, forced: str | None = None) -> None:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
+        self.forced = forced
+
+    def using(self, backend: str) -> "Cuda":
+        return Cuda(backend)
 
     def has_kernel(self, op: str) -> bool:
+        if self.forced == "triton":
+            return _triton.absent() is None
         return torch._C._dispatch_has_kernel_for_dispatch_key(f"tokenprune::{op}", "CUDA")
 
     def backend(self, op: str) -> str:
-        return "cuda"
+        return self.forced or "cuda"
 
     def op(self, op: str) -> Callable[..., Any]:
         """The Python function on the backend under test."""
-        return partial(getattr(tp, op), backend="cuda")
+        return partial(getattr(tp, op), backend=self.backend(op))
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
@@ -187,8 +196,9 @@ class Host:
 
     real = False
 
-    def __init__(self, emulate: bool = True) -> None:
+    def __init__(self, emulate: bool = True, forced: str | None = None) -> None:
         self.torch_device = torch.device("cpu")
+        self.forced = forced
         self.no_emulator: str | None = None if emulate else "not asked for"
         if not emulate:
             return
@@ -199,13 +209,18 @@ class Host:
         except Exception as error:
             self.no_emulator = f"{type(error).__name__}: {str(error)[:300]}"
 
+    def using(self, backend: str) -> "Host":
+        return Host(emulate=False, forced=backend)
+
     def has_kernel(self, op: str) -> bool:
+        if self.forced == "triton":
+            return _triton.absent() is None and _triton.interpreted()
         return self.no_emulator is None and torch._C._dispatch_has_kernel_for_dispatch_key(
             f"tokenprune_emulated::{op}", "CPU"
         )
 
     def backend(self, op: str) -> str:
-        return "emulator" if self.has_kernel(op) else "auto"
+        return (self.forced or "emulator") if self.has_kernel(op) else "auto"
 
     def op(self, op: str) -> Callable[..., Any]:
         return partial(getattr(tp, op), backend=self.backend(op))

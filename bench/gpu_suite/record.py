@@ -1,8 +1,8 @@
-"""A pytest plugin (`-p bench.gpu_suite.record`): runs the tests of backend "gpu" and records each as it ends.
+"""A pytest plugin (`-p bench.gpu_suite.record`): runs the tests of one backend and records each as it ends.
 
-TOKENPRUNE_RECORD names the file; TOKENPRUNE_SHARD=1/3 takes the second third of the tests. What the record already
-has is not run again, and a failure that leaves the device unusable ends the process: the driver goes on in a fresh one
-(work.py).
+TOKENPRUNE_TEST_BACKENDS is the backend, `gpu` (the CUDA kernels) or `triton`; TOKENPRUNE_RECORD names the file;
+TOKENPRUNE_SHARD=1/3 takes the second third of the tests. What the record already has is not run again, and a failure
+that leaves the device unusable ends the process: the driver goes on in a fresh one (work.py).
 """
 
 import inspect
@@ -17,16 +17,17 @@ import torch
 from . import device, work
 
 _record = work.Record(Path(os.environ["TOKENPRUNE_RECORD"]))
+_BACKEND = os.environ.get("TOKENPRUNE_TEST_BACKENDS", "gpu")
 _began: dict[str, float] = {}
 
 
 def concerns_the_gpu(item: Any) -> bool:
-    """Tests of the backend, tests that go through all backends themselves, and tests/test_gpu.py."""
+    """Tests of the backend, tests that go through all backends themselves, and test_gpu.py for the CUDA kernels."""
     parameters = getattr(item, "callspec", None)
     if parameters is not None and "backend" in parameters.params:
-        return bool(parameters.params["backend"] == "gpu")
+        return bool(parameters.params["backend"] == _BACKEND)
     if item.path.name == "test_gpu.py":
-        return True
+        return _BACKEND == "gpu"
     function = getattr(item, "function", None)
     return function is not None and "in BACKENDS" in inspect.getsource(inspect.unwrap(function))
 

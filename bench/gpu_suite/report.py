@@ -85,6 +85,28 @@ def timing_table(stage: Stage, rates: Rates | None) -> list[str]:
     return lines
 
 
+def triton_table(stage: Stage, warm: Stage) -> list[str]:
+    """The Triton kernels beside the CUDA kernels."""
+    warm_ms = {item["name"]: item.get("first_call_ms") for item in warm.get("items", [])}
+    lines = [
+        "| row | events, us | graph, us | launches | CUDA: times faster | picks equal to CUDA's | first call, ms | "
+        "first call, warm cache, ms |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for item in stage.get("items", []):
+        if "times" not in item:
+            continue
+        ours = item["times"]["ours"]
+        ratio = item["ratios"].get("cuda")
+        equal = item.get("agreement", {}).get("equal_integers")
+        lines.append(
+            f"| {item['name']} | {cell(ours, 'events')} | {cell(ours, 'graph')} | "
+            f"{item.get('launches', {}).get('kernels')} | {'-' if ratio is None else f'{1 / ratio:.2f}x'} | "
+            f"{'-' if equal is None else f'{equal:.1%}'} | {item['first_call_ms']} | {warm_ms.get(item['name'])} |"
+        )
+    return lines
+
+
 def header(results: dict[str, Any]) -> list[str]:
     facts = results["stages"].get("environment", {}).get("facts", {})
     torch = facts.get("torch", {})
@@ -121,6 +143,9 @@ def render(results: dict[str, Any]) -> str:
         table = timing_table(stages.get(name, {}), rates)
         if len(table) > 2:
             lines += ["", f"## {name}", "", *table]
+    table = triton_table(stages.get("triton", {}), stages.get("triton_warm", {}))
+    if len(table) > 2:
+        lines += ["", "## triton", "", *table]
     for item in stages.get("timing", {}).get("items", []):
         if "share" in item and item["share"] is not None:
             lines += ["", f"{item['name']}: {item['share']:.3%} of the logits (promised: under {item['max']:.0%})."]
@@ -154,11 +179,15 @@ def kept(results: dict[str, Any]) -> dict[str, Any]:
     stages = results["stages"]
     rates = measured_rates(stages.get("floors", {}).get("items", []))
     rows = []
-    for name in ("timing", "compiled"):
+    warm = {item["name"]: item.get("first_call_ms") for item in stages.get("triton_warm", {}).get("items", [])}
+    for name in ("timing", "compiled", "triton"):
         for item in stages.get(name, {}).get("items", []):
             if "times" in item:
                 share = floor_share(item, rates)
-                fields = ("name", "times", "ratios", "launches", "check", "rotated_bytes")
+                fields = ["name", "times", "ratios", "launches", "check", "rotated_bytes"]
+                if name == "triton":
+                    item = {**item, "warm_first_call_ms": warm.get(item["name"])}
+                    fields += ["agreement", "first_call_ms", "second_call_ms", "warm_first_call_ms"]
                 rows.append({"stage": name, **{f: item.get(f) for f in fields}, "floor_share": share,
                              "promises": verdicts(item, rates)})  # fmt: skip
     facts = stages.get("environment", {}).get("facts", {})

@@ -163,12 +163,15 @@ def method_row(device: Device, model: Model, name: str) -> Row:
         x = on(where, dict(method_calls.inputs(model, seed)))
         return {n: t if n in ("saliency", "positions") else t.bfloat16() for n, t in x.items()}
 
+    def on_backend(backend: str, x: Inputs) -> Any:
+        with tp.use_backend(backend):
+            return tuple(method_calls.calls(model, x)[name]()[:2])
+
     def ours(x: Inputs) -> Any:
-        return tuple(method_calls.calls(model, x)[name]()[:2])
+        return on_backend(device.forced or "auto", x)
 
     def eager(x: Inputs) -> Any:
-        with tp.use_backend("reference"):
-            return ours(x)
+        return on_backend("reference", x)
 
     def check(on_device: Device, x: Inputs, got: Any) -> dict[str, float]:
         want = eager(x)

@@ -23,7 +23,8 @@ def require(device: Device, *ops: str) -> Item:
     """Every op must have a kernel; the CPU twin goes on with another backend, and says so."""
     absent = [op for op in ops if not device.has_kernel(op)]
     if absent and device.real:
-        raise MissingError(f"no CUDA kernel of {', '.join(absent)} in this build")
+        kind = "Triton" if device.forced == "triton" else "CUDA"
+        raise MissingError(f"no {kind} kernel of {', '.join(absent)} in this build")
     return {"stand_in": absent} if absent else {}
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from . import behaviour, device, floors, samples, timing, work
+from . import behaviour, device, floors, samples, timing, triton_rows, work
 
-STAGES = ("contact", "samples", "floors", "behaviour", "timing", "compiled")
+STAGES = ("contact", "samples", "floors", "behaviour", "timing", "triton", "triton_warm", "compiled")
 
 
 def items_of(stage: str, quick: bool) -> tuple[dict[str, Callable[[], work.Item]], device.Device]:
@@ -26,6 +26,10 @@ def items_of(stage: str, quick: bool) -> tuple[dict[str, Callable[[], work.Item]
         return behaviour.items(where, toy, quick), where
     if stage == "timing":
         return timing.items(where, toy, quick), where
+    if stage == "triton":
+        return triton_rows.items(where, toy, quick), where
+    if stage == "triton_warm":
+        return triton_rows.warm_items(where, toy, quick), where
     return timing.compiled_items(where, toy, quick), where
 
 
