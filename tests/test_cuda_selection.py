@@ -200,6 +200,12 @@ def test_a_failing_launch_is_reported(op):
         getattr(tp, op)(*arguments, backend="emulator")
 
 
+def test_a_gpu_without_a_binary_is_told_of_triton():
+    module.settings().fail_launch, module.settings().fail_status = 1, 209
+    with pytest.raises(RuntimeError, match=r"cudaErrorNoKernelImageForDevice .*backend triton has kernels"):
+        tp.score_entropy(torch.ones(1, 5), backend="emulator")
+
+
 @pytest.mark.parametrize("op", ["select_topk", "select_two_tailed", "mask_to_indices", "score_entropy"])
 def test_more_tokens_than_counters_hold_are_refused(op):
     """An expanded tensor: nothing of that size is allocated."""

@@ -98,10 +98,40 @@ def test_every_function_honours_use_backend(op: str) -> None:
     args, kwargs = samples.positional(call)
     with tp.use_backend("cuda"), pytest.raises(tp.BackendUnavailableError, match=r"'cuda' was asked for, but .{10}"):
         getattr(tp, op)(*args, **kwargs)
-    with pytest.raises(tp.BackendUnavailableError, match=r"'triton' was asked for, but .{10}"):
-        getattr(tp, op)(*args, **kwargs, backend="triton")
     with pytest.raises(ValueError, match="backend must be one of auto, cuda, triton, cpu, reference, got 'tpu'"):
         getattr(tp, op)(*args, **kwargs, backend="tpu")
+
+
+@pytest.mark.parametrize(
+    ("architectures", "served", "not_served"),
+    [
+        ("8.0;9.0a;10.0+PTX", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)], [(7, 5), (9, 1)]),
+        ("8.6", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        ("9.0a+PTX", [(9, 0)], [(8, 0), (10, 0)]),
+        ("7.5+PTX", [(7, 5), (8, 0), (12, 0)], [(7, 0)]),
+    ],
+)
+def test_which_gpus_a_build_runs_on(architectures: str, served: list, not_served: list) -> None:
+    assert all(_registry.fits(architectures, *capability) for capability in served)
+    assert not any(_registry.fits(architectures, *capability) for capability in not_served)
+
+
+def test_a_gpu_the_build_does_not_fit_is_served_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On fake tensors of a GPU: what `auto` chooses follows from the device's compute capability."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from tokenprune_kernels import _backend, _triton
+
+    monkeypatch.setattr(_registry, "build_info", lambda: {"cuda_architectures": "8.0;9.0a"})
+    monkeypatch.setattr(_triton, "unavailable", lambda device: None)
+    with FakeTensorMode():
+        scores = torch.empty(1, 3, device="cuda")
+    _triton.namespace()
+    for capability, chosen in (((8, 6), torch.ops.tokenprune), ((12, 0), torch.ops.tokenprune_triton)):
+        _registry._fits_device.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, found=capability: found)
+        assert _backend.implementation(None, scores) is chosen
+    _registry._fits_device.cache_clear()
 
 
 def test_use_backend_nests_and_is_restored_after_errors() -> None:
@@ -241,6 +271,8 @@ def test_without_the_library_the_contract_holds() -> None:
     chosen = "may_be_zero or beyond_the_tokens or no_gradient or test_errors or opcheck"
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen]
     files = ["test_contract.py", "test_contract_memory.py", "test_errors.py", "test_dispatch.py"]
-    printed = assert_succeeds(*command, *files, TOKENPRUNE_TEST_WITHOUT_LIBRARY="1")
+    printed = assert_succeeds(
+        *command, *files, TOKENPRUNE_TEST_WITHOUT_LIBRARY="1", TOKENPRUNE_TEST_BACKENDS="reference"
+    )
     assert " passed" in printed
     assert "failed" not in printed

@@ -85,7 +85,11 @@ def unavailable(name: str, device: str) -> str | None:
             return "this build has no CUDA kernels"
         if not torch.cuda.is_available():
             return "torch finds no CUDA device"
-        return None if device == "cuda" else f"the inputs are on {device}"
+        if device != "cuda":
+            return f"the inputs are on {device}"
+        if _registry.lacks_binary(torch.cuda.current_device()):
+            return f"this build is for {_registry.build_info()['cuda_architectures']}, which this GPU cannot run"
+        return None
     if name == "triton":
         return _triton.unavailable(device)
     return None
@@ -100,6 +104,9 @@ def implementation(backend: str | None, tensor: Tensor) -> Any:
     """The namespace whose functions serve this call: torch.ops.tokenprune, or the reference module."""
     name = backend or _requested.name or _from_environment
     if name == "auto":
+        # The dispatcher knows devices by kind only. A GPU that the compiled code was not built for has Triton.
+        if tensor.is_cuda and _registry.lacks_binary(tensor.device.index) and _triton.unavailable("cuda") is None:
+            return torch.ops.tokenprune_triton
         return torch.ops.tokenprune
     if name in _extra:
         return _extra[name]

@@ -41,6 +41,37 @@ def has_cuda_kernels() -> bool:
     return bool(build_info().get("cuda_architectures")) and torch.version.hip is None
 
 
+def fits(architectures: str, major: int, minor: int) -> bool:
+    """Does code for these architectures ("8.0;9.0a;12.0+PTX") run on a device of this compute capability?
+
+    Binary code runs on later minor versions of its major one, architecture-specific code ("a") on its own version
+    only, and PTX on everything later.
+    """
+    for entry in architectures.split(";"):
+        version = entry.removesuffix("+PTX")
+        built = tuple(int(v) for v in version.rstrip("af").split("."))
+        if version.endswith("a"):
+            if built == (major, minor):
+                return True
+        elif built <= (major, minor) and (built[0] == major or entry.endswith("+PTX")):
+            return True
+    return False
+
+
+@functools.cache
+def _fits_device(index: int) -> bool:
+    return fits(build_info()["cuda_architectures"], *torch.cuda.get_device_capability(index))
+
+
+def lacks_binary(device_index: int) -> bool:
+    """Is there compiled CUDA code, but none that runs on this GPU?"""
+    return has_cuda_kernels() and not _fits_device(device_index)
+
+
+# torch.compile takes the result for a constant; torch.compiler.assume_constant_result, which says so, imports Dynamo.
+lacks_binary._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def as_runtime_error(function: Callable[..., Any]) -> Callable[..., Any]:
     """torch.ops promises RuntimeError for bad arguments, from every implementation."""
 

@@ -99,6 +99,7 @@ void check_launch(const char* op, cudaError_t status, std::initializer_list<Name
   std::ostringstream text;
   text << "tokenprune::" << op << ": CUDA error " << cudaGetErrorName(status) << " (" << cudaGetErrorString(status)
        << ")";
+  if (status == cudaErrorNoKernelImageForDevice) text << "; backend triton has kernels for this GPU";
   const char* comma = " for ";
   for (const NamedTensor& input : inputs) {
     text << comma << input.name << ' ' << shape_text(input.tensor) << ' ' << dtype_name(input.tensor.scalar_type());

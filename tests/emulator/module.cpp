@@ -25,6 +25,7 @@ PYBIND11_MODULE(_emulator, m) {
       .def_readwrite("shared_per_block", &emulator::Settings::shared_per_block)
       .def_readwrite("architecture", &emulator::Settings::architecture)
       .def_readwrite("fail_launch", &emulator::Settings::fail_launch)
+      .def_readwrite("fail_status", &emulator::Settings::fail_status)
       .def("reset", [](emulator::Settings& s) { s = emulator::Settings(); });
   m.def("settings", &emulator::settings, py::return_value_policy::reference);
   // The launches since the last call: dicts of kernel, grid, block, cluster and shared.

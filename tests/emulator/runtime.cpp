@@ -38,7 +38,7 @@ std::string kernel_name(const void* kernel) {
 
 cudaError_t check_configuration(const LaunchRecord& launch, const void* kernel) {
   Settings& now = settings();
-  if (now.fail_launch > 0 && --now.fail_launch == 0) return cudaErrorInvalidValue;
+  if (now.fail_launch > 0 && --now.fail_launch == 0) return static_cast<cudaError_t>(now.fail_status);
   const dim3 &g = launch.grid, &b = launch.block;
   const uint64_t threads = uint64_t(b.x) * b.y * b.z;
   if (g.x == 0 || g.y == 0 || g.z == 0 || threads == 0) return cudaErrorInvalidConfiguration;
@@ -64,6 +64,8 @@ const char* cudaGetErrorName(cudaError_t status) {
       return "cudaSuccess";
     case cudaErrorInvalidValue:
       return "cudaErrorInvalidValue";
+    case cudaErrorNoKernelImageForDevice:
+      return "cudaErrorNoKernelImageForDevice";
     default:
       return "cudaErrorInvalidConfiguration";
   }
@@ -75,6 +77,8 @@ const char* cudaGetErrorString(cudaError_t status) {
       return "no error";
     case cudaErrorInvalidValue:
       return "invalid argument";
+    case cudaErrorNoKernelImageForDevice:
+      return "no kernel image is available for execution on the device";
     default:
       return "invalid configuration argument";
   }

@@ -34,6 +34,7 @@ struct Settings {
   int shared_per_block = 227 * 1024;
   int architecture = 90;
   int fail_launch = 0;  // the n-th launch from now returns an error; 0: none does
+  int fail_status = 1;  // that error: cudaErrorInvalidValue
 };
 Settings& settings();
 
