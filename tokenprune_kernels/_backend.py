@@ -100,6 +100,18 @@ def is_reference(ops: Any) -> bool:
     return ops is _references
 
 
+def served_by(tensor: Tensor) -> str:
+    """The backend that ops on this tensor run on now."""
+    name = _requested.name or _from_environment
+    if name != "auto":
+        return name
+    kind = tensor.device.type
+    for candidate in ("cpu", "cuda", "triton"):
+        if unavailable(candidate, kind) is None:
+            return candidate
+    return "reference"
+
+
 def implementation(backend: str | None, tensor: Tensor) -> Any:
     """The namespace whose functions serve this call: torch.ops.tokenprune, or the reference module."""
     name = backend or _requested.name or _from_environment

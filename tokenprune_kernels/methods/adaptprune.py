@@ -43,7 +43,8 @@ def adaptprune(
     keys of the prompt, key_indices [B, V] the places of the visual tokens (-1: padding, never selected; default: every
     key is visual), key_mask [B, N] marks keys that are not padding. features [B, V, C]: in the authors' code k_proj of
     the hidden states entering layer 2, all heads concatenated, before RoPE and without the layer's norm. positions
-    [B, V, 2]: (row, column) within the crop, any number type. grid: (h, w) of a crop, or [B, 2] when samples differ.
+    [B, V, 2]: (row, column) within the crop, any number type. grid: (h, w) of a crop, [B, 2] when samples differ,
+    or [B, V, 2] when the crops of a sample do.
     groups [B, V] int64: crop or frame of a token. The returned indices are positions among the V visual tokens.
 
     Where it comes from. All of it from the authors' code at 24 x 24 (sigma of the prior 12 = 24 / 2, radius 5, sigmas
@@ -83,9 +84,11 @@ def adaptprune(
 
 def _centre_prior(positions: Tensor, grid: Grid) -> Tensor:
     """g(row, column), 1 at the cell nearest to the centre."""
-    if isinstance(grid, Tensor) and grid.shape != (positions.shape[0], 2):
-        raise ValueError(f"adaptprune: grid must have shape [B, 2], B = {positions.shape[0]}, got {list(grid.shape)}")
-    height, width = grid.split(1, dim=1) if isinstance(grid, Tensor) else grid
+    batch, tokens, _ = positions.shape
+    if isinstance(grid, Tensor) and grid.shape not in ((batch, 2), (batch, tokens, 2)):
+        expected = f"[B, 2] or [B, V, 2], B = {batch} and V = {tokens}"
+        raise ValueError(f"adaptprune: grid must have shape {expected}, got {list(grid.shape)}")
+    height, width = (grid if grid.dim() == 3 else grid.unsqueeze(1)).unbind(-1) if isinstance(grid, Tensor) else grid
     return torch.exp((_offset(positions[..., 0], height) + _offset(positions[..., 1], width)) * -0.5)
 
 

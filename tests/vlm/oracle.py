@@ -1,0 +1,112 @@
+"""The slow, independent path: the whole model in float64, nothing removed, dropped tokens masked out of the attention.
+
+No cache: every step of decoding runs the whole sequence again. From its layer on, a dropped token is seen by no row.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .models import Prompts
+
+NAME = "float64_oracle"
+
+
+@dataclass
+class Drop:
+    """From decoder layer `layer` on, the columns with `columns` [B, L] True are gone.
+
+    everywhere_for_new_rows: rows behind the prompt miss them in the layers before too (a compacted cache).
+    """
+
+    layer: int
+    columns: Tensor
+    everywhere_for_new_rows: bool = False
+
+
+def _attention(drops: Sequence[Drop], prompt_length: int) -> Any:
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        groups = query.shape[1] // key.shape[1]
+        key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
+        rows, columns = query.shape[2], key.shape[2]
+        place = torch.arange(columns)
+        allowed = (place <= place[:rows].unsqueeze(1) + columns - rows).expand(query.shape[0], 1, -1, -1)
+        if mask is not None:  # the model's padding
+            allowed = allowed & (mask if mask.dtype == torch.bool else mask > -1)
+        for drop in drops:
+            gone = torch.nn.functional.pad(drop.columns, (0, columns - drop.columns.shape[1]))[:, None, None, :]
+            if module.layer_idx < drop.layer:
+                if not drop.everywhere_for_new_rows:
+                    continue
+                gone = gone & (place >= prompt_length).view(1, 1, -1, 1)
+            allowed = allowed & ~gone
+        logits = (query @ key.mT * scaling).masked_fill(~allowed, -torch.inf)
+        weights = logits.softmax(-1).nan_to_num(0.0)  # padding and dropped rows may see nothing
+        return (weights @ value).transpose(1, 2).contiguous(), None
+
+    return attend
+
+
+@contextmanager
+def _masking(decoder: Any, drops: Sequence[Drop], prompt_length: int) -> Iterator[None]:
+    before = decoder.config._attn_implementation
+    ALL_ATTENTION_FUNCTIONS.register(NAME, _attention(drops, prompt_length))
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    decoder.config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        decoder.config._attn_implementation = before
+
+
+def in_float64(prompts: Prompts) -> Prompts:
+    model = copy.deepcopy(prompts.model).double()
+    inputs = {n: t.double() if t.is_floating_point() else t for n, t in prompts.inputs.items()}
+    return Prompts(model, inputs, prompts.visual)
+
+
+def dropped_columns(prompts: Prompts, kept: Tensor) -> Tensor:
+    """[B, L]: the columns of visual tokens that are not among `kept` [B, K]."""
+    is_visual = prompts.inputs["input_ids"] == prompts.visual
+    slot = is_visual.cumsum(1) - 1
+    gone = torch.zeros_like(is_visual)
+    for b, row in enumerate(kept.tolist()):
+        stays = torch.isin(slot[b], torch.tensor([r for r in row if r >= 0]))
+        gone[b] = is_visual[b] & ~stays
+    return gone
+
+
+def logits(prompts: Prompts, drops: Sequence[Drop], new: Tensor | None = None, **more: Any) -> Tensor:
+    """[B, L + new, vocabulary] in float64 of the prompt and of tokens decoded after it, every step from scratch."""
+    exact = in_float64(prompts)
+    ids, mask = exact.inputs["input_ids"], exact.inputs["attention_mask"]
+    inputs = dict(exact.inputs)
+    if new is not None:
+        inputs["input_ids"] = torch.cat([ids, new], 1)
+        inputs["attention_mask"] = torch.cat([mask, torch.ones_like(new)], 1)
+        if "mm_token_type_ids" in inputs:
+            inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, new.shape[1]))
+    with torch.no_grad(), _masking(exact.model.model.language_model, drops, ids.shape[1]):
+        result: Tensor = exact.model(**inputs, use_cache=False, **more).logits
+    return result
+
+
+def greedy(prompts: Prompts, drops: Sequence[Drop], steps: int, **more: Any) -> Tensor:
+    """[B, steps]: greedy decoding."""
+    new = torch.zeros((prompts.inputs["input_ids"].shape[0], 0), dtype=torch.int64)
+    for _ in range(steps):
+        last = logits(prompts, drops, new, **more)[:, -1]
+        last[:, prompts.visual] = -torch.inf  # as `suppress_tokens` of generate
+        best = last.argmax(-1, keepdim=True)
+        new = torch.cat([new, best], 1)
+    return new

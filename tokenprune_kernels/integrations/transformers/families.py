@@ -1,0 +1,148 @@
+"""What the integration has to know of a model family: one small `Family` each, found by the config's model_type."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Model = Any  # a module whose attributes depend on the family
+Inputs = dict[str, Any]  # the keyword arguments of the multimodal model's forward
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the visual tokens of a batch lie, on the host. V is the largest number of a sample; the rest is padding.
+
+    positions [B, V, 2]: row and column on the token's own grid. grids [B, V, 2]: that grid's height and width.
+    groups [B, V] int64: crop or frame of a token, numbered through the sample. images [B, V] int64: which picture of
+    the sample. boxes [B, V, 4]: left, top, right, bottom of what the token sees, in parts of its picture.
+    """
+
+    positions: Tensor
+    grids: Tensor
+    groups: Tensor
+    images: Tensor
+    boxes: Tensor
+
+
+@dataclass
+class Patches:
+    """The tokens of one picture, crop or frame on a grid; `extra` marks tokens that see nothing (a newline)."""
+
+    positions: Tensor  # [V, 2]
+    grid: tuple[int, int]
+    boxes: Tensor  # [V, 4]
+    image: int
+
+
+def grid_patches(height: int, width: int, image: int, area: Sequence[float] = (0.0, 0.0, 1.0, 1.0)) -> Patches:
+    """A full grid in raster order over an area of its picture."""
+    row = torch.arange(height).repeat_interleave(width)
+    column = torch.arange(width).repeat(height)
+    left, top, right, bottom = area
+    step_x, step_y = (right - left) / width, (bottom - top) / height
+    boxes = torch.stack(
+        [left + column * step_x, top + row * step_y, left + (column + 1) * step_x, top + (row + 1) * step_y], 1
+    )
+    return Patches(torch.stack([row, column], 1).float(), (height, width), boxes.float(), image)
+
+
+def layout_of(samples: Sequence[Sequence[Patches]], most: int) -> Layout:
+    """The layout of a batch from the crops of each sample, in the order of the prompt, padded to `most` tokens."""
+    batch = len(samples)
+    layout = Layout(
+        torch.zeros(batch, most, 2), torch.ones(batch, most, 2), torch.zeros(batch, most, dtype=torch.int64),
+        torch.zeros(batch, most, dtype=torch.int64), torch.zeros(batch, most, 4),
+    )  # fmt: skip
+    for b, crops in enumerate(samples):
+        start = 0
+        for group, crop in enumerate(crops):
+            here = slice(start, start + len(crop.positions))
+            layout.positions[b, here] = crop.positions
+            layout.grids[b, here] = torch.tensor(crop.grid, dtype=torch.float32)
+            layout.groups[b, here] = group
+            layout.images[b, here] = crop.image
+            layout.boxes[b, here] = crop.boxes
+            start = here.stop
+    return layout
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where things are in the models of a family, and how their visual tokens are laid out."""
+
+    name: str
+    # the multimodal model, whose forward takes input_ids and pictures
+    core: Callable[[Model], Model]
+    # its decoder (with .layers and .rotary_emb), called with inputs_embeds
+    decoder: Callable[[Model], Model]
+    # the ids that stand for visual tokens in input_ids
+    visual_ids: Callable[[Any], tuple[int, ...]]
+    # (core, inputs, visual tokens per sample) -> layout
+    layout: Callable[[Model, Inputs, list[int]], Layout]
+    # what AdaFV's saliency needs of the vision tower; None: unsupported
+    saliency: "Callable[[Model], Saliency] | None"
+    # the decoder layers of the papers' in-model methods: a share of the depth is no use, the papers name layers
+    layers: dict[str, int]
+    # mRoPE positions carry the image's geometry: they are never renumbered
+    renumber: bool = True
+
+
+class Saliency:
+    """How salient each visual token is to the vision tower. `attention` is probed while the tower runs."""
+
+    def __init__(self, config: Any, attention: nn.Module) -> None:
+        self.config, self.attention = config, attention
+        self.seen: list[Tensor] = []  # of the calls of the attention in the present forward, in order
+
+    def see(self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None, keywords: dict[str, Any]) -> None:
+        """A probe: reduce one call of the attention to a vector, and remember it."""
+        raise NotImplementedError
+
+    def read(self, core: Model, inputs: Inputs, counts: list[int]) -> Tensor:
+        """[B, V] float32 in the order of the prompt, 0 in the padding."""
+        raise NotImplementedError
+
+
+def by_sample(values: Tensor, counts: list[int]) -> Tensor:
+    """[B, V] from one vector over the visual tokens of the batch, one sample after the other; 0 in the padding.
+
+    Beam search repeats each sample after the vision tower has run: then one stretch serves several samples. Values of
+    earlier runs of the tower, whose prompts never came, are in front.
+    """
+    total = sum(counts)
+    copies = 1
+    while len(values) < total and copies < len(counts):
+        copies += 1
+        if len(counts) % copies == 0 and sum(counts[::copies]) * copies == total:
+            total = sum(counts[::copies])
+            break
+    if len(values) < total:
+        raise RuntimeError(f"prune_visual_tokens: {total} visual tokens, but the vision tower showed {len(values)}")
+    stretches = values[len(values) - total :].float().split(counts[::copies])
+    padded = [torch.nn.functional.pad(s, (0, max(counts) - len(s))) for s in stretches]
+    return torch.stack(padded).repeat_interleave(copies, 0)
+
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def register_family(family: Family, *model_types: str) -> None:
+    for model_type in model_types:
+        _FAMILIES[model_type] = family
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family of a model, or an error that names what is supported."""
+    from . import adapters  # noqa: F401  (registers them)
+
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    family = _FAMILIES.get(str(model_type))
+    if family is None:
+        raise NotImplementedError(
+            f"prune_visual_tokens: {type(model).__name__} (model_type {model_type!r}) is not supported; supported are "
+            f"{', '.join(sorted(_FAMILIES))}"
+        )
+    return family

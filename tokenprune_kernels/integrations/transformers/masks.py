@@ -1,0 +1,44 @@
+"""The attention mask of a layer whose tokens are fewer than those the model made its mask for."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+
+from .attention import base_of
+
+
+def causal_mask(
+    config: Any,
+    *,
+    batch: int,
+    queries: int,
+    keys: int,
+    padding: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Any:
+    """What the model's own mask function makes for `queries` new tokens after `keys - queries` cached ones.
+
+    padding: [B, keys] bool, True for real tokens, or None when all are. The result is what this attention function
+    wants: a tensor, a block mask, the padding itself, or None.
+    """
+    function = ALL_MASK_ATTENTION_FUNCTIONS[base_of(config._attn_implementation)]
+    places: dict[str, Any]
+    if "cache_position" in inspect.signature(function).parameters:  # until transformers 5.11 or so
+        places = {"cache_position": torch.arange(keys - queries, keys, device=device)}
+    else:
+        places = {"q_length": queries, "q_offset": keys - queries, "device": device}
+    return function(
+        batch_size=batch,
+        kv_length=keys,
+        kv_offset=0,
+        mask_function=causal_mask_function,
+        attention_mask=padding,
+        allow_is_causal_skip=True,
+        dtype=dtype,
+        config=config,
+        **places,
+    )

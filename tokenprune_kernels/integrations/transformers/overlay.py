@@ -1,0 +1,25 @@
+"""A picture in which only what the kept tokens see is bright."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .families import Layout
+
+
+def overlay(image: Any, layout: Layout, kept: Tensor, sample: int, picture: int) -> Any:
+    from PIL import Image
+
+    shown = image.convert("RGB") if isinstance(image, Image.Image) else Image.open(image).convert("RGB")
+    chosen = kept[sample].cpu()
+    chosen = chosen[chosen >= 0]
+    boxes = layout.boxes[sample].cpu()[chosen]
+    boxes = boxes[layout.images[sample].cpu()[chosen] == picture]
+    boxes = boxes[(boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])]  # a newline token sees nothing
+    mask = Image.new("L", shown.size, 0)
+    size = torch.tensor([shown.width, shown.height, shown.width, shown.height])
+    for left, top, right, bottom in (boxes * size).round().int().tolist():
+        mask.paste(255, (left, top, max(right, left + 1), max(bottom, top + 1)))
+    dark = Image.blend(shown, Image.new("RGB", shown.size, (0, 0, 0)), 0.75)
+    return Image.composite(shown, dark, mask)

@@ -1,0 +1,177 @@
+"""`prune_visual_tokens`: the block inside which a model drops visual tokens, and what it tells afterwards."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .families import Family, family_of
+from .hooks import Hooks, Stage
+
+METHODS = ("coast", "sts", "adafv", "zspaprune", "adaptprune", "fastv", "divprune", "random")
+_IN_MODEL = ("coast", "sts", "adaptprune", "fastv")
+
+
+def budget_of(keep: int | float) -> Callable[[int], int]:
+    """How many of a sample's visual tokens stay: a count, or a ratio of what there is, rounded, at least one."""
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
+        raise TypeError(f"prune_visual_tokens: keep must be an int (tokens) or a float (ratio), got {keep!r}")
+    if isinstance(keep, int):
+        if keep < 1:
+            raise ValueError(f"prune_visual_tokens: keep must be at least 1 token, got {keep}")
+        return lambda tokens: min(keep, tokens)
+    if not 0 < keep <= 1:
+        raise ValueError(f"prune_visual_tokens: a ratio to keep must lie in (0, 1], got {keep}")
+    return lambda tokens: min(tokens, max(1, round(keep * tokens)))
+
+
+def stages_of(method: str, keep: int | float, layer: int | None, family: Family, depth: int) -> list[Stage]:
+    """Where the method chooses, and how many."""
+    budget = budget_of(keep)
+    if method not in METHODS:
+        raise ValueError(f"prune_visual_tokens: method must be one of {', '.join(METHODS)}, got {method!r}")
+    if method not in _IN_MODEL:
+        if layer is not None:
+            raise ValueError(f"prune_visual_tokens: {method} works before the language model and takes no layer")
+        return [Stage(0, method, budget)]
+    if layer is None:
+        # The papers' layer, on a model that is deep enough for it.
+        layer = min(family.layers[method], depth - 1)
+    if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer < depth:
+        raise ValueError(f"prune_visual_tokens: layer must lie in [1, {depth - 1}] for this model, got {layer!r}")
+    if method != "sts":
+        return [Stage(layer, method, budget)]
+    # Twice the final number out of stage 1 is our choice: the paper's split is not known.
+    return [
+        Stage(0, "sts_structure", lambda tokens: min(tokens, 2 * budget(tokens))),
+        Stage(layer, "sts_semantics", budget),
+    ]
+
+
+class Pruning:
+    """The handle of a `with prune_visual_tokens(...)` block; see there.
+
+    kept: [B, K] int64, the places of the kept tokens among each sample's visual tokens in the prompt, ascending, -1
+    after the last; None before the first picture. Of the last prefill.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: str,
+        keep: int | float,
+        *,
+        layer: int | None = None,
+        positions: str | None = None,
+        compact_cache: bool = False,
+        seed: int | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        family = family_of(model)
+        core = family.core(model)
+        decoder: Any = family.decoder(core)
+        if positions not in (None, "original", "renumber"):
+            raise ValueError(f"prune_visual_tokens: positions must be original or renumber, got {positions!r}")
+        if positions == "renumber" and not family.renumber:
+            raise ValueError(
+                f"prune_visual_tokens: the positions of {family.name} carry the image's geometry: original"
+            )
+        stages = stages_of(method, keep, layer, family, len(decoder.layers))
+        if positions is None:
+            # AdaFV's code shortens the embeddings and lets the model number them anew; all others keep their places.
+            positions = "renumber" if method == "adafv" and family.renumber else "original"
+        if positions == "renumber" and any(stage.layer > 0 for stage in stages):
+            raise ValueError(
+                f"prune_visual_tokens: {method} prunes inside the model, where positions are fixed already"
+            )
+        if method == "adafv" and family.saliency is None:
+            raise NotImplementedError(f"prune_visual_tokens: adafv has no saliency for {family.name}")
+        self.method, self.model = method, model
+        self._hooks = Hooks(
+            model, family, core, decoder, stages,
+            renumber=positions == "renumber", compact_cache=compact_cache, seed=seed, options=options or {},
+        )  # fmt: skip
+        self._inside = False
+
+    def __enter__(self) -> "Pruning":
+        if self._inside:
+            raise RuntimeError("prune_visual_tokens: this block is being entered a second time before it was left")
+        self._hooks.install()
+        self._inside = True
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._inside = False
+        self._hooks.remove()
+
+    @property
+    def kept(self) -> Tensor | None:
+        return self._hooks.report.kept
+
+    @property
+    def kept_at(self) -> dict[int, Tensor]:
+        """What was left in front of each pruning layer, as `kept`: sts prunes twice."""
+        return self._hooks.report.kept_at
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """Of the last prefill: tokens before and after per sample, pruning layers, milliseconds, the backend.
+
+        The times are those of the device; reading them waits for it.
+        """
+        return {"method": self.method, **self._hooks.report.stats()}
+
+    def overlay(self, image: Any, *, sample: int = 0, picture: int = 0) -> Any:
+        """The picture with everything darkened that no kept token sees; a PIL image. Needs Pillow.
+
+        image: a PIL image, or anything PIL opens. picture: which of the sample's pictures or frames it is.
+        """
+        from .overlay import overlay
+
+        report = self._hooks.report
+        if report.kept is None or report.layout is None:
+            raise RuntimeError("prune_visual_tokens: nothing was pruned yet")
+        return overlay(image, report.layout, report.kept, sample, picture)
+
+
+def prune_visual_tokens(
+    model: nn.Module,
+    method: str = "coast",
+    keep: int | float = 0.222,
+    *,
+    layer: int | None = None,
+    positions: str | None = None,
+    compact_cache: bool = False,
+    seed: int | None = None,
+    **options: Any,
+) -> Pruning:
+    """Inside the block, prompts with pictures lose visual tokens where the method's paper drops them.
+
+    Args:
+        model: a transformers vision-language model (docs/transformers.md lists the families), with its language
+            modelling head or without.
+        method: coast, sts, adafv, zspaprune, adaptprune, fastv, divprune or random.
+        keep: visual tokens to keep per sample, an int, or the share of them, a float in (0, 1].
+        layer: for coast, sts, adaptprune and fastv: the decoder layer in front of which tokens are dropped, by the
+            attention of the layer before it. Default: the paper's.
+        positions: `original` keeps the rotary positions of what stays, `renumber` numbers it anew (before the language
+            model, one-dimensional positions only). Default: as the method's paper has it.
+        compact_cache: drop the same tokens from the key/value cache of the layers before the pruning layer too.
+        seed: of method random.
+        options: further keywords of the method's function in `tokenprune_kernels.methods`.
+
+    Returns:
+        a context manager; what it yields has `kept`, `stats` and `overlay(image)`.
+
+    The model's attention function (sdpa, FlashAttention, flex, eager) goes on doing the attention. Prompts are pruned
+    in their prefill, once; outputs then have fewer columns, padded on the left where samples differ, so read logits
+    from the right end, as generate does.
+
+    Raises:
+        NotImplementedError: a model, cache or mask that is not supported, with what is.
+        ValueError, TypeError: an argument is wrong.
+        RuntimeError: the model is in such a block already.
+    """
+    return Pruning(
+        model, method, keep, layer=layer, positions=positions, compact_cache=compact_cache, seed=seed, options=options
+    )

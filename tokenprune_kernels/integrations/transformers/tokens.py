@@ -1,0 +1,83 @@
+"""The tokens in front of a decoder layer, and what is left of them after a selection."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ... import gather_compact, mask_to_indices
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A batch of prompts of one padded length.
+
+    slot [B, L]: which visual token of its sample a column is, counted from 0, or -1: text and padding.
+    visual [B, V]: the column of each visual token, -1 after the last. counts: visual tokens per sample, on the host.
+    real [B, L] bool: False for padding; None when there is none. lengths: real tokens per sample, on the host.
+    origin [B, V]: the place of each visual token among those of the unpruned prompt, -1 after the last.
+    suffix: columns behind the last visual token, of the sample that has most of them.
+    """
+
+    slot: Tensor
+    visual: Tensor
+    counts: list[int]
+    real: Tensor | None
+    lengths: list[int]
+    origin: Tensor
+    suffix: int
+
+    @property
+    def length(self) -> int:
+        return self.slot.shape[1]
+
+    def visual_mask(self) -> Tensor | None:
+        """[B, V] bool, False for the padding of shorter samples; None when all samples have as many."""
+        return self.visual >= 0 if len(set(self.counts)) > 1 else None
+
+
+def read_prompt(is_visual: Tensor, real: Tensor | None) -> Tokens:
+    """From which columns are visual and which are padding, both [B, L] bool. Waits for the device once."""
+    length = is_visual.shape[1]
+    if real is not None:
+        is_visual = is_visual & real
+    column = torch.arange(1, length + 1, device=is_visual.device)
+    ends = torch.where(is_visual, column, 0).amax(1)
+    lengths = real.sum(1) if real is not None else torch.full_like(ends, length)
+    counts, lengths, ends = torch.stack([is_visual.sum(1), lengths, ends]).tolist()
+    if min(lengths) == length:
+        real = None
+    visual, _ = mask_to_indices(is_visual, max(counts, default=0))
+    slot = torch.where(is_visual, is_visual.cumsum(1) - 1, -1)
+    origin = torch.where(visual >= 0, torch.arange(visual.shape[1], device=visual.device), -1)
+    return Tokens(slot, visual, counts, real, lengths, origin, max(length - end for end in ends))
+
+
+def keep(tokens: Tokens, selected: Tensor, kept_counts: list[int]) -> tuple[Tokens, Tensor]:
+    """The tokens after a selection, and the columns they come from: [B, L'], -1 in the padding, which is on the left.
+
+    selected [B, K]: places among the visual tokens, ascending, -1 after the last. Every other real token stays.
+    Generation reads the last column: samples that keep fewer tokens are padded on the left.
+    """
+    batch, most = selected.shape[0], tokens.visual.shape[1]
+    chosen = selected.new_zeros((batch, most + 1), dtype=torch.bool)
+    chosen.scatter_(1, selected.remainder(most + 1), True)  # -1 lands in the extra last column
+    stays = (tokens.slot < 0) | chosen[:, :most].gather(1, tokens.slot.clamp_min(0))
+    if tokens.real is not None:
+        stays = stays & tokens.real
+    lengths = [n - c + k for n, c, k in zip(tokens.lengths, tokens.counts, kept_counts, strict=True)]
+    longest = max(lengths)
+    columns, found = mask_to_indices(stays, longest)
+    real = None
+    if min(lengths) < longest:
+        place = torch.arange(longest, device=columns.device) - (longest - found).unsqueeze(1)
+        real = place >= 0
+        columns = torch.where(real, columns.gather(1, place.clamp_min(0)), -1)
+    # A column of padding gathers 0 from a tensor of flags that starts at 1: it is no visual token.
+    (visual_or_not,) = gather_compact([tokens.slot + 1], columns, dims=[1])
+    is_visual = visual_or_not > 0
+    visual, _ = mask_to_indices(is_visual, max(kept_counts))
+    slot = torch.where(is_visual, is_visual.cumsum(1) - 1, -1)
+    (origin,) = gather_compact([tokens.origin + 1], selected[:, : max(kept_counts)], dims=[1])
+    after = Tokens(slot, visual, list(kept_counts), real, lengths, origin - 1, min(tokens.suffix, longest))
+    return after, columns
