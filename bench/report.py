@@ -12,6 +12,7 @@ class Row(NamedTuple):
     baseline: str
     ratio: float  # baseline / ours
     target: float | None
+    note: str = ""
 
 
 def rows(results: dict[str, Any]) -> list[Row]:
@@ -23,7 +24,7 @@ def rows(results: dict[str, Any]) -> list[Row]:
             if name != "ours":
                 target = info.get("target")
                 wanted = target[1] if target and target[0] == name else None
-                table.append(Row(info["case"], info["seconds"]["ours"], name, ratio, wanted))
+                table.append(Row(info["case"], info["seconds"]["ours"], name, ratio, wanted, info.get("note", "")))
     return table
 
 
@@ -31,9 +32,9 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
 
 
-def cells(row: Row) -> tuple[str, str, str, str, str]:
+def cells(row: Row) -> tuple[str, str, str, str, str, str]:
     target = f"{row.target:.3g}x" if row.target else ""
-    return row.case, duration(row.ours), row.baseline, f"{row.ratio:.2f}x", target
+    return row.case, duration(row.ours), row.baseline, f"{row.ratio:.2f}x", target, row.note
 
 
 def summary(results: dict[str, Any]) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-HEADER = ("case", "ours", "baseline", "baseline / ours", "target")
+HEADER = ("case", "ours", "baseline", "baseline / ours", "target", "note")
 
 
 def main() -> None:

@@ -82,7 +82,7 @@ def bench_table(results: dict[str, Any]) -> str:
 
 
 def benchmarks_page(results: dict[str, Any]) -> str:
-    lines = ["# Benchmarks", "", where(results), "", "| " + " | ".join(HEADER) + " |", "|---|---|---|---|---|"]
+    lines = ["# Benchmarks", "", where(results), "", "| " + " | ".join(HEADER) + " |", "|---" * len(HEADER) + "|"]
     lines += ["| " + " | ".join(cells(Row(**r))) + " |" for r in results["rows"]]
     return "\n".join(lines) + "\n"
 
