@@ -51,6 +51,7 @@ class Compiled(NamedTuple):
 
     report: dict[str, Any]
     results: list[Result]
+    status: int  # 1 after complaints
 
     @property
     def version(self) -> str:
@@ -66,7 +67,7 @@ def compile_kernels(*arguments: str) -> Compiled:
         if not output.exists():
             raise RuntimeError(f"{' '.join(command)} ended with exit status {done.returncode} and without results")
         report = json.loads(output.read_text())
-    return Compiled(report, [Result(**r) for r in report.pop("results")])
+    return Compiled(report, [Result(**r) for r in report.pop("results")], done.returncode)
 
 
 def summary(results: Iterable[Result]) -> Table:

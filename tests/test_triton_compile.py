@@ -3,8 +3,6 @@ memory, spills nothing, and multiplies matrices with the instructions made for t
 
 import functools
 import importlib.util
-import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -115,6 +113,7 @@ def test_the_table_is_as_the_script_writes_it() -> None:
 @pytest.mark.parametrize("target", ["sm_80", "gfx942"])
 def test_bad_kernels_are_complained_about(target: str) -> None:
     found = _compiled("--bad", "--targets", "sm_80,gfx942")
+    assert found.status == 1
     by_name = {r.kernel: r for r in found.results if r.target == target}
     assert by_name.keys() == {"too_much_shared_kernel", "spilling_kernel", "refused_kernel"}
     (shared,) = complaints([by_name["too_much_shared_kernel"]])
@@ -125,14 +124,6 @@ def test_bad_kernels_are_complained_about(target: str) -> None:
     (refused,) = complaints([by_name["refused_kernel"]])
     assert "does not compile" in refused
     assert "this kernel is not for compiling" in refused
-
-
-@compiles
-def test_a_bad_kernel_ends_the_command_with_an_error() -> None:
-    command = [sys.executable, "-m", "triton_compile", "--bad", "--targets", "gfx942"]
-    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr
-    assert re.search(r"^gfx942, bad: spills \d+ registers$", done.stdout, re.MULTILINE)
 
 
 FINE = Result("k", "sm_90", "op: call", "k()", registers=200, shared=SHARED_LIMIT["sm_90"], products=True, matrix="mma")

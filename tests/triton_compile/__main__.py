@@ -97,7 +97,7 @@ def main() -> int:
             )
     wrong = complaints(results)
     print("\n".join(wrong), end="\n" if wrong else "")
-    print(f"triton: {len(results)} specialisations, {sum(r.seconds for r in results):.0f} s of compilation")
+    print(f"triton: {len(results)} specialisations, {sum(r.seconds for r in results):.0f} s of CPU time")
     return 1 if wrong else 0
 
 

@@ -22,7 +22,7 @@ class Result(NamedTuple):
     matrix: str = ""  # the kind of matrix instruction in it
     products: bool = False  # multiplies matrices of 16-bit floats
     error: str = ""
-    seconds: float = 0.0
+    seconds: float = 0.0  # of CPU time
 
 
 def multiplies_half_floats(ttir: str) -> bool:

@@ -1,0 +1,87 @@
+"""The Triton kernels under every supported release of Triton: interpreted on the CPU, and compiled ahead of time.
+
+Triton alone is exchanged: `pip install --no-deps --target` puts a release into a throw-away folder that goes first on
+PYTHONPATH, and everything else is this environment, torch included. That a release works together with the torch it
+was made for (the table below says which) is not checked: torch uses Triton on GPUs and under torch.compile only, which
+neither of the two steps does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+# Release of Triton: the torch that asks for it.
+PAIRS = {"3.6.0": "2.10, 2.11", "3.7.0": "2.12", "3.7.1": "2.13", "3.8.0": "2.14", "3.9.0": "2.15"}
+# One file of every kind of promise; --all runs the whole suite on backend triton.
+QUICK = ("tests/test_contract.py", "tests/test_triton_runtime.py")
+VERSION = "import triton, importlib.metadata as m; print(triton.__version__, m.version('triton'), triton.__file__)"
+
+
+class Outcome(NamedTuple):
+    good: bool
+    said: str
+    seconds: float
+
+
+def timed(command: list[str], environment: dict[str, str], last_line: str) -> Outcome:
+    """Run, print what is printed, and keep the last line that contains `last_line`."""
+    began = time.monotonic()
+    said = ""
+    with subprocess.Popen(command, env=environment, cwd=ROOT / "tests", stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(f"    {line}", end="", flush=True)
+            said = line.strip(" =\n") if last_line in line else said
+    return Outcome(process.returncode == 0, said or f"exit status {process.returncode}", time.monotonic() - began)
+
+
+def check(version: str, folder: Path, whole: bool) -> dict[str, Outcome]:
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--no-cache-dir"]
+    done = subprocess.run([*pip, "--target", str(folder), f"triton=={version}"], capture_output=True, text=True)
+    if done.returncode:
+        return {"installed": Outcome(False, done.stderr.strip()[-300:], 0.0)}
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": str(folder / "cache")}
+    environment.pop("TRITON_INTERPRET", None)
+    told = subprocess.run(
+        [sys.executable, "-c", VERSION], env=environment, capture_output=True, text=True, check=True
+    ).stdout.split()
+    if told[:2] != [version, version] or not told[2].startswith(str(folder)):
+        return {"installed": Outcome(False, f"python finds triton {' '.join(told)}", 0.0)}
+    files = [] if whole else [str(ROOT / file) for file in QUICK]
+    tests = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider"]
+    only = {**environment, "TOKENPRUNE_TEST_BACKENDS": "triton,cpu,reference"}
+    return {
+        "interpreted": timed([*tests, "-k", "triton", *(files or [str(ROOT / "tests")])], only, " in "),
+        "compiled": timed([sys.executable, "-m", "triton_compile"], environment, "triton: "),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("triton", nargs="*", default=list(PAIRS), help="releases to try")
+    parser.add_argument("--all", action="store_true", help="all tests of backend triton, not a quick choice of them")
+    arguments = parser.parse_args()
+    table: list[tuple[str, str, Outcome]] = []
+    for version in arguments.triton:
+        print(f"triton {version} (torch {PAIRS.get(version, 'unknown')})", flush=True)
+        with tempfile.TemporaryDirectory(prefix="tokenprune-triton-") as folder:
+            for step, outcome in check(version, Path(folder), arguments.all).items():
+                table.append((version, step, outcome))
+    print(f"\n{'triton':<8}{'made for torch':<16}{'step':<13}{'':<8}{'seconds':>8}  result")
+    for version, step, outcome in table:
+        word = "ok" if outcome.good else "FAILED"
+        print(f"{version:<8}{PAIRS.get(version, ''):<16}{step:<13}{word:<8}{outcome.seconds:>8.0f}  {outcome.said}")
+    return 0 if all(outcome.good for *_, outcome in table) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
