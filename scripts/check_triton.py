@@ -20,8 +20,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 # Release of Triton: the torch that asks for it.
 PAIRS = {"3.6.0": "2.10, 2.11", "3.7.0": "2.12", "3.7.1": "2.13", "3.8.0": "2.14", "3.9.0": "2.15"}
-# One file of every kind of promise; --all runs the whole suite on backend triton.
-QUICK = ("tests/test_contract.py", "tests/test_triton_runtime.py")
+QUICK = "triton and agrees_with_the_reference or test_triton_runtime"  # of all that pytest -k triton would choose
 VERSION = "import triton, importlib.metadata as m; print(triton.__version__, m.version('triton'), triton.__file__)"
 
 
@@ -43,7 +42,7 @@ def timed(command: list[str], environment: dict[str, str], last_line: str) -> Ou
     return Outcome(process.returncode == 0, said or f"exit status {process.returncode}", time.monotonic() - began)
 
 
-def check(version: str, folder: Path, whole: bool) -> dict[str, Outcome]:
+def check(version: str, folder: Path, chosen: str) -> dict[str, Outcome]:
     pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--no-cache-dir"]
     done = subprocess.run([*pip, "--target", str(folder), f"triton=={version}"], capture_output=True, text=True)
     if done.returncode:
@@ -56,11 +55,11 @@ def check(version: str, folder: Path, whole: bool) -> dict[str, Outcome]:
     ).stdout.split()
     if told[:2] != [version, version] or not told[2].startswith(str(folder)):
         return {"installed": Outcome(False, f"python finds triton {' '.join(told)}", 0.0)}
-    files = [] if whole else [str(ROOT / file) for file in QUICK]
     tests = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider"]
+    tests += ["--ignore", str(ROOT / "tests" / "test_triton_compile.py"), "-k", chosen, str(ROOT / "tests")]
     only = {**environment, "TOKENPRUNE_TEST_BACKENDS": "triton,cpu,reference"}
     return {
-        "interpreted": timed([*tests, "-k", "triton", *(files or [str(ROOT / "tests")])], only, " in "),
+        "interpreted": timed(tests, only, " in "),
         "compiled": timed([sys.executable, "-m", "triton_compile"], environment, "triton: "),
     }
 
@@ -68,13 +67,14 @@ def check(version: str, folder: Path, whole: bool) -> dict[str, Outcome]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("triton", nargs="*", default=list(PAIRS), help="releases to try")
-    parser.add_argument("--all", action="store_true", help="all tests of backend triton, not a quick choice of them")
+    parser.add_argument("-k", dest="chosen", default=QUICK, help="the tests to run, as pytest -k takes it")
+    parser.add_argument("--all", dest="chosen", action="store_const", const="triton", help="all of backend triton")
     arguments = parser.parse_args()
     table: list[tuple[str, str, Outcome]] = []
     for version in arguments.triton:
         print(f"triton {version} (torch {PAIRS.get(version, 'unknown')})", flush=True)
         with tempfile.TemporaryDirectory(prefix="tokenprune-triton-") as folder:
-            for step, outcome in check(version, Path(folder), arguments.all).items():
+            for step, outcome in check(version, Path(folder), arguments.chosen).items():
                 table.append((version, step, outcome))
     print(f"\n{'triton':<8}{'made for torch':<16}{'step':<13}{'':<8}{'seconds':>8}  result")
     for version, step, outcome in table:

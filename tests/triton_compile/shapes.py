@@ -65,9 +65,9 @@ def attended() -> Iterator[Call]:
     for dim in (64, 72, 80, 96, 128, 256, 1024, 4096, 8192):
         many = {"query": 1, "kv": 1} if dim > 256 else {}
         yield Call(f"fp16 D {dim}", heads(dim, **many))
-    for dim in (80, 128, 256, 4096):
-        many = {"query": 1, "kv": 1} if dim > 256 else {}
-        for dtype in (BRAIN, SINGLE):
+    for dtype, dims in ((BRAIN, (128,)), (SINGLE, (72, 128, 256, 4096))):
+        for dim in dims:
+            many = {"query": 1, "kv": 1} if dim > 256 else {}
             yield Call(f"{NAMES[dtype]} D {dim}", heads(dim, dtype=dtype, **many))
     yield Call("odd sizes", heads(33, 5, 37, 4, 2))
     yield Call("odd strides", strided_heads())
@@ -75,7 +75,7 @@ def attended() -> Iterator[Call]:
         yield Call(f"Qwen2.5-VL, {keys} keys", heads(keys=keys, **QWEN))
     for rows in (1, 16, 4096):
         yield Call(f"{rows} rows", heads(rows=rows))
-        yield Call(f"{rows} rows, few heads", heads(rows=rows, query=4, kv=2))
+    yield Call("few heads", heads(rows=4096, query=4, kv=2))
     yield Call("one row, Qwen2.5-VL, fp32", heads(rows=1, keys=16384, dtype=SINGLE, **QWEN))
     yield Call("one row, causal", {**heads(rows=1, **QWEN), "causal": True})
     yield Call("causal", {**LLAVA, "causal": True})
@@ -93,11 +93,10 @@ def reduced() -> Iterator[Call]:
     yield Call("query_mask", {**LLAVA, "query_mask": LISTED["query_mask"]})
     for head in ("sum", "max", "none"):
         yield Call(f"heads {head}", {**LLAVA, "head_reduction": head})
-        yield Call(f"heads {head}, last", {**LLAVA, "head_reduction": head, "query_reduction": "last"})
-    for rows in ("sum", "max", "last", "max+last", "mean+sum+max+last"):
+    for rows in ("sum", "max", "last", "mean+sum+max+last"):
         yield Call(f"rows {rows}", {**LLAVA, "query_reduction": rows})
     everything = {**VISIBLE, **LISTED, "query_reduction": "mean+max+last", "head_reduction": "max"}
-    for dtype in DTYPES:
+    for dtype in (HALF, SINGLE):
         yield Call(f"everything {NAMES[dtype]}", {**heads(dtype=dtype), **everything})
     yield Call("everything, one row", {
         **heads(rows=1), "key_mask": flags(2, 576), "query_positions": places(2, 1), "causal": True,
@@ -153,6 +152,7 @@ def _contrast(
 # --- selection ------------------------------------------------------------------------------------------------------
 
 LENGTHS = (37, 576, 2880, 16384, 100_000)
+MASKED = (576, 16384)
 
 
 def entropies() -> Iterator[Call]:
@@ -167,21 +167,21 @@ def topk() -> Iterator[Call]:
     for dtype in DTYPES:
         yield Call(NAMES[dtype], {"scores": meta(2, 576, dtype=dtype), "k": 192})
     for tokens in LENGTHS:
-        scores = meta(2, tokens, dtype=SINGLE)
         for k in (64, tokens // 2):
-            yield Call(f"{k} of {tokens} tokens", {"scores": scores, "k": k})
-        yield Call(f"{tokens} tokens, mask", {"scores": scores, "k": 64, "mask": flags(2, tokens)})
-    for tokens in (576, 16384):
-        yield Call(f"smallest of {tokens}", {"scores": meta(2, tokens, dtype=SINGLE), "k": 64, "largest": False})
+            yield Call(f"{k} of {tokens} tokens", {"scores": meta(2, tokens, dtype=SINGLE), "k": k})
+    for tokens in MASKED:
+        call = {"scores": meta(2, tokens, dtype=SINGLE), "k": 64, "mask": flags(2, tokens), "largest": False}
+        yield Call(f"smallest of {tokens} tokens, mask", call)
 
 
 def two_tailed() -> Iterator[Call]:
     for dtype in DTYPES:
         yield Call(NAMES[dtype], {"scores": meta(2, 576, dtype=dtype), "num_low": places(2), "k": 192})
     for tokens in LENGTHS:
-        call = {"scores": meta(2, tokens, dtype=SINGLE), "num_low": places(2), "k": 64}
-        yield Call(f"{tokens} tokens", call)
-        yield Call(f"{tokens} tokens, mask", {**call, "mask": flags(2, tokens)})
+        yield Call(f"{tokens} tokens", {"scores": meta(2, tokens, dtype=SINGLE), "num_low": places(2), "k": 64})
+    for tokens in MASKED:
+        call = {"scores": meta(2, tokens, dtype=SINGLE), "num_low": places(2), "k": 64, "mask": flags(2, tokens)}
+        yield Call(f"{tokens} tokens, mask", call)
 
 
 def mixtures() -> Iterator[Call]:
@@ -192,6 +192,8 @@ def mixtures() -> Iterator[Call]:
         scores = meta(2, tokens, dtype=SINGLE)
         for k in (64, tokens // 2):
             yield Call(f"{k} of {tokens} tokens", {"text_scores": scores, "visual_scores": scores, "k": k})
+    for tokens in MASKED:
+        scores = meta(2, tokens, dtype=SINGLE)
         call = {"text_scores": scores, "visual_scores": scores, "k": 64, "mask": flags(2, tokens)}
         yield Call(f"{tokens} tokens, mask", call)
     yield Call("no floor", {"text_scores": meta(2, 576), "visual_scores": meta(2, 576), "k": 64, "floor": 0.0})
@@ -215,8 +217,9 @@ def repulsions() -> Iterator[Call]:
         call = {"features": meta(batch, tokens, channels), "k": 64}
         yield Call(f"{batch} samples, {tokens} tokens of {channels}", call)
     yield Call("odd sizes fp32", {"features": meta(2, 37, 71, dtype=SINGLE), "k": 9})
-    for tokens in (576, 2880, 16384):
+    for tokens in (576, 16384):
         yield from _repulsion_options(tokens)
+    yield from _repulsion_everything(2880)
 
 
 def _repulsion_options(tokens: int) -> Iterator[Call]:
@@ -224,15 +227,19 @@ def _repulsion_options(tokens: int) -> Iterator[Call]:
     grid = meta(1, tokens, 2, dtype=SINGLE)
     yield Call(f"{tokens}: isolated", {**base, "first": "isolated"})
     yield Call(f"{tokens}: index", {**base, "first": "index"})
-    yield Call(f"{tokens}: mask, isolated", {**base, "mask": flags(1, tokens), "first": "isolated"})
     yield Call(f"{tokens}: energy, mask", {**base, "energy": meta(1, tokens, dtype=SINGLE), "mask": flags(1, tokens)})
-    for potential in ("riesz", "gaussian"):
-        for aggregate in ("max", "sum"):
-            call = {**base, "positions": grid, "potential": potential, "aggregate": aggregate}
-            yield Call(f"{tokens}: {potential} {aggregate}", call)
+    for potential, aggregate in (("riesz", "max"), ("riesz", "sum"), ("gaussian", "max")):
+        call = {**base, "positions": grid, "potential": potential, "aggregate": aggregate}
+        yield Call(f"{tokens}: {potential} {aggregate}", call)
     yield Call(f"{tokens}: cosine sum", {**base, "aggregate": "sum"})
-    yield Call(f"{tokens}: riesz, any exponent", {**base, "potential": "riesz", "aggregate": "sum", "exponent": 1.5})
     yield Call(f"{tokens}: seeds", {**base, "seed_indices": places(1, 20)})
+    yield from _repulsion_everything(tokens)
+
+
+def _repulsion_everything(tokens: int) -> Iterator[Call]:
+    grid = meta(1, tokens, 2, dtype=SINGLE)
+    masked = {"features": meta(1, tokens, 1024), "k": 64, "mask": flags(1, tokens)}
+    yield Call(f"{tokens}: isolated, mask", {**masked, "first": "isolated"})
     yield Call(f"{tokens}: seeds, fp32, everything", {
         "features": meta(1, tokens, 1024, dtype=SINGLE), "k": 64, "seed_indices": places(1, 20), "positions": grid,
         "energy": meta(1, tokens, dtype=SINGLE), "mask": flags(1, tokens), "potential": "riesz", "aggregate": "sum",
@@ -246,7 +253,7 @@ def suppressions() -> Iterator[Call]:
     for tokens, channels in ((37, 71), (1152, 8192), (200, 256)):
         yield Call(f"{tokens} tokens of {channels}", _suppression(tokens, channels))
     yield Call("odd sizes fp32", _suppression(37, 71, SINGLE))
-    for tokens in (576, 2880, 16384):
+    for tokens in (576, 16384):
         base = _suppression(tokens, 1024)
         yield Call(f"{tokens}: hard", {**base, "mode": "hard"})
         yield Call(f"{tokens}: groups", {**base, "groups": places(1, tokens)})
