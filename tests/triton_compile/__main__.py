@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,14 @@ def compile_all(wanted: list[record.Specialisation], jobs: int) -> Iterator[Resu
     global _wanted
     _wanted = wanted
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork")) as pool:
-        for done in as_completed([pool.submit(_compile, i) for i in range(len(wanted))]):
-            yield done.result()
+        specialisation = {pool.submit(_compile, i): wanted[i] for i in range(len(wanted))}
+        for done in as_completed(specialisation):
+            w = specialisation[done]
+            try:
+                yield done.result()
+            except BrokenProcessPool:
+                died = "a process of the compiler died, here or at another kernel"
+                yield Result(w.name, w.target, w.label, w.described(), error=died)
 
 
 def progress(results: Iterator[Result], total: int) -> list[Result]:

@@ -98,7 +98,7 @@ class Recorder:
 
     def _launch(self, kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         assert all(isinstance(size, int) and size > 0 for size in grid), f"{self.label}: grid {grid}"
-        assert grid[1:] <= (65535, 65535), f"{self.label}: grid {grid} is too large"
+        assert all(size < 65536 for size in grid[1:]), f"{self.label}: grid {grid} is too large"
         # Names of kernel arguments among the keywords are constants, the rest says how to compile.
         self._options = {"enable_fp_fusion": True} | {k: v for k, v in keywords.items() if k not in kernel.arg_names}
         kernel.warmup(*args, grid=grid, **keywords | self._options)
