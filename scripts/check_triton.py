@@ -1,9 +1,8 @@
 """The Triton kernels under every supported release of Triton: interpreted on the CPU, and compiled ahead of time.
 
-Triton alone is exchanged: `pip install --no-deps --target` puts a release into a throw-away folder that goes first on
-PYTHONPATH, and everything else is this environment, torch included. That a release works together with the torch it
-was made for (the table below says which) is not checked: torch uses Triton on GPUs and under torch.compile only, which
-neither of the two steps does.
+Triton alone is exchanged (for 3.6 numpy too): `pip install --no-deps --target` puts a release into a throw-away folder
+that goes first on PYTHONPATH, and everything else is this environment, torch included. What this does not check is a
+release together with the torch it was made for (the table below says which), and no kernel runs on a GPU.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 # Release of Triton: the torch that asks for it.
 PAIRS = {"3.6.0": "2.10, 2.11", "3.7.0": "2.12", "3.7.1": "2.13", "3.8.0": "2.14", "3.9.0": "2.15"}
+# The interpreter of 3.6 makes numbers of arrays with one element, which numpy 2.4 refuses.
+BESIDE = {"3.6.0": ["numpy<2.4"]}
 QUICK = "triton and agrees_with_the_reference or test_triton_runtime"  # of all that pytest -k triton would choose
 VERSION = "import triton, importlib.metadata as m; print(triton.__version__, m.version('triton'), triton.__file__)"
 
@@ -44,7 +45,8 @@ def timed(command: list[str], environment: dict[str, str], last_line: str) -> Ou
 
 def check(version: str, folder: Path, chosen: str) -> dict[str, Outcome]:
     pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--no-cache-dir"]
-    done = subprocess.run([*pip, "--target", str(folder), f"triton=={version}"], capture_output=True, text=True)
+    command = [*pip, "--target", str(folder), f"triton=={version}", *BESIDE.get(version, [])]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return {"installed": Outcome(False, done.stderr.strip()[-300:], 0.0)}
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -55,8 +57,16 @@ def check(version: str, folder: Path, chosen: str) -> dict[str, Outcome]:
     ).stdout.split()
     if told[:2] != [version, version] or not told[2].startswith(str(folder)):
         return {"installed": Outcome(False, f"python finds triton {' '.join(told)}", 0.0)}
-    tests = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider"]
-    tests += ["--ignore", str(ROOT / "tests" / "test_triton_compile.py"), "-k", chosen, str(ROOT / "tests")]
+    tests = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-c", str(ROOT / "pyproject.toml")]
+    tests += [
+        "-p",
+        "no:cacheprovider",
+        "--ignore",
+        str(ROOT / "tests" / "test_triton_compile.py"),
+        "-k",
+        chosen,
+        str(ROOT / "tests"),
+    ]
     only = {**environment, "TOKENPRUNE_TEST_BACKENDS": "triton,cpu,reference"}
     return {
         "interpreted": timed(tests, only, " in "),
