@@ -16,10 +16,10 @@ CSRC = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o 
 # Names of the environment that change the build or the installation reach the recipes as they are.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test bench readme build cuda-table lint format sanitize coverage check-abi clean
+.PHONY: help demo test bench readme build cuda-table triton-table lint format sanitize coverage check-abi check-triton clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  variables: PYTHON=$(PYTHON) TORCH=$(TORCH) ARGS= (more arguments for demo, test and bench)"
 
 demo: build  ## prune a photograph's visual tokens with every method
@@ -46,6 +46,9 @@ cuda-table: export TORCH_CUDA_ARCH_LIST = 8.0;8.6;8.9;9.0a;10.0;12.0+PTX
 cuda-table: build  ## write tests/cuda_resources.csv: registers and shared memory of the CUDA kernels
 	$(BIN)/python scripts/cuda_resources.py --write
 
+triton-table: build  ## write tests/triton_resources.csv: what the Triton kernels take on GPUs that are not here
+	$(BIN)/python scripts/triton_resources.py --write
+
 lint: $(STAMP)  ## ruff, mypy, clang-format, and a build in which warnings are errors
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -71,6 +74,9 @@ sanitize: $(STAMP)  ## run the tests under AddressSanitizer (and UndefinedBehavi
 
 check-abi: $(STAMP)  ## load one wheel in the oldest and the newest torch (downloads gigabytes)
 	$(BIN)/python scripts/check_abi.py $(ARGS)
+
+check-triton: build  ## the Triton kernels under every supported release of Triton (ARGS=--all: all their tests)
+	$(BIN)/python scripts/check_triton.py $(ARGS)
 
 clean:  ## remove everything that was built or installed here
 	rm -rf $(VENV) build dist *.egg-info tokenprune_kernels/*.so

@@ -2,16 +2,15 @@
 kernels were written for. Needs the build in place that `make build` leaves behind, and no GPU."""
 
 import functools
-import importlib.metadata
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from cuda_tools import cuobjdump
 
 ROOT = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("cuda_resources", ROOT / "scripts" / "cuda_resources.py")
@@ -165,18 +164,7 @@ def test_every_kind_of_excess_is_reported() -> None:
 
 
 def disassembler() -> str:
-    """cuobjdump, from its package (it finds nvdisasm beside it) or from a toolkit."""
-    try:
-        files = importlib.metadata.files("nvidia-cuda-cuobjdump") or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.name == "cuobjdump":
-            return str(file.locate())
-    found = shutil.which("cuobjdump")
-    if found is None:
-        pytest.skip("no cuobjdump here: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
-    return found
+    return cuobjdump() or pytest.skip("no cuobjdump here: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
 
 
 @functools.cache

@@ -13,9 +13,9 @@ def order_key(value, valid, LARGEST: tl.constexpr):
     """float32 values -> uint32 keys, larger is better; `valid` False gives 0."""
     bits = (value + 0.0).to(tl.uint32, bitcast=True)  # -0.0 + 0.0 is 0.0
     # Negative floats order by decreasing bits, positive ones by increasing bits above all negative ones.
-    key = tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)
+    key = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     if not LARGEST:
-        key = ~key
+        key = key ^ 0xFFFFFFFF
     key = tl.where(value != value, 1, key)
     return tl.where(valid, key, 0).to(tl.uint32)
 

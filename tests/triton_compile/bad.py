@@ -1,0 +1,40 @@
+"""Kernels with a fault each, so that the checks are seen to fail."""
+
+import torch
+import triton
+import triton.language as tl
+
+from tokenprune_kernels.triton.runtime import Config, launch
+
+from .record import Recorder, Specialisation
+from .shapes import meta
+
+
+@triton.jit
+def too_much_shared_kernel(x_ptr, BLOCK: tl.constexpr):  # noqa: N803
+    place = tl.arange(0, BLOCK)
+    tl.store(x_ptr + place, tl.gather(tl.load(x_ptr + place), (7 * place) % BLOCK, 0))
+
+
+@triton.jit
+def spilling_kernel(x_ptr, BLOCK: tl.constexpr):  # noqa: N803
+    place = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + place)
+    tl.store(x_ptr + place, x / tl.sum(x, 0))
+
+
+@triton.jit
+def refused_kernel(x_ptr):
+    tl.static_assert(False, "this kernel is not for compiling")
+
+
+def record(target: str) -> list[Specialisation]:
+    recorder = Recorder()
+    x = meta(1 << 16, dtype=torch.float32)
+    recorder.label = "bad"
+    few_registers = {"waves_per_eu": 8} if target == "gfx942" else {}  # of the 512 that a thread may have there
+    with recorder.on(target):
+        launch(too_much_shared_kernel, (1,), x, x, config=Config({"BLOCK": 1 << 16}, num_warps=16))
+        launch(spilling_kernel, (1,), x, x, config=Config({"BLOCK": 1 << 13}, num_warps=1), **few_registers)
+        launch(refused_kernel, (1,), x, x, config=Config({}))
+    return list(recorder.found.values())
