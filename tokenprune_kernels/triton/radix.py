@@ -1,0 +1,126 @@
+"""What every selecting kernel shares: the m best of a sample's keys by radix selection, and lists of what was chosen.
+
+A program owns one sample. Its keys (order.order_key: larger is better, 0 is no candidate) are `held` in registers where
+the sample fits one block, otherwise they lie in global memory and are read block by block. Equal keys are counted, never
+ordered: "the m best" is a key and a position, `key > best or (key == best and position < cut)`, so that nothing per
+token is stored and the lowest positions win among equal keys.
+"""
+
+import triton
+import triton.language as tl
+
+from .runtime import Config, power_of_two
+
+LARGEST_BLOCK = 4096
+
+
+def select_config(n: int) -> Config:
+    """A whole sample in one block up to LARGEST_BLOCK tokens, longer ones in a loop over such blocks.
+
+    Never fewer tokens than threads (of 64-wide warps as well): every lane of the histogram then has keys of its own.
+    """
+    block = power_of_two(n, 256, LARGEST_BLOCK)
+    return Config({"BLOCK_N": block}, num_warps=4 if block <= 1024 else 8)
+
+
+@triton.jit
+def keys_at(held, keys_ptr, start, n, BLOCK_N: tl.constexpr):
+    """The keys of a block, 0 behind the end. Unsigned 32-bit keys are stored in int32 memory."""
+    if held is None:
+        offset = start + tl.arange(0, BLOCK_N).to(tl.int64)
+        keys = tl.load(keys_ptr + offset, mask=offset < n, other=0)
+        return keys.to(tl.uint32, bitcast=True) if keys.dtype == tl.int32 else keys
+    else:
+        return held
+
+
+@triton.jit
+def threshold(held, keys_ptr, n, wanted, KEY: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The `wanted` best: all keys above the first result, and of those equal to it as many as the second says.
+
+    Radix selection: a histogram of 8 bits tells which of their values the last wanted key has; only keys with these
+    bits stay open for the next 8. It ends as soon as all that are open are wanted.
+    """
+    BITS: tl.constexpr = KEY.primitive_bitwidth
+    digits = tl.arange(0, 256)
+    asked = tl.minimum(wanted, n).to(tl.int32)
+    wanted = asked
+    fixed = tl.zeros([], KEY)
+    prefix = tl.zeros([], KEY)
+    shift = BITS - 8
+    undecided = wanted > 0
+    while undecided & (shift >= 0):
+        histogram = tl.zeros([256], tl.int32)
+        for start in range(0, n, BLOCK_N):
+            keys = keys_at(held, keys_ptr, start, n, BLOCK_N)
+            digit = (keys >> shift.to(KEY)).to(tl.int32) & 255
+            histogram += tl.histogram(digit, 256, mask=(keys != 0) & ((keys & fixed) == prefix))
+        candidates = tl.sum(histogram, 0)
+        wanted = tl.minimum(wanted, candidates)
+        above = candidates - tl.cumsum(histogram, 0)  # open keys with a greater digit: falls as the digit grows
+        digit = tl.sum((above >= wanted).to(tl.int32), 0)
+        wanted -= tl.sum(tl.where(digits == digit, above, 0), 0)
+        undecided = tl.sum(tl.where(digits == digit, histogram, 0), 0) > wanted
+        prefix |= digit.to(KEY) << shift.to(KEY)
+        fixed |= tl.full([], 255, KEY) << shift.to(KEY)
+        shift -= 8
+    # All of what is open: everything above the number before it. The key 0 is nobody's.
+    before = tl.where(prefix > 0, prefix, 1).to(KEY) - 1
+    key = tl.where(undecided, prefix, before.to(KEY))
+    return tl.where(asked > 0, key, top_key(KEY)), tl.where(undecided, wanted, 0)
+
+
+@triton.jit
+def top_key(KEY: tl.constexpr):
+    """A key above all that tokens have from their scores: marks what is chosen already."""
+    return tl.full([], 0x7FFFFFFFFFFFFFFF if KEY.primitive_bitwidth == 64 else 0xFFFFFFFF, KEY)
+
+
+@triton.jit
+def best_of(held, keys_ptr, n, wanted, KEY: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The `wanted` best (all candidates if there are fewer) as a key and the position that cuts the keys equal to it."""
+    key, ties = threshold(held, keys_ptr, n, wanted, KEY, BLOCK_N)
+    cut = 0
+    seen = 0
+    start = 0
+    while seen < ties:  # ends at the block with the last tie, which exists
+        equal = keys_at(held, keys_ptr, start, n, BLOCK_N) == key
+        rank = seen + tl.cumsum(equal.to(tl.int32), 0)
+        position = start + tl.arange(0, BLOCK_N)
+        cut = tl.max(tl.where(equal & (rank == ties), position + 1, 0), 0)
+        seen += tl.sum(equal.to(tl.int32), 0)
+        start += BLOCK_N
+    return key, cut
+
+
+@triton.jit
+def is_chosen(keys, position, key, cut):
+    return (keys > key) | ((keys == key) & (position < cut))
+
+
+@triton.jit
+def pack(held, keys_ptr, n, key, cut, out_ptr, room, POSITIONS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Write the positions of the chosen tokens, or their keys, in ascending order of position; return how many.
+
+    Those from the `room`-th on are counted but not written.
+    """
+    count = 0
+    for start in range(0, n, BLOCK_N):
+        keys = keys_at(held, keys_ptr, start, n, BLOCK_N)
+        position = start + tl.arange(0, BLOCK_N)
+        chosen = is_chosen(keys, position, key, cut)
+        place = count + tl.cumsum(chosen.to(tl.int32), 0) - 1
+        value = position.to(tl.int64) if POSITIONS else keys.to(tl.int32, bitcast=True)
+        tl.store(out_ptr + place, value, mask=chosen & (place < room))
+        count += tl.sum(chosen.to(tl.int32), 0)
+    return count
+
+
+@triton.jit
+def write_selection(held, keys_ptr, n, key, cut, indices_ptr, counts_ptr, k, BLOCK_N: tl.constexpr):
+    """A sample's outputs: positions of the chosen tokens, -1 in the places behind them, and their number."""
+    count = tl.minimum(pack(held, keys_ptr, n, key, cut, indices_ptr, k, True, BLOCK_N), k)
+    for start in range(count, k, BLOCK_N):
+        place = start + tl.arange(0, BLOCK_N).to(tl.int64)
+        tl.store(indices_ptr + place, tl.full([BLOCK_N], -1, tl.int64), mask=place < k)
+    tl.store(counts_ptr, count.to(tl.int64))
