@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .. import _fakes
 from .order import order_key
-from .radix import best_of, is_chosen, keys_at, pack, select_config, top_key, write_selection
+from .radix import TOP_64, best_of, is_chosen, load_keys, pack, select_config, write_selection
 from .runtime import Config, check_not_float64, fresh, launch, mask_rows, power_of_two, rows, workspace
 from .topk import check_tokens, keys_workspace
 
@@ -36,7 +36,7 @@ LARGEST_SORT = 4096  # keys sorted in registers; more of them in memory
 def mixture_config(n: int, listed: int) -> Config:
     """Blocks as for the other selections; PLACES keys are sorted in registers, 0 says that they are too many."""
     config = select_config(n)
-    places = 0 if listed > LARGEST_SORT else power_of_two(listed, 128, LARGEST_SORT)
+    places = 0 if listed > LARGEST_SORT else power_of_two(listed, 32, LARGEST_SORT)
     return Config({**config.blocks, "PLACES": places}, num_warps=8 if places > 1024 else config.num_warps)
 
 
@@ -82,7 +82,7 @@ def _sort_in_memory(keys_ptr, count, BLOCK_N: tl.constexpr):
         places *= 2
     for start in range(count, places, BLOCK_N):
         place = start + tl.arange(0, BLOCK_N)
-        tl.store(keys_ptr + place, tl.zeros([BLOCK_N], tl.int32), mask=place < places)
+        tl.store(keys_ptr + place, tl.full([BLOCK_N], 0, tl.int32), mask=place < places)
     tl.debug_barrier()  # each pair may have been written by other threads than compare it, here and in every stage
     size = 2
     while size <= places:
@@ -105,11 +105,11 @@ def _sort_in_memory(keys_ptr, count, BLOCK_N: tl.constexpr):
 @triton.jit
 def _prefix_sums(held, sorted_ptr, listed, reserved, mass_ptr, BLOCK_N: tl.constexpr):
     """mass[r] = what the first r of a sorted list after the reserved ones add up to; returns how many are not 0."""
-    tl.store(mass_ptr, tl.zeros([], tl.float64))
-    total = tl.zeros([], tl.float64)
+    tl.store(mass_ptr, 0.0)
+    total = tl.full([], 0, tl.float64)
     nonzero = 0
     for start in range(0, listed, BLOCK_N):
-        keys = keys_at(held, sorted_ptr, start, listed, BLOCK_N)
+        keys = held if held is not None else load_keys(sorted_ptr, start, listed, BLOCK_N)
         place = start + tl.arange(0, BLOCK_N)
         counted = (place >= reserved) & (place < listed)
         score = tl.where(counted, _score(keys), 0.0)
@@ -127,7 +127,7 @@ def _best_split(text_ptr, text_count, visual_ptr, visual_count, rest, BLOCK_N: t
     From text_count and visual_count on the sums stay what they are: an r beyond text_count is never better.
     """
     most = tl.full([BLOCK_N], -1.0, tl.float64)
-    split = tl.zeros([BLOCK_N], tl.int32)
+    split = tl.full([BLOCK_N], 0, tl.int32)
     last = tl.minimum(rest, text_count).to(tl.int32)
     for start in range(0, last + 1, BLOCK_N):
         r = start + tl.arange(0, BLOCK_N)
@@ -143,20 +143,25 @@ def _best_split(text_ptr, text_count, visual_ptr, visual_count, rest, BLOCK_N: t
 
 
 @triton.jit
-def _share(score, total):
-    """score / total; 0 / 0 and inf / inf count as 0."""
-    share = score / total
-    return tl.where(share != share, 0.0, share)
+def _weight(total, other):
+    """What a list's scores are multiplied by for shares to compare as scores / total do, without a division.
+
+    A list whose total is 0 or infinite has no shares: 0, and the other list needs no common denominator.
+    """
+    has_shares = (total > 0) & (total < float("inf"))
+    common = tl.where((other > 0) & (other < float("inf")), other, 1.0)
+    return tl.where(has_shares, common, 0.0)
 
 
 @triton.jit
-def _fill_keys(text, visual, position, text_key, text_cut, visual_key, visual_cut, text_sum, visual_sum):
+def _fill_keys(text, visual, position, text_key, text_cut, visual_key, visual_cut, text_weight, visual_weight):
     """64-bit keys: what either list keeps on top, then by the greater share, 0 for a masked token."""
-    of_text, of_visual = _share(_score(text), text_sum), _share(_score(visual), visual_sum)
+    of_text = tl.where(text_weight > 0, _score(text) * text_weight, 0.0)
+    of_visual = tl.where(visual_weight > 0, _score(visual) * visual_weight, 0.0)
     share = tl.where(of_text > of_visual, of_text, of_visual)
     kept = is_chosen(text, position, text_key, text_cut) | is_chosen(visual, position, visual_key, visual_cut)
     # The bits of numbers that are not negative are in their order.
-    key = tl.where(kept, top_key(tl.int64), share.to(tl.int64, bitcast=True) + 1)
+    key = tl.where(kept, TOP_64, share.to(tl.int64, bitcast=True) + 1)
     return tl.where(text == 0, 0, key).to(tl.int64)
 
 
@@ -185,7 +190,7 @@ def mixture_kernel(
         keys_ptr += 2 * sample * n
         fill_ptr += sample * n
         visual_keys_ptr = keys_ptr + n
-        text_sum, visual_sum = tl.zeros([], tl.float64), tl.zeros([], tl.float64)
+        text_sum, visual_sum = tl.full([], 0, tl.float64), tl.full([], 0, tl.float64)
         for start in range(0, n, BLOCK_N):
             offset = start + tl.arange(0, BLOCK_N).to(tl.int64)
             block = _list_keys(text_ptr, mask_ptr, start, n, BLOCK_N)
@@ -211,7 +216,7 @@ def mixture_kernel(
         listed = pack(held, list_ptr, n, key, cut, places_ptr, sorted_room, False, BLOCK_N)
         tl.debug_barrier()  # the list is sorted by other threads than wrote it
         if PLACES > 0:
-            sorted_keys = _sort_in_registers(keys_at(None, places_ptr, 0, listed, PLACES), PLACES)
+            sorted_keys = _sort_in_registers(load_keys(places_ptr, 0, listed, PLACES), PLACES)
             count = _prefix_sums(sorted_keys, None, listed, reserved, mass_ptr + which * mass_room, PLACES)
         else:
             _sort_in_memory(places_ptr, listed, BLOCK_N)
@@ -224,17 +229,18 @@ def mixture_kernel(
 
     text_key, text_cut = best_of(text, keys_ptr, n, split + reserved, tl.uint32, BLOCK_N)
     visual_key, visual_cut = best_of(visual, visual_keys_ptr, n, k - reserved - split, tl.uint32, BLOCK_N)
+    text_weight, visual_weight = _weight(text_sum, visual_sum), _weight(visual_sum, text_sum)
     if keys_ptr is None:
         fill = _fill_keys(
-            text, visual, tl.arange(0, BLOCK_N), text_key, text_cut, visual_key, visual_cut, text_sum, visual_sum
+            text, visual, tl.arange(0, BLOCK_N), text_key, text_cut, visual_key, visual_cut, text_weight, visual_weight
         )
     else:
         fill = None
         for start in range(0, n, BLOCK_N):
             position = start + tl.arange(0, BLOCK_N)
             block = _fill_keys(
-                keys_at(None, keys_ptr, start, n, BLOCK_N), keys_at(None, visual_keys_ptr, start, n, BLOCK_N),
-                position, text_key, text_cut, visual_key, visual_cut, text_sum, visual_sum,
+                load_keys(keys_ptr, start, n, BLOCK_N), load_keys(visual_keys_ptr, start, n, BLOCK_N),
+                position, text_key, text_cut, visual_key, visual_cut, text_weight, visual_weight,
             )  # fmt: skip
             tl.store(fill_ptr + position.to(tl.int64), block, mask=position < n)
         tl.debug_barrier()  # as for the keys

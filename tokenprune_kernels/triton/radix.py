@@ -12,6 +12,9 @@ import triton.language as tl
 from .runtime import Config, power_of_two
 
 LARGEST_BLOCK = 4096
+# Keys above all that tokens have from their scores: they mark what is chosen already.
+TOP_32 = tl.constexpr(0xFFFFFFFF)
+TOP_64 = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 
 
 def select_config(n: int) -> Config:
@@ -24,14 +27,11 @@ def select_config(n: int) -> Config:
 
 
 @triton.jit
-def keys_at(held, keys_ptr, start, n, BLOCK_N: tl.constexpr):
+def load_keys(keys_ptr, start, n, BLOCK_N: tl.constexpr):
     """The keys of a block, 0 behind the end. Unsigned 32-bit keys are stored in int32 memory."""
-    if held is None:
-        offset = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        keys = tl.load(keys_ptr + offset, mask=offset < n, other=0)
-        return keys.to(tl.uint32, bitcast=True) if keys.dtype == tl.int32 else keys
-    else:
-        return held
+    offset = start + tl.arange(0, BLOCK_N).to(tl.int64)
+    keys = tl.load(keys_ptr + offset, mask=offset < n, other=0)
+    return keys.to(tl.uint32, bitcast=True) if keys.dtype == tl.int32 else keys
 
 
 @triton.jit
@@ -41,39 +41,33 @@ def threshold(held, keys_ptr, n, wanted, KEY: tl.constexpr, BLOCK_N: tl.constexp
     Radix selection: a histogram of 8 bits tells which of their values the last wanted key has; only keys with these
     bits stay open for the next 8. It ends as soon as all that are open are wanted.
     """
-    BITS: tl.constexpr = KEY.primitive_bitwidth
     digits = tl.arange(0, 256)
     asked = tl.minimum(wanted, n).to(tl.int32)
     wanted = asked
-    fixed = tl.zeros([], KEY)
-    prefix = tl.zeros([], KEY)
-    shift = BITS - 8
+    fixed = tl.full([], 0, KEY)
+    prefix = tl.full([], 0, KEY)
+    shift = KEY.primitive_bitwidth - 8
     undecided = wanted > 0
     while undecided & (shift >= 0):
-        histogram = tl.zeros([256], tl.int32)
+        histogram = tl.full([256], 0, tl.int32)
         for start in range(0, n, BLOCK_N):
-            keys = keys_at(held, keys_ptr, start, n, BLOCK_N)
+            keys = held if held is not None else load_keys(keys_ptr, start, n, BLOCK_N)
             digit = (keys >> shift.to(KEY)).to(tl.int32) & 255
             histogram += tl.histogram(digit, 256, mask=(keys != 0) & ((keys & fixed) == prefix))
-        candidates = tl.sum(histogram, 0)
-        wanted = tl.minimum(wanted, candidates)
-        above = candidates - tl.cumsum(histogram, 0)  # open keys with a greater digit: falls as the digit grows
-        digit = tl.sum((above >= wanted).to(tl.int32), 0)
-        wanted -= tl.sum(tl.where(digits == digit, above, 0), 0)
-        undecided = tl.sum(tl.where(digits == digit, histogram, 0), 0) > wanted
+        reach = tl.cumsum(histogram, 0, reverse=True)  # open keys with this digit or a greater one
+        digit = tl.maximum(tl.sum((reach >= wanted).to(tl.int32), 0) - 1, 0)  # 0 too where all together are too few
+        # Both counts of this digit in one sum: above it in the upper half, with it in the lower.
+        counts = ((reach - histogram).to(tl.int64) << 32) | histogram
+        counts = tl.sum(tl.where(digits == digit, counts, 0), 0)
+        wanted -= (counts >> 32).to(tl.int32)
+        undecided = (counts & 0xFFFFFFFF) > wanted
         prefix |= digit.to(KEY) << shift.to(KEY)
         fixed |= tl.full([], 255, KEY) << shift.to(KEY)
         shift -= 8
-    # All of what is open: everything above the number before it. The key 0 is nobody's.
-    before = tl.where(prefix > 0, prefix, 1).to(KEY) - 1
-    key = tl.where(undecided, prefix, before.to(KEY))
-    return tl.where(asked > 0, key, top_key(KEY)), tl.where(undecided, wanted, 0)
-
-
-@triton.jit
-def top_key(KEY: tl.constexpr):
-    """A key above all that tokens have from their scores: marks what is chosen already."""
-    return tl.full([], 0x7FFFFFFFFFFFFFFF if KEY.primitive_bitwidth == 64 else 0xFFFFFFFF, KEY)
+    # All of what is open: everything above the number before it. The key 0 is nobody's. None: nothing is above the top.
+    top: tl.constexpr = TOP_64 if KEY.primitive_bitwidth == 64 else TOP_32
+    key = tl.where(undecided, prefix, tl.where(prefix > 0, prefix, 1).to(KEY) - 1)
+    return tl.where(asked > 0, key, top).to(KEY), tl.where(undecided, wanted, 0)
 
 
 @triton.jit
@@ -84,11 +78,11 @@ def best_of(held, keys_ptr, n, wanted, KEY: tl.constexpr, BLOCK_N: tl.constexpr)
     seen = 0
     start = 0
     while seen < ties:  # ends at the block with the last tie, which exists
-        equal = keys_at(held, keys_ptr, start, n, BLOCK_N) == key
+        equal = (held if held is not None else load_keys(keys_ptr, start, n, BLOCK_N)) == key
         rank = seen + tl.cumsum(equal.to(tl.int32), 0)
         position = start + tl.arange(0, BLOCK_N)
         cut = tl.max(tl.where(equal & (rank == ties), position + 1, 0), 0)
-        seen += tl.sum(equal.to(tl.int32), 0)
+        seen = tl.max(rank, 0)
         start += BLOCK_N
     return key, cut
 
@@ -106,13 +100,13 @@ def pack(held, keys_ptr, n, key, cut, out_ptr, room, POSITIONS: tl.constexpr, BL
     """
     count = 0
     for start in range(0, n, BLOCK_N):
-        keys = keys_at(held, keys_ptr, start, n, BLOCK_N)
+        keys = held if held is not None else load_keys(keys_ptr, start, n, BLOCK_N)
         position = start + tl.arange(0, BLOCK_N)
         chosen = is_chosen(keys, position, key, cut)
-        place = count + tl.cumsum(chosen.to(tl.int32), 0) - 1
+        reach = count + tl.cumsum(chosen.to(tl.int32), 0)
         value = position.to(tl.int64) if POSITIONS else keys.to(tl.int32, bitcast=True)
-        tl.store(out_ptr + place, value, mask=chosen & (place < room))
-        count += tl.sum(chosen.to(tl.int32), 0)
+        tl.store(out_ptr + (reach - 1), value, mask=chosen & (reach <= room))
+        count = tl.max(reach, 0)
     return count
 
 

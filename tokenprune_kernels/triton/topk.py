@@ -10,6 +10,7 @@ Grid B. A sample that fits one block (4096 tokens) is read once and stays in reg
 twice that for two tails), for ties and for the list. mask_to_indices reads the mask once.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,9 +18,8 @@ from torch import Tensor
 from .. import _fakes
 from .._checks import _fail
 from .order import order_key
-from .radix import LARGEST_BLOCK, best_of, is_chosen, keys_at, select_config, top_key, write_selection
+from .radix import LARGEST_BLOCK, TOP_32, best_of, is_chosen, load_keys, select_config, write_selection
 from .runtime import check_not_float64, fresh, launch, mask_rows, rows, workspace
-import torch
 
 
 def check_tokens(op: str, name: str, n: int) -> None:
@@ -47,7 +47,7 @@ def _score_keys(scores_ptr, mask_ptr, start, n, LARGEST: tl.constexpr, BLOCK_N: 
 def _without(keys, position, key, cut):
     """Keys for the low tail: the chosen on top of everything, the others in reverse; NaN and masked stay last."""
     reverse = tl.where(keys <= 1, keys, ~keys)
-    return tl.where(is_chosen(keys, position, key, cut), top_key(tl.uint32), reverse).to(tl.uint32)
+    return tl.where(is_chosen(keys, position, key, cut), TOP_32, reverse).to(tl.uint32)
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def select_kernel(
             tl.debug_barrier()  # all threads have read the keys before they change
             for start in range(0, n, BLOCK_N):
                 position = start + tl.arange(0, BLOCK_N)
-                block = _without(keys_at(None, keys_ptr, start, n, BLOCK_N), position, key, cut)
+                block = _without(load_keys(keys_ptr, start, n, BLOCK_N), position, key, cut)
                 tl.store(keys_ptr + position.to(tl.int64), block.to(tl.int32, bitcast=True), mask=position < n)
             tl.debug_barrier()  # as above
     key, cut = best_of(keys, keys_ptr, n, k, tl.uint32, BLOCK_N)
