@@ -1,9 +1,9 @@
 """What every selecting kernel shares: the m best of a sample's keys by radix selection, and lists of what was chosen.
 
-A program owns one sample. Its keys (order.order_key: larger is better, 0 is no candidate) are `held` in registers where
-the sample fits one block, otherwise they lie in global memory and are read block by block. Equal keys are counted, never
-ordered: "the m best" is a key and a position, `key > best or (key == best and position < cut)`, so that nothing per
-token is stored and the lowest positions win among equal keys.
+A program owns one sample. Its keys (order.order_key: larger is better, 0 is no candidate) are `held` in registers
+where the sample fits one block; otherwise they lie in global memory and are read block by block. Equal keys are never
+ordered but counted: "the m best" is a key and a position, `key > best or (key == best and position < cut)`, so that
+nothing per token is stored and the lowest positions win among equal keys.
 """
 
 import triton
@@ -72,7 +72,7 @@ def threshold(held, keys_ptr, n, wanted, KEY: tl.constexpr, BLOCK_N: tl.constexp
 
 @triton.jit
 def best_of(held, keys_ptr, n, wanted, KEY: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The `wanted` best (all candidates if there are fewer) as a key and the position that cuts the keys equal to it."""
+    """The `wanted` best, or all candidates: a key, and the position before which those equal to it are among them."""
     key, ties = threshold(held, keys_ptr, n, wanted, KEY, BLOCK_N)
     cut = 0
     seen = 0
