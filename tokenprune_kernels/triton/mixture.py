@@ -193,7 +193,7 @@ def list_kernel(
     if ONE_BLOCK:
         held = _make_keys(text_ptr, visual_ptr, which, mask_ptr, 0, n, BLOCK_N)
     for start in range(0, n, BLOCK_N):
-        keys = held if ONE_BLOCK else _make_keys(text_ptr, visual_ptr, which, mask_ptr, start, n, BLOCK_N)
+        keys = held if held is not None else _make_keys(text_ptr, visual_ptr, which, mask_ptr, start, n, BLOCK_N)
         total += tl.sum(_score(keys), 0)
         offset = start + tl.arange(0, BLOCK_N).to(tl.int64)
         tl.store(keys_ptr + offset, keys.to(tl.int32, bitcast=True), mask=offset < n)

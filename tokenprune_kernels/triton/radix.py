@@ -47,7 +47,7 @@ def threshold(held, keys_ptr, n, wanted, KEY: tl.constexpr, BLOCK_N: tl.constexp
     fixed = tl.full([], 0, KEY)
     prefix = tl.full([], 0, KEY)
     shift = KEY.primitive_bitwidth - 8
-    undecided = wanted > 0
+    undecided = (wanted > 0) & (wanted < n)
     while undecided & (shift >= 0):
         histogram = tl.full([256], 0, tl.int32)
         for start in range(0, n, BLOCK_N):
