@@ -1,4 +1,7 @@
-"""Triton kernels on score vectors, one program per sample: entropy (the other ops of the family follow)."""
+"""score_entropy: the entropy of a score vector, one program per sample.
+
+Grid B; scores and mask are read twice (the second time from cache), one float is written.
+"""
 
 import triton
 import triton.language as tl
