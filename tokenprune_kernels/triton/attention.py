@@ -1,6 +1,5 @@
 """attention_entropy, attention_scores and cross_attention_scores on Triton: plans and launches of the two passes."""
 
-import torch
 from torch import Tensor
 
 from .. import _fakes
@@ -13,7 +12,7 @@ from .attention_columns import (
     row_parts,
 )
 from .attention_rows import attention_combine_kernel, attention_rows_kernel, combine_config, key_splits, rows_config
-from .attention_tile import pieces, strides
+from .attention_tile import strides, unit_of
 from .runtime import cdiv, check_indices, check_not_float64, fresh, launch, mask_rows, rows, target, workspace
 
 
@@ -46,18 +45,19 @@ def _row_pass(
         return
     query, key, key_mask = rows(query), rows(key), mask_rows(key_mask)
     positions = _positions(query_positions, causal)
-    where = target(query.device)
+    where, unit = target(query.device), unit_of(query, key)
+    vectors = (s // unit for s in (*strides(query), *strides(key)))
     group = heads // key_heads
-    config = rows_config(where, query.dtype, dim, group * m)
+    config = rows_config(where, query.dtype, dim, unit, group * m)
     tiles = cdiv(group * m, config.blocks["BLOCK_M"])
     splits = _splits(query, key, config.blocks["BLOCK_M"], config.blocks["BLOCK_N"])
     partial = workspace(lse, (batch, heads, m, 3, splits)) if splits > 1 else None
     launch(
         attention_rows_kernel, (batch * key_heads * splits * tiles,), query,
         query, key, key_mask, positions, lse, entropy, partial,
-        key_heads, group, m, n, dim, _scale(scale, cosine, dim), splits,
-        *strides(query), *strides(key), _stride(key_mask), _stride(positions),
-        config=config, CAUSAL=causal, COSINE=cosine, STREAMED=pieces(where, query.dtype, dim).streamed,
+        key_heads, group, m, n, dim // unit, _scale(scale, cosine, dim), splits,
+        *vectors, _stride(key_mask), _stride(positions),
+        config=config, CAUSAL=causal, COSINE=cosine, UNIT=unit,
     )  # fmt: skip
     if partial is not None:
         config = combine_config(splits)
@@ -80,9 +80,10 @@ def _column_pass(
     query, key, key_mask, query_mask = rows(query), rows(key), mask_rows(key_mask), mask_rows(query_mask)
     key_indices = None if key_indices is None else rows(key_indices)
     positions = _positions(query_positions, causal)
-    where = target(query.device)
+    where, unit = target(query.device), unit_of(query, key)
+    vectors = (s // unit for s in (*strides(query), *strides(key)))
     group = heads // max(key_heads, 1)
-    config = columns_config(where, query.dtype, dim, m, group, v)
+    config = columns_config(where, query.dtype, dim, unit, m, group, v)
     kinds = query_reduction.split("+")
     wanted = {
         "HEADS": head_reduction, "KINDS": kinds_code(kinds), "R": len(kinds),
@@ -95,10 +96,10 @@ def _column_pass(
     launch(
         attention_columns_kernel, (batch * items * parts * cdiv(v, config.blocks["BLOCK_N"]),), query,
         query, key, lse, key_indices, query_mask, key_mask, positions, scores, partial,
-        key_heads, group, m, n, v, dim, _scale(scale, cosine, dim), parts,
-        *strides(query), *strides(key), *lse.stride(),
+        key_heads, group, m, n, v, dim // unit, _scale(scale, cosine, dim), parts,
+        *vectors, *lse.stride(),
         _stride(key_indices), _stride(query_mask), _stride(key_mask), _stride(positions),
-        config=config, CAUSAL=causal, COSINE=cosine, STREAMED=pieces(where, query.dtype, dim).streamed, **wanted,
+        config=config, CAUSAL=causal, COSINE=cosine, UNIT=unit, **wanted,
     )  # fmt: skip
     if partial is not None:
         launch(

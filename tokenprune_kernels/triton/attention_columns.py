@@ -33,19 +33,20 @@ MOST_PARTS = 16
 PARTS_CONFIG = Config({"BLOCK": 128})
 
 
-def columns_config(target: Target, dtype: torch.dtype, dim: int, rows: int, group: int, columns: int) -> Config:
+def columns_config(
+    target: Target, dtype: torch.dtype, dim: int, unit: int, rows: int, group: int, columns: int
+) -> Config:
     """For `rows` rows of `group` query heads each; the tile's rows hold whole groups of heads."""
-    p = pieces(target, dtype, dim)
     heads = group_block(group)
-    padded = rows * heads
+    block_m = power_of_two(rows * heads, max(16, heads), 64)
     if dtype == torch.float32:
-        block_m, block_n, warps = power_of_two(padded, max(16, heads), 64), 32, 4
+        block_n, warps = 32, 4
     else:
-        block_m = power_of_two(padded, max(16, heads), 64 if dim > 128 else 128)
         # Narrow tiles, so that an image's few hundred columns occupy the GPU; wide ones where there are enough.
-        block_n = 64 if columns > 4096 else 32 if columns > 1024 or block_m == 128 else 16
-        warps = 8 if block_m * block_n >= 8192 else 4
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": p.block, "BLOCK_TAIL": p.tail, "GROUP": heads}
+        spread = columns * row_parts(rows)
+        block_n = 64 if spread > 4096 else 32 if spread > 1024 else 16
+        warps = 8 if block_m * block_n >= 2048 else 4
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUP": heads, **pieces(dtype, dim, unit, longest=128)}
     return Config(blocks, num_warps=warps, num_stages=2 if target.backend == "hip" else 3)
 
 
@@ -71,17 +72,15 @@ def _ordered(p):
 @triton.jit
 def counted_rows(mask_ptr, m, BLOCK: tl.constexpr):
     """How many rows count, and the last of them, -1 where there is none."""
-    if mask_ptr is None:
-        return m, m - 1
-    else:
-        count = 0
-        last = -1
+    count, last = m, m - 1
+    if mask_ptr is not None:
+        count, last = 0, -1
         for start in range(0, m, BLOCK):
             i = start + tl.arange(0, BLOCK)
             counts = tl.load(mask_ptr + i, mask=i < m, other=0) != 0
             count += tl.sum(counts.to(tl.int32), 0)
             last = tl.maximum(last, tl.max(tl.where(counts, i, -1), 0))
-        return count, last
+    return count, last
 
 
 @triton.jit
@@ -95,12 +94,11 @@ def _write_scores(
         over = tl.maximum(heads, 1).to(tl.float32)
     rows = tl.maximum(count, 1).to(tl.float32)
     for r in tl.static_range(R):
-        kind: tl.constexpr = (KINDS // 4**r) % 4
-        if kind == _MEAN:
+        if (KINDS // 4**r) % 4 == _MEAN:
             value = total / over / rows
-        elif kind == _SUM:
+        elif (KINDS // 4**r) % 4 == _SUM:
             value = total / over
-        elif kind == _MAX:
+        elif (KINDS // 4**r) % 4 == _MAX:
             value = best.to(tl.float32, bitcast=True) / over
         else:
             value = final / over
@@ -116,7 +114,7 @@ def attention_columns_kernel(
     indices_stride, query_mask_stride, key_mask_stride, positions_stride,
     HEADS: tl.constexpr, KINDS: tl.constexpr, R: tl.constexpr,
     SUM: tl.constexpr, MAX: tl.constexpr, LAST: tl.constexpr,
-    CAUSAL: tl.constexpr, COSINE: tl.constexpr, STREAMED: tl.constexpr,
+    CAUSAL: tl.constexpr, COSINE: tl.constexpr, STREAMED: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -136,8 +134,9 @@ def attention_columns_kernel(
         end_item = first + 1
     sample = (item // items).to(tl.int64)
 
-    q_ptr += sample * q_batch_stride
-    k_ptr += sample * k_batch_stride
+    dim *= UNIT
+    q_ptr += sample * q_batch_stride * UNIT
+    k_ptr += sample * k_batch_stride * UNIT
     lse_ptr += sample * lse_batch_stride
     if query_mask_ptr is not None:
         query_mask_ptr += sample * query_mask_stride
@@ -156,7 +155,7 @@ def attention_columns_kernel(
     if key_mask_ptr is not None:
         shown &= tl.load(key_mask_ptr + sample * key_mask_stride + j, mask=shown, other=0) != 0
     j = tl.where(shown, j, n)  # no row sees key n
-    k_offsets = j.to(tl.int64) * k_row_stride
+    k_offsets = j.to(tl.int64) * k_row_stride * UNIT
     lowest = tl.min(j, 0)
 
     count, final_row = counted_rows(query_mask_ptr, m, 1024)
@@ -177,7 +176,6 @@ def attention_columns_kernel(
             counts &= tl.load(query_mask_ptr + i, mask=counts, other=0) != 0
         last = last_visible(positions_ptr, i, counts, m, n, CAUSAL)
         if tl.max(last, 0) >= lowest:
-            visible = j[None, :] <= last[:, None]
             if HEADS == "max":
                 heads = tl.zeros((ROWS, 1, BLOCK_N), tl.int32)
             else:
@@ -187,9 +185,9 @@ def attention_columns_kernel(
                 g = head_group % chunks * GROUP + t % GROUP
                 used = counts & (g < group)
                 head = key_head * group + g
-                q_offsets = head * q_head_stride + i.to(tl.int64) * q_row_stride
+                q_offsets = (head * q_head_stride + i.to(tl.int64) * q_row_stride) * UNIT
                 lse_at = head * lse_head_stride + i.to(tl.int64) * lse_row_stride
-                keys_ptr = k_ptr + key_head * k_head_stride
+                keys_ptr = k_ptr + key_head * k_head_stride * UNIT
                 if STREAMED:
                     logits = streamed_logits(
                         q_ptr, q_offsets, used, keys_ptr, k_offsets, shown, dim, scale, COSINE,
@@ -204,13 +202,15 @@ def attention_columns_kernel(
                         k_tail = load_piece(keys_ptr, k_offsets, shown, BLOCK_D, dim, BLOCK_TAIL)
                     logits = piece_logits(q, q_tail, k, k_tail, scale, COSINE, BLOCK_TAIL)
                 lse = tl.load(lse_ptr + lse_at, mask=used, other=float("-inf")).to(tl.float32)  # -inf: P is 0
-                p = tl.reshape(probability(logits, lse, visible), (ROWS, GROUP, BLOCK_N))
-                if HEADS == "max":
-                    heads = tl.maximum(heads, tl.max(_ordered(p), 1, keep_dims=True))
-                elif HEADS == "none":
+                # Masked here, visibility is no invariant of the loop that the compiler would keep in registers.
+                seen = tl.where(used, last, -1)
+                p = tl.reshape(probability(logits, lse, j, seen), (ROWS, GROUP, BLOCK_N))
+                if HEADS == "none":
                     heads = p
+                elif HEADS == "max":
+                    heads = tl.maximum(heads, _ordered(p) if GROUP == 1 else tl.max(_ordered(p), 1, keep_dims=True))
                 else:
-                    heads += tl.sum(p, 1, keep_dims=True)
+                    heads += p if GROUP == 1 else tl.sum(p, 1, keep_dims=True)
             if HEADS == "max":
                 heads = heads.to(tl.float32, bitcast=True)
             if SUM:
@@ -265,7 +265,7 @@ def attention_parts_kernel(
     best = tl.zeros((BLOCK,), tl.int32)
     final = tl.zeros((BLOCK,), tl.float32)
     partial_ptr += sample * parts * 3 * size + at
-    for part in range(0, parts):
+    for part in range(parts):
         from_ptr = partial_ptr + part * 3 * size
         if SUM:
             total += tl.load(from_ptr, mask=inside, other=0.0)

@@ -21,16 +21,16 @@ MOST_SPLITS = 64
 _PROGRAMS = 256  # about two per multiprocessor of a large GPU
 
 
-def rows_config(target: Target, dtype: torch.dtype, dim: int, rows: int) -> Config:
+def rows_config(target: Target, dtype: torch.dtype, dim: int, unit: int, rows: int) -> Config:
     """For `rows` query rows per key head."""
-    p = pieces(target, dtype, dim)
+    vectors = pieces(dtype, dim, unit, longest=256)
     if dtype == torch.float32:
-        block_m, block_n, warps = power_of_two(rows, 16, 64), 64, 4
+        block_m, warps = power_of_two(rows, 16, 64), 4
     else:
         # 128 rows of 256 elements would take all registers of 8 warps, or all of the 64 KB of shared memory of gfx942.
-        block_m, block_n = power_of_two(rows, 16, 64 if dim > 128 else 128), 64
-        warps = 8 if block_m == 128 else 4
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": p.block, "BLOCK_TAIL": p.tail}
+        block_m = power_of_two(rows, 16, 64 if dim > 128 or vectors["STREAMED"] else 128)
+        warps = 8 if block_m == 128 or (vectors["STREAMED"] and block_m == 64) else 4
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": 64, **vectors}
     return Config(blocks, num_warps=warps, num_stages=2 if target.backend == "hip" else 3)
 
 
@@ -76,7 +76,7 @@ def attention_rows_kernel(
     key_heads, group, m, n, dim, scale, splits,
     q_batch_stride, q_head_stride, q_row_stride, k_batch_stride, k_head_stride, k_row_stride,
     key_mask_stride, positions_stride,
-    CAUSAL: tl.constexpr, COSINE: tl.constexpr, STREAMED: tl.constexpr,
+    CAUSAL: tl.constexpr, COSINE: tl.constexpr, STREAMED: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(group * m, BLOCK_M)
@@ -98,9 +98,10 @@ def attention_rows_kernel(
         key_mask_ptr += sample * key_mask_stride
     last = last_visible(positions_ptr, i, valid, m, n, CAUSAL)
 
-    q_ptr += sample * q_batch_stride
-    k_ptr += sample * k_batch_stride + key_head * k_head_stride
-    q_offsets = head * q_head_stride + i.to(tl.int64) * q_row_stride
+    dim *= UNIT
+    q_ptr += sample * q_batch_stride * UNIT
+    k_ptr += (sample * k_batch_stride + key_head * k_head_stride) * UNIT
+    q_offsets = (head * q_head_stride + i.to(tl.int64) * q_row_stride) * UNIT
     if not STREAMED:
         q = load_piece(q_ptr, q_offsets, valid, 0, dim, BLOCK_D)
         q_tail = q
@@ -115,7 +116,7 @@ def attention_rows_kernel(
     for start in range(split * length, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         inside = j < n
-        k_offsets = j.to(tl.int64) * k_row_stride
+        k_offsets = j.to(tl.int64) * k_row_stride * UNIT
         if STREAMED:
             logits = streamed_logits(
                 q_ptr, q_offsets, valid, k_ptr, k_offsets, inside, dim, scale, COSINE, BLOCK_M, BLOCK_N, BLOCK_D

@@ -6,42 +6,35 @@ float32, in a run-time loop over pieces of BLOCK_D. With `cosine` the squares of
 pieces that are there anyway.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .runtime import Target, power_of_two
+from .runtime import power_of_two
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
-class Pieces(NamedTuple):
-    """How vectors of D elements are read: BLOCK_D and BLOCK_TAIL at once, or, STREAMED, a loop over BLOCK_D."""
-
-    block: int
-    tail: int
-    streamed: bool
-
-
-# D of 16-bit vectors at most -> pieces; each is a power of two, at least the 16 that a matrix instruction multiplies.
+# D of aligned 16-bit vectors at most -> pieces: powers of two, at least the 16 that a matrix instruction multiplies.
 _PIECES = (
     (16, 16, 0), (32, 32, 0), (48, 32, 16), (64, 64, 0), (80, 64, 16), (96, 64, 32), (128, 128, 0), (144, 128, 16),
     (160, 128, 32), (192, 128, 64), (256, 128, 128),
 )  # fmt: skip
 
 
-def pieces(target: Target, dtype: torch.dtype, dim: int) -> Pieces:
-    if dtype != torch.float32:
+def pieces(dtype: torch.dtype, dim: int, unit: int, longest: int) -> dict[str, int]:
+    """How vectors of D elements are read: whole, in BLOCK_D and BLOCK_TAIL, or, STREAMED, in a loop over BLOCK_D."""
+    if dtype != torch.float32 and unit > 1 and dim <= longest:
         for most, block, tail in _PIECES:
             if dim <= most:
-                return Pieces(block, tail, False)
-        return Pieces(64, 0, True)
-    # Without tensor cores for float32 every multiplication of a piece is an instruction of its own: short pieces.
-    return Pieces(16 if dim <= 16 or 64 < dim <= 80 else 32, 0, True)
+                return {"BLOCK_D": block, "BLOCK_TAIL": tail, "STREAMED": False}
+    if dtype != torch.float32 and unit > 1:
+        return {"BLOCK_D": 64, "BLOCK_TAIL": 0, "STREAMED": True}
+    # Without tensor cores for float32 every multiplication of a piece is an instruction of its own, and so is every
+    # load of an element of unaligned vectors: short pieces.
+    return {"BLOCK_D": 16 if dim <= 16 or 64 < dim <= 80 else 32, "BLOCK_TAIL": 0, "STREAMED": True}
 
 
 def group_block(group: int) -> int:
@@ -53,6 +46,15 @@ def strides(t: Tensor) -> tuple[int, int, int]:
     """Of the first three dimensions; one with a single entry has none, so that it cannot spoil the alignment."""
     a, b, c = (t.stride(d) if t.shape[d] > 1 else 0 for d in range(3))
     return a, b, c
+
+
+def unit_of(query: Tensor, key: Tensor) -> int:
+    """8 where D and all strides are multiples of 8 elements, else 1; kernels get them divided by it.
+
+    Triton sees by itself only multiples of 16: with D = 72 it would load element by element.
+    """
+    aligned = query.shape[3] % 8 == 0 and all(s % 8 == 0 for s in (*strides(query), *strides(key)))
+    return 8 if aligned else 1
 
 
 @triton.jit
@@ -119,10 +121,7 @@ def streamed_logits(
 def last_visible(positions_ptr, i, counts, m, n, CAUSAL: tl.constexpr):
     """The last key that each of the rows `i` may see, -1: none (and for rows that do not count), as int32."""
     if CAUSAL:
-        if positions_ptr is not None:
-            last = tl.load(positions_ptr + i, mask=counts, other=-1)
-        else:
-            last = n - m + i
+        last = tl.load(positions_ptr + i, mask=counts, other=-1) if positions_ptr is not None else n - m + i
         last = tl.minimum(tl.maximum(last, -1), n - 1).to(tl.int32)
     else:
         last = tl.zeros_like(i) + (n - 1)
@@ -148,7 +147,7 @@ def exp_accurate(x):
 
 
 @triton.jit
-def probability(logits, lse, visible):
-    """P = exp(s - lse) where a key is visible, 0 elsewhere and in rows whose lse is -inf."""
-    nothing = (~visible) | (logits == float("-inf")) | (lse == float("-inf"))[:, None]
-    return tl.where(nothing, 0.0, exp_accurate(tl.where(nothing, 0.0, logits - lse[:, None])))
+def probability(logits, lse, j, last):
+    """P = exp(s - lse) for the keys `j` that a row may see, up to `last`; 0 elsewhere and in rows whose lse is -inf."""
+    hidden = (j[None, :] > last[:, None]) | (logits == float("-inf")) | (lse == float("-inf"))[:, None]
+    return tl.where(hidden, 0.0, exp_accurate(logits - lse[:, None]))
