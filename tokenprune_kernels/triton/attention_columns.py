@@ -40,14 +40,16 @@ def columns_config(
     heads = group_block(group)
     block_m = power_of_two(rows * heads, max(16, heads), 64)
     if dtype == torch.float32:
-        block_n, warps = 32, 4
+        block_n = 32
     else:
         # Narrow tiles, so that an image's few hundred columns occupy the GPU; wide ones where there are enough.
         spread = columns * row_parts(rows)
-        block_n = 64 if spread > 4096 else 32 if spread > 1024 else 16
-        warps = 8 if block_m * block_n >= 2048 else 4
+        # mma.sync holds its operands in registers, the matrix instructions of sm_90 and sm_100 do not.
+        widest = 64 if target.backend == "hip" or target.arch in (90, 100, 103) else 32
+        block_n = min(64 if spread > 4096 else 32 if spread > 1024 else 16, widest)
     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUP": heads, **pieces(dtype, dim, unit, longest=128)}
-    return Config(blocks, num_warps=warps, num_stages=2 if target.backend == "hip" else 3)
+    warps = 8 if block_m * block_n >= 2048 else 4
+    return Config(blocks, num_warps=warps, num_stages=2 if target.backend == "hip" or block_n == 64 else 3)
 
 
 def row_parts(rows: int) -> int:

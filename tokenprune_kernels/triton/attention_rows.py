@@ -24,12 +24,9 @@ _PROGRAMS = 256  # about two per multiprocessor of a large GPU
 def rows_config(target: Target, dtype: torch.dtype, dim: int, unit: int, rows: int) -> Config:
     """For `rows` query rows per key head."""
     vectors = pieces(dtype, dim, unit, longest=256)
-    if dtype == torch.float32:
-        block_m, warps = power_of_two(rows, 16, 64), 4
-    else:
-        # 128 rows of 256 elements would take all registers of 8 warps, or all of the 64 KB of shared memory of gfx942.
-        block_m = power_of_two(rows, 16, 64 if dim > 128 or vectors["STREAMED"] else 128)
-        warps = 8 if block_m == 128 or (vectors["STREAMED"] and block_m == 64) else 4
+    # 128 rows of 256 elements would take all registers of 8 warps, or all of the 64 KB of shared memory of gfx942.
+    block_m = power_of_two(rows, 16, 64 if dim > 128 or vectors["STREAMED"] else 128)
+    warps = 8 if block_m == 128 or (vectors["STREAMED"] and block_m == 64) else 4
     blocks = {"BLOCK_M": block_m, "BLOCK_N": 64, **vectors}
     return Config(blocks, num_warps=warps, num_stages=2 if target.backend == "hip" else 3)
 
