@@ -231,7 +231,7 @@ def attention_columns_kernel(
         g = first % chunks * GROUP + tl.arange(0, GROUP)
         out_head = first // chunks * group + g
         exists = (g < group)[:, None] & exists
-    size = out_heads.to(tl.int64) * v if HEADS == "none" else tl.cast(v, tl.int64)
+    size = tl.cast(out_heads, tl.int64) * v
     at = out_head.to(tl.int64)[:, None] * v + column[None, :]
     if partial_ptr is not None:
         at += (sample * parts + part) * 3 * size
