@@ -155,7 +155,7 @@ def test_nan_is_the_maximum_of_heads_and_of_rows() -> None:
     [
         ((1, 32, 32, 64, 576, 128), {}, [(ROWS, 32 * 8), (COMBINE, 16), (COLUMNS, 36)]),
         ((1, 28, 4, 1, 16384, 128), {}, [(ROWS, 4 * 64), (COMBINE, 2), (COLUMNS, 256)]),
-        ((1, 28, 4, 64, 16384, 128), {"cosine": True}, [(ROWS, 4 * 4 * 32), (COMBINE, 28), (COLUMNS, 256)]),
+        ((1, 28, 4, 64, 16384, 128), {"cosine": True}, [(ROWS, 4 * 4 * 32), (COMBINE, 56), (COLUMNS, 256)]),
         ((2, 32, 32, 4096, 4096, 128), {}, [(ROWS, 2 * 32 * 32), (COLUMNS, 2 * 16 * 64), (PARTS, 2 * 32)]),
         ((2, 32, 32, 4096, 4096, 128), {"query_reduction": "last"}, [(ROWS, 2 * 32 * 32), (COLUMNS, 2 * 64)]),
         ((1, 16, 4, 64, 60, 64), {}, [(ROWS, 4 * 2), (COLUMNS, 4)]),

@@ -38,7 +38,7 @@ def columns_config(
 ) -> Config:
     """For `rows` rows of `group` query heads each; the tile's rows hold whole groups of heads."""
     heads = group_block(group)
-    block_m = power_of_two(rows * heads, max(16, heads), 64)
+    block_m = power_of_two(rows * heads, max(16, heads), 32 if dtype == torch.float32 else 64)
     if dtype == torch.float32:
         block_n = 32
     else:

@@ -26,8 +26,10 @@ def rows_config(target: Target, dtype: torch.dtype, dim: int, unit: int, rows: i
     vectors = pieces(dtype, dim, unit, longest=256)
     # 128 rows of 256 elements would take all registers of 8 warps, or all of the 64 KB of shared memory of gfx942.
     block_m = power_of_two(rows, 16, 64 if dim > 128 or vectors["STREAMED"] else 128)
-    warps = 8 if block_m == 128 or (vectors["STREAMED"] and block_m == 64) else 4
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": 64, **vectors}
+    # float32 products are fused multiply-adds, with operands and sums in registers.
+    block_n = 32 if dtype == torch.float32 else 64
+    warps = 8 if block_m * block_n == 8192 or (vectors["STREAMED"] and block_m * block_n == 4096) else 4
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, **vectors}
     return Config(blocks, num_warps=warps, num_stages=2 if target.backend == "hip" else 3)
 
 
