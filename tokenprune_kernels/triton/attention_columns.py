@@ -23,7 +23,16 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_tile import group_block, last_visible, load_piece, piece_logits, pieces, probability, streamed_logits
+from .attention_tile import (
+    group_block,
+    last_visible,
+    load_piece,
+    piece_logits,
+    pieces,
+    probability,
+    stages,
+    streamed_logits,
+)
 from .runtime import Config, Target, power_of_two
 
 REDUCTIONS = ("mean", "sum", "max", "last")
@@ -38,7 +47,7 @@ def columns_config(
 ) -> Config:
     """For `rows` rows of `group` query heads each; the tile's rows hold whole groups of heads."""
     heads = group_block(group)
-    block_m = power_of_two(rows * heads, max(16, heads), 32 if dtype == torch.float32 else 64)
+    block_m = power_of_two(rows * heads, max(16, heads), 64)
     if dtype == torch.float32:
         block_n = 32
     else:
@@ -49,7 +58,7 @@ def columns_config(
         block_n = min(64 if spread > 4096 else 32 if spread > 1024 else 16, widest)
     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUP": heads, **pieces(dtype, dim, unit, longest=128)}
     warps = 8 if block_m * block_n >= 2048 else 4
-    return Config(blocks, num_warps=warps, num_stages=2 if target.backend == "hip" or block_n == 64 else 3)
+    return Config(blocks, num_warps=warps, num_stages=stages(target, dtype) if block_n < 64 else 2)
 
 
 def row_parts(rows: int) -> int:

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention_tile import LN2, LOG2E, last_visible, load_piece, piece_logits, pieces, streamed_logits
+from .attention_tile import LN2, LOG2E, last_visible, load_piece, piece_logits, pieces, stages, streamed_logits
 from .runtime import Config, Target, power_of_two
 
 MOST_SPLITS = 64
@@ -30,7 +30,7 @@ def rows_config(target: Target, dtype: torch.dtype, dim: int, unit: int, rows: i
     block_n = 32 if dtype == torch.float32 else 64
     warps = 8 if block_m * block_n == 8192 or (vectors["STREAMED"] and block_m * block_n == 4096) else 4
     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, **vectors}
-    return Config(blocks, num_warps=warps, num_stages=2 if target.backend == "hip" else 3)
+    return Config(blocks, num_warps=warps, num_stages=stages(target, dtype))
 
 
 def combine_config(splits: int) -> Config:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .runtime import power_of_two
+from .runtime import Target, power_of_two
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -34,7 +34,12 @@ def pieces(dtype: torch.dtype, dim: int, unit: int, longest: int) -> dict[str, i
         return {"BLOCK_D": 64, "BLOCK_TAIL": 0, "STREAMED": True}
     # Without tensor cores for float32 every multiplication of a piece is an instruction of its own, and so is every
     # load of an element of unaligned vectors: short pieces.
-    return {"BLOCK_D": 16 if dim <= 16 or 64 < dim <= 80 else 32, "BLOCK_TAIL": 0, "STREAMED": True}
+    return {"BLOCK_D": 16 if dim <= 16 else 32, "BLOCK_TAIL": 0, "STREAMED": True}
+
+
+def stages(target: Target, dtype: torch.dtype) -> int:
+    """Of the pipelined loads. AMD's pipeline needs one less; float32 operands would pay for a third in registers."""
+    return 2 if target.backend == "hip" or dtype == torch.float32 else 3
 
 
 def group_block(group: int) -> int:
