@@ -58,7 +58,27 @@ def add_triton() -> str | None:
         _triton.namespace()
     else:
         os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, which no test does before this
+        prepare_interpreter()
     return None
+
+
+def prepare_interpreter() -> None:
+    """Calls of device functions in Triton's interpreter without its search of the language module each time.
+
+    The launch has patched the module already; what a module of device functions needs beside it, once is enough for.
+    The search takes about a millisecond, most of a test's time.
+    """
+    from triton.runtime import interpreter
+
+    done = set()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if id(self.fn.__globals__) not in done:
+            done.add(id(self.fn.__globals__))
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
 
 
 NO_EMULATOR = add_emulator()

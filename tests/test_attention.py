@@ -73,7 +73,8 @@ def check(backend: str, query: Tensor, key: Tensor, **options: Any) -> tuple[Ten
 @pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (14, 2), (1, 1)])
 @pytest.mark.parametrize("rows", [1, 6, 21, 64])
 def test_accuracy(backend: str, dtype: torch.dtype, heads: int, key_heads: int, rows: int) -> None:
-    check(backend, *inputs(2, heads, key_heads, rows, 150, 64, dtype))
+    batch, keys = (1, 80) if backend == "triton" else (2, 150)  # the interpreter is slow
+    check(backend, *inputs(batch, heads, key_heads, rows, keys, 64, dtype))
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3, 8, 15, 17, 72, 80, 96, 255, 256, 257, 520])
@@ -92,7 +93,7 @@ def test_number_of_keys(keys: int, rows: int) -> None:
 @over_dtypes
 def test_text_embeddings_by_cosine(backend: str, dtype: torch.dtype) -> None:
     """AdaFV: one head of the model's width, softmax of 100 times the cosine, maximum over text rows."""
-    query, key = inputs(1, 1, 1, 20, 60, 4096, dtype)
+    query, key = inputs(1, 1, 1, 20, 60, 1024 if backend == "triton" else 4096, dtype)  # the interpreter is slow
     check(backend, query, key, cosine=True, scale=100.0, query_reduction="max")
 
 
@@ -202,7 +203,8 @@ def test_given_lse(backend: str, rows: int) -> None:
 @pytest.mark.parametrize("rows", [1, 16])
 def test_exponential(backend: str, rows: int) -> None:
     """With D = 1 and lse = 0 the score of a key is exp(key): within 2 units in the last place, 0 and inf outside."""
-    x = torch.cat((torch.linspace(-87.2, 88.7, 20001), torch.linspace(-1e-3, 1e-3, 101)))
+    count = 1501 if backend == "triton" else 20001  # the interpreter is slow
+    x = torch.cat((torch.linspace(-87.2, 88.7, count), torch.linspace(-1e-3, 1e-3, 101)))
     query, lse = torch.ones(1, 1, rows, 1), torch.zeros(1, 1, rows)
     options: dict[str, Any] = {"scale": 1.0, "query_reduction": "last", "backend": backend}
     got = tp.attention_scores(query, x.view(1, 1, -1, 1), lse, **options)[0].double()

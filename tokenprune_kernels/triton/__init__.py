@@ -3,8 +3,28 @@
 Importing this package imports Triton; the rest of tokenprune_kernels does so only when a call needs it.
 """
 
+from .attention import attention_entropy, attention_scores, cross_attention_scores
+from .compaction import _invert_indices, gather_compact
 from .entropy_of_scores import score_entropy
 from .mixture import select_mixture
+from .nms import spatial_semantic_nms
+from .repulsion import repulsion_sample
+from .similarity import contrastive_scores, cosine_scores
 from .topk import mask_to_indices, select_topk, select_two_tailed
 
-__all__ = ["mask_to_indices", "score_entropy", "select_mixture", "select_topk", "select_two_tailed"]
+__all__ = [
+    "_invert_indices",
+    "attention_entropy",
+    "attention_scores",
+    "contrastive_scores",
+    "cosine_scores",
+    "cross_attention_scores",
+    "gather_compact",
+    "mask_to_indices",
+    "repulsion_sample",
+    "score_entropy",
+    "select_mixture",
+    "select_topk",
+    "select_two_tailed",
+    "spatial_semantic_nms",
+]
