@@ -3,6 +3,7 @@
 Importing this package imports Triton; the rest of tokenprune_kernels does so only when a call needs it.
 """
 
+from .repulsion import repulsion_sample
 from .selection import score_entropy
 
-__all__ = ["score_entropy"]
+__all__ = ["repulsion_sample", "score_entropy"]
