@@ -1,7 +1,7 @@
 """Cosines for the greedy ops: all inner products of a sample while they are few, one token's row of them otherwise.
 
-Up to GRAM_TOKENS tokens `gram` writes the inner products of all pairs and the inverse norms in one launch, and a step of
-a greedy op reads one row. Inner products are stored as they are and become cosines where they are read, so that the
+Up to GRAM_TOKENS tokens `gram` writes the inner products of all pairs and the inverse norms in one launch, and a step
+of a greedy op reads one row. Inner products are stored as they are and become cosines where they are read, so that the
 norms (the diagonal) cost no launch of their own. Above that `inverse_norms` and `row_dots` serve a launch per step.
 
 A product of two tokens adds its terms in an order that does not depend on where in the tile they are: tokens with equal
@@ -38,15 +38,22 @@ def samples_at_once(n: int) -> int:
     return GRAM_BYTES // per_sample if per_sample <= GRAM_BYTES else 1
 
 
-def gram_config(where: Target, itemsize: int, batch: int, n: int) -> Config:
-    """Large tiles read the features half as often, but only many of them occupy the GPU."""
-    if itemsize > 2:
-        return Config({"BLOCK": 64, "BLOCK_C": 32}, num_warps=4, num_stages=2)
-    stages = 3 if where.backend == "cuda" else 2
+def gram_config(where: Target, itemsize: int, tiles: int) -> Config:
+    """Tiles of 128 x 128 read the features half as often, but only many of them (`tiles`) occupy the GPU.
+
+    On AMD GPUs the transposed copy of such a tile would take all of the shared memory.
+    """
+    stages = 3 if where.backend == "cuda" and itemsize == 2 else 2
+    channels = 64 if itemsize == 2 else 16  # of float32, a thread keeps all of its rows' in registers
+    if tiles >= 256 and where.backend != "hip":
+        return Config({"BLOCK": 128, "BLOCK_C": channels}, num_warps=8, num_stages=stages)
+    return Config({"BLOCK": 64, "BLOCK_C": channels}, num_warps=4, num_stages=stages)
+
+
+def large_tiles(batch: int, n: int) -> int:
+    """Tiles of 128 x 128 on and above the diagonals."""
     side = cdiv(n, 128)
-    if batch * side * (side + 1) >= 512:
-        return Config({"BLOCK": 128, "BLOCK_C": 64}, num_warps=8, num_stages=stages)
-    return Config({"BLOCK": 64, "BLOCK_C": 64}, num_warps=4, num_stages=stages)
+    return batch * side * (side + 1) // 2
 
 
 def row_config(where: Target, itemsize: int, channels: int) -> Config:
@@ -135,7 +142,7 @@ def gram(features: Tensor) -> tuple[Tensor, Tensor]:
     batch, n, channels = features.shape
     pitch = gram_pitch(n)
     dots, inverse = workspace(features, (batch, n, pitch)), workspace(features, (batch, n))
-    config = gram_config(target(features.device), features.element_size(), batch, n)
+    config = gram_config(target(features.device), features.element_size(), large_tiles(batch, n))
     side = cdiv(n, config.blocks["BLOCK"])
     launch(
         gram_kernel, (batch * ((side + 1) // 2) * (side + 1),), features,

@@ -69,13 +69,12 @@ def nan_max(a, b):
 
 @triton.jit
 def squared_distances(positions_ptr, token_stride, token, inside, pick, axes, BLOCK: tl.constexpr):
-    """||p_i - p_pick||^2 from differences, exact on integer grids; 0 without positions."""
+    """||p_i - p_pick||^2 from differences, exact on integer grids."""
     distance = tl.zeros([BLOCK], tl.float32)
-    if positions_ptr is not None:
-        for axis in range(axes):
-            own = tl.load(positions_ptr + token * token_stride + axis, mask=inside, other=0.0).to(tl.float32)
-            difference = own - tl.load(positions_ptr + pick * token_stride + axis).to(tl.float32)
-            distance += difference * difference
+    for axis in range(axes):
+        own = tl.load(positions_ptr + token * token_stride + axis, mask=inside, other=0.0).to(tl.float32)
+        difference = own - tl.load(positions_ptr + pick * token_stride + axis).to(tl.float32)
+        distance += difference * difference
     return distance
 
 
@@ -110,17 +109,20 @@ def phi_of(r2, half_exponent, epsilon, two_sigma2, KIND: tl.constexpr, POWER: tl
 @triton.jit
 def meet(
     state, cosine, distance, feature_weight, position_weight, half_exponent, epsilon, two_sigma2,
-    KIND: tl.constexpr, SUM: tl.constexpr, POWER: tl.constexpr, PLACED: tl.constexpr,
+    KIND: tl.constexpr, SUM: tl.constexpr, POWER: tl.constexpr,
 ):  # fmt: skip
-    """The states after the tokens have met one more, at these cosines and squared distances."""
+    """The states after the tokens have met one more, at these cosines and squared distances (None: do not matter).
+
+    The maximum and the minimum keep NaN.
+    """
     if KIND == COSINE:
         if SUM:
             state += cosine
         else:
-            state = nan_max(state, cosine)
+            state = tl.where((state > cosine) | (state != state), state, cosine)
     else:
         r2 = feature_weight * (1 - cosine)
-        if PLACED:
+        if distance is not None:
             r2 += position_weight * distance
         if SUM:
             state += phi_of(r2, half_exponent, epsilon, two_sigma2, KIND, POWER)
@@ -128,7 +130,7 @@ def meet(
             if KIND == GAUSSIAN:
                 # exp(-inf / inf) is NaN although the smallest r2 may be finite.
                 r2 = tl.where((r2 == float("inf")) & (two_sigma2 == float("inf")), float("nan"), r2)
-            state = -nan_max(-state, -r2)
+            state = tl.where((state < r2) | (state != state), state, r2)
     return state
 
 
@@ -138,9 +140,8 @@ def objective(
 ):
     """U from the state; `energy` is None or one number per token."""
     value = state
-    if not SUM:
-        if KIND != COSINE:
-            value = phi_of(state, half_exponent, epsilon, two_sigma2, KIND, POWER)
+    if not SUM and KIND != COSINE:
+        value = phi_of(state, half_exponent, epsilon, two_sigma2, KIND, POWER)
     if energy is not None:
         value += energy
     return value

@@ -22,8 +22,18 @@ from .gram import cosine_of, gram, gram_pitch, samples_at_once, stores_gram
 from .order import index_of, key_with_index, order_key
 from .potential import Call, batch_stride, meet, next_seed, nothing_met, objective, squared_distances
 from .repulsion_steps import repulsion_in_steps
-from .runtime import Config, cdiv, check_indices, check_not_float64, fresh, launch, mask_rows, power_of_two, rows
-from .runtime import workspace
+from .runtime import (
+    Config,
+    cdiv,
+    check_indices,
+    check_not_float64,
+    fresh,
+    launch,
+    mask_rows,
+    power_of_two,
+    rows,
+    workspace,
+)
 
 
 def greedy_config(n: int) -> Config:
@@ -33,7 +43,9 @@ def greedy_config(n: int) -> Config:
 
 
 def start_config(n: int) -> Config:
-    return Config({"BLOCK_I": 8, "BLOCK_J": power_of_two(n, 64, 256)}, num_warps=4, num_stages=1)
+    if n <= 1024:
+        return Config({"BLOCK_I": 8, "BLOCK_J": power_of_two(n, 64, 256)}, num_warps=4, num_stages=1)
+    return Config({"BLOCK_I": 16, "BLOCK_J": 512}, num_warps=8, num_stages=1)
 
 
 @triton.jit
@@ -82,7 +94,6 @@ def greedy_kernel(
     feature_weight, position_weight, half_exponent, epsilon, two_sigma2,
     KIND: tl.constexpr, SUM: tl.constexpr, POWER: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    PLACED: tl.constexpr = positions_ptr is not None
     sample = tl.program_id(0).to(tl.int64)
     token = tl.arange(0, BLOCK_N)
     inside = token < n
@@ -106,6 +117,7 @@ def greedy_kernel(
     else:
         value = tl.zeros([BLOCK_N], tl.float32)
     state = nothing_met(BLOCK_N, KIND, SUM)
+    distance = None
     if seeds_ptr is not None:
         seeds_ptr += sample * seeds_batch
         seed = next_seed(seeds_ptr, n_seeds, -1, n, 128)
@@ -113,10 +125,11 @@ def greedy_kernel(
         while seed < n:
             dots = tl.load(dots_ptr + seed * pitch + token, mask=inside, other=0.0)
             cosine = cosine_of(dots, tl.load(inverse_ptr + seed), own)
-            distance = squared_distances(positions_ptr, positions_token, token, inside, seed, axes, BLOCK_N)
+            if positions_ptr is not None:
+                distance = squared_distances(positions_ptr, positions_token, token, inside, seed, axes, BLOCK_N)
             state = meet(
                 state, cosine, distance, feature_weight, position_weight, half_exponent, epsilon, two_sigma2,
-                KIND, SUM, POWER, PLACED,
+                KIND, SUM, POWER,
             )  # fmt: skip
             available = available & (token != seed)
             seed = next_seed(seeds_ptr, n_seeds, seed, n, 128)
@@ -131,10 +144,11 @@ def greedy_kernel(
         chosen = tl.maximum(pick, 0)  # nothing is available any more where there was no pick
         dots = tl.load(dots_ptr + chosen * pitch + token, mask=inside, other=0.0)
         cosine = cosine_of(dots, tl.load(inverse_ptr + chosen), own)
-        distance = squared_distances(positions_ptr, positions_token, token, inside, chosen, axes, BLOCK_N)
+        if positions_ptr is not None:
+            distance = squared_distances(positions_ptr, positions_token, token, inside, chosen, axes, BLOCK_N)
         state = meet(
             state, cosine, distance, feature_weight, position_weight, half_exponent, epsilon, two_sigma2,
-            KIND, SUM, POWER, PLACED,
+            KIND, SUM, POWER,
         )  # fmt: skip
         available = available & (token != pick)
         value = objective(state, energy, half_exponent, epsilon, two_sigma2, KIND, SUM, POWER)

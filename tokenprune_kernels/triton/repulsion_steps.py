@@ -19,22 +19,17 @@ import triton.language as tl
 from torch import Tensor
 
 from . import potential as u
-from .gram import best_block, best_of_blocks, cosine_of, inverse_norms, row_config, row_dots
+from .gram import best_block, best_of_blocks, cosine_of, gram_config, inverse_norms, large_tiles, row_config, row_dots
 from .order import index_of, key_with_index, order_key
-from .potential import Call, batch_stride, meet, next_seed, nothing_met, objective, squared_distances
-from .runtime import Config, Target, cdiv, launch, power_of_two, target, workspace
+from .potential import Call, batch_stride, meet, nan_max, next_seed, nothing_met, objective, squared_distances
+from .runtime import Config, cdiv, launch, power_of_two, target, workspace
 
 PARTS = 16  # of the tokens, for the sum of their unit vectors
+SPLITS = 8  # of the tokens, with which programs look for the most similar one
 
 
 def direction_config(channels: int) -> Config:
     return Config({"BLOCK_I": 16, "BLOCK_C": power_of_two(channels, 32, 128)}, num_warps=4, num_stages=1)
-
-
-def isolated_config(where: Target, itemsize: int) -> Config:
-    if itemsize > 2:
-        return Config({"BLOCK": 64, "BLOCK_C": 32}, num_warps=4, num_stages=2)
-    return Config({"BLOCK": 64, "BLOCK_C": 64}, num_warps=4, num_stages=3 if where.backend == "cuda" else 2)
 
 
 @triton.jit
@@ -95,17 +90,18 @@ def outlier_kernel(
 @triton.jit
 def isolated_kernel(
     features_ptr, inverse_ptr, mask_ptr, start_ptr, n, channels, blocks, features_batch, row_stride, mask_batch,
-    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The largest cosine of each token of a block with another valid one, over all tokens of the sample."""
-    sample = tl.program_id(0).to(tl.int64) // blocks
+    """The largest cosine of each token of a block with another valid one, among 1 / SPLITS of the sample's tokens."""
+    split = tl.program_id(0).to(tl.int64) // blocks  # of all samples
+    sample = split // SPLITS
     i = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     features_ptr += sample * features_batch
     inverse_ptr += sample * n
     own = tl.load(inverse_ptr + i, mask=i < n, other=0.0)
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     spoiled = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, n, BLOCK):
+    for first in range((split % SPLITS) * BLOCK, n, SPLITS * BLOCK):
         j = first + tl.arange(0, BLOCK).to(tl.int64)
         valid = j < n
         if mask_ptr is not None:
@@ -127,7 +123,7 @@ def isolated_kernel(
         cosine = tl.where(valid[None, :] & (i[:, None] != j[None, :]), cosine, float("-inf"))
         spoiled = tl.maximum(spoiled, tl.max((cosine != cosine).to(tl.int32), 1))
         largest = tl.maximum(largest, tl.max(tl.where(cosine != cosine, float("-inf"), cosine), 1))
-    tl.store(start_ptr + sample * n + i, tl.where(spoiled > 0, float("nan"), largest), mask=i < n)
+    tl.store(start_ptr + split * n + i, tl.where(spoiled > 0, float("nan"), largest), mask=i < n)
 
 
 @triton.jit
@@ -136,9 +132,9 @@ def begin_kernel(
     state_ptr, available_ptr, best_ptr, indices_ptr, counts_ptr,
     n, channels, blocks, axes, n_seeds, k, features_batch, row_stride, positions_batch, positions_token, seeds_batch,
     energy_batch, mask_batch, feature_weight, position_weight, half_exponent, epsilon, two_sigma2,
-    KIND: tl.constexpr, SUM: tl.constexpr, POWER: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    KIND: tl.constexpr, SUM: tl.constexpr, POWER: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    PLACED: tl.constexpr = positions_ptr is not None
     sample = tl.program_id(0).to(tl.int64) // blocks
     block = tl.program_id(0) % blocks
     token = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -158,10 +154,13 @@ def begin_kernel(
     if energy_ptr is not None:
         value = energy
     elif start_ptr is not None:
-        value = tl.load(start_ptr + sample * n + token, mask=inside, other=0.0)
+        value = tl.load(start_ptr + sample * SPLITS * n + token, mask=inside, other=0.0)
+        for split in tl.static_range(1, SPLITS):
+            value = nan_max(value, tl.load(start_ptr + (sample * SPLITS + split) * n + token, mask=inside, other=0.0))
     else:
         value = tl.zeros([BLOCK_T], tl.float32)
     state = nothing_met(BLOCK_T, KIND, SUM)
+    distance = None
     if seeds_ptr is not None:
         seeds_ptr += sample * seeds_batch
         seed = next_seed(seeds_ptr, n_seeds, -1, n, 128)
@@ -169,10 +168,11 @@ def begin_kernel(
         while seed < n:
             dots = row_dots(features_ptr, token, inside, seed, channels, row_stride, BLOCK_T, BLOCK_C)
             cosine = cosine_of(dots, tl.load(inverse_ptr + seed), own)
-            distance = squared_distances(positions_ptr, positions_token, token, inside, seed, axes, BLOCK_T)
+            if positions_ptr is not None:
+                distance = squared_distances(positions_ptr, positions_token, token, inside, seed, axes, BLOCK_T)
             state = meet(
                 state, cosine, distance, feature_weight, position_weight, half_exponent, epsilon, two_sigma2,
-                KIND, SUM, POWER, PLACED,
+                KIND, SUM, POWER,
             )  # fmt: skip
             available = available & (token != seed)
             seed = next_seed(seeds_ptr, n_seeds, seed, n, 128)
@@ -197,7 +197,6 @@ def step_kernel(
     KIND: tl.constexpr, SUM: tl.constexpr, POWER: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    PLACED: tl.constexpr = positions_ptr is not None
     sample = tl.program_id(0).to(tl.int64) // blocks
     block = tl.program_id(0) % blocks
     best_ptr += sample * 2 * blocks
@@ -220,10 +219,12 @@ def step_kernel(
         dots = row_dots(features_ptr, token, inside, pick, channels, row_stride, BLOCK_T, BLOCK_C)
         own = tl.load(inverse_ptr + token, mask=inside, other=0.0)
         cosine = cosine_of(dots, tl.load(inverse_ptr + pick), own)
-        distance = squared_distances(positions_ptr, positions_token, token, inside, pick, axes, BLOCK_T)
+        distance = None
+        if positions_ptr is not None:
+            distance = squared_distances(positions_ptr, positions_token, token, inside, pick, axes, BLOCK_T)
         state = meet(
             tl.load(state_ptr, mask=inside, other=0.0), cosine, distance,
-            feature_weight, position_weight, half_exponent, epsilon, two_sigma2, KIND, SUM, POWER, PLACED,
+            feature_weight, position_weight, half_exponent, epsilon, two_sigma2, KIND, SUM, POWER,
         )  # fmt: skip
         available = (tl.load(available_ptr, mask=inside, other=0) != 0) & (token != pick)
         energy = None
@@ -256,12 +257,12 @@ def _outliers(call: Call, inverse: Tensor, start: Tensor, config: Config) -> Non
 def _isolation(call: Call, inverse: Tensor, start: Tensor) -> None:
     features = call.features
     batch, n, channels = features.shape
-    config = isolated_config(target(features.device), features.element_size())
+    config = gram_config(target(features.device), features.element_size(), large_tiles(batch, n))
     blocks = cdiv(n, config.blocks["BLOCK"])
     launch(
-        isolated_kernel, (batch * blocks,), features,
+        isolated_kernel, (batch * SPLITS * blocks,), features,
         features, inverse, call.mask, start, n, channels, blocks, features.stride(0), features.stride(1),
-        batch_stride(call.mask), config=config,
+        batch_stride(call.mask), config=config, SPLITS=SPLITS,
     )  # fmt: skip
 
 
@@ -271,9 +272,10 @@ def repulsion_in_steps(call: Call, numbers: u.Weights, kind: int, total: bool, p
     k = call.indices.shape[1]
     config = row_config(target(features.device), features.element_size(), channels)
     blocks = cdiv(n, config.blocks["BLOCK_T"])
-    inverse, start = inverse_norms(features, config), None
+    inverse, start, splits = inverse_norms(features, config), None, 1
     if energy is None and call.first != "index":
-        start = workspace(features, (batch, n))
+        splits = SPLITS if call.first == "isolated" else 1
+        start = workspace(features, (batch, splits, n))
         if call.first == "outlier":
             _outliers(call, inverse, start, config)
         else:
@@ -288,7 +290,7 @@ def repulsion_in_steps(call: Call, numbers: u.Weights, kind: int, total: bool, p
         features, inverse, start, positions, seeds, energy, call.mask, state, available, best, call.indices,
         call.counts, n, channels, blocks, axes, 0 if seeds is None else seeds.shape[1], k, features.stride(0),
         features.stride(1), batch_stride(positions), token_stride, batch_stride(seeds), batch_stride(energy),
-        batch_stride(call.mask), *numbers, config=config, **options,
+        batch_stride(call.mask), *numbers, config=config, SPLITS=splits, **options,
     )  # fmt: skip
     step = 0
     while step < k and step < n:
