@@ -41,13 +41,14 @@ def samples_at_once(n: int) -> int:
 def gram_config(where: Target, itemsize: int, tiles: int) -> Config:
     """Tiles of 128 x 128 read the features half as often, but only many of them (`tiles`) occupy the GPU.
 
-    On AMD GPUs the transposed copy of such a tile would take all of the shared memory.
+    On AMD GPUs the transposed copy of such a tile would take all of the shared memory; for float32, which has no matrix
+    instructions on NVIDIA GPUs, it would not fit into registers.
     """
-    stages = 3 if where.backend == "cuda" and itemsize == 2 else 2
-    channels = 64 if itemsize == 2 else 16  # of float32, a thread keeps all of its rows' in registers
+    if itemsize > 2:
+        return Config({"BLOCK": 64, "BLOCK_C": 16}, num_warps=8, num_stages=2)
     if tiles >= 256 and where.backend != "hip":
-        return Config({"BLOCK": 128, "BLOCK_C": channels}, num_warps=8, num_stages=stages)
-    return Config({"BLOCK": 64, "BLOCK_C": channels}, num_warps=4, num_stages=stages)
+        return Config({"BLOCK": 128, "BLOCK_C": 32}, num_warps=8, num_stages=4)
+    return Config({"BLOCK": 64, "BLOCK_C": 64}, num_warps=4, num_stages=3 if where.backend == "cuda" else 2)
 
 
 def large_tiles(batch: int, n: int) -> int:

@@ -108,13 +108,11 @@ def phi_of(r2, half_exponent, epsilon, two_sigma2, KIND: tl.constexpr, POWER: tl
 
 @triton.jit
 def meet(
-    state, cosine, distance, feature_weight, position_weight, half_exponent, epsilon, two_sigma2,
-    KIND: tl.constexpr, SUM: tl.constexpr, POWER: tl.constexpr,
+    state, cosine, pick, token, inside, positions_ptr, token_stride, axes,
+    feature_weight, position_weight, half_exponent, epsilon, two_sigma2,
+    KIND: tl.constexpr, SUM: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The states after the tokens have met one more, at these cosines and squared distances (None: do not matter).
-
-    The maximum and the minimum keep NaN.
-    """
+    """The states of tokens after they have met `pick` at these cosines. The maximum and the minimum keep NaN."""
     if KIND == COSINE:
         if SUM:
             state += cosine
@@ -122,8 +120,8 @@ def meet(
             state = tl.where((state > cosine) | (state != state), state, cosine)
     else:
         r2 = feature_weight * (1 - cosine)
-        if distance is not None:
-            r2 += position_weight * distance
+        if positions_ptr is not None:
+            r2 += position_weight * squared_distances(positions_ptr, token_stride, token, inside, pick, axes, BLOCK)
         if SUM:
             state += phi_of(r2, half_exponent, epsilon, two_sigma2, KIND, POWER)
         else:

@@ -20,7 +20,7 @@ from .. import _fakes
 from . import potential as u
 from .gram import cosine_of, gram, gram_pitch, samples_at_once, stores_gram
 from .order import index_of, key_with_index, order_key
-from .potential import Call, batch_stride, meet, next_seed, nothing_met, objective, squared_distances
+from .potential import Call, batch_stride, meet, next_seed, nothing_met, objective
 from .repulsion_steps import repulsion_in_steps
 from .runtime import (
     Config,
@@ -117,7 +117,6 @@ def greedy_kernel(
     else:
         value = tl.zeros([BLOCK_N], tl.float32)
     state = nothing_met(BLOCK_N, KIND, SUM)
-    distance = None
     if seeds_ptr is not None:
         seeds_ptr += sample * seeds_batch
         seed = next_seed(seeds_ptr, n_seeds, -1, n, 128)
@@ -125,11 +124,9 @@ def greedy_kernel(
         while seed < n:
             dots = tl.load(dots_ptr + seed * pitch + token, mask=inside, other=0.0)
             cosine = cosine_of(dots, tl.load(inverse_ptr + seed), own)
-            if positions_ptr is not None:
-                distance = squared_distances(positions_ptr, positions_token, token, inside, seed, axes, BLOCK_N)
             state = meet(
-                state, cosine, distance, feature_weight, position_weight, half_exponent, epsilon, two_sigma2,
-                KIND, SUM, POWER,
+                state, cosine, seed, token, inside, positions_ptr, positions_token, axes,
+                feature_weight, position_weight, half_exponent, epsilon, two_sigma2, KIND, SUM, POWER, BLOCK_N,
             )  # fmt: skip
             available = available & (token != seed)
             seed = next_seed(seeds_ptr, n_seeds, seed, n, 128)
@@ -144,11 +141,9 @@ def greedy_kernel(
         chosen = tl.maximum(pick, 0)  # nothing is available any more where there was no pick
         dots = tl.load(dots_ptr + chosen * pitch + token, mask=inside, other=0.0)
         cosine = cosine_of(dots, tl.load(inverse_ptr + chosen), own)
-        if positions_ptr is not None:
-            distance = squared_distances(positions_ptr, positions_token, token, inside, chosen, axes, BLOCK_N)
         state = meet(
-            state, cosine, distance, feature_weight, position_weight, half_exponent, epsilon, two_sigma2,
-            KIND, SUM, POWER,
+            state, cosine, chosen, token, inside, positions_ptr, positions_token, axes,
+            feature_weight, position_weight, half_exponent, epsilon, two_sigma2, KIND, SUM, POWER, BLOCK_N,
         )  # fmt: skip
         available = available & (token != pick)
         value = objective(state, energy, half_exponent, epsilon, two_sigma2, KIND, SUM, POWER)

@@ -21,7 +21,7 @@ from torch import Tensor
 from . import potential as u
 from .gram import best_block, best_of_blocks, cosine_of, gram_config, inverse_norms, large_tiles, row_config, row_dots
 from .order import index_of, key_with_index, order_key
-from .potential import Call, batch_stride, meet, nan_max, next_seed, nothing_met, objective, squared_distances
+from .potential import Call, batch_stride, meet, nan_max, next_seed, nothing_met, objective
 from .runtime import Config, cdiv, launch, power_of_two, target, workspace
 
 PARTS = 16  # of the tokens, for the sum of their unit vectors
@@ -160,7 +160,6 @@ def begin_kernel(
     else:
         value = tl.zeros([BLOCK_T], tl.float32)
     state = nothing_met(BLOCK_T, KIND, SUM)
-    distance = None
     if seeds_ptr is not None:
         seeds_ptr += sample * seeds_batch
         seed = next_seed(seeds_ptr, n_seeds, -1, n, 128)
@@ -168,11 +167,9 @@ def begin_kernel(
         while seed < n:
             dots = row_dots(features_ptr, token, inside, seed, channels, row_stride, BLOCK_T, BLOCK_C)
             cosine = cosine_of(dots, tl.load(inverse_ptr + seed), own)
-            if positions_ptr is not None:
-                distance = squared_distances(positions_ptr, positions_token, token, inside, seed, axes, BLOCK_T)
             state = meet(
-                state, cosine, distance, feature_weight, position_weight, half_exponent, epsilon, two_sigma2,
-                KIND, SUM, POWER,
+                state, cosine, seed, token, inside, positions_ptr, positions_token, axes,
+                feature_weight, position_weight, half_exponent, epsilon, two_sigma2, KIND, SUM, POWER, BLOCK_T,
             )  # fmt: skip
             available = available & (token != seed)
             seed = next_seed(seeds_ptr, n_seeds, seed, n, 128)
@@ -212,27 +209,26 @@ def step_kernel(
         inside = token < n
         features_ptr += sample * features_batch
         inverse_ptr += sample * n
-        state_ptr += sample * n + token
-        available_ptr += sample * n + token
+        at = sample * n + token
         if positions_ptr is not None:
             positions_ptr += sample * positions_batch
         dots = row_dots(features_ptr, token, inside, pick, channels, row_stride, BLOCK_T, BLOCK_C)
         own = tl.load(inverse_ptr + token, mask=inside, other=0.0)
         cosine = cosine_of(dots, tl.load(inverse_ptr + pick), own)
-        distance = None
-        if positions_ptr is not None:
-            distance = squared_distances(positions_ptr, positions_token, token, inside, pick, axes, BLOCK_T)
         state = meet(
-            tl.load(state_ptr, mask=inside, other=0.0), cosine, distance,
-            feature_weight, position_weight, half_exponent, epsilon, two_sigma2, KIND, SUM, POWER,
+            tl.load(state_ptr + at, mask=inside, other=0.0), cosine,
+            pick, token, inside, positions_ptr, positions_token, axes,
+            feature_weight, position_weight, half_exponent, epsilon, two_sigma2, KIND, SUM, POWER, BLOCK_T,
         )  # fmt: skip
-        available = (tl.load(available_ptr, mask=inside, other=0) != 0) & (token != pick)
+        available = (tl.load(available_ptr + at, mask=inside, other=0) != 0) & (token != pick)
         energy = None
         if energy_ptr is not None:
             energy = tl.load(energy_ptr + sample * energy_batch + token, mask=inside, other=0.0).to(tl.float32)
         value = objective(state, energy, half_exponent, epsilon, two_sigma2, KIND, SUM, POWER)
-        tl.store(state_ptr, state, mask=inside)
-        tl.store(available_ptr, available.to(tl.uint8), mask=inside)
+        # Several threads may hold the same token: all of them must have read it before one overwrites it.
+        tl.debug_barrier()
+        tl.store(state_ptr + at, state, mask=inside)
+        tl.store(available_ptr + at, available.to(tl.uint8), mask=inside)
         tl.store(best_ptr, tl.max(key_with_index(order_key(value, available, False), token), 0))
 
 
