@@ -5,11 +5,11 @@ scores, places and groups in its registers. Above that every step is a launch, a
 own a block of tokens each, agree on the pick from the candidates that the launch before left, and compute inner
 products only where one of their tokens is near the pick.
 
-launch                grid              reads                                        writes
+launch                grid              reads                                      writes
 gram_kernel, inverse_norms_kernel       see gram.py
-nms_kernel            B                 a row of inner products per step             everything
-nms_begin_kernel      B * token blocks  scores, mask                                 scores (float32), candidates, padding
-nms_step_kernel, k *  B * token blocks  candidates, scores; features near the pick   scores, candidates, the pick
+nms_kernel            B                 a row of inner products per step           everything
+nms_begin_kernel      B * token blocks  scores, mask                               float32 scores, candidates, padding
+nms_step_kernel, k *  B * token blocks  candidates, scores; features near the pick  scores, candidates, the pick
 """
 
 import torch
