@@ -47,9 +47,9 @@ def nms(*args: Any, **options: Any) -> Any:
 
 
 @pytest.mark.usefixtures("steps")
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(6))
 def test_exact_inputs_in_steps(seed: int) -> None:
-    features, k, options = exact_case(seed, (1, 16, 17, 40)[seed % 4], (1, 64, 72, 200)[seed // 2])
+    features, k, options = exact_case(seed, (1, 16, 17, 40)[seed % 4], (1, 72, 200)[seed // 2])
     dtype = (torch.float16, torch.float32)[seed % 2]
     same(sample(features.to(dtype), k, **options), reference.repulsion_sample(features.double(), k, **options))
 
@@ -67,11 +67,11 @@ def test_both_ways_agree_on_the_options(potential: str, aggregate: str, monkeypa
         "aggregate": aggregate, "exponent": 3.0, "feature_weight": 0.5, "position_weight": 2.0, "sigma": 0.7,
     }  # fmt: skip
     features = torch.randn(2, 50, 24)
-    in_steps = sample(features, 12, **options)
+    in_steps = sample(features, 8, **options)
     monkeypatch.setattr(gram, "GRAM_TOKENS", 3072)
-    same(sample(features, 12, **options), in_steps)
+    same(sample(features, 8, **options), in_steps)
     clean = {**options, "seed_indices": torch.tensor([[3, -1, 3, 40], [-1, -1, -1, -1]])}
-    same(in_steps, reference.repulsion_sample(features.double(), 12, **clean))
+    same(in_steps, reference.repulsion_sample(features.double(), 8, **clean))
 
 
 @pytest.mark.parametrize("tokens", [0, 3072], ids=["steps", "matrix"])
@@ -82,21 +82,24 @@ def test_identical_tokens_tie(first: str, aggregate: str, tokens: int, monkeypat
     from tokenprune_kernels.triton import gram
 
     monkeypatch.setattr(gram, "GRAM_TOKENS", tokens)
-    base, places = torch.randn(1, 35, 72), torch.rand(1, 35, 2)
-    if tokens and not gpu_backend.has_gpu():
+    base, places = torch.randn(1, 22, 72), torch.rand(1, 22, 2)
+    if (tokens or first == "isolated") and not gpu_backend.has_gpu():
         # The interpreter multiplies matrices with BLAS, whose order of summation depends on the place in the tile;
         # matrix instructions do not. Inner products of integers have no rounding, norms and cosines still do.
         base = torch.randint(-8, 9, base.shape).float()
     start = {"seed_indices": torch.tensor([[4]])} if first == "seeds" else {"first": first}
     picks, counts = sample(
-        base.repeat(1, 3, 1), 105, positions=places.repeat(1, 3, 1), potential="riesz", aggregate=aggregate,
+        base.repeat(1, 3, 1), 30, positions=places.repeat(1, 3, 1), potential="riesz", aggregate=aggregate,
         exponent=3.0, **start,
     )  # fmt: skip
-    step = torch.full((105,), -1).scatter(0, picks[0, : counts[0]], torch.arange(int(counts)))
-    one, two, three = step.view(3, 35)
-    others = torch.arange(35) != 4 if first == "seeds" else torch.ones(35, dtype=torch.bool)
-    assert (one[others] < two[others]).all()
-    assert (two < three).all()
+    assert counts.tolist() == [30]
+    step = torch.full((66,), 30).scatter(0, picks[0], torch.arange(30))  # 30: not picked
+    one, two, three = step.view(3, 22)
+    if first == "seeds":
+        one[4] = -1
+    assert ((one < two) | (one == 30)).all()
+    assert ((two < three) | (two == 30)).all()
+    assert (two < 30).any()
 
 
 @pytest.mark.usefixtures("steps")
@@ -137,8 +140,8 @@ def test_exact_nms_in_steps(mode: str) -> None:
 @pytest.mark.usefixtures("steps")
 def test_nms_in_steps_as_good_as_torch() -> None:
     inputs = torch.rand(1, 81), clustered(1, 81, 133), grid(9, 9)
-    _, plain = error_of(reference.spatial_semantic_nms(*inputs, 25), *inputs)
-    shortfall, error = error_of(nms(*inputs, 25), *inputs)
+    _, plain = error_of(reference.spatial_semantic_nms(*inputs, 20), *inputs)
+    shortfall, error = error_of(nms(*inputs, 20), *inputs)
     allowed = 2 * plain + 16 * torch.finfo(torch.float32).eps
     assert error <= allowed
     assert shortfall <= 2 * allowed

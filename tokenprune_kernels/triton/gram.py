@@ -102,7 +102,7 @@ def gram_kernel(
 ):  # fmt: skip
     # Rows p and side - 1 - p of the triangle on and above the diagonal have side + 1 tiles together.
     per_sample = ((side + 1) // 2) * (side + 1)
-    sample = tl.program_id(0).to(tl.int64) // per_sample
+    sample = (tl.program_id(0) // per_sample).to(tl.int64)
     folded = tl.program_id(0) % per_sample
     upper, at = folded // (side + 1), folded % (side + 1)
     in_upper = at < side - upper
@@ -180,7 +180,7 @@ def inverse_norms_kernel(
     features_ptr, inverse_ptr, n, channels, blocks, batch_stride, row_stride,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    sample = tl.program_id(0).to(tl.int64) // blocks
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
     token = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = token < n
     features_ptr += sample * batch_stride

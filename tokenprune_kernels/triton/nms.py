@@ -123,7 +123,7 @@ def nms_begin_kernel(
     scores_ptr, mask_ptr, score_ptr, available_ptr, best_ptr, indices_ptr, selected_ptr, counts_ptr,
     n, blocks, k, scores_batch, mask_batch, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    sample = tl.program_id(0).to(tl.int64) // blocks
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     token = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = token < n
@@ -151,7 +151,7 @@ def nms_step_kernel(
     radius, two_spatial2, two_semantic2, threshold, HARD: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    sample = tl.program_id(0).to(tl.int64) // blocks
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     best_ptr += sample * 2 * blocks
     pick = index_of(best_of_blocks(best_ptr + (step % 2) * blocks, blocks, BLOCK_B))

@@ -57,7 +57,7 @@ def start_kernel(
 
     The sum is the cosine with the sum of the unit vectors, but for a positive factor that all tokens share.
     """
-    sample = tl.program_id(0).to(tl.int64) // blocks
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
     i = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)
     dots_ptr += sample * n * pitch
     inverse_ptr += sample * n

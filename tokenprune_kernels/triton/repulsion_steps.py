@@ -38,7 +38,7 @@ def direction_kernel(
     mask_batch, PARTS: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The sum of the unit vectors of the valid tokens of one part, for some of the channels."""
-    part = tl.program_id(0).to(tl.int64) // columns  # of all samples
+    part = (tl.program_id(0) // columns).to(tl.int64)  # of all samples
     sample = part // PARTS
     channel = (tl.program_id(0) % columns) * BLOCK_C + tl.arange(0, BLOCK_C)
     begin = (part % PARTS) * share
@@ -63,7 +63,7 @@ def outlier_kernel(
     PARTS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A token's product with the sum of all unit vectors: their cosine but for a positive factor all tokens share."""
-    sample = tl.program_id(0).to(tl.int64) // blocks
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
     token = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = token < n
     features_ptr += sample * features_batch
@@ -93,8 +93,8 @@ def isolated_kernel(
     SPLITS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The largest cosine of each token of a block with another valid one, among 1 / SPLITS of the sample's tokens."""
-    split = tl.program_id(0).to(tl.int64) // blocks  # of all samples
-    sample = split // SPLITS
+    split = tl.program_id(0) // blocks  # of all samples
+    sample = (split // SPLITS).to(tl.int64)
     i = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     features_ptr += sample * features_batch
     inverse_ptr += sample * n
@@ -123,7 +123,7 @@ def isolated_kernel(
         cosine = tl.where(valid[None, :] & (i[:, None] != j[None, :]), cosine, float("-inf"))
         spoiled = tl.maximum(spoiled, tl.max((cosine != cosine).to(tl.int32), 1))
         largest = tl.maximum(largest, tl.max(tl.where(cosine != cosine, float("-inf"), cosine), 1))
-    tl.store(start_ptr + split * n + i, tl.where(spoiled > 0, float("nan"), largest), mask=i < n)
+    tl.store(start_ptr + split.to(tl.int64) * n + i, tl.where(spoiled > 0, float("nan"), largest), mask=i < n)
 
 
 @triton.jit
@@ -135,7 +135,7 @@ def begin_kernel(
     KIND: tl.constexpr, SUM: tl.constexpr, POWER: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    sample = tl.program_id(0).to(tl.int64) // blocks
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     token = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = token < n
@@ -194,7 +194,7 @@ def step_kernel(
     KIND: tl.constexpr, SUM: tl.constexpr, POWER: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    sample = tl.program_id(0).to(tl.int64) // blocks
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     best_ptr += sample * 2 * blocks
     pick = index_of(best_of_blocks(best_ptr + (step % 2) * blocks, blocks, BLOCK_B))
