@@ -4,5 +4,6 @@ Importing this package imports Triton; the rest of tokenprune_kernels does so on
 """
 
 from .selection import score_entropy
+from .similarity import contrastive_scores, cosine_scores
 
-__all__ = ["score_entropy"]
+__all__ = ["contrastive_scores", "cosine_scores", "score_entropy"]
