@@ -28,23 +28,22 @@ from .runtime import Config, cdiv, check_indices, check_not_float64, fresh, laun
 def similarity_config(dtype: torch.dtype, n: int, listed: int, channels: int) -> Config:
     """Blocks for [n, channels] features against lists of up to `listed` rows; the batch size has no say.
 
-    Few features at a time while there are few, so that one image of 576 tokens still makes 36 programs. 16-bit rows
-    are read 256 bytes at a time. float32 takes shorter chunks: where there are no float32 matrix instructions, a thread
-    holds its rows of both tiles in registers.
+    Few features at a time while there are few, so that one image of 576 tokens still makes 36 programs. Chunks are as
+    long as registers allow: a thread keeps the squares of its elements of both tiles, and in float32, where there are
+    no matrix instructions, its rows of both tiles.
     """
     block_n = 16 if n <= 1024 else 32 if n <= 4096 else 64
     block_l = power_of_two(listed, 16, 64)
-    if dtype == torch.float32:
-        return Config({"BLOCK_N": block_n, "BLOCK_L": block_l, "BLOCK_C": power_of_two(channels, 16, 32)}, 4, 2)
-    block_c = power_of_two(channels, 16, 128 if block_n + block_l <= 96 else 64)
-    return Config({"BLOCK_N": block_n, "BLOCK_L": block_l, "BLOCK_C": block_c}, 4, 3)
+    block_c = power_of_two(channels, 16, 32 if dtype == torch.float32 else 64)
+    blocks = {"BLOCK_N": block_n, "BLOCK_L": block_l, "BLOCK_C": block_c}
+    return Config(blocks, num_warps=8 if block_n + block_l > 96 else 4, num_stages=2 if dtype == torch.float32 else 3)
 
 
 @triton.jit
 def _inverse_norms(squares, rows_ptr, counts, channels, BLOCK_C: tl.constexpr):
     """1 / max(norm, 1e-12) of rows; 0 where only the squares overflow, NaN for rows with NaN or infinite elements."""
     odd = (squares == float("inf")) | (squares != squares)
-    tainted = tl.zeros_like(squares).to(tl.int32)
+    tainted = tl.full(squares.shape, 0, tl.int32)
     if tl.max(odd.to(tl.int32), 0) > 0:
         for start in range(0, channels, BLOCK_C):
             column = start + tl.arange(0, BLOCK_C)
@@ -62,10 +61,10 @@ def _cosines(
     BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_L, BLOCK_N] cosines of rows at `listed_ptr` and `features_ptr`, of which `listed` and `tokens` count."""
-    dots = tl.zeros([BLOCK_L, BLOCK_N], tl.float32)
+    dots = tl.full([BLOCK_L, BLOCK_N], 0.0, tl.float32)
     ones = tl.full([BLOCK_L, BLOCK_N], 1.0, tl.float32)
-    listed_squares = tl.zeros([BLOCK_L], tl.float32)
-    feature_squares = tl.zeros([BLOCK_N], tl.float32)
+    listed_squares = tl.full([BLOCK_L, BLOCK_C], 0.0, tl.float32)
+    feature_squares = tl.full([BLOCK_N, BLOCK_C], 0.0, tl.float32)
     for start in range(0, channels, BLOCK_C):
         column = start + tl.arange(0, BLOCK_C)
         inside = (column < channels)[None, :]
@@ -76,97 +75,67 @@ def _cosines(
         # not a sum, which Triton would make the accumulator of the dot product again.
         dots = tl.fma(tl.dot(row, tl.trans(feature), input_precision="ieee"), ones, dots)
         row, feature = row.to(tl.float32), feature.to(tl.float32)
-        listed_squares += tl.sum(row * row, 1)
-        feature_squares += tl.sum(feature * feature, 1)
-    by_row = _inverse_norms(listed_squares, listed_ptr, listed, channels, BLOCK_C)[:, None]
-    by_feature = _inverse_norms(feature_squares, features_ptr, tokens, channels, BLOCK_C)[None, :]
+        listed_squares += row * row
+        feature_squares += feature * feature
+    by_row = _inverse_norms(tl.sum(listed_squares, 1), listed_ptr, listed, channels, BLOCK_C)[:, None]
+    by_feature = _inverse_norms(tl.sum(feature_squares, 1), features_ptr, tokens, channels, BLOCK_C)[None, :]
     # Where squares overflow, so may the dot product: 0 there, or the other vector's NaN.
     dots = tl.where((by_row == 0) | (by_feature == 0), 0.0, dots)
     return dots * by_feature * by_row
 
 
 @triton.jit
-def _list_tile(
-    rows_ptr, indices_ptr, mask_ptr, start, length, available, row_stride, BLOCK_L: tl.constexpr
-):  # fmt: skip
-    """Pointers to BLOCK_L rows of a sample's list, and which of them count."""
-    entry = start + tl.arange(0, BLOCK_L)
-    counts = entry < length
-    if mask_ptr is not None:
-        counts = counts & (tl.load(mask_ptr + entry, mask=counts, other=0) != 0)
-    row = entry.to(tl.int64)
-    if indices_ptr is not None:
-        row = tl.load(indices_ptr + entry, mask=counts, other=-1)
-        counts = counts & (row >= 0) & (row < available)
-    return rows_ptr + tl.where(counts, row, 0) * row_stride, counts
-
-
-@triton.jit
 def similarity_kernel(
-    features_ptr, scores_ptr, n, channels, feature_sample_stride, feature_row_stride,
-    best_ptr, best_indices_ptr, best_mask_ptr, best_length, best_sample_stride, best_row_stride, best_list_stride,
-    mean_ptr, mean_indices_ptr, mean_mask_ptr, mean_length, mean_sample_stride, mean_row_stride, mean_list_stride,
+    features_ptr, rows_ptr, anchors_ptr, references_ptr, mask_ptr, scores_ptr,
+    n, channels, best_length, mean_length, feature_sample_stride, feature_row_stride, row_sample_stride, row_stride,
+    anchor_stride, reference_stride, mask_stride,
     BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """scores = maximum over the list `best` minus mean over the list `mean`; with `mean` alone, its mean.
+    """Maximum over `best_length` listed rows, minus or plus the mean over `mean_length` rows, whose tiles come after.
 
-    list_stride: from one sample to the next of the indices, or of the mask.
+    With anchors_ptr and references_ptr, these list rows of the n features for the maximum and for the mean. Without,
+    all rows are listed (those that mask_ptr marks), and one of the two lengths is 0.
     """
     tiles = (n + BLOCK_N - 1) // BLOCK_N
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     token = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens = token < n
-    features_ptr += sample * feature_sample_stride
-    feature = features_ptr + tl.where(tokens, token, 0).to(tl.int64) * feature_row_stride
-    score = tl.zeros([BLOCK_N], tl.float32)
-    if best_ptr is not None:
-        best_ptr += sample * best_sample_stride
-        if best_indices_ptr is not None:
-            best_indices_ptr += sample * best_list_stride
-        if best_mask_ptr is not None:
-            best_mask_ptr += sample * best_list_stride
-        best = tl.full([BLOCK_N], float("-inf"), tl.float32)
-        unknown = tl.zeros([BLOCK_N], tl.int32)
-        for start in range(0, best_length, BLOCK_L):
-            listed_ptr, listed = _list_tile(
-                best_ptr, best_indices_ptr, best_mask_ptr, start, best_length, n, best_row_stride, BLOCK_L
-            )
-            cosine = _cosines(listed_ptr, listed, feature, tokens, channels, BLOCK_L, BLOCK_N, BLOCK_C)
-            unknown = tl.maximum(unknown, tl.max((listed[:, None] & (cosine != cosine)).to(tl.int32), 0))
-            number = listed[:, None] & (cosine == cosine)
-            best = tl.maximum(best, tl.max(tl.where(number, cosine, float("-inf")), 0))
-        # No cosine is -inf: it stands for an empty list.
-        score = tl.where(unknown > 0, float("nan"), tl.where(best == float("-inf"), 0.0, best))
-    if mean_ptr is not None:
-        mean_ptr += sample * mean_sample_stride
-        if mean_indices_ptr is not None:
-            mean_indices_ptr += sample * mean_list_stride
-        if mean_mask_ptr is not None:
-            mean_mask_ptr += sample * mean_list_stride
-        total = tl.zeros([BLOCK_N], tl.float32)
-        count = 0
-        for start in range(0, mean_length, BLOCK_L):
-            listed_ptr, listed = _list_tile(
-                mean_ptr, mean_indices_ptr, mean_mask_ptr, start, mean_length, n, mean_row_stride, BLOCK_L
-            )
-            cosine = _cosines(listed_ptr, listed, feature, tokens, channels, BLOCK_L, BLOCK_N, BLOCK_C)
+    features_ptr += sample * feature_sample_stride + tl.where(tokens, token, 0).to(tl.int64) * feature_row_stride
+    rows_ptr += sample * row_sample_stride
+    if anchors_ptr is not None:
+        anchors_ptr += sample * anchor_stride
+        references_ptr += sample * reference_stride
+    if mask_ptr is not None:
+        mask_ptr += sample * mask_stride
+    best = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    total = tl.full([BLOCK_N], 0.0, tl.float32)
+    count = 0
+    best_tiles = (best_length + BLOCK_L - 1) // BLOCK_L
+    for tile in range(0, best_tiles + (mean_length + BLOCK_L - 1) // BLOCK_L):
+        to_best = tile < best_tiles
+        entry = tl.where(to_best, tile, tile - best_tiles) * BLOCK_L + tl.arange(0, BLOCK_L)
+        listed = entry < tl.where(to_best, best_length, mean_length)
+        row = entry.to(tl.int64)
+        if anchors_ptr is not None:
+            row = tl.load(tl.where(to_best, anchors_ptr, references_ptr) + entry, mask=listed, other=-1)
+            listed = listed & (row >= 0) & (row < n)
+        if mask_ptr is not None:
+            listed = listed & (tl.load(mask_ptr + entry, mask=listed, other=0) != 0)
+        listed_ptr = rows_ptr + tl.where(listed, row, 0) * row_stride
+        cosine = _cosines(listed_ptr, listed, features_ptr, tokens, channels, BLOCK_L, BLOCK_N, BLOCK_C)
+        if to_best:
+            # No cosine is infinite: inf stands for NaN, which wins over every number, and -inf for an empty list.
+            cosine = tl.where(cosine == cosine, cosine, float("inf"))
+            best = tl.maximum(best, tl.max(tl.where(listed[:, None], cosine, float("-inf")), 0))
+        else:
             total += tl.sum(tl.where(listed[:, None], cosine, 0.0), 0)
             count += tl.sum(listed.to(tl.int32), 0)
-        mean = tl.div_rn(total, tl.full([BLOCK_N], 1.0, tl.float32) * tl.maximum(count, 1).to(tl.float32))
-        if best_ptr is not None:
-            score = score - mean
-        else:
-            score = mean
+    best = tl.where(best == float("-inf"), 0.0, tl.where(best == float("inf"), float("nan"), best))
+    mean = tl.div_rn(total, tl.full([BLOCK_N], 1.0, tl.float32) * tl.maximum(count, 1).to(tl.float32))
+    score = best + mean
+    if anchors_ptr is not None:
+        score = best - mean
     tl.store(scores_ptr + sample * n + token, score, mask=tokens)
-
-
-def _list_arguments(listed: Tensor, indices: Tensor | None, mask: Tensor | None, length: int) -> tuple[object, ...]:
-    beside = indices if indices is not None else mask
-    stride = 0 if beside is None else beside.stride(0)
-    return listed, indices, mask, length, listed.stride(0), listed.stride(1), stride
-
-
-_NO_LIST = (None, None, None, 0, 0, 0, 0)
 
 
 def cosine_scores(
@@ -176,12 +145,13 @@ def cosine_scores(
     check_not_float64("cosine_scores", features=features)
     features, queries, mask = rows(features), rows(queries), mask_rows(query_mask)
     batch, n, channels = features.shape
-    config = similarity_config(features.dtype, n, queries.shape[1], channels)
-    listed = _list_arguments(queries, None, mask, queries.shape[1])
-    lists = (*listed, *_NO_LIST) if reduction == "max" else (*_NO_LIST, *listed)
+    m = queries.shape[1]
+    config = similarity_config(features.dtype, n, m, channels)
     launch(
         similarity_kernel, (batch * cdiv(n, config.blocks["BLOCK_N"]),), features,
-        features, scores, n, channels, features.stride(0), features.stride(1), *lists,
+        features, queries, None, None, mask, scores,
+        n, channels, m if reduction == "max" else 0, m if reduction == "mean" else 0,
+        *features.stride()[:2], *queries.stride()[:2], 0, 0, 0 if mask is None else mask.stride(0),
         config=config,
     )  # fmt: skip
     return scores
@@ -198,8 +168,8 @@ def contrastive_scores(features: Tensor, anchor_indices: Tensor, reference_indic
     config = similarity_config(features.dtype, n, a if a > r else r, channels)
     launch(
         similarity_kernel, (batch * cdiv(n, config.blocks["BLOCK_N"]),), features,
-        features, scores, n, channels, features.stride(0), features.stride(1),
-        *_list_arguments(features, anchors, None, a), *_list_arguments(features, references, None, r),
+        features, features, anchors, references, None, scores,
+        n, channels, a, r, *features.stride()[:2], *features.stride()[:2], anchors.stride(0), references.stride(0), 0,
         config=config,
     )  # fmt: skip
     return scores
