@@ -3,7 +3,8 @@
 Importing this package imports Triton; the rest of tokenprune_kernels does so only when a call needs it.
 """
 
+from .compaction import _invert_indices, gather_compact
 from .selection import score_entropy
 from .similarity import contrastive_scores, cosine_scores
 
-__all__ = ["contrastive_scores", "cosine_scores", "score_entropy"]
+__all__ = ["_invert_indices", "contrastive_scores", "cosine_scores", "gather_compact", "score_entropy"]

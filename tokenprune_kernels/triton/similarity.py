@@ -29,14 +29,16 @@ def similarity_config(dtype: torch.dtype, n: int, listed: int, channels: int) ->
     """Blocks for [n, channels] features against lists of up to `listed` rows; the batch size has no say.
 
     Few features at a time while there are few, so that one image of 576 tokens still makes 36 programs. Chunks are as
-    long as registers allow: a thread keeps the squares of its elements of both tiles, and in float32, where there are
-    no matrix instructions, its rows of both tiles.
+    long as registers allow: a thread keeps the squares of its elements of both tiles, and in float32, where NVIDIA has
+    no matrix instructions, its rows of both tiles too.
     """
-    block_n = 16 if n <= 1024 else 32 if n <= 4096 else 64
-    block_l = power_of_two(listed, 16, 64)
-    block_c = power_of_two(channels, 16, 32 if dtype == torch.float32 else 64)
-    blocks = {"BLOCK_N": block_n, "BLOCK_L": block_l, "BLOCK_C": block_c}
-    return Config(blocks, num_warps=8 if block_n + block_l > 96 else 4, num_stages=2 if dtype == torch.float32 else 3)
+    block_n = 16 if n <= 1024 else 32 if n <= 4096 or dtype == torch.float32 else 64
+    if dtype == torch.float32:
+        blocks = {"BLOCK_L": power_of_two(listed, block_n, 64), "BLOCK_C": power_of_two(channels, 16, 32)}
+        return Config({"BLOCK_N": block_n, **blocks}, num_warps=4, num_stages=2)
+    blocks = {"BLOCK_L": power_of_two(listed, 16, 64), "BLOCK_C": power_of_two(channels, 16, 64)}
+    warps = 8 if block_n + blocks["BLOCK_L"] > 96 else 4
+    return Config({"BLOCK_N": block_n, **blocks}, num_warps=warps, num_stages=3)
 
 
 @triton.jit
