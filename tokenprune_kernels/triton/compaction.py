@@ -29,11 +29,12 @@ from .. import _fakes
 from .runtime import Config, cdiv, check_indices, fresh, launch
 
 LOOPS = 4  # a contiguous tensor has no more: outer, batch, middle and token in front of the bytes of a row
-MAX_GEOMETRIES, MAX_TENSORS = 16, 64  # with two addresses per tensor 3.2 KB of parameters, of 4 KB that all GPUs take
+MAX_GEOMETRIES, MAX_TENSORS = 16, 64  # 20 numbers and 2 addresses: 3.6 KB of parameters, of 4 KB that all GPUs take
+GROUP = 8
 NARROW = 1 << 31  # vectors of a tensor up to which 32 bits count them
 
 CODE: tl.constexpr = tl.constexpr(1 << 62)
-COPY = Config({"BLOCK": 512}, num_warps=4, num_stages=1)
+COPY = Config({"BLOCK": 1024}, num_warps=8, num_stages=1)
 INVERT = Config({"BLOCK_T": 64, "BLOCK_K": 64}, num_warps=4, num_stages=2)
 
 
@@ -45,8 +46,7 @@ class Geometry(NamedTuple):
     token_stride: int
     sizes: tuple[int, ...]  # of the output
     strides: tuple[int, ...]  # of the input; 0 for the loop over tokens, whose place comes from the index
-    token_loop: int
-    batch_loop: int  # -1: none, the batch is 1
+    index_strides: tuple[int, ...]  # in entries of `indices`: nonzero for the loops over tokens and over the batch
 
     def bytes(self) -> int:
         total = self.run
@@ -57,10 +57,11 @@ class Geometry(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def geometry(
-    shape: tuple[int, ...], stride: tuple[int, ...], element: int, dim: int, batch_dim: int, kept: int
-) -> Geometry:
+    shape: tuple[int, ...], stride: tuple[int, ...], element: int, dim: int, batch_dim: int,
+    kept: int, batch_stride: int, entry_stride: int,
+) -> Geometry:  # fmt: skip
     """Dimensions behind the tokens that are contiguous make up the row; neighbours that one stride walks are a loop."""
-    run, sizes, strides, token_loop, batch_loop = element, [], [], -1, -1
+    run, sizes, strides, index_strides = element, [], [], []
     in_run, after_plain = True, False
     for d in reversed(range(len(shape))):
         # The stride of a dimension that is never walked may be anything.
@@ -74,24 +75,21 @@ def geometry(
         elif plain and after_plain and step == sizes[-1] * strides[-1]:
             sizes[-1] *= size
         else:
-            if d == dim:
-                token_loop = len(sizes)
-            elif d == batch_dim:
-                batch_loop = len(sizes)
             sizes.append(kept if d == dim else size)
             strides.append(0 if d == dim else step)
+            index_strides.append(entry_stride if d == dim else batch_stride if d == batch_dim else 0)
         after_plain = plain and not in_run
     tokens = shape[dim]
     token_stride = stride[dim] * element if tokens > 1 else 0
-    return Geometry(run, tokens, token_stride, tuple(sizes), tuple(strides), token_loop, batch_loop)
+    return Geometry(run, tokens, token_stride, tuple(sizes), tuple(strides), tuple(index_strides))
 
 
 class Plan(NamedTuple):
-    """One launch: its grid, table and addresses (from, to), and whether 32 bits number the vectors of each tensor."""
+    """One launch: grid, table, addresses (from, to) in groups of 8, and whether 32 bits number each tensor's vectors."""
 
     blocks: int
     table: tuple[tuple[int, ...], ...]
-    addresses: tuple[tuple[int, ...], ...]
+    addresses: tuple[tuple[tuple[int, ...], ...], ...]
     narrow: bool
 
 
@@ -116,8 +114,8 @@ def _plan(kinds: list[tuple[Geometry, int, list[tuple[int, int]]]]) -> Plan:
         table.append(
             coded(
                 blocks, per_tensor, len(addresses), width, vectors, of.run // width, of.tokens, of.token_stride // width,
-                of.token_loop, of.batch_loop + 1, *of.sizes, *[1] * spare, *(s // width for s in of.strides),
-                *[0] * spare,
+                *of.sizes, *[1] * spare, *(s // width for s in of.strides), *[0] * spare,
+                *of.index_strides, *[0] * spare,
             )
         )  # fmt: skip
         addresses += tensors
@@ -126,7 +124,9 @@ def _plan(kinds: list[tuple[Geometry, int, list[tuple[int, int]]]]) -> Plan:
     nothing = coded(blocks, *[0] * (len(table[0]) - 1))
     table += [nothing] * (_padded(len(table), (1, 4, MAX_GEOMETRIES)) - len(table))
     addresses += [(0, 0)] * (_padded(len(addresses), (1, 4, 16, MAX_TENSORS)) - len(addresses))
-    return Plan(blocks, tuple(table), tuple(coded(*pair) for pair in addresses), narrow)
+    pairs = [coded(*pair) for pair in addresses]
+    groups = tuple(tuple(pairs[i : i + GROUP]) for i in range(0, len(pairs), GROUP))
+    return Plan(blocks, tuple(table), groups, narrow)
 
 
 def plans(copies: Sequence[tuple[Geometry, int, int]]) -> list[Plan]:
@@ -163,12 +163,11 @@ def _move(source, target, offset, number, kept, inside, PART: tl.constexpr, PART
     tl.store(target + (number[:, None] * PARTS + part), value, mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["indices_ptr", "batch_stride", "entry_stride"])
+@triton.jit(do_not_specialize=["indices_ptr"])
 def gather_compact_kernel(
-    indices_ptr, batch_stride, entry_stride, table, addresses,
-    COUNT: tl.constexpr, BLOCK: tl.constexpr,
+    indices_ptr, table, addresses, GROUP: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """table: a row of 10 + 2 * 4 numbers per geometry; addresses: (from, to) per tensor; both as `coded` makes them.
+    """table: a row of 8 + 3 * 4 numbers per geometry; addresses: GROUP times (from, to); both as `coded` makes them.
 
     COUNT: the type that numbers the vectors of a tensor.
     """
@@ -180,10 +179,15 @@ def gather_compact_kernel(
     row = [value - CODE >> 1 for value in row]
     which = (block - row[0]) // row[1]  # of the tensors of this geometry
     slot = row[2] + which
-    address = addresses[0]
-    for t in tl.static_range(1, len(addresses)):
+    group = addresses[0]
+    for g in tl.static_range(1, len(addresses)):
+        if slot >= g * GROUP:
+            group = addresses[g]
+    slot = slot % GROUP
+    address = group[0]
+    for t in tl.static_range(1, len(group)):
         if slot == t:
-            address = addresses[t]
+            address = group[t]
     source, target = address[0] - CODE >> 1, address[1] - CODE >> 1
 
     number = (block - row[0] - which * row[1]) * BLOCK + tl.arange(0, BLOCK)
@@ -193,11 +197,12 @@ def gather_compact_kernel(
     offset = (rest - outer * row[5].to(COUNT)).to(tl.int64)
     place = tl.full([BLOCK], 0, tl.int64)
     for l in tl.static_range(4):
-        rest = outer
-        outer = rest // row[10 + l].to(COUNT)
-        at = (rest - outer * row[10 + l].to(COUNT)).to(tl.int64)
-        offset += at * row[14 + l]
-        place += at * (tl.where(row[8] == l, entry_stride, 0) + tl.where(row[9] == l + 1, batch_stride, 0))
+        if row[8 + l] > 1:
+            rest = outer
+            outer = rest // row[8 + l].to(COUNT)
+            at = (rest - outer * row[8 + l].to(COUNT)).to(tl.int64)
+            offset += at * row[12 + l]
+            place += at * row[16 + l]
     token = tl.load(indices_ptr + place, mask=inside, other=-1)
     kept = inside & (token >= 0) & (token < row[6])
     offset += tl.where(kept, token, 0) * row[7]
@@ -245,17 +250,18 @@ def gather_compact(
     copies, alive = [], []
     for i, (t, to) in enumerate(zip(tensors, outputs, strict=True)):
         dim, batch_dim = dims[i] % t.dim(), 0 if batch_dims is None else batch_dims[i] % t.dim()
-        of = geometry(tuple(t.shape), t.stride(), t.element_size(), dim, batch_dim, kept)
+        common = (t.element_size(), dim, batch_dim, kept, *indices.stride())
+        of = geometry(tuple(t.shape), t.stride(), *common)
         if len(of.sizes) > LOOPS:
             t = t.contiguous()
             alive.append(t)  # until its launch is queued
-            of = geometry(tuple(t.shape), t.stride(), t.element_size(), dim, batch_dim, kept)
+            of = geometry(tuple(t.shape), t.stride(), *common)
         copies.append((of, t.data_ptr(), to.data_ptr()))
     for plan in plans(copies):
         launch(
             gather_compact_kernel, (plan.blocks,), indices,
-            indices, indices.stride(0), indices.stride(1), plan.table, plan.addresses,
-            config=COPY, COUNT=tl.uint32 if plan.narrow else tl.int64,
+            indices, plan.table, plan.addresses,
+            config=COPY, GROUP=GROUP, COUNT=tl.uint32 if plan.narrow else tl.int64,
         )  # fmt: skip
     return outputs
 
