@@ -61,7 +61,10 @@ def geometry(
     kept: int, batch_stride: int, entry_stride: int,
 ) -> Geometry:  # fmt: skip
     """Dimensions behind the tokens that are contiguous make up the row; neighbours that one stride walks are a loop."""
-    run, sizes, strides, index_strides = element, [], [], []
+    run = element
+    sizes: list[int] = []
+    strides: list[int] = []
+    index_strides: list[int] = []
     in_run, after_plain = True, False
     for d in reversed(range(len(shape))):
         # The stride of a dimension that is never walked may be anything.
@@ -85,7 +88,7 @@ def geometry(
 
 
 class Plan(NamedTuple):
-    """One launch: grid, table, addresses (from, to) in groups of 8, and whether 32 bits number each tensor's vectors."""
+    """One launch: grid, table, addresses (from, to) in groups of 8; narrow: 32 bits number each tensor's vectors."""
 
     blocks: int
     table: tuple[tuple[int, ...], ...]
@@ -113,7 +116,8 @@ def _plan(kinds: list[tuple[Geometry, int, list[tuple[int, int]]]]) -> Plan:
         per_tensor = cdiv(vectors, COPY.blocks["BLOCK"])
         table.append(
             coded(
-                blocks, per_tensor, len(addresses), width, vectors, of.run // width, of.tokens, of.token_stride // width,
+                blocks, per_tensor, len(addresses), width, vectors,
+                of.run // width, of.tokens, of.token_stride // width,
                 *of.sizes, *[1] * spare, *(s // width for s in of.strides), *[0] * spare,
                 *of.index_strides, *[0] * spare,
             )
@@ -196,13 +200,13 @@ def gather_compact_kernel(
     outer = rest // row[5].to(COUNT)
     offset = (rest - outer * row[5].to(COUNT)).to(tl.int64)
     place = tl.full([BLOCK], 0, tl.int64)
-    for l in tl.static_range(4):
-        if row[8 + l] > 1:
+    for d in tl.static_range(4):
+        if row[8 + d] > 1:
             rest = outer
-            outer = rest // row[8 + l].to(COUNT)
-            at = (rest - outer * row[8 + l].to(COUNT)).to(tl.int64)
-            offset += at * row[12 + l]
-            place += at * row[16 + l]
+            outer = rest // row[8 + d].to(COUNT)
+            at = (rest - outer * row[8 + d].to(COUNT)).to(tl.int64)
+            offset += at * row[12 + d]
+            place += at * row[16 + d]
     token = tl.load(indices_ptr + place, mask=inside, other=-1)
     kept = inside & (token >= 0) & (token < row[6])
     offset += tl.where(kept, token, 0) * row[7]

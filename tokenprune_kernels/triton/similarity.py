@@ -25,20 +25,22 @@ from .. import _fakes
 from .runtime import Config, cdiv, check_indices, check_not_float64, fresh, launch, mask_rows, power_of_two, rows
 
 
-def similarity_config(dtype: torch.dtype, n: int, listed: int, channels: int) -> Config:
-    """Blocks for [n, channels] features against lists of up to `listed` rows; the batch size has no say.
+def similarity_config(dtype: torch.dtype, n: int, listed: int) -> Config:
+    """Blocks for n features against lists of up to `listed` rows; the batch size has no say.
 
-    Few features at a time while there are few, so that one image of 576 tokens still makes 36 programs. Chunks are as
-    long as registers allow: a thread keeps the squares of its elements of both tiles, and in float32, where NVIDIA has
-    no matrix instructions, its rows of both tiles too.
+    Few 16-bit features at a time while there are few, so that one image of 576 tokens still makes 36 programs. Chunks
+    are as long as registers allow: a thread keeps the squares of its elements of both tiles, and in float32, where
+    NVIDIA has no matrix instructions, its rows of both tiles too. Other combinations of these sizes spill somewhere.
     """
-    block_n = 16 if n <= 1024 else 32 if n <= 4096 or dtype == torch.float32 else 64
     if dtype == torch.float32:
-        blocks = {"BLOCK_L": power_of_two(listed, block_n, 64), "BLOCK_C": power_of_two(channels, 16, 32)}
-        return Config({"BLOCK_N": block_n, **blocks}, num_warps=4, num_stages=2)
-    blocks = {"BLOCK_L": power_of_two(listed, 16, 64), "BLOCK_C": power_of_two(channels, 16, 64)}
-    warps = 8 if block_n + blocks["BLOCK_L"] > 96 else 4
-    return Config({"BLOCK_N": block_n, **blocks}, num_warps=warps, num_stages=3)
+        return Config({"BLOCK_N": 32, "BLOCK_L": power_of_two(listed, 32, 64), "BLOCK_C": 32}, 4, 2)
+    if n <= 1024:
+        return Config({"BLOCK_N": 16, "BLOCK_L": power_of_two(listed, 16, 64), "BLOCK_C": 64}, 4, 3)
+    if listed <= 16:
+        return Config({"BLOCK_N": 32, "BLOCK_L": 16, "BLOCK_C": 64}, 4, 3)
+    if n <= 4096:
+        return Config({"BLOCK_N": 32, "BLOCK_L": 64, "BLOCK_C": 64}, 4, 3)
+    return Config({"BLOCK_N": 64, "BLOCK_L": 64, "BLOCK_C": 64}, 8, 3)
 
 
 @triton.jit
@@ -113,7 +115,7 @@ def similarity_kernel(
     total = tl.full([BLOCK_N], 0.0, tl.float32)
     count = 0
     best_tiles = (best_length + BLOCK_L - 1) // BLOCK_L
-    for tile in range(0, best_tiles + (mean_length + BLOCK_L - 1) // BLOCK_L):
+    for tile in range(best_tiles + (mean_length + BLOCK_L - 1) // BLOCK_L):
         to_best = tile < best_tiles
         entry = tl.where(to_best, tile, tile - best_tiles) * BLOCK_L + tl.arange(0, BLOCK_L)
         listed = entry < tl.where(to_best, best_length, mean_length)
@@ -148,7 +150,7 @@ def cosine_scores(
     features, queries, mask = rows(features), rows(queries), mask_rows(query_mask)
     batch, n, channels = features.shape
     m = queries.shape[1]
-    config = similarity_config(features.dtype, n, m, channels)
+    config = similarity_config(features.dtype, n, m)
     launch(
         similarity_kernel, (batch * cdiv(n, config.blocks["BLOCK_N"]),), features,
         features, queries, None, None, mask, scores,
@@ -167,7 +169,7 @@ def contrastive_scores(features: Tensor, anchor_indices: Tensor, reference_indic
     check_indices("contrastive_scores", "reference_indices", reference_indices, n)
     features, anchors, references = rows(features), rows(anchor_indices), rows(reference_indices)
     a, r = anchors.shape[1], references.shape[1]
-    config = similarity_config(features.dtype, n, a if a > r else r, channels)
+    config = similarity_config(features.dtype, n, a if a > r else r)
     launch(
         similarity_kernel, (batch * cdiv(n, config.blocks["BLOCK_N"]),), features,
         features, features, anchors, references, None, scores,
