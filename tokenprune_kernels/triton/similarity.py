@@ -33,7 +33,7 @@ def similarity_config(dtype: torch.dtype, n: int, listed: int) -> Config:
     NVIDIA has no matrix instructions, its rows of both tiles too. Other combinations of these sizes spill somewhere.
     """
     if dtype == torch.float32:
-        return Config({"BLOCK_N": 32, "BLOCK_L": power_of_two(listed, 32, 64), "BLOCK_C": 32}, 4, 2)
+        return Config({"BLOCK_N": 32, "BLOCK_L": 32, "BLOCK_C": 32}, 4, 2)
     if n <= 1024:
         return Config({"BLOCK_N": 16, "BLOCK_L": power_of_two(listed, 16, 64), "BLOCK_C": 64}, 4, 3)
     if listed <= 16:
