@@ -60,7 +60,10 @@ def check_contrastive(features: Tensor, anchors: Tensor, references: Tensor, bac
 @pytest.mark.parametrize("channels", [1, 72, 80, 515])
 def test_cosine_scores(backend: str, dtype: torch.dtype, reduction: str, channels: int) -> None:
     # Around the width of a panel: queries go one by one, in padded panels, in full panels, or in both.
-    for batch, n, m in [(2, 50, 1), (1, 97, 5), (2, 49, 11), (1, 13, 38), (3, 1, 64), (1, 100, 75)]:
+    shapes = [(2, 50, 1), (1, 97, 5), (2, 49, 11), (1, 13, 38), (3, 1, 64), (1, 100, 75)]
+    if backend == "triton" and channels > 100:  # slow where it is interpreted
+        shapes = [(2, 20, 1), (1, 13, 38), (1, 20, 75)]
+    for batch, n, m in shapes:
         features, queries = torch.randn(batch, n, channels).to(dtype), torch.randn(batch, m, channels).to(dtype)
         check_cosine(features, queries, None, reduction, backend)
         check_cosine(features, queries, torch.rand(batch, m) < 0.7, reduction, backend)
@@ -86,8 +89,8 @@ def test_random_shapes(batch: int, n: int, m: int, r: int, channels: int, dtype:
     for backend in BACKENDS:
         if dtype not in dtypes_of(backend):
             continue
-        if backend == "emulator":  # slow: one sample is as good as three
-            features, queries = features[:1, :70], queries[:1]
+        if backend in ("emulator", "triton"):  # slow: one sample is as good as three
+            features, queries = features[:1, : 70 if backend == "emulator" else 40], queries[:1]
         samples, tokens = features.shape[:2]
         for reduction in REDUCTIONS:
             check_cosine(features, queries, torch.rand(samples, m) < 0.6, reduction, backend)
@@ -160,7 +163,7 @@ def test_scale_and_sign_of_vectors(backend: str, dtype: torch.dtype, m: int) -> 
 def test_special_values(backend: str, reduction: str, m: int, special: float) -> None:
     # 1e30: the squares overflow in float32, so the unit vector is 0; 1e-30: below the floor of the norm.
     for filled in (slice(None), slice(0, 1)):
-        features, queries = torch.randn(2, 60, 24), torch.randn(2, m, 24)
+        features, queries = torch.randn(2, 20 if backend == "triton" else 60, 24), torch.randn(2, m, 24)
         features[:, ::7, filled] = special
         for in_queries in (False, True):
             if in_queries:
