@@ -5,7 +5,7 @@ cosine or the smallest r2: phi falls with r2, so that phi is evaluated once per 
 """
 
 import ctypes
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -50,7 +50,8 @@ class Call(NamedTuple):
     first: str
 
     def samples(self, begin: int, end: int) -> "Call":
-        return Call(*(t[begin:end] if isinstance(t, Tensor) else t for t in self))
+        parts: dict[str, Any] = {n: t[begin:end] for n, t in self._asdict().items() if isinstance(t, Tensor)}
+        return self._replace(**parts)
 
 
 def batch_stride(t: Tensor | None) -> int:
