@@ -113,7 +113,7 @@ def test_one_launch(launches: list[Any], n: int) -> None:
     for i, call in enumerate(calls):
         call()
         assert len(launches) == i + 1
-        block = similarity_config(torch.float32, n, 0).blocks["BLOCK_N"]
+        block = similarity_config(torch.float32, n, 0, 40).blocks["BLOCK_N"]
         assert launches[i][1] == (3 * -(-n // block),)
 
 
@@ -123,11 +123,14 @@ def test_nothing_to_score_launches_nothing(launches: list[Any]) -> None:
     assert launches == []
 
 
-@given(st.sampled_from([torch.float16, torch.bfloat16, torch.float32]), st.integers(0, 2**31), st.integers(0, 2**31))
-def test_configurations(dtype: torch.dtype, n: int, listed: int) -> None:
+@given(
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    st.integers(0, 2**31), st.integers(0, 2**31), st.integers(0, 9000),
+)  # fmt: skip
+def test_configurations(dtype: torch.dtype, n: int, listed: int, channels: int) -> None:
     from tokenprune_kernels.triton.similarity import similarity_config
 
-    config = similarity_config(dtype, n, listed)
+    config = similarity_config(dtype, n, listed, channels)
     sizes = config.blocks.values()
     assert all(size >= 16 and size & (size - 1) == 0 for size in sizes)  # what tl.dot and tl.arange take
     # Both operands of every stage fit the smallest shared memory there is, of gfx942.

@@ -25,22 +25,24 @@ from .. import _fakes
 from .runtime import Config, cdiv, check_indices, check_not_float64, fresh, launch, mask_rows, power_of_two, rows
 
 
-def similarity_config(dtype: torch.dtype, n: int, listed: int) -> Config:
-    """Blocks for n features against lists of up to `listed` rows; the batch size has no say.
+def similarity_config(dtype: torch.dtype, n: int, listed: int, channels: int) -> Config:
+    """Blocks for [n, channels] features against lists of up to `listed` rows; the batch size has no say.
 
     Few 16-bit features at a time while there are few, so that one image of 576 tokens still makes 36 programs. Chunks
-    are as long as registers allow: a thread keeps the squares of its elements of both tiles, and in float32, where
-    NVIDIA has no matrix instructions, its rows of both tiles too. Other combinations of these sizes spill somewhere.
+    are as long as registers allow: a thread keeps the squares of its elements of both tiles; an address per element
+    where rows are not aligned; and in float32, where NVIDIA has no matrix instructions, its rows of both tiles. Other
+    combinations of these sizes spill somewhere.
     """
     if dtype == torch.float32:
-        return Config({"BLOCK_N": 32, "BLOCK_L": 32, "BLOCK_C": 32}, 4, 2)
+        return Config({"BLOCK_N": 32, "BLOCK_L": 32, "BLOCK_C": 32}, num_warps=4, num_stages=2)
+    block_c = 64 if channels % 16 == 0 else 32
     if n <= 1024:
-        return Config({"BLOCK_N": 16, "BLOCK_L": power_of_two(listed, 16, 64), "BLOCK_C": 64}, 4, 3)
+        return Config({"BLOCK_N": 16, "BLOCK_L": power_of_two(listed, 16, 64), "BLOCK_C": block_c}, 4, 3)
     if listed <= 16:
-        return Config({"BLOCK_N": 32, "BLOCK_L": 16, "BLOCK_C": 64}, 4, 3)
+        return Config({"BLOCK_N": 32, "BLOCK_L": 16, "BLOCK_C": block_c}, 4, 3)
     if n <= 4096:
-        return Config({"BLOCK_N": 32, "BLOCK_L": 64, "BLOCK_C": 64}, 4, 3)
-    return Config({"BLOCK_N": 64, "BLOCK_L": 64, "BLOCK_C": 64}, 8, 3)
+        return Config({"BLOCK_N": 32, "BLOCK_L": 64, "BLOCK_C": block_c}, 4, 3)
+    return Config({"BLOCK_N": 64, "BLOCK_L": 64, "BLOCK_C": block_c}, 8, 3)
 
 
 @triton.jit
@@ -150,7 +152,7 @@ def cosine_scores(
     features, queries, mask = rows(features), rows(queries), mask_rows(query_mask)
     batch, n, channels = features.shape
     m = queries.shape[1]
-    config = similarity_config(features.dtype, n, m)
+    config = similarity_config(features.dtype, n, m, channels)
     launch(
         similarity_kernel, (batch * cdiv(n, config.blocks["BLOCK_N"]),), features,
         features, queries, None, None, mask, scores,
@@ -169,7 +171,7 @@ def contrastive_scores(features: Tensor, anchor_indices: Tensor, reference_indic
     check_indices("contrastive_scores", "reference_indices", reference_indices, n)
     features, anchors, references = rows(features), rows(anchor_indices), rows(reference_indices)
     a, r = anchors.shape[1], references.shape[1]
-    config = similarity_config(features.dtype, n, a if a > r else r)
+    config = similarity_config(features.dtype, n, a if a > r else r, channels)
     launch(
         similarity_kernel, (batch * cdiv(n, config.blocks["BLOCK_N"]),), features,
         features, features, anchors, references, None, scores,
