@@ -47,18 +47,20 @@ def columns_config(
 ) -> Config:
     """For `rows` rows of `group` query heads each; the tile's rows hold whole groups of heads."""
     heads = group_block(group)
-    block_m = power_of_two(rows * heads, max(16, heads), 64)
     if dtype == torch.float32:
-        block_n = 32
+        # Operands and sums of fused multiply-adds are in registers, and so would be a pipeline's: small tiles.
+        block_m, block_n = power_of_two(rows * heads, max(16, heads), 32), 16
+        depth = 1 if target.backend == "cuda" else 2
     else:
-        # Narrow tiles, so that an image's few hundred columns occupy the GPU; wide ones where there are enough.
+        block_m = power_of_two(rows * heads, max(16, heads), 64)
+        # Narrow tiles, so that an image's few hundred columns occupy the GPU; wide ones where there are enough. With
+        # operands in registers (mma.sync, AMD), unlike on sm_90 and sm_100, the widest would spill.
         spread = columns * row_parts(rows)
-        # mma.sync holds its operands in registers, the matrix instructions of sm_90 and sm_100 do not.
-        widest = 64 if target.backend == "hip" or target.arch in (90, 100, 103) else 32
+        widest = 64 if target.backend == "cuda" and target.arch in (90, 100, 103) else 32
         block_n = min(64 if spread > 4096 else 32 if spread > 1024 else 16, widest)
+        depth = stages(target, dtype) if block_n < 64 else 2
     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "GROUP": heads, **pieces(dtype, dim, unit, longest=128)}
-    warps = 8 if block_m * block_n >= 2048 else 4
-    return Config(blocks, num_warps=warps, num_stages=stages(target, dtype) if block_n < 64 else 2)
+    return Config(blocks, num_warps=8 if block_m * block_n >= 2048 else 4, num_stages=depth)
 
 
 def row_parts(rows: int) -> int:

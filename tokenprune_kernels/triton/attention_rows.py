@@ -28,7 +28,7 @@ def rows_config(target: Target, dtype: torch.dtype, dim: int, unit: int, rows: i
     block_m = power_of_two(rows, 16, 64 if dim > 128 or vectors["STREAMED"] else 128)
     # float32 products are fused multiply-adds, with operands and sums in registers.
     block_n = 32 if dtype == torch.float32 else 64
-    warps = 8 if block_m * block_n == 8192 or (vectors["STREAMED"] and block_m * block_n == 4096) else 4
+    warps = 8 if block_m == 128 or (vectors["STREAMED"] and block_m == 64) else 4
     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, **vectors}
     return Config(blocks, num_warps=warps, num_stages=stages(target, dtype))
 
