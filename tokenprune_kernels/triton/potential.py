@@ -50,7 +50,7 @@ class Call(NamedTuple):
     first: str
 
     def samples(self, begin: int, end: int) -> "Call":
-        return Call(*(t[begin:end] if isinstance(t, Tensor) else t for t in self))
+        return Call._make(t[begin:end] if isinstance(t, Tensor) else t for t in self)
 
 
 def batch_stride(t: Tensor | None) -> int:
