@@ -115,7 +115,7 @@ def nms_kernel(
         padding = place + token
         tl.store(indices_ptr + padding, tl.full([BLOCK_N], -1, tl.int64), mask=padding < k)
         tl.store(selected_ptr + padding, tl.zeros([BLOCK_N], tl.float32), mask=padding < k)
-    tl.store(counts_ptr + sample, tl.cast(count, tl.int64))
+    tl.store(counts_ptr + sample, count)
 
 
 @triton.jit

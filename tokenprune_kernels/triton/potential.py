@@ -5,7 +5,7 @@ cosine or the smallest r2: phi falls with r2, so that phi is evaluated once per 
 """
 
 import ctypes
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -50,8 +50,7 @@ class Call(NamedTuple):
     first: str
 
     def samples(self, begin: int, end: int) -> "Call":
-        parts: dict[str, Any] = {n: t[begin:end] for n, t in self._asdict().items() if isinstance(t, Tensor)}
-        return self._replace(**parts)
+        return Call._make(t[begin:end] if isinstance(t, Tensor) else t for t in self)
 
 
 def batch_stride(t: Tensor | None) -> int:

@@ -150,7 +150,7 @@ def greedy_kernel(
     for place in range(steps, k, BLOCK_N):
         padding = place + token
         tl.store(indices_ptr + padding, tl.full([BLOCK_N], -1, tl.int64), mask=padding < k)
-    tl.store(counts_ptr + sample, tl.cast(count, tl.int64))
+    tl.store(counts_ptr + sample, count)
 
 
 def repulsion_by_gram(call: Call, numbers: u.Weights, kind: int, total: bool, power: int) -> None:
@@ -205,10 +205,10 @@ def repulsion_sample(
     batch, n, _ = features.shape
     if seed_indices is not None:
         check_indices("repulsion_sample", "seed_indices", seed_indices, n)
-    positions = None if positions is None or potential == "cosine" else rows(positions)
+    placed = None if positions is None or potential == "cosine" else rows(positions)
     seeds = None if seed_indices is None else rows(seed_indices)
-    energy = None if energy is None else rows(energy)
-    call = Call(rows(features), positions, seeds, energy, mask_rows(mask), indices, counts, first)
+    own = None if energy is None else rows(energy)
+    call = Call(rows(features), placed, seeds, own, mask_rows(mask), indices, counts, first)
     options = (
         u.weights(feature_weight, position_weight, exponent, epsilon, sigma), u.KINDS[potential], aggregate == "sum",
         u.power_of(exponent),
