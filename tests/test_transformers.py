@@ -32,7 +32,7 @@ def sample_alone(prompts: Prompts, b: int) -> dict[str, Tensor]:
     }
 
 
-# --- nothing dropped ---------------------------------------------------------------------------------------------------
+# --- nothing dropped --------------------------------------------------------------------------------------------------
 
 
 @over_methods
@@ -52,7 +52,7 @@ def test_keeping_all_tokens_changes_no_bit(method: str, batch: str, keep: float)
     assert pruning.stats["layers"] == []
 
 
-# --- something dropped -------------------------------------------------------------------------------------------------
+# --- something dropped ------------------------------------------------------------------------------------------------
 
 
 @over_methods
@@ -110,7 +110,7 @@ def test_positions_are_original_or_renumbered_as_asked(method: str) -> None:
         assert_decoded_like_the_oracle(prompts, drops, out, renumber=positions == "renumber")
 
 
-# --- the kept tokens are the method's ----------------------------------------------------------------------------------
+# --- the kept tokens are the method's ---------------------------------------------------------------------------------
 
 
 def rotated(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ def test_sts_chooses_twice_as_its_two_functions_do() -> None:
         s = shown_by_an_unpruned_run(prompts, sample_alone(prompts, b))
         places = torch.cat([s["positions"], torch.zeros(1, TOKENS, 1)], -1)
         assert torch.equal(first[b], methods.sts_structure(s["embeds"], 16, positions=places).indices[0])
-    # The second stage sees a model that has only the first one's tokens: divprune's keyword-free hooks stand in for it.
+    # The second stage sees a model that has only the first one's tokens.
     captured: dict[str, Any] = {}
     see = methods.sts_semantics
 
@@ -231,7 +231,7 @@ def test_a_padded_batch_keeps_what_each_sample_alone_keeps(method: str) -> None:
             torch.testing.assert_close(together[b : b + 1], alone, **CLOSE)
 
 
-# --- budgets and places ------------------------------------------------------------------------------------------------
+# --- budgets and places -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("keep", "count"), [(1, 1), (0.001, 1), (0.25, 9), (0.222, 8), (0.5, 18)])

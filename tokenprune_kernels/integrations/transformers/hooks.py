@@ -22,7 +22,7 @@ from .cache import Pruned, Segment, check_cache, compact_layers, layer_length, o
 from .choose import ON_ATTENTION, Moment, Shown, choose
 from .deepstack import DeepStack
 from .families import Family, Inputs, Layout, Saliency
-from .masks import causal_mask, check_full_attention
+from .masks import causal_mask, check_full_attention, check_one_sequence
 from .report import Report
 from .tokens import Tokens, keep, read_prompt
 
@@ -225,6 +225,7 @@ class Hooks:
         if mask is not None and not fits:
             got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise NotImplementedError(f"prune_visual_tokens: the attention_mask must be [B, L] or absent, got {got}")
+        check_one_sequence(inputs.get("position_ids"), mask)
         modules = (self._decoder, *self._decoder.layers)
         if any(getattr(m, "gradient_checkpointing", False) and m.training for m in modules):
             raise NotImplementedError("prune_visual_tokens: gradient checkpointing; switch it off or call model.eval()")

@@ -22,6 +22,14 @@ def check_full_attention(config: Any) -> None:
         )
 
 
+def check_one_sequence(positions: Any, mask: Any) -> None:
+    """Without a mask, a jump in the positions is a border between packed sequences; their borders would be lost."""
+    if mask is None and isinstance(positions, Tensor) and positions.dim() == 2 and bool((positions.diff() != 1).any()):
+        raise NotImplementedError(
+            "prune_visual_tokens: without an attention_mask, position_ids that jump mean packed sequences; pass one"
+        )
+
+
 def causal_mask(
     config: Any,
     *,
