@@ -16,7 +16,7 @@ CSRC = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o 
 # Names of the environment that change the build or the installation reach the recipes as they are.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test bench readme build cuda-table lint format sanitize coverage check-abi clean
+.PHONY: help demo test bench readme build cuda-table lint format sanitize coverage check-abi check-transformers clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ sanitize: $(STAMP)  ## run the tests under AddressSanitizer (and UndefinedBehavi
 
 check-abi: $(STAMP)  ## load one wheel in the oldest and the newest torch (downloads gigabytes)
 	$(BIN)/python scripts/check_abi.py $(ARGS)
+
+check-transformers: build  ## run the integration's tests with the oldest, a middle and the newest transformers (downloads)
+	$(BIN)/python scripts/check_transformers.py $(ARGS)
 
 clean:  ## remove everything that was built or installed here
 	rm -rf $(VENV) build dist *.egg-info tokenprune_kernels/*.so
