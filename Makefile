@@ -16,10 +16,11 @@ CSRC = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o 
 # Names of the environment that change the build or the installation reach the recipes as they are.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test bench readme build cuda-table triton-table lint format sanitize coverage check-abi check-triton clean
+.PHONY: help demo test bench readme build cuda-table triton-table lint format sanitize coverage \
+        check-abi check-triton check-transformers clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  variables: PYTHON=$(PYTHON) TORCH=$(TORCH) ARGS= (more arguments for demo, test and bench)"
 
 demo: build  ## prune a photograph's visual tokens with every method
@@ -77,6 +78,9 @@ check-abi: $(STAMP)  ## load one wheel in the oldest and the newest torch (downl
 
 check-triton: build  ## the Triton kernels under every supported release of Triton (ARGS=--all: all their tests)
 	$(BIN)/python scripts/check_triton.py $(ARGS)
+
+check-transformers: build  ## run the integration's tests with the oldest, a middle and the newest transformers (downloads)
+	$(BIN)/python scripts/check_transformers.py $(ARGS)
 
 clean:  ## remove everything that was built or installed here
 	rm -rf $(VENV) build dist *.egg-info tokenprune_kernels/*.so

@@ -1,15 +1,90 @@
-"""Key/value caches: which are supported, and dropping tokens of layers that were filled before the pruning layer."""
+"""Key/value caches: which are supported, what a prefill leaves on them for decoding, and dropping tokens afterwards."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ... import gather_compact
+from .families import Inputs
+from .tokens import Tokens
+
+# An attribute of the cache itself: it goes with copies of it, and from one block to the next.
+_MARK = "_tokenprune_pruned"
 
 
-def check_cache(cache: Any) -> None:
+@dataclass(frozen=True)
+class Segment:
+    """From decoder layer `first` on, the sequence is `tokens`."""
+
+    first: int
+    tokens: Tokens
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What decoding on a cache has to know of its prefill."""
+
+    length: int  # columns of the prompt before it was pruned
+    segments: list[Segment]
+    # [B] of a one-dimensional model, [R, B] of one whose position_ids have R rows: where the next token stands.
+    next_position: Tensor
+
+    def segment_of(self, layer: int) -> Segment | None:
+        return next((s for s in reversed(self.segments) if s.first <= layer), None)
+
+    def since(self, cache: Any) -> int:
+        """Tokens that came after the prompt, whatever the layers' lengths are."""
+        first, last = self.segments[0], self.segments[-1]
+        since = layer_length(cache, last.first) - last.tokens.length
+        if since < 0 or layer_length(cache, 0) - (self.length if first.first else first.tokens.length) != since:
+            raise RuntimeError(
+                "prune_visual_tokens: the layers of this cache have lost different numbers of tokens since the prompt "
+                "was pruned; crop it by a number of tokens, not to a length"
+            )
+        return since
+
+    def of_batch(self, batch: int) -> "Pruned":
+        """One prompt may have been repeated; of several, the order of the repeats would be a guess."""
+        rows = self.next_position.shape[-1]
+        if rows == batch:
+            return self
+        if rows != 1:
+            raise RuntimeError(f"prune_visual_tokens: a cache of {rows} pruned prompts goes on with a batch of {batch}")
+        segments = []
+        for segment in self.segments:
+            real = segment.tokens.real
+            real = None if real is None else real.expand(batch, -1)
+            segments.append(replace(segment, tokens=replace(segment.tokens, real=real)))
+        return Pruned(self.length, segments, self.next_position.expand(*self.next_position.shape[:-1], batch))
+
+
+def remember(cache: Any, pruned: Pruned) -> None:
+    setattr(cache, _MARK, pruned)
+
+
+def pruned_of(cache: Any) -> Pruned | None:
+    pruned: Pruned | None = getattr(cache, _MARK, None)
+    return pruned if pruned is not None and layer_length(cache, 0) else None  # empty: it was reset
+
+
+def only_new(inputs: Inputs, ids: Tensor, seen: int) -> Inputs:
+    """The multimodal model's arguments for the columns after the first `seen`, where the mask tells there are others.
+
+    generate cuts off as much of a conversation as is in the first layer's cache: too little where that was pruned.
+    """
+    mask = inputs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not 0 < mask.shape[1] - seen < ids.shape[1]:
+        return inputs
+    names = ("input_ids", "position_ids", "token_type_ids", "mm_token_type_ids")
+    given = {n: inputs[n] for n in names if isinstance(inputs.get(n), Tensor)}
+    new = mask.shape[1] - seen
+    return {**inputs, **{n: t[..., -new:] for n, t in given.items() if t.shape[-1] == ids.shape[1]}}
+
+
+def check_cache(cache: Any, *, compact: bool) -> None:
     """Layers must be free to have different lengths, and hold their keys and values as they are."""
     if cache is None:
         return
@@ -17,6 +92,8 @@ def check_cache(cache: Any) -> None:
     if type(cache) is not DynamicCache or others:
         what = ", ".join(sorted(others)) or type(cache).__name__
         raise NotImplementedError(f"prune_visual_tokens: the cache must be a DynamicCache of DynamicLayers, got {what}")
+    if compact and getattr(cache, "offloading", False):
+        raise NotImplementedError("prune_visual_tokens: compact_cache=True does not go with an offloaded cache")
 
 
 def layer_length(cache: Any, layer: int) -> int:

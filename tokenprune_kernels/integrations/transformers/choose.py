@@ -72,14 +72,16 @@ class Moment:
     def text_rows(self) -> tuple[int, Tensor]:
         """The first row of the text behind the pictures, and [B, M] which rows from there on are such text.
 
-        The last row always is: a prompt may end with a picture.
+        The last real row always is: a prompt may end with a picture.
         """
         t = self.tokens
-        first = t.length - max(t.suffix, 1)
+        first = t.length - t.suffix
         column = torch.arange(first, t.length, device=t.slot.device)
         last = t.visual.amax(1, keepdim=True) if t.visual.shape[1] else t.slot.new_full((len(t.counts), 1), -1)
-        mask = (column > last) | (column == t.length - 1)
-        return first, mask if t.real is None else mask & t.real[:, first:]
+        if t.real is None:
+            return first, (column > last) | (column == t.length - 1)
+        real = t.real[:, first:]
+        return first, (column > last) & real | (column == torch.where(real, column, -1).amax(1, keepdim=True))
 
     def text(self) -> tuple[Tensor, Tensor]:
         """Embeddings of the text behind the pictures [B, M, C], and which of them count [B, M]."""
@@ -113,7 +115,7 @@ def _fastv(m: Moment, k: int) -> Tensor:
 
 
 def _sts_semantics(m: Moment, k: int) -> Tensor:
-    return methods.sts_semantics(k=k, **m.attention()).indices
+    return methods.sts_semantics(k=k, **m.attention(), backend=m.options.get("backend")).indices
 
 
 def _adaptprune(m: Moment, k: int) -> Tensor:
@@ -157,7 +159,7 @@ def _divprune(m: Moment, k: int) -> Tensor:
 
 
 def _random(m: Moment, k: int) -> Tensor:
-    return methods.random(m.tokens.visual.shape[1], k, m.generator, mask=m.tokens.visual >= 0).indices
+    return methods.random(m.tokens.visual.shape[1], k, m.generator, mask=m.tokens.visual >= 0, **m.options).indices
 
 
 _METHODS: dict[str, Callable[[Moment, int], Tensor]] = {

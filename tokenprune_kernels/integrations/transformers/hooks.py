@@ -7,25 +7,28 @@ shorter than the first layer's.
 """
 
 import inspect
-import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from ... import gather_compact
 from ..._backend import served_by
 from .attention import Probe, ShownAttention
-from .cache import check_cache, compact_layers, layer_length
+from .cache import Pruned, Segment, check_cache, compact_layers, layer_length, only_new, pruned_of, remember
 from .choose import ON_ATTENTION, Moment, Shown, choose
 from .deepstack import DeepStack
 from .families import Family, Inputs, Layout, Saliency
-from .masks import causal_mask
+from .masks import causal_mask, check_full_attention, check_one_sequence
 from .report import Report
 from .tokens import Tokens, keep, read_prompt
+
+_PICTURE_LATER = (
+    "prune_visual_tokens: pictures must come in the first forward on an empty cache, not in a later turn or chunk"
+)
 
 
 @dataclass(frozen=True)
@@ -43,26 +46,6 @@ class Prompt:
 
     inputs: Inputs
     is_visual: Tensor  # [B, L] bool
-
-
-@dataclass
-class Segment:
-    """From decoder layer `first` on, the sequence is `tokens`."""
-
-    first: int
-    tokens: Tokens
-
-
-@dataclass
-class Pruned:
-    """What decoding on a cache has to know of its prefill."""
-
-    segments: list[Segment]
-    # [B] of a one-dimensional model, [R, B] of one whose position_ids have R rows: where the next token stands.
-    next_position: Tensor
-
-    def segment_of(self, layer: int) -> Segment | None:
-        return next((s for s in reversed(self.segments) if s.first <= layer), None)
 
 
 @dataclass
@@ -103,7 +86,6 @@ class Hooks:
         self._generator: torch.Generator | None = None
         self._prompt: Prompt | None = None
         self._now: Prefill | Decode | None = None
-        self._caches: weakref.WeakKeyDictionary[Any, Pruned] = weakref.WeakKeyDictionary()
 
     # --- entering and leaving --------------------------------------------------------------------------------------
 
@@ -115,11 +97,7 @@ class Hooks:
             raise
 
     def _install(self) -> None:
-        kinds = set(getattr(self._decoder.config, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"}:
-            raise NotImplementedError(
-                f"prune_visual_tokens: decoder layers must all have full attention, got {', '.join(sorted(kinds))}"
-            )
+        check_full_attention(self._decoder.config)
         layers = self._decoder.layers
         probes: dict[nn.Module, Probe] = {}
         for stage in self._stages.values():
@@ -140,12 +118,11 @@ class Hooks:
         if self._model is not self._core:
             self._before(self._model, self._before_model)
         self._before(self._core, self._before_core)
+        self._after(self._core, self._after_core)
         self._before(self._decoder, self._before_decoder)
-        self._handles.append(
-            self._decoder.register_forward_hook(_uncompiled(self._after_decoder), with_kwargs=True, always_call=True)
-        )
-        for index in range(0 if self._compact_cache else min(self._stages), len(layers)):
-            self._before(layers[index], self._before_layer, index)
+        self._after(self._decoder, self._after_decoder)
+        for index, layer in enumerate(layers):  # all of them: a cache may have been pruned by another method
+            self._before(layer, self._before_layer, index)
         if "deepstack_visual_embeds" in inspect.signature(self._decoder.forward).parameters:
             for index, layer in enumerate(layers):
                 hook = _uncompiled(lambda m, a, output, at=index: self._after_layer(at, output))
@@ -156,6 +133,10 @@ class Hooks:
             return hook(*where, m, args, kwargs)
 
         self._handles.append(module.register_forward_pre_hook(_uncompiled(run), with_kwargs=True))
+
+    def _after(self, module: nn.Module, hook: Callable[..., None]) -> None:
+        """Runs after an exception too."""
+        self._handles.append(module.register_forward_hook(_uncompiled(hook), with_kwargs=True, always_call=True))
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -168,24 +149,43 @@ class Hooks:
     # --- the prompt ------------------------------------------------------------------------------------------------
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if kwargs.get("labels") is not None:
-            raise ValueError("prune_visual_tokens: labels do not fit pruned logits; compute the loss outside")
-
-    def _before_core(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._prompt = None
         inputs = _bound(module, args, kwargs)
+        unfit = [n for n in ("labels", "logits_to_keep") if isinstance(inputs.get(n), Tensor)]
         ids = inputs.get("input_ids")
-        if ids is None:
-            if any(inputs.get(name) is not None for name in ("pixel_values", "pixel_values_videos")):
-                raise NotImplementedError("prune_visual_tokens: needs input_ids to find the visual tokens")
-            return
-        if ids.shape[1] < 2:
-            return
-        visual = self._family.visual_ids(module.config)
+        if unfit and ids is not None and bool(self._is_visual(ids).any()):
+            raise ValueError(
+                f"prune_visual_tokens: {unfit[0]} belongs to columns that pruned logits lack; compute the loss "
+                "outside, or index the logits from the right end"
+            )
+
+    def _is_visual(self, ids: Tensor) -> Tensor:
+        visual = self._family.visual_ids(self._core.config)
         is_visual = ids == visual[0]
         for other in visual[1:]:
             is_visual = is_visual | (ids == other)
-        self._prompt = Prompt(inputs, is_visual)
+        return is_visual
+
+    def _before_core(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._prompt = None
+        inputs = _bound(module, args, kwargs)
+        ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+        pruned = pruned_of(cache)
+        if ids is None:
+            embeds = inputs.get("inputs_embeds")
+            if embeds is not None and embeds.shape[1] > 1 and (cache is None or not cache.get_seq_length()):
+                raise NotImplementedError("prune_visual_tokens: needs input_ids to find the visual tokens")
+            return None
+        changed = None
+        if pruned is not None:
+            inputs = only_new(inputs, ids, pruned.length + pruned.since(cache))
+            changed = None if inputs["input_ids"] is ids else ((), inputs)
+        ids = inputs["input_ids"]
+        if ids.shape[1] > 1:
+            self._prompt = Prompt(inputs, self._is_visual(ids))
+        return changed
+
+    def _after_core(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._prompt = None
 
     # --- the decoder -----------------------------------------------------------------------------------------------
 
@@ -196,27 +196,38 @@ class Hooks:
         embeds, cache = inputs.get("inputs_embeds"), inputs.get("past_key_values")
         if embeds is None:
             return None
-        pruned = self._caches.get(cache) if cache is not None else None
+        pruned = pruned_of(cache)
         if pruned is not None:
-            self._now = Decode(pruned, embeds.shape[1], inputs.get("attention_mask"))
             if prompt is not None and bool(prompt.is_visual.any()):
-                raise NotImplementedError("prune_visual_tokens: a picture after the first turn of a conversation")
-            return (), {**inputs, "position_ids": self._decode_positions(pruned, cache, embeds.shape[1])}
+                raise NotImplementedError(_PICTURE_LATER)
+            pruned, queries = pruned.of_batch(embeds.shape[0]), embeds.shape[1]
+            self._now = Decode(pruned, queries, inputs.get("attention_mask"))
+            # Behind the prompt's last position, whatever the caches' lengths are.
+            step = torch.arange(queries, device=pruned.next_position.device) + pruned.since(cache)
+            inputs["position_ids"] = pruned.next_position.unsqueeze(-1) + step
+            if "cache_position" in inputs:  # of the first layer, which may be shorter than the caller knows
+                inputs["cache_position"] = None
+            return (), inputs
         if prompt is None or embeds.shape[1] < 2:
             return None
         return (), self._begin(prompt, inputs)
 
     def _begin(self, prompt: Prompt, inputs: Inputs) -> Inputs:
         """A prefill; without visual tokens it is none of ours."""
-        mask = inputs.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-            raise NotImplementedError("prune_visual_tokens: the attention_mask must be [B, L] or absent")
-        real = None if mask is None else mask.bool()
-        tokens = read_prompt(prompt.is_visual, real)
+        mask, cache = inputs.get("attention_mask"), inputs.get("past_key_values")
+        fits = isinstance(mask, Tensor) and mask.shape == prompt.is_visual.shape
+        tokens = read_prompt(prompt.is_visual, mask.bool() if isinstance(mask, Tensor) and fits else None)
         if not any(tokens.counts):
             return inputs
-        check_cache(inputs.get("past_key_values"))
-        if getattr(self._decoder, "gradient_checkpointing", False) and self._decoder.training:
+        check_cache(cache, compact=self._compact_cache)
+        if layer_length(cache, 0):
+            raise NotImplementedError(_PICTURE_LATER)
+        if mask is not None and not fits:
+            got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise NotImplementedError(f"prune_visual_tokens: the attention_mask must be [B, L] or absent, got {got}")
+        check_one_sequence(inputs.get("position_ids"), mask)
+        modules = (self._decoder, *self._decoder.layers)
+        if any(getattr(m, "gradient_checkpointing", False) and m.training for m in modules):
             raise NotImplementedError("prune_visual_tokens: gradient checkpointing; switch it off or call model.eval()")
         layout = self._family.layout(self._core, prompt.inputs, tokens.counts)
         self.report.begin(tokens.slot.device, tokens.counts, layout)
@@ -225,13 +236,6 @@ class Hooks:
         if deepstack is not None:
             inputs = {**inputs, "deepstack_visual_embeds": None, "visual_pos_masks": None}
         return inputs
-
-    def _decode_positions(self, pruned: Pruned, cache: Any, queries: int) -> Tensor:
-        """Of the new tokens: the prompt's last position and the tokens since, whatever the caches' lengths are."""
-        last = pruned.segments[-1]
-        since = layer_length(cache, last.first) - last.tokens.length
-        step = torch.arange(since, since + queries, device=pruned.next_position.device)
-        return pruned.next_position.unsqueeze(-1) + step
 
     def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         now, self._now = self._now, None
@@ -242,7 +246,9 @@ class Hooks:
         if not now.segments:
             self.report.untouched(now.original.origin)
             return
-        cache = getattr(output, "past_key_values", None) or kwargs.get("past_key_values")
+        cache = getattr(output, "past_key_values", None)
+        if isinstance(output, tuple):  # return_dict=False
+            cache = next((part for part in output if isinstance(part, Cache)), None)
         if cache is None:
             return
         last = now.segments[-1]
@@ -250,8 +256,7 @@ class Hooks:
             with self.report.clock("compact_ms"):
                 compact_layers(cache, range(last.first), now.columns)
             now.segments = [Segment(0, last.tokens)]
-        with suppress(TypeError):  # a cache without weak references lives only through this call
-            self._caches[cache] = Pruned(now.segments, now.next_position)
+        remember(cache, Pruned(now.original.length, now.segments, now.next_position))
 
     # --- the layers ------------------------------------------------------------------------------------------------
 
@@ -289,6 +294,11 @@ class Hooks:
         budgets = [min(stage.budget(n), left) for n, left in zip(now.original.counts, tokens.counts, strict=True)]
         if budgets == tokens.counts:
             return args, kwargs
+        if stage.method in ON_ATTENTION and now.shown is None:
+            raise RuntimeError(
+                "prune_visual_tokens: the attention before the pruning layer was not seen; the attention "
+                "implementation must not change inside the block"
+            )
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         with torch.no_grad(), self.report.clock("select_ms"):
             selected = choose(stage.method, self._moment(now, hidden.detach(), layer), budgets)
@@ -309,6 +319,8 @@ class Hooks:
             layout = Layout(*(t.to(hidden.device, non_blocking=True) for t in vars(layout).values()))
         saliency = None
         if self._saliency is not None:
+            if not self._saliency.seen:
+                raise RuntimeError("prune_visual_tokens: adafv needs the vision tower to run inside the block")
             saliency = self._saliency.read(self._core, now.prompt.inputs, now.original.counts).to(hidden.device)
         return Moment(now.tokens, hidden, layer, layout, now.shown, saliency, self._generator, self._options)
 
@@ -344,15 +356,16 @@ class Hooks:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         tokens = segment.tokens
         keys = layer_length(kwargs["past_key_values"], segment.first) + now.queries
-        padding = None
-        if tokens.real is not None:
-            new = tokens.real.new_ones((len(tokens.counts), keys - tokens.length))
-            given = now.given_mask
-            if isinstance(given, Tensor) and given.dim() == 2 and new.shape[1]:
-                new = given[:, -new.shape[1] :].bool()
-            padding = torch.cat([tokens.real, new], 1)
+        batch, given, new = hidden.shape[0], now.given_mask, keys - tokens.length
+        real, after, padding = tokens.real, None, None
+        if isinstance(given, Tensor) and given.dim() == 2 and given.shape[1] >= new:
+            after = given[:, given.shape[1] - new :].bool()
+        if real is not None or after is not None:
+            flags = hidden.new_ones((batch, keys), dtype=torch.bool)
+            parts = (flags[:, : tokens.length] if real is None else real, flags[:, :new] if after is None else after)
+            padding = torch.cat(parts, 1)
         return causal_mask(
-            self._decoder.config, batch=hidden.shape[0], queries=now.queries, keys=keys, padding=padding,
+            self._decoder.config, batch=batch, queries=now.queries, keys=keys, padding=padding,
             dtype=hidden.dtype, device=hidden.device,
         )  # fmt: skip
 

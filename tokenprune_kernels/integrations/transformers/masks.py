@@ -10,6 +10,26 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from .attention import base_of
 
 
+def check_full_attention(config: Any) -> None:
+    """Layers that see a window of places would see another one after places are gone."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    for name in ("sliding_window", "attention_chunk_size"):  # of all layers, where their types are not listed
+        if getattr(config, name, None) is not None and getattr(config, "layer_types", None) is None:
+            kinds = {name}
+    if kinds != {"full_attention"}:
+        raise NotImplementedError(
+            f"prune_visual_tokens: decoder layers must all have full attention, got {', '.join(sorted(kinds))}"
+        )
+
+
+def check_one_sequence(positions: Any, mask: Any) -> None:
+    """Without a mask, a jump in the positions is a border between packed sequences; their borders would be lost."""
+    if mask is None and isinstance(positions, Tensor) and positions.dim() == 2 and bool((positions.diff() != 1).any()):
+        raise NotImplementedError(
+            "prune_visual_tokens: without an attention_mask, position_ids that jump mean packed sequences; pass one"
+        )
+
+
 def causal_mask(
     config: Any,
     *,
@@ -25,7 +45,12 @@ def causal_mask(
     padding: [B, keys] bool, True for real tokens, or None when all are. The result is what this attention function
     wants: a tensor, a block mask, the padding itself, or None.
     """
-    function = ALL_MASK_ATTENTION_FUNCTIONS[base_of(config._attn_implementation)]
+    name = base_of(config._attn_implementation)
+    if name not in ALL_MASK_ATTENTION_FUNCTIONS:  # it gets no mask from the model either
+        if padding is not None and not bool(padding.all()):
+            raise NotImplementedError(f"prune_visual_tokens: padding needs a mask, and {name!r} has no mask function")
+        return None
+    function = ALL_MASK_ATTENTION_FUNCTIONS[name]
     places: dict[str, Any]
     if "cache_position" in inspect.signature(function).parameters:  # until transformers 5.11 or so
         places = {"cache_position": torch.arange(keys - queries, keys, device=device)}

@@ -1,10 +1,12 @@
 """`prune_visual_tokens`: the block inside which a model drops visual tokens, and what it tells afterwards."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
+from ... import methods
 from .families import Family, family_of
 from .hooks import Hooks, Stage
 
@@ -48,6 +50,25 @@ def stages_of(method: str, keep: int | float, layer: int | None, family: Family,
     ]
 
 
+# What the hooks give to the methods.
+_GIVEN = {
+    "query", "key", "features", "text_embeddings", "visual_embeddings", "saliency", "energy", "k", "n", "key_indices",
+    "query_positions", "query_mask", "key_mask", "causal", "lse", "scale", "mask", "text_mask", "positions", "grid",
+    "groups", "generator", "batch", "device",
+}  # fmt: skip
+
+
+def check_options(method: str, options: dict[str, Any]) -> None:
+    """Of the keywords of the method's function, only those are options that it is not given here."""
+    function = getattr(methods, "sts_structure" if method == "sts" else method)
+    known = [name for name in inspect.signature(function).parameters if name not in _GIVEN]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(
+            f"prune_visual_tokens: {method} takes no option {unknown[0]!r}; its options are {', '.join(known)}"
+        )
+
+
 class Pruning:
     """The handle of a `with prune_visual_tokens(...)` block; see there.
 
@@ -77,6 +98,7 @@ class Pruning:
                 f"prune_visual_tokens: the positions of {family.name} carry the image's geometry: original"
             )
         stages = stages_of(method, keep, layer, family, len(decoder.layers))
+        check_options(method, options or {})
         if positions is None:
             # AdaFV's code shortens the embeddings and lets the model number them anew; all others keep their places.
             positions = "renumber" if method == "adafv" and family.renumber else "original"

@@ -47,10 +47,10 @@ class Report:
         self._clocks: dict[str, Clock] = {}
 
     def begin(self, device: torch.device, tokens: list[int], layout: Layout | None) -> None:
-        self.layout, self.kept_at = layout, {}
+        self.layout, self.kept, self.kept_at = layout, None, {}
         self.prefills += 1
         self._clocks = {"select_ms": Clock(device), "compact_ms": Clock(device)}
-        self._facts = {"before": tokens, "after": tokens, "layers": []}
+        self._facts = {"before": tokens, "after": tokens, "layers": [], "backend": None}
 
     def pruned(self, layer: int, after: list[int], kept: Tensor, backend: str) -> None:
         self.kept = self.kept_at[layer] = kept

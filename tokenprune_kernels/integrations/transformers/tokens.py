@@ -16,7 +16,8 @@ class Tokens:
     visual [B, V]: the column of each visual token, -1 after the last. counts: visual tokens per sample, on the host.
     real [B, L] bool: False for padding; None when there is none. lengths: real tokens per sample, on the host.
     origin [B, V]: the place of each visual token among those of the unpruned prompt, -1 after the last.
-    suffix: columns behind the last visual token, of the sample that has most of them.
+    suffix: columns from the first text behind the last visual token on, or from the last real column if there is none;
+        of the sample that has most of them.
     """
 
     slot: Tensor
@@ -43,7 +44,10 @@ def read_prompt(is_visual: Tensor, real: Tensor | None) -> Tokens:
         is_visual = is_visual & real
     column = torch.arange(1, length + 1, device=is_visual.device)
     ends = torch.where(is_visual, column, 0).amax(1)
-    lengths = real.sum(1) if real is not None else torch.full_like(ends, length)
+    stops, lengths = torch.full_like(ends, length), torch.full_like(ends, length)
+    if real is not None:
+        stops, lengths = torch.where(real, column, 0).amax(1), real.sum(1)
+    ends = torch.minimum(ends, stops - 1)
     counts, lengths, ends = torch.stack([is_visual.sum(1), lengths, ends]).tolist()
     if min(lengths) == length:
         real = None

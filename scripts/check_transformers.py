@@ -1,0 +1,76 @@
+"""The integration on the supported range of transformers: its tests with the oldest, a middle and the newest version.
+
+Each version is installed, with what it needs besides torch, into a throw-away folder that comes first on PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def newest(bound: str) -> str:
+    """The newest version that pip finds below a major version."""
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir", "--only-binary=:all:"]
+    with tempfile.TemporaryDirectory(prefix="tokenprune-transformers-") as folder:
+        subprocess.run([*pip, "-d", folder, f"transformers{bound}"], check=True)
+        (wheel,) = Path(folder).glob("transformers-*.whl")
+        return wheel.name.split("-")[1]
+
+
+def supported_below() -> str:
+    match = re.search(r'"transformers>=[\d.]+,(<\d+)"', (ROOT / "pyproject.toml").read_text())
+    if match is None:
+        raise SystemExit("pyproject.toml does not say which transformers are supported")
+    return match.group(1)
+
+
+def check(version: str, arguments: list[str]) -> tuple[str, str, float]:
+    """(transformers and its companions, what pytest said, seconds)."""
+    began = time.monotonic()
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-cache-dir", "--disable-pip-version-check"]
+    with tempfile.TemporaryDirectory(prefix="tokenprune-transformers-") as folder:
+        done = subprocess.run(
+            [*pip, "--target", folder, f"transformers=={version}"], capture_output=True, text=True
+        )  # with its dependencies: hub and tokenizers of another version do not import
+        if done.returncode:
+            return version, f"FAILED: pip install: {done.stderr.strip()[-300:]}", time.monotonic() - began
+        path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "PYTHONPATH": path}
+        asked = "import transformers as t, huggingface_hub as h; print(t.__version__, 'hub', h.__version__)"
+        named = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, env=environment)
+        found = named.stdout.strip() or named.stderr.strip()[-300:]
+        if found.split(" ")[0] != version:
+            return version, f"FAILED: found {found}", time.monotonic() - began
+        tests = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob("test_transformers*.py"))
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, *arguments]
+        ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        print(ran.stdout if ran.returncode else ran.stdout[-2000:], ran.stderr, sep="\n", flush=True)
+        last = (ran.stdout.strip().splitlines() or ["no output"])[-1].strip("= ")
+        told = last if ran.returncode == 0 else f"FAILED: {last}"
+    return found, told, time.monotonic() - began
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, epilog="Further arguments reach pytest.")
+    parser.add_argument("versions", nargs="*", default=["5.3.0", "5.12.1", "newest"], help="versions to try")
+    arguments, further = parser.parse_known_args()
+    bound = supported_below()
+    rows = [check(newest(bound) if v == "newest" else v, further) for v in arguments.versions]
+    width = max(len(found) for found, _, _ in rows)
+    print(f"{'transformers':{width}}  seconds  tests")
+    for found, told, seconds in rows:
+        print(f"{found:{width}}  {seconds:7.0f}  {told}")
+    return 1 if any(told.startswith("FAILED") for _, told, _ in rows) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

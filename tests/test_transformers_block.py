@@ -1,0 +1,500 @@
+"""The block itself: what it leaves behind, what it refuses, the attention behind it, precision, reports."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from vlm import oracle
+from vlm.checks import CLOSE, LAYER, assert_decoded_like_the_oracle, drops_of, generate, layer_of
+from vlm.models import TEXT, Prompts, llava
+
+from tokenprune_kernels import methods
+from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_tokens
+
+over_methods = pytest.mark.parametrize("method", METHODS)
+
+
+def state_of(model: nn.Module) -> list[Any]:
+    """All that a block could leave behind."""
+    hooks = [
+        {key: dict(value) for key, value in vars(module).items() if "hooks" in key and isinstance(value, dict)}
+        for module in model.modules()
+    ]
+    config = model.config
+    names = [c._attn_implementation for c in (config, config.text_config, config.vision_config)]
+    attributes = [sorted(vars(module)) for module in model.modules()]
+    registries = [dict(r._global_mapping) for r in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)]
+    return [hooks, names, attributes, registries]
+
+
+def logits_of(prompts: Prompts, **more: Any) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = prompts.model(**{**prompts.inputs, **more}).logits
+    return logits
+
+
+# --- entering and leaving ---------------------------------------------------------------------------------------------
+
+
+@over_methods
+def test_leaving_the_block_restores_the_model_exactly(method: str) -> None:
+    prompts = llava(2, ragged=True)
+    before, plain = state_of(prompts.model), logits_of(prompts)
+    with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)):
+        assert state_of(prompts.model) != before
+        assert logits_of(prompts).shape != plain.shape
+    assert state_of(prompts.model) == before
+    assert torch.equal(logits_of(prompts), plain)
+
+
+class BrokenError(Exception):
+    pass
+
+
+def failing(*_: Any) -> None:
+    raise BrokenError
+
+
+@pytest.mark.parametrize("method", ["coast", "adafv"])
+@pytest.mark.parametrize("where", ["block", "tower", "layer", "attention", "norm", "selection"])
+def test_after_an_exception_the_model_is_as_before(method: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = llava(2, ragged=True)
+    core = prompts.model.model
+    decoder = core.language_model
+    modules = {
+        "tower": core.vision_tower, "layer": decoder.layers[LAYER], "attention": decoder.layers[LAYER].self_attn,
+        "norm": decoder.norm,
+    }  # fmt: skip
+    before, plain = state_of(prompts.model), logits_of(prompts)
+    with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)):
+        want = logits_of(prompts)
+    block = prune_visual_tokens(prompts.model, method, 9, **layer_of(method))
+    with pytest.raises(BrokenError), block:  # noqa: PT012
+        if where == "block":
+            raise BrokenError
+        with monkeypatch.context() as patch:
+            if where == "selection":
+                patch.setattr(methods, method, failing)
+            handle = modules[where].register_forward_pre_hook(failing) if where in modules else None
+            with pytest.raises(BrokenError):
+                logits_of(prompts)
+            if handle is not None:
+                handle.remove()
+        assert torch.equal(logits_of(prompts), want)  # the block goes on
+        raise BrokenError
+    assert state_of(prompts.model) == before
+    assert torch.equal(logits_of(prompts), plain)
+
+
+@pytest.mark.parametrize("inner", ["coast", "adafv", "divprune"])
+def test_a_nested_block_is_an_error_and_leaves_the_outer_one_intact(inner: str) -> None:
+    prompts = llava(2)
+    before = state_of(prompts.model)
+    with prune_visual_tokens(prompts.model, "adafv", 9) as outer:
+        want, inside = logits_of(prompts), state_of(prompts.model)
+        with pytest.raises(RuntimeError, match="leave that block first"), prune_visual_tokens(prompts.model, inner, 5):
+            pass
+        with pytest.raises(RuntimeError, match="entered a second time"), outer:
+            pass
+        assert state_of(prompts.model) == inside
+        assert torch.equal(logits_of(prompts), want)
+    assert state_of(prompts.model) == before
+
+
+def test_a_block_that_was_left_can_be_entered_again() -> None:
+    prompts = llava(2)
+    before = state_of(prompts.model)
+    block = prune_visual_tokens(prompts.model, "random", 9, seed=3)
+    results = []
+    for _ in range(2):
+        with block:
+            results.append((logits_of(prompts), block.kept))
+    assert torch.equal(results[0][0], results[1][0])  # the seed counts from the entrance
+    assert state_of(prompts.model) == before
+
+
+def test_two_models_are_pruned_at_once() -> None:
+    one, two = llava(1), llava(3, ragged=True)
+    with prune_visual_tokens(two.model, "adafv", 5):
+        want = logits_of(two)
+    with (
+        prune_visual_tokens(one.model, "coast", 9, layer=LAYER) as first,
+        prune_visual_tokens(two.model, "adafv", 5) as second,
+    ):
+        logits_of(one)
+        assert torch.equal(logits_of(two), want)
+        out = generate(one.model, one.inputs, 4)
+    assert first.stats["after"] == [9]
+    assert second.stats["after"] == [5] * 3
+    assert_decoded_like_the_oracle(one, drops_of(one, first, LAYER), out)
+    # A config shared by two models would name one attention function for both.
+    sharing = transformers.LlavaForConditionalGeneration(one.model.config)
+    with prune_visual_tokens(one.model, "coast", 9), pytest.raises(RuntimeError, match="shares its config"):
+        prune_visual_tokens(sharing, "coast", 9).__enter__()
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"method": "best"}, ValueError, "coast, sts, adafv"),
+        ({"keep": 0}, ValueError, "at least 1"),
+        ({"keep": -3}, ValueError, "at least 1"),
+        ({"keep": 0.0}, ValueError, r"\(0, 1\]"),
+        ({"keep": 1.5}, ValueError, r"\(0, 1\]"),
+        ({"keep": float("nan")}, ValueError, r"\(0, 1\]"),
+        ({"keep": "9"}, TypeError, "int .* or a float"),
+        ({"keep": True}, TypeError, "int .* or a float"),
+        ({"layer": 0}, ValueError, r"\[1, 3\]"),
+        ({"layer": 4}, ValueError, r"\[1, 3\]"),
+        ({"layer": 1.0}, ValueError, r"\[1, 3\]"),
+        ({"method": "divprune", "layer": 2}, ValueError, "before the language model"),
+        ({"positions": "new"}, ValueError, "original or renumber"),
+        ({"positions": "renumber"}, ValueError, "inside the model"),
+        ({"anchor_ratoi": 0.5}, TypeError, "anchor_ratio, context_ratio"),
+        ({"method": "random", "first": "outlier"}, TypeError, "its options are backend"),
+        ({"method": "divprune", "mask": None}, TypeError, "its options are first"),
+    ],
+)
+def test_a_bad_argument_is_named_with_what_is_expected(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        prune_visual_tokens(llava().model, **{"method": "coast", "keep": 9, **arguments})
+
+
+def test_options_reach_the_method() -> None:
+    prompts = llava()
+    kept = []
+    for more in ({}, {"anchor_ratio": 0.1, "context_ratio": (0.9, 0.9)}, {"backend": "reference"}):
+        with prune_visual_tokens(prompts.model, "coast", 12, layer=LAYER, **more) as pruning:
+            logits_of(prompts)
+        kept.append(pruning.kept)
+    assert not torch.equal(kept[0], kept[1])
+    assert torch.equal(kept[0], kept[2])
+
+
+def test_an_unsupported_model_is_named_with_the_supported_ones() -> None:
+    config = transformers.LlamaConfig(**TEXT)
+    with pytest.raises(NotImplementedError, match=r"LlamaForCausalLM .*supported are .*llava"):
+        prune_visual_tokens(transformers.LlamaForCausalLM(config))
+    with pytest.raises(NotImplementedError, match="Linear"):
+        prune_visual_tokens(nn.Linear(2, 2))
+
+
+def test_decoder_layers_with_a_window_are_refused() -> None:
+    prompts = llava()
+    text_config = prompts.model.config.text_config
+    for name, value in (("sliding_window", 8), ("layer_types", ["full_attention", "sliding_attention"] * 2)):
+        before = state_of(prompts.model)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(text_config, name, value, raising=False)
+            with pytest.raises(NotImplementedError, match="sliding"):
+                prune_visual_tokens(prompts.model, "divprune", 9).__enter__()
+        assert state_of(prompts.model) == before
+
+
+def test_static_sliding_and_quantised_caches_are_refused() -> None:
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
+
+    class QuantisedLayer(DynamicLayer):
+        pass
+
+    prompts = llava()
+    config = prompts.model.config.text_config
+    sliding, quantised = DynamicCache(config=config), DynamicCache(config=config)
+    sliding.layers[1] = DynamicSlidingWindowLayer(sliding_window=8)
+    quantised.layers[0] = QuantisedLayer()
+    caches = {"StaticLayer": StaticCache(config=config, max_cache_len=99), "DynamicSlidingWindowLayer": sliding,
+              "QuantisedLayer": quantised}  # fmt: skip
+    with prune_visual_tokens(prompts.model, "coast", 9, layer=LAYER):
+        for name, cache in caches.items():
+            with pytest.raises(NotImplementedError, match=f"must be a DynamicCache of DynamicLayers, got {name}"):
+                logits_of(prompts, past_key_values=cache)
+        with pytest.raises(NotImplementedError, match="DynamicCache"):
+            generate(prompts.model, prompts.inputs, 2, cache_implementation="static", disable_compile=True)
+
+
+def test_inputs_that_cannot_be_pruned_are_refused() -> None:
+    prompts = llava(2)
+    ids = prompts.inputs["input_ids"]
+    length = ids.shape[1]
+    square = torch.ones(length, length).tril().bool().expand(2, 1, -1, -1)
+    embeds = prompts.model.get_input_embeddings()(ids).detach()
+    with prune_visual_tokens(prompts.model, "coast", 9, layer=LAYER) as pruning:
+        with pytest.raises(NotImplementedError, match=r"attention_mask must be \[B, L\] or absent, got \[2, 1"):
+            logits_of(prompts, attention_mask=square)
+        with pytest.raises(NotImplementedError, match="got dict"):
+            logits_of(prompts, attention_mask={"full_attention": square})
+        with pytest.raises(NotImplementedError, match="needs input_ids"):
+            logits_of(prompts, input_ids=None, inputs_embeds=embeds)
+        with pytest.raises(NotImplementedError, match="needs input_ids"):
+            logits_of(prompts, input_ids=None, inputs_embeds=embeds, pixel_values=None)
+        with pytest.raises(ValueError, match="labels belongs to columns"):
+            logits_of(prompts, labels=ids)
+        with pytest.raises(ValueError, match="logits_to_keep belongs to columns"):
+            logits_of(prompts, logits_to_keep=torch.tensor([0, 3]))
+        assert pruning.kept is None
+        prompts.model.set_attn_implementation("eager")
+        with pytest.raises(RuntimeError, match="must not change inside the block"):
+            logits_of(prompts)
+
+
+# --- the attention behind the block -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def registered(name: str, function: Callable[..., Any], mask: Callable[..., Any] | None) -> Iterator[None]:
+    ALL_ATTENTION_FUNCTIONS.register(name, function)
+    if mask is not None:
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
+    try:
+        yield
+    finally:
+        for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+            registry._global_mapping.pop(name, None)
+
+
+def plain_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """Attention that gives its log-sum-exp. mask [B, N] or [B, 1, M, N] or None."""
+    key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], 1) for t in (key, value))
+    logits = query @ key.mT * scaling
+    if getattr(module, "is_causal", True):
+        rows, columns = logits.shape[-2:]
+        logits = logits.masked_fill(torch.ones(rows, columns).triu(columns - rows + 1).bool(), -torch.inf)
+    if mask is not None:
+        mask = mask[:, None, None].bool() if mask.dim() == 2 else mask
+        logits = logits.masked_fill(~mask, -torch.inf)
+    out = logits.softmax(-1).nan_to_num(0.0) @ value
+    return out.transpose(1, 2).contiguous(), logits.logsumexp(-1)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@over_methods
+def test_eager_and_sdpa_attention(method: str, attention: str) -> None:
+    prompts = llava(2, ragged=True, attention=attention)
+    with prune_visual_tokens(prompts.model, method, 9, positions="original", **layer_of(method)) as pruning:
+        out = generate(prompts.model, prompts.inputs, 3)
+    assert_decoded_like_the_oracle(prompts, drops_of(prompts, pruning, LAYER), out)
+
+
+def test_the_users_attention_runs_once_per_layer() -> None:
+    prompts = llava(2, ragged=True)
+    calls: list[tuple[str, int | None]] = []
+
+    def counted(module: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append((type(module).__name__, getattr(module, "layer_idx", None)))
+        return plain_attention(module, *args, **kwargs)
+
+    with registered("counted", counted, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]):
+        prompts.model.set_attn_implementation("counted")
+        with prune_visual_tokens(prompts.model, "coast", 9, layer=LAYER) as pruning:
+            out = generate(prompts.model, prompts.inputs, 3)
+        in_tower = [c for c in calls if c[0].startswith("CLIP")]
+        assert len(in_tower) == 3
+        assert [c[1] for c in calls if c not in in_tower] == [0, 1, 2, 3] * 3
+        prompts.model.set_attn_implementation("sdpa")
+    assert_decoded_like_the_oracle(prompts, drops_of(prompts, pruning, LAYER), out)
+
+
+@pytest.mark.parametrize("method", ["coast", "fastv", "adaptprune", "sts"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_log_sum_exp_that_the_attention_gives_is_used(
+    method: str, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = llava(batch, ragged=True)
+    given: list[Any] = []
+    name = "sts_semantics" if method == "sts" else method
+    real = getattr(methods, name)
+
+    def spied(*args: Any, **kwargs: Any) -> Any:
+        given.append((kwargs["lse"], kwargs["query"], kwargs["key"], kwargs["scale"]))
+        return real(*args, **kwargs)
+
+    with prune_visual_tokens(prompts.model, method, 9, layer=LAYER) as without:
+        logits_of(prompts)
+    monkeypatch.setattr(methods, name, spied)
+    for dtype, used in ((torch.float32, True), (torch.bfloat16, False)):
+
+        def rounded(*args: Any, to: torch.dtype = dtype, **kwargs: Any) -> Any:
+            out, lse = plain_attention(*args, **kwargs)
+            return out, lse.to(to)
+
+        given.clear()
+        with registered("with_lse", rounded, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]):
+            prompts.model.set_attn_implementation("with_lse")
+            with prune_visual_tokens(prompts.model, method, 9, layer=LAYER) as pruning:
+                logits_of(prompts)
+            prompts.model.set_attn_implementation("sdpa")
+        lse, query, key, scale = given[0]
+        assert (lse is not None) == used
+        assert torch.equal(pruning.kept, without.kept)
+        if used:
+            rows, columns = query.shape[2], key.shape[2]
+            logits = query @ key.repeat_interleave(2, 1).mT * scale
+            hidden = torch.ones(rows, columns).triu(columns - rows + 1).bool()
+            if batch > 1:
+                hidden = hidden | ~prompts.inputs["attention_mask"].bool()[:, None, None, -columns:]
+            if method != "sts":  # whose second stage sees fewer columns than the mask has
+                torch.testing.assert_close(lse, logits.masked_fill(hidden, -torch.inf).logsumexp(-1), **CLOSE)
+
+
+@pytest.mark.parametrize("method", ["coast", "divprune", "sts"])
+def test_a_flash_attention_keeps_its_name_and_gets_no_positions_with_gaps(method: str) -> None:
+    prompts = llava(3, ragged=True)
+    seen: list[tuple[str, int, Any, Any, tuple[int, ...]]] = []
+
+    def flash(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+        if hasattr(module, "layer_idx"):
+            seen.append(
+                (module.config._attn_implementation, module.layer_idx, kwargs.get("position_ids"), mask, key.shape)
+            )
+        return plain_attention(module, query, key, value, mask, **kwargs)[0], None
+
+    with registered("my_flash", flash, flash_attention_mask):
+        prompts.model.set_attn_implementation("my_flash")
+        with prune_visual_tokens(prompts.model, method, 0.3, **layer_of(method)) as pruning:
+            out = generate(prompts.model, prompts.inputs, 4)
+        prompts.model.set_attn_implementation("sdpa")
+    first = 0 if method != "coast" else LAYER
+    assert len(seen) == 4 * 4
+    for name, layer, positions, mask, key in seen:
+        assert "flash" in name  # transformers decides by that word what attention gets
+        assert layer < first or positions is None
+        assert mask is not None
+        assert tuple(mask.shape) == (key[0], key[2])
+    assert_decoded_like_the_oracle(prompts, drops_of(prompts, pruning, LAYER), out)
+
+
+def test_an_attention_without_a_mask_function_gets_no_mask() -> None:
+    prompts = llava(2)
+    with registered("maskless", plain_attention, None):
+        prompts.model.set_attn_implementation("maskless")
+        with prune_visual_tokens(prompts.model, "coast", 9, layer=LAYER) as pruning:
+            out = generate(prompts.model, prompts.inputs, 3)
+        uneven = llava(2, ragged=True).inputs
+        message = "'maskless' has no mask function"
+        block = prune_visual_tokens(prompts.model, "coast", 9, layer=LAYER)
+        with block, pytest.raises(NotImplementedError, match=message):
+            prompts.model(**uneven)
+        prompts.model.set_attn_implementation("sdpa")
+    assert_decoded_like_the_oracle(prompts, drops_of(prompts, pruning, LAYER), out)
+
+
+# --- training and precision -------------------------------------------------------------------------------------------
+
+
+@over_methods
+def test_gradients_flow_to_the_vision_tower(method: str) -> None:
+    prompts = llava(2, ragged=True)
+    prompts.model.train()
+    with prune_visual_tokens(prompts.model, method, 9, positions="original", **layer_of(method)) as pruning:
+        prompts.model(**prompts.inputs).logits[:, -1].square().sum().backward()
+    exact = oracle.in_float64(prompts)
+    exact.model.zero_grad()
+    drops = drops_of(prompts, pruning, LAYER)
+    with oracle._masking(exact.model.model.language_model, drops, prompts.inputs["input_ids"].shape[1]):
+        exact.model(**exact.inputs).logits[:, -1].square().sum().backward()
+    compared = 0
+    for (name, got), want in zip(prompts.model.named_parameters(), exact.model.parameters(), strict=True):
+        if want.grad is None or got.grad is None:
+            assert want.grad is got.grad, name
+            continue
+        scale = float(want.grad.abs().max())
+        torch.testing.assert_close(got.grad.double(), want.grad, rtol=0, atol=1e-5 * scale + 1e-12, msg=name)
+        compared += "vision_tower" in name and scale > 0
+    assert compared > 20
+
+
+def test_gradient_checkpointing_is_refused_in_training_only() -> None:
+    prompts = llava(2)
+    with prune_visual_tokens(prompts.model, "coast", 9, layer=LAYER):
+        want = logits_of(prompts)
+    prompts.model.gradient_checkpointing_enable()
+    with prune_visual_tokens(prompts.model, "coast", 9, layer=LAYER):
+        assert torch.equal(logits_of(prompts), want)  # eval
+        prompts.model.train()
+        with pytest.raises(NotImplementedError, match="gradient checkpointing"):
+            prompts.model(**prompts.inputs)
+        prompts.model.gradient_checkpointing_disable()
+        assert torch.equal(prompts.model(**prompts.inputs).logits, want)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "autocast"])
+def test_half_precision_errs_at_most_twice_what_masking_errs(method: str, precision: str) -> None:
+    prompts = llava(2, ragged=True)
+    if precision != "autocast":
+        dtype = getattr(torch, precision)
+        prompts.model.to(dtype)
+        prompts.inputs["pixel_values"] = prompts.inputs["pixel_values"].to(dtype)
+    mode = torch.autocast("cpu", torch.bfloat16) if precision == "autocast" else nullcontext()
+    options = {"positions": "original", "seed": 1, **layer_of(method)}
+    kept = []
+    for _ in range(2):
+        with mode, prune_visual_tokens(prompts.model, method, 9, **options) as pruning:
+            got = logits_of(prompts)[:, -1]
+        kept.append(pruning.kept)
+    assert torch.equal(*kept)
+    drops = drops_of(prompts, pruning, LAYER)
+    exact = oracle.logits(prompts, drops)[:, -1]
+    with mode, oracle._masking(prompts.model.model.language_model, drops, prompts.inputs["input_ids"].shape[1]):
+        masked = logits_of(prompts)[:, -1]
+    error, allowed = (float((t.double() - exact).abs().max()) for t in (got, masked))
+    assert 0 < error <= 2 * allowed
+
+
+# --- reports ----------------------------------------------------------------------------------------------------------
+
+
+def test_stats_and_kept_before_and_after_a_prefill() -> None:
+    prompts = llava(2, ragged=True)
+    with prune_visual_tokens(prompts.model, "sts", 9, layer=LAYER, compact_cache=True) as pruning:
+        assert pruning.kept is None
+        assert pruning.kept_at == {}
+        assert pruning.stats == {"method": "sts", "prefills": 0}
+        with pytest.raises(RuntimeError, match="nothing was pruned yet"):
+            pruning.overlay(None)
+        generate(prompts.model, prompts.inputs, 3)
+    stats = pruning.stats
+    assert stats.pop("select_ms") > 0
+    assert stats.pop("compact_ms") > 0
+    assert stats == {
+        "method": "sts", "prefills": 1, "before": [36, 36], "after": [9, 9], "layers": [0, LAYER], "backend": "cpu",
+    }  # fmt: skip
+    with prune_visual_tokens(prompts.model, "sts", 1.0, layer=LAYER) as pruning:
+        logits_of(prompts)
+    assert pruning.stats["backend"] is None
+
+
+def test_overlay_darkens_what_no_kept_token_sees(tmp_path: Any) -> None:
+    from PIL import Image
+
+    prompts = llava(2, images=2)
+    with prune_visual_tokens(prompts.model, "divprune", 20) as pruning:
+        logits_of(prompts)
+    photo = Image.new("RGB", (120, 60), (200, 100, 40))  # tokens see 20 x 10 pixels
+    photo.save(tmp_path / "photo.png")
+    assert pruning.kept is not None
+    for sample in range(2):
+        for picture in range(2):
+            shown = pruning.overlay(photo, sample=sample, picture=picture)
+            kept = {k - 36 * picture for k in pruning.kept[sample].tolist()}
+            for token in range(36):
+                row, column = divmod(token, 6)
+                pixels = {shown.getpixel((20 * column + x, 10 * row + y)) for x in (0, 19) for y in (0, 9)}
+                assert pixels == {(200, 100, 40) if token in kept else (50, 25, 10)}
+    from_file = pruning.overlay(tmp_path / "photo.png", sample=1, picture=1)
+    assert from_file.tobytes() == shown.tobytes()
+    assert from_file.size == photo.size
+    assert photo.getpixel((0, 0)) == (200, 100, 40)

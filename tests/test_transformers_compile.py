@@ -1,0 +1,89 @@
+"""torch.compile of a pruned model: the same results, and no block is served by what was compiled for another."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from vlm.checks import CLOSE, LAYER
+from vlm.models import Prompts, llava
+
+from tokenprune_kernels.integrations.transformers import prune_visual_tokens
+
+BLOCKS: tuple[dict[str, Any], ...] = (
+    {"method": "coast", "layer": LAYER},
+    {"method": "divprune"},
+    {"method": "fastv", "layer": 3, "compact_cache": True},
+)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def run(call: Callable[..., Any], prompts: Prompts) -> list[Tensor]:
+    """A prefill and a decoding step."""
+    mask = torch.nn.functional.pad(prompts.inputs["attention_mask"], (0, 1), value=1)
+    with torch.no_grad():
+        out = call(**prompts.inputs)
+        logits = [out.logits[:, -1]]
+        out = call(input_ids=torch.tensor([[7], [8]]), attention_mask=mask, past_key_values=out.past_key_values)
+    return [*logits, out.logits[:, -1]]
+
+
+def pruned(call: Callable[..., Any], prompts: Prompts, block: dict[str, Any]) -> tuple[list[Tensor], Tensor | None]:
+    with prune_visual_tokens(prompts.model, keep=9, **block) as pruning:
+        return run(call, prompts), pruning.kept
+
+
+def same(got: list[Tensor], want: list[Tensor]) -> None:
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, **CLOSE)
+
+
+def compile_decoder(model: nn.Module) -> Callable[..., Any]:
+    model.model.language_model.compile(backend="eager")
+    return model
+
+
+def compile_model(model: nn.Module) -> Callable[..., Any]:
+    compiled: Callable[..., Any] = torch.compile(model, backend="eager")
+    return compiled
+
+
+over_ways = pytest.mark.parametrize("compiled", [compile_decoder, compile_model], ids=["decoder", "model"])
+
+
+@over_ways
+def test_compiled_before_the_blocks(compiled: Callable[[nn.Module], Callable[..., Any]]) -> None:
+    prompts = llava(2, ragged=True)
+    plain = run(prompts.model, prompts)
+    want = [pruned(prompts.model, prompts, block) for block in BLOCKS]
+    call = compiled(prompts.model)
+    same(run(call, prompts), plain)
+    for block, (logits, kept) in zip(BLOCKS, want, strict=True):
+        got, got_kept = pruned(call, prompts, block)
+        same(got, logits)
+        assert torch.equal(got_kept, kept)
+    same(run(call, prompts), plain)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+
+
+@over_ways
+def test_compiled_inside_a_block(compiled: Callable[[nn.Module], Callable[..., Any]]) -> None:
+    prompts = llava(2, ragged=True)
+    plain = run(prompts.model, prompts)
+    want = [pruned(prompts.model, prompts, block) for block in BLOCKS[:2]]
+    with prune_visual_tokens(prompts.model, keep=9, **BLOCKS[0]) as pruning:
+        call = compiled(prompts.model)
+        same(run(call, prompts), want[0][0])
+        assert torch.equal(pruning.kept, want[0][1])
+    same(run(call, prompts), plain)
+    got, kept = pruned(call, prompts, BLOCKS[1])
+    same(got, want[1][0])
+    assert torch.equal(kept, want[1][1])
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0

@@ -1,0 +1,52 @@
+"""What the tests of pruned models share: greedy generation, what was dropped, and equality with the float64 path."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import oracle
+from .models import IMAGE, Prompts
+
+LAYER = 2  # of 4
+IN_MODEL = ("coast", "sts", "adaptprune", "fastv")
+# Logits are below 1; some roundings of float32, whatever is pruned.
+CLOSE = {"rtol": 0.0, "atol": 1e-6}
+
+
+def layer_of(method: str) -> dict[str, int]:
+    return {"layer": LAYER} if method in IN_MODEL else {}
+
+
+def generate(model: Any, inputs: dict[str, Tensor], steps: int, **more: Any) -> Any:
+    """`sequences` and `logits` of generation that neither ends early nor writes an image token."""
+    model.generation_config.eos_token_id = None
+    options = {"do_sample": False, "max_new_tokens": steps, "return_dict_in_generate": True, "output_logits": True}
+    return model.generate(**inputs, **{**options, "suppress_tokens": [IMAGE], **more})
+
+
+def drops_of(prompts: Prompts, pruning: Any, layer: int, compact: bool = False) -> list[oracle.Drop]:
+    """What a block dropped in its last prefill. `layer`: where the method prunes inside the model; 0 before it."""
+    at = dict(pruning.kept_at) or {layer: pruning.kept}
+    return [oracle.Drop(first, oracle.dropped_columns(prompts, kept), compact) for first, kept in sorted(at.items())]
+
+
+def renumbered(prompts: Prompts, drops: Sequence[oracle.Drop], new: int) -> dict[str, Tensor]:
+    """position_ids that count only what stays, for the float64 path."""
+    stays = prompts.inputs["attention_mask"].bool()
+    for drop in drops:
+        stays = stays & ~drop.columns
+    stays = torch.nn.functional.pad(stays, (0, new), value=True)
+    return {"position_ids": (stays.cumsum(1) - 1).clamp_min(0)}
+
+
+def assert_decoded_like_the_oracle(
+    prompts: Prompts, drops: Sequence[oracle.Drop], out: Any, *, renumber: bool = False
+) -> None:
+    """The logits of the prefill and of every decoding step, given the tokens that were decoded."""
+    length = prompts.inputs["input_ids"].shape[1]
+    new = out.sequences[:, length:]
+    more = renumbered(prompts, drops, new.shape[1] - 1) if renumber else {}
+    want = oracle.logits(prompts, drops, new[:, :-1], **more)[:, length - 1 :]
+    torch.testing.assert_close(torch.stack(out.logits, 1).double(), want, **CLOSE)
