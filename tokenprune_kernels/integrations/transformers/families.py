@@ -106,22 +106,27 @@ class Saliency:
         raise NotImplementedError
 
 
+def beam_copies(shown: int, counts: list[int]) -> int:
+    """How many samples in a row share what the vision tower showed once.
+
+    Beam search repeats each sample, and newer versions of generate do so after the vision tower has run.
+    """
+    for copies in range(1, len(counts) + 1):
+        once = counts[::copies]
+        if sum(once) <= shown and [count for count in once for _ in range(copies)] == counts:
+            return copies
+    raise RuntimeError(f"prune_visual_tokens: {sum(counts)} visual tokens, but the vision tower showed {shown}")
+
+
 def by_sample(values: Tensor, counts: list[int]) -> Tensor:
     """[B, V] from one vector over the visual tokens of the batch, one sample after the other; 0 in the padding.
 
-    Beam search repeats each sample after the vision tower has run: then one stretch serves several samples. Values of
-    earlier runs of the tower, whose prompts never came, are in front.
+    One stretch serves all copies of a sample (`beam_copies`). Values of earlier runs of the tower, whose prompts never
+    came, are in front.
     """
-    total = sum(counts)
-    copies = 1
-    while len(values) < total and copies < len(counts):
-        copies += 1
-        if len(counts) % copies == 0 and sum(counts[::copies]) * copies == total:
-            total = sum(counts[::copies])
-            break
-    if len(values) < total:
-        raise RuntimeError(f"prune_visual_tokens: {total} visual tokens, but the vision tower showed {len(values)}")
-    stretches = values[len(values) - total :].float().split(counts[::copies])
+    copies = beam_copies(len(values), counts)
+    counts = counts[::copies]
+    stretches = values[len(values) - sum(counts) :].float().split(counts)
     padded = [torch.nn.functional.pad(s, (0, max(counts) - len(s))) for s in stretches]
     return torch.stack(padded).repeat_interleave(copies, 0)
 

@@ -232,7 +232,8 @@ class Hooks:
         layout = self._family.layout(self._core, prompt.inputs, tokens.counts)
         self.report.begin(tokens.slot.device, tokens.counts, layout)
         deepstack = DeepStack.take(inputs, tokens)
-        self._now = Prefill(tokens, tokens, _next_position(inputs, tokens), prompt, deepstack)
+        counted = prompt.inputs.get("position_ids") is not None
+        self._now = Prefill(tokens, tokens, _next_position(inputs, tokens, counted), prompt, deepstack)
         if deepstack is not None:
             inputs = {**inputs, "deepstack_visual_embeds": None, "visual_pos_masks": None}
         return inputs
@@ -389,12 +390,19 @@ def _with_batch(t: Tensor, batch: int) -> Tensor:
     return t.expand(*t.shape[:-3], batch, *t.shape[-2:])
 
 
-def _next_position(inputs: Inputs, tokens: Tokens) -> Tensor:
-    """Behind the prompt. Of several rows, the first of four counts text; the others share the largest."""
+def _next_position(inputs: Inputs, tokens: Tokens, counted: bool) -> Tensor:
+    """Behind the prompt, as the model goes on.
+
+    generate counts positions itself (`counted`), on from the last column. Else the model adds its rope_deltas, behind
+    the largest position, which may be an image's. Of several rows, the first of four counts text; the others share it.
+    """
     positions = inputs.get("position_ids")
     batch = tokens.slot.shape[0]
     if positions is None:
         return torch.full((batch,), tokens.length, device=tokens.slot.device)
+    if counted:
+        last: Tensor = positions[..., -1] + 1
+        return last.expand(*last.shape[:-1], batch)
     highest: Tensor = positions.amax(-1) + 1
     if highest.dim() == 1:
         return highest.expand(batch)
