@@ -19,7 +19,7 @@ class Prompts:
 
     model: Any
     inputs: dict[str, Tensor]
-    visual: int  # the id that stands for a visual token
+    visual: int | tuple[int, ...]  # the ids that stand for visual tokens
 
 
 def text(count: int, generator: torch.Generator) -> list[int]:

@@ -77,7 +77,7 @@ def in_float64(prompts: Prompts) -> Prompts:
 
 def dropped_columns(prompts: Prompts, kept: Tensor) -> Tensor:
     """[B, L]: the columns of visual tokens that are not among `kept` [B, K]."""
-    is_visual = prompts.inputs["input_ids"] == prompts.visual
+    is_visual = torch.isin(prompts.inputs["input_ids"], torch.tensor(prompts.visual))
     slot = is_visual.cumsum(1) - 1
     gone = torch.zeros_like(is_visual)
     for b, row in enumerate(kept.tolist()):
@@ -106,7 +106,7 @@ def greedy(prompts: Prompts, drops: Sequence[Drop], steps: int, **more: Any) -> 
     new = torch.zeros((prompts.inputs["input_ids"].shape[0], 0), dtype=torch.int64)
     for _ in range(steps):
         last = logits(prompts, drops, new, **more)[:, -1]
-        last[:, prompts.visual] = -torch.inf  # as `suppress_tokens` of generate
+        last[:, torch.tensor(prompts.visual)] = -torch.inf  # as `suppress_tokens` of generate
         best = last.argmax(-1, keepdim=True)
         new = torch.cat([new, best], 1)
     return new

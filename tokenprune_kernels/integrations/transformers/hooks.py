@@ -26,6 +26,7 @@ from .families import Family, Inputs, Layout, Saliency
 from .masks import causal_mask
 from .report import Report
 from .tokens import Tokens, keep, read_prompt
+from .watch import Watch
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Hooks:
         self._renumber, self._compact_cache, self._seed, self._options = renumber, compact_cache, seed, options
         self._handles: list[Any] = []
         self._attention: list[ShownAttention] = []
+        self._watches = [Watch(core, name, what) for name, what in family.watched.items()]
         self._saliency: Saliency | None = None
         self._generator: torch.Generator | None = None
         self._prompt: Prompt | None = None
@@ -115,7 +117,10 @@ class Hooks:
             raise
 
     def _install(self) -> None:
-        kinds = set(getattr(self._decoder.config, "layer_types", None) or ["full_attention"])
+        config = self._decoder.config
+        # Mistral has no layer_types: one window for all layers, or none.
+        window = "sliding_attention" if getattr(config, "sliding_window", None) is not None else "full_attention"
+        kinds = set(getattr(config, "layer_types", None) or [window])
         if kinds != {"full_attention"}:
             raise NotImplementedError(
                 f"prune_visual_tokens: decoder layers must all have full attention, got {', '.join(sorted(kinds))}"
@@ -134,6 +139,8 @@ class Hooks:
             )
         for attention in list(self._attention):
             attention.install()
+        for watch in self._watches:
+            watch.install()
         if self._seed is not None:
             device = next(self._decoder.parameters()).device
             self._generator = torch.Generator(device).manual_seed(self._seed)
@@ -163,6 +170,8 @@ class Hooks:
         self._handles.clear()
         while self._attention:
             self._attention.pop().remove()
+        for watch in self._watches:
+            watch.remove()
         self._prompt = self._now = self._saliency = None
 
     # --- the prompt ------------------------------------------------------------------------------------------------
@@ -218,6 +227,7 @@ class Hooks:
         check_cache(inputs.get("past_key_values"))
         if getattr(self._decoder, "gradient_checkpointing", False) and self._decoder.training:
             raise NotImplementedError("prune_visual_tokens: gradient checkpointing; switch it off or call model.eval()")
+        prompt.inputs = {**prompt.inputs, **{watch.name: watch.last for watch in self._watches}}
         layout = self._family.layout(self._core, prompt.inputs, tokens.counts)
         self.report.begin(tokens.slot.device, tokens.counts, layout)
         deepstack = DeepStack.take(inputs, tokens)
@@ -237,6 +247,8 @@ class Hooks:
         now, self._now = self._now, None
         if self._saliency is not None:
             self._saliency.seen.clear()
+        for watch in self._watches:
+            watch.last = None
         if not isinstance(now, Prefill) or output is None:  # None: the forward raised
             return
         if not now.segments:

@@ -1,5 +1,5 @@
 """One module per model family; importing this package registers them."""
 
-from . import llava
+from . import internvl, llava, llava_next, llava_onevision
 
-__all__ = ["llava"]
+__all__ = ["internvl", "llava", "llava_next", "llava_onevision"]
