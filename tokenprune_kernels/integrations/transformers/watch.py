@@ -26,10 +26,11 @@ class Watch:
         method = getattr(self._module, self.name)
         signature = inspect.signature(method)
 
-        @torch.compiler.disable
         def remember(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             bound = signature.bind(*args, **kwargs).arguments
             self.last = self._what({**bound, **bound.get("kwargs", {})})
+
+        remember = torch.compiler.disable(remember)
 
         @functools.wraps(method)
         def watched(*args: Any, **kwargs: Any) -> Any:
