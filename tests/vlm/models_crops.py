@@ -1,7 +1,7 @@
-"""Small random models whose pictures come in crops, tiles or frames, and prompts for them as their processors make them.
+"""Small random models whose pictures come in crops, tiles or frames, and prompts as their processors make them.
 
-A picture is a tuple of height and width in pixels, for InternVL of rows and columns of tiles. Its prompt has as many
-placeholders as the model's own encoder gives features.
+A picture is its height and width in pixels. Its prompt has as many placeholders as the model's own encoder gives
+features.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 from .models import IMAGE, TEXT, Prompts, left_padded, text
 
 VIDEO = 101
-# One text, a number of pictures, and text between them: a batch of samples, each a list of pictures.
+# A batch of samples, each a list of pictures; there is text in front of them, between them and behind them.
 Pictures = Sequence[Sequence[tuple[int, int]]]
 SINGLE: Pictures = [[(20, 44)]]
 RAGGED: Pictures = [[(20, 44)], [(50, 30)]]
@@ -32,7 +32,7 @@ def _model(kind: type, config: Any, attention: str) -> Any:
 
 
 def _prompts(batch: Sequence[Sequence[int]], visual: Sequence[int], draw: torch.Generator) -> dict[str, Tensor]:
-    """Samples from the number of placeholders of each picture; `visual` are their ids, in turn, 0 ends nothing."""
+    """Samples from the number of placeholders of each picture, whose ids are `visual`, in turn."""
     ids = iter(visual)
     samples = []
     for b, pictures in enumerate(batch):
