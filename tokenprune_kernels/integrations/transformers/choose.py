@@ -130,9 +130,9 @@ def _adaptprune(m: Moment, k: int) -> Tensor:
 
 def _sts_structure(m: Moment, k: int) -> Tensor:
     assert m.layout is not None
-    # Crops and frames lie along a third axis, a grid's diagonal apart: equal places in two crops do not repel.
+    # Crops and frames lie along a third axis, the largest grid's diagonal apart: equal places in two do not repel.
     grids, groups = m.by_origin(m.layout.grids), m.by_origin(m.layout.groups)
-    depth = groups.unsqueeze(-1) * grids.norm(dim=-1, keepdim=True)
+    depth = groups.unsqueeze(-1) * grids.norm(dim=-1, keepdim=True).amax(1, keepdim=True)
     places = torch.cat([m.by_origin(m.layout.positions), depth], -1)
     return methods.sts_structure(
         m.features(), k, positions=places, mask=m.tokens.visual_mask(), **m.options

@@ -1,7 +1,7 @@
 """What the integration has to know of a model family: one small `Family` each, found by the config's model_type."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,12 +29,16 @@ class Layout:
 
 @dataclass
 class Patches:
-    """The tokens of one picture, crop or frame on a grid; `extra` marks tokens that see nothing (a newline)."""
+    """The tokens of one picture, crop or frame on a grid, or of several crops whose rows are packed together.
+
+    A token that sees nothing (a newline) has a box without width.
+    """
 
     positions: Tensor  # [V, 2]
-    grid: tuple[int, int]
+    grid: tuple[float, float]
     boxes: Tensor  # [V, 4]
     image: int
+    crops: Tensor | None = None  # [V] int64: the token's crop, counted from 0 among these; None: it is one crop
 
 
 def grid_patches(height: int, width: int, image: int, area: Sequence[float] = (0.0, 0.0, 1.0, 1.0)) -> Patches:
@@ -57,15 +61,16 @@ def layout_of(samples: Sequence[Sequence[Patches]], most: int) -> Layout:
         torch.zeros(batch, most, dtype=torch.int64), torch.zeros(batch, most, 4),
     )  # fmt: skip
     for b, crops in enumerate(samples):
-        start = 0
-        for group, crop in enumerate(crops):
+        start = group = 0
+        for crop in crops:
             here = slice(start, start + len(crop.positions))
             layout.positions[b, here] = crop.positions
             layout.grids[b, here] = torch.tensor(crop.grid, dtype=torch.float32)
-            layout.groups[b, here] = group
+            layout.groups[b, here] = group if crop.crops is None else group + crop.crops
             layout.images[b, here] = crop.image
             layout.boxes[b, here] = crop.boxes
             start = here.stop
+            group += 1 if crop.crops is None else int(crop.crops.max()) + 1
     return layout
 
 
@@ -88,6 +93,10 @@ class Family:
     layers: dict[str, int]
     # mRoPE positions carry the image's geometry: they are never renumbered
     renumber: bool = True
+    # Methods of the core, and what is remembered of the arguments of their last call: the layout and the saliency find
+    # it in their inputs under the method's name. generate may encode the pictures before the forward, and keep what it
+    # encoded them with for itself.
+    watched: dict[str, Callable[[Inputs], Any]] = field(default_factory=dict)
 
 
 class Saliency:

@@ -25,6 +25,7 @@ from .families import Family, Inputs, Layout, Saliency
 from .masks import causal_mask, check_full_attention, check_one_sequence
 from .report import Report
 from .tokens import Tokens, keep, read_prompt
+from .watch import Watch
 
 _PICTURE_LATER = (
     "prune_visual_tokens: pictures must come in the first forward on an empty cache, not in a later turn or chunk"
@@ -82,6 +83,7 @@ class Hooks:
         self._renumber, self._compact_cache, self._seed, self._options = renumber, compact_cache, seed, options
         self._handles: list[Any] = []
         self._attention: list[ShownAttention] = []
+        self._watches = [Watch(core, name, what) for name, what in family.watched.items()]
         self._saliency: Saliency | None = None
         self._generator: torch.Generator | None = None
         self._prompt: Prompt | None = None
@@ -112,6 +114,8 @@ class Hooks:
             )
         for attention in list(self._attention):
             attention.install()
+        for watch in self._watches:
+            watch.install()
         if self._seed is not None:
             device = next(self._decoder.parameters()).device
             self._generator = torch.Generator(device).manual_seed(self._seed)
@@ -144,6 +148,8 @@ class Hooks:
         self._handles.clear()
         while self._attention:
             self._attention.pop().remove()
+        for watch in self._watches:
+            watch.remove()
         self._prompt = self._now = self._saliency = None
 
     # --- the prompt ------------------------------------------------------------------------------------------------
@@ -229,6 +235,7 @@ class Hooks:
         modules = (self._decoder, *self._decoder.layers)
         if any(getattr(m, "gradient_checkpointing", False) and m.training for m in modules):
             raise NotImplementedError("prune_visual_tokens: gradient checkpointing; switch it off or call model.eval()")
+        prompt.inputs = {**prompt.inputs, **{watch.name: watch.last for watch in self._watches}}
         layout = self._family.layout(self._core, prompt.inputs, tokens.counts)
         self.report.begin(tokens.slot.device, tokens.counts, layout)
         deepstack = DeepStack.take(inputs, tokens)
@@ -242,6 +249,8 @@ class Hooks:
         now, self._now = self._now, None
         if self._saliency is not None:
             self._saliency.seen.clear()
+        for watch in self._watches:
+            watch.last = None
         if not isinstance(now, Prefill) or output is None:  # None: the forward raised
             return
         if not now.segments:

@@ -1,0 +1,205 @@
+"""Small random models whose pictures come in crops, tiles or frames, and prompts as their processors make them.
+
+A picture is its height and width in pixels. Its prompt has as many placeholders as the model's own encoder gives
+features.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .models import IMAGE, TEXT, Prompts, left_padded, text
+
+VIDEO = 101
+# A batch of samples, each a list of pictures; there is text in front of them, between them and behind them.
+Pictures = Sequence[Sequence[tuple[int, int]]]
+SINGLE: Pictures = [[(20, 44)]]
+RAGGED: Pictures = [[(20, 44)], [(50, 30)]]
+SEVERAL: Pictures = [[(20, 44), (16, 16)], [(30, 18)]]
+
+
+def _model(kind: type, config: Any, attention: str) -> Any:
+    torch.manual_seed(7)
+    model = kind(config).eval()
+    # Randomly initialised norms and embeddings are mostly ones and zeros, which hides mistakes.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    model.set_attn_implementation(attention)
+    return model
+
+
+def _prompts(batch: Sequence[Sequence[int]], visual: Sequence[int], draw: torch.Generator) -> dict[str, Tensor]:
+    """Samples from the number of placeholders of each picture, whose ids are `visual`, in turn."""
+    ids = iter(visual)
+    samples = []
+    for b, pictures in enumerate(batch):
+        sample = text(3, draw)
+        for i, count in enumerate(pictures):
+            sample += [next(ids)] * count + text(2 + i, draw)
+        samples.append(sample + text(4 + 2 * b, draw))
+    return left_padded(samples)
+
+
+def _pixels(crops: int, side: int, draw: torch.Generator) -> Tensor:
+    return torch.randn(crops, 3, side, side, generator=draw)
+
+
+def _stacked(pictures: list[Tensor]) -> Tensor:
+    """[images, crops, 3, h, w], zeros for the missing crops, as the image processors pad them."""
+    most = max(map(len, pictures))
+    return torch.stack([torch.cat([p, p.new_zeros(most - len(p), *p.shape[1:])]) for p in pictures])
+
+
+def _crops(size: tuple[int, int], pinpoints: list[list[int]], side: int) -> int:
+    from transformers.image_processing_utils import select_best_resolution
+
+    height, width = select_best_resolution(size, pinpoints)
+    return 1 + height // side * (width // side)
+
+
+def llava_next(pictures: Pictures = SINGLE, *, attention: str = "sdpa") -> Prompts:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+
+    side, pinpoints = 16, [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=side, patch_size=4
+    )
+    config = LlavaNextConfig(
+        vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_index=IMAGE, image_grid_pinpoints=pinpoints,
+        image_seq_length=16,
+    )  # fmt: skip
+    model = _model(LlavaNextForConditionalGeneration, config, attention)
+    draw = torch.Generator().manual_seed(3)
+    sizes = [size for sample in pictures for size in sample]
+    pixels = _stacked([_pixels(_crops(size, pinpoints, side), side, draw) for size in sizes])
+    inputs = {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
+    with torch.no_grad():
+        encoded = model.model.get_image_features(**inputs, return_dict=True).pooler_output
+    return Prompts(model, {**_grouped(pictures, encoded, draw), **inputs}, IMAGE)
+
+
+def _grouped(pictures: Pictures, encoded: Sequence[Tensor], draw: torch.Generator) -> dict[str, Tensor]:
+    counts = iter(len(features) for features in encoded)
+    batch = [[next(counts) for _ in sample] for sample in pictures]
+    return _prompts(batch, [IMAGE] * len(encoded), draw)
+
+
+def _onevision(attention: str) -> Any:
+    from transformers import (
+        LlavaOnevisionConfig,
+        LlavaOnevisionForConditionalGeneration,
+        Qwen2Config,
+        SiglipVisionConfig,
+    )
+
+    vision = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=20, patch_size=4,
+        vision_use_head=False,
+    )  # fmt: skip
+    pinpoints = [[20 * rows, 20 * columns] for rows in range(1, 4) for columns in range(1, 4)]
+    config = LlavaOnevisionConfig(
+        vision_config=vision, text_config=Qwen2Config(**TEXT), image_token_index=IMAGE, video_token_index=VIDEO,
+        image_grid_pinpoints=pinpoints, vision_aspect_ratio="anyres_max_2",
+    )  # fmt: skip
+    return _model(LlavaOnevisionForConditionalGeneration, config, attention)
+
+
+def llava_onevision(pictures: Pictures = SINGLE, *, attention: str = "sdpa") -> Prompts:
+    model = _onevision(attention)
+    draw = torch.Generator().manual_seed(3)
+    sizes = [size for sample in pictures for size in sample]
+    # A sample with several pictures has no crops of them.
+    crops = [
+        _crops(size, model.config.image_grid_pinpoints, 20) if len(sample) == 1 else 1
+        for sample in pictures
+        for size in sample
+    ]
+    inputs = {
+        "pixel_values": _stacked([_pixels(n, 20, draw) for n in crops]),
+        "image_sizes": torch.tensor(sizes),
+        "batch_num_images": torch.tensor([len(sample) for sample in pictures]),
+    }
+    with torch.no_grad():
+        encoded = model.model.get_image_features(**inputs, return_dict=True).pooler_output
+    return Prompts(model, {**_grouped(pictures, encoded, draw), **inputs}, IMAGE)
+
+
+def llava_onevision_video(*, attention: str = "sdpa") -> Prompts:
+    """Two videos of three frames, and in the second sample a picture in front of its video."""
+    model = _onevision(attention)
+    draw = torch.Generator().manual_seed(3)
+    size = (20, 44)
+    crops = _crops(size, model.config.image_grid_pinpoints, 20)
+    inputs = {
+        "pixel_values": _stacked([_pixels(crops, 20, draw)]),
+        "image_sizes": torch.tensor([size]),
+        "pixel_values_videos": torch.randn(2, 3, 3, 20, 20, generator=draw),
+    }
+    with torch.no_grad():
+        names = ("pixel_values", "image_sizes")
+        picture = model.model.get_image_features(**{n: inputs[n] for n in names}, return_dict=True).pooler_output[0]
+    video = 3 * 9 + 1
+    ids = _prompts([[video], [len(picture), video]], [VIDEO, IMAGE, VIDEO], draw)
+    return Prompts(model, {**ids, **inputs}, (IMAGE, VIDEO))
+
+
+def _internvl(attention: str, qk_norm: bool = True) -> Any:
+    from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
+
+    vision = InternVLVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=16, patch_size=2,
+        use_qk_norm=qk_norm, attention_bias=True,
+    )  # fmt: skip
+    config = InternVLConfig(
+        vision_config=vision, text_config=Qwen2Config(**TEXT), image_token_id=IMAGE, image_seq_length=16,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return _model(InternVLForConditionalGeneration, config, attention)
+
+
+def tiled(picture: Tensor, rows: int, columns: int, side: int = 16) -> Tensor:
+    """[tiles, 3, side, side]: the tiles of a picture [3, h, w], and its thumbnail when they are several."""
+    resize = torch.nn.functional.interpolate
+    whole = resize(picture[None], (rows * side, columns * side), mode="bilinear", antialias=True)[0]
+    tiles = whole.unflatten(2, (columns, side)).unflatten(1, (rows, side)).permute(1, 3, 0, 2, 4).flatten(0, 1)
+    if len(tiles) == 1:
+        return tiles
+    return torch.cat([tiles, resize(picture[None], (side, side), mode="bilinear", antialias=True)])
+
+
+def internvl(pictures: Pictures = SINGLE, *, attention: str = "sdpa", qk_norm: bool = True) -> Prompts:
+    """The pictures are as in the other families: tiles of 16 pixels, as many as are nearest to their size."""
+    model = _internvl(attention, qk_norm)
+    draw = torch.Generator().manual_seed(3)
+    tiles, batch = [], []
+    for sample in pictures:
+        counts = []
+        for height, width in sample:
+            smooth = torch.randn(1, 3, 4, 4, generator=draw)
+            picture = torch.nn.functional.interpolate(smooth, (height, width), mode="bilinear")[0]
+            tiles.append(tiled(picture, max(1, round(height / 16)), max(1, round(width / 16))))
+            counts.append(len(tiles[-1]) * 16)
+        batch.append(counts)
+    ids = _prompts(batch, [IMAGE] * len(tiles), draw)
+    return Prompts(model, {**ids, "pixel_values": torch.cat(tiles)}, IMAGE)
+
+
+def internvl_video(*, attention: str = "sdpa") -> Prompts:
+    """Frames are tiles with text between them; here a picture of 2 x 1 tiles in front of them, in the second sample."""
+    model = _internvl(attention)
+    draw = torch.Generator().manual_seed(3)
+    picture = tiled(torch.randn(3, 32, 16, generator=draw), 2, 1)
+    ids = _prompts([[16] * 3, [48, 16, 16]], [IMAGE] * 6, draw)
+    pixels = torch.cat([_pixels(3, 16, draw), picture, _pixels(2, 16, draw)])
+    return Prompts(model, {**ids, "pixel_values": pixels}, IMAGE)
+
+
+FAMILIES: dict[str, Callable[..., Prompts]] = {
+    "llava_next": llava_next, "llava_onevision": llava_onevision, "internvl": internvl,
+}  # fmt: skip
+VIDEOS: dict[str, Callable[..., Prompts]] = {
+    "llava_onevision": llava_onevision_video, "internvl": internvl_video,
+}  # fmt: skip
