@@ -80,7 +80,7 @@ def tower_calls(prompts: Prompts) -> Iterator[list[int]]:
     handle.remove()
 
 
-# --- logits ------------------------------------------------------------------------------------------------------------
+# --- logits -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -156,9 +156,7 @@ def test_decoding_by_hand(name: str, method: str) -> None:
         steps = [out.logits[:, -1]]
         for at in range(2):
             mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.int64)], 1)
-            out = prompts.model(
-                input_ids=new[:, at : at + 1], attention_mask=mask, past_key_values=out.past_key_values
-            )
+            out = prompts.model(input_ids=new[:, at : at + 1], attention_mask=mask, past_key_values=out.past_key_values)
             steps.append(out.logits[:, -1])
     more = torch.cat([new, new[:, :1]], 1)
     positions = positions_by_deltas(prompts, 2)
@@ -223,7 +221,7 @@ def test_sampling(name: str) -> None:
     torch.testing.assert_close(torch.stack(out.logits, 1).double(), exact(prompts, pruning, new), **CLOSE)
 
 
-# --- the layout --------------------------------------------------------------------------------------------------------
+# --- the layout -------------------------------------------------------------------------------------------------------
 
 
 def layouts(prompts: Prompts) -> list[Any]:
@@ -270,7 +268,7 @@ def test_prompts_without_the_types_of_their_tokens_are_refused() -> None:
         frames_of(core, {"input_ids": ids}, [4])
 
 
-# --- AdaFV's saliency --------------------------------------------------------------------------------------------------
+# --- AdaFV's saliency -------------------------------------------------------------------------------------------------
 
 
 def eager_weights(prompts: Prompts) -> dict[Any, list[Tensor]]:
@@ -343,7 +341,7 @@ def test_saliency_is_the_attention_received(name: str, attention: str, monkeypat
         torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=0.0)
 
 
-# --- the selection -----------------------------------------------------------------------------------------------------
+# --- the selection ----------------------------------------------------------------------------------------------------
 
 
 def eager_run(prompts: Prompts, layer: int) -> dict[str, Any]:

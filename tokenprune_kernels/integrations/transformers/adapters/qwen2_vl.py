@@ -9,8 +9,17 @@ from torch import Tensor
 
 from ....ops import cross_attention_scores
 from ..families import (
-    Family, Inputs, Layout, Model, Saliency, beam_copies, by_sample, grid_patches, layout_of, register_family,
-)  # fmt: skip
+    Family,
+    Inputs,
+    Layout,
+    Model,
+    Saliency,
+    beam_copies,
+    by_sample,
+    grid_patches,
+    layout_of,
+    register_family,
+)
 from .llava import core_of, decoder_of
 
 # COAST's layer is meant for the 28 layers of the 7B model; the other papers name none for this family.
@@ -188,9 +197,7 @@ def _window_index(tower: Model, frames: list[Frame]) -> Tensor | None:
     if function is None:  # until transformers 5.11 or so
         index, _ = tower.get_window_index(grid)
     else:
-        index, _ = function(
-            grid, spatial_merge_size=merge, window_size=tower.window_size, patch_size=tower.patch_size
-        )  # fmt: skip
+        index, _ = function(grid, spatial_merge_size=merge, window_size=tower.window_size, patch_size=tower.patch_size)
     return torch.as_tensor(index)
 
 
