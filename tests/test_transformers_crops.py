@@ -73,6 +73,7 @@ def test_logits_and_greedy_tokens_equal_the_float64_path(family: str, batch: str
     before = torch.isin(prompts.inputs["input_ids"], torch.tensor(prompts.visual)).sum(1).tolist()
     assert pruning.stats["before"] == before
     assert pruning.stats["after"] == [round(0.4 * n) for n in before]
+    assert (pruning.kept >= 0).sum(1).tolist() == pruning.stats["after"]
 
     drops = [oracle.Drop(at, oracle.dropped_columns(prompts, kept)) for at, kept in pruning.kept_at.items()]
     more = {}
