@@ -34,6 +34,14 @@ def _fresh_emulator() -> Iterator[None]:
     module.settings().reset()
 
 
+# Files whose tests share something slow to make, or a folder of the build: one process of pytest-xdist runs them. The
+# first one takes longest, so that it starts first.
+ONE_PROCESS = (
+    "test_triton_compile", "test_triton_runtime", "test_emulator", "test_build", "test_cuda_build", "test_gpu_suite",
+    "test_kernel_coverage", "test_demo", "test_examples", "test_transformers_qwen", "test_transformers_crops",
+)  # fmt: skip
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """GPU kernels take no float64 (contract section 1), Triton's interpreter no bfloat16: no tests, and so no skips."""
     from cases import DTYPES, dtypes_of
@@ -48,3 +56,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if gone:
         config.hook.pytest_deselected(items=gone)
         items[:] = [item for item in items if exists(item)]
+    for item in items:
+        if item.path.stem in ONE_PROCESS:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: item.path.stem != ONE_PROCESS[0])
