@@ -90,6 +90,13 @@ BACKENDS = (
     *(() if NO_TRITON else ("triton",)),
     *(() if NO_GPU else ("gpu",)),
 )
+
+
+def interpreted(backend: str) -> bool:
+    """Is it Triton's interpreter, which takes a thousand times as long as a compiled kernel?"""
+    return backend == "triton" and not gpu_backend.has_gpu()
+
+
 GPU_BACKENDS = ("emulator", "triton", "gpu")  # float64 is for the CPU and the references
 
 
@@ -99,7 +106,7 @@ def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
     In Triton's interpreter a product of bfloat16 matrices is wrong by many orders of magnitude (triton issue 11584, and
     still in 3.9): bfloat16 is for the GPU there.
     """
-    if backend == "triton" and not gpu_backend.has_gpu():
+    if interpreted(backend):
         return (torch.float16, torch.float32)
     return DTYPES[:3] if backend in GPU_BACKENDS else DTYPES
 

@@ -6,7 +6,7 @@ import os
 import op_samples as samples
 import pytest
 import torch
-from cases import dtypes_of, over_backends
+from cases import dtypes_of, interpreted, over_backends
 from op_samples import Sizes, make, map_tensors, run
 from test_contract import COMPILED, assert_same, assert_same_bits, bits, over_ops, over_samples, with_floats
 from torch import Tensor
@@ -124,7 +124,7 @@ def test_no_element_of_an_output_is_left_unwritten(op: str, name: str, backend: 
 def test_repeated_calls_are_bitwise_equal(op: str, name: str, backend: str) -> None:
     call = make(op, name)
     first = run(call, backend)
-    for _ in range(20):
+    for _ in range(3 if interpreted(backend) else 20):
         assert_same_bits(run(call, backend), first)
 
 
@@ -132,7 +132,9 @@ def test_repeated_calls_are_bitwise_equal(op: str, name: str, backend: str) -> N
 @over_samples
 def test_results_do_not_depend_on_the_number_of_threads(op: str, name: str, backend: str) -> None:
     """Large enough that the work is shared out. aten's own matrix products make no such promise: no reference here."""
-    call = make(op, name, Sizes(batch=3, tokens=700, rows=9, channels=96, k=40, listed=50))
+    large = Sizes(batch=3, tokens=700, rows=9, channels=96, k=40, listed=50)
+    # Triton's interpreter knows one thread; what is left to see is that torch's threads have no part in the kernels.
+    call = make(op, name, Sizes(tokens=150, k=10) if interpreted(backend) else large)
     before = torch.get_num_threads()
     results = []
     try:

@@ -91,7 +91,8 @@ def fresh(*tensors: Tensor) -> Any:
         for t in tensors:
             if t.dtype == torch.bool or t.is_meta:
                 continue
-            t.fill_(torch.nan if t.is_floating_point() or t.is_complex() else torch.iinfo(t.dtype).max - 85)
+            whole = int.from_bytes(b"\x5a" * t.element_size(), "little")  # what the compiled library fills with
+            t.fill_(torch.nan if t.is_floating_point() or t.is_complex() else whole)
     return tensors if len(tensors) > 1 else tensors[0]
 
 
