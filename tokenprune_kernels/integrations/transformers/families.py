@@ -96,6 +96,7 @@ class Saliency:
     def __init__(self, config: Any, attention: nn.Module) -> None:
         self.config, self.attention = config, attention
         self.seen: list[Tensor] = []  # of the calls of the attention in the present forward, in order
+        self._encoded: tuple[list[Any], Tensor] | None = None  # the features of the last prompt, and their saliency
 
     def see(self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None, keywords: dict[str, Any]) -> None:
         """A probe: reduce one call of the attention to a vector, and remember it."""
@@ -105,6 +106,16 @@ class Saliency:
         """[B, V] float32 in the order of the prompt, 0 in the padding."""
         raise NotImplementedError
 
+    def of_prompt(self, core: Model, inputs: Inputs, counts: list[int]) -> Tensor:
+        """What the tower showed for this prompt, or for an earlier one with the very same features: without a cache,
+        generate encodes once and every step is a prompt."""
+        features = list((inputs.get("mm_encoder_outputs") or {}).values())
+        if self.seen:
+            self._encoded = features, self.read(core, inputs, counts)
+        elif self._encoded is None or not features or list(map(id, features)) != list(map(id, self._encoded[0])):
+            raise RuntimeError("prune_visual_tokens: adafv needs the vision tower to run inside the block")
+        return self._encoded[1]
+
 
 def by_sample(values: Tensor, counts: list[int]) -> Tensor:
     """[B, V] from one vector over the visual tokens of the batch, one sample after the other; 0 in the padding.
@@ -112,16 +123,15 @@ def by_sample(values: Tensor, counts: list[int]) -> Tensor:
     Beam search repeats each sample after the vision tower has run: then one stretch serves several samples. Values of
     earlier runs of the tower, whose prompts never came, are in front.
     """
-    total = sum(counts)
-    copies = 1
-    while len(values) < total and copies < len(counts):
-        copies += 1
-        if len(counts) % copies == 0 and sum(counts[::copies]) * copies == total:
-            total = sum(counts[::copies])
+    for copies in range(1, len(counts) + 1):
+        once = counts[::copies]
+        if sum(once) <= len(values) and [n for n in once for _ in range(copies)] == counts:
             break
-    if len(values) < total:
-        raise RuntimeError(f"prune_visual_tokens: {total} visual tokens, but the vision tower showed {len(values)}")
-    stretches = values[len(values) - total :].float().split(counts[::copies])
+    else:
+        raise RuntimeError(
+            f"prune_visual_tokens: {sum(counts)} visual tokens, but the vision tower showed {len(values)}"
+        )
+    stretches = values[len(values) - sum(once) :].float().split(once)
     padded = [torch.nn.functional.pad(s, (0, max(counts) - len(s))) for s in stretches]
     return torch.stack(padded).repeat_interleave(copies, 0)
 

@@ -33,8 +33,8 @@ class Tokens:
         return self.slot.shape[1]
 
     def visual_mask(self) -> Tensor | None:
-        """[B, V] bool, False for the padding of shorter samples; None when all samples have as many."""
-        return self.visual >= 0 if len(set(self.counts)) > 1 else None
+        """[B, V] bool, False for the padding of samples with fewer tokens than columns; None when there is none."""
+        return self.visual >= 0 if min(self.counts) < self.visual.shape[1] else None
 
 
 def read_prompt(is_visual: Tensor, real: Tensor | None) -> Tokens:
