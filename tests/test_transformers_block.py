@@ -45,7 +45,8 @@ def logits_of(prompts: Prompts, **more: Any) -> Tensor:
 @over_methods
 def test_leaving_the_block_restores_the_model_exactly(method: str) -> None:
     prompts = llava(2, ragged=True)
-    before, plain = state_of(prompts.model), logits_of(prompts)
+    plain = logits_of(prompts)  # in some versions, the first forward installs hooks of transformers
+    before = state_of(prompts.model)
     with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)):
         assert state_of(prompts.model) != before
         assert logits_of(prompts).shape != plain.shape
@@ -57,7 +58,7 @@ class BrokenError(Exception):
     pass
 
 
-def failing(*_: Any) -> None:
+def failing(*_: Any, **__: Any) -> None:
     raise BrokenError
 
 
@@ -71,7 +72,8 @@ def test_after_an_exception_the_model_is_as_before(method: str, where: str, monk
         "tower": core.vision_tower, "layer": decoder.layers[LAYER], "attention": decoder.layers[LAYER].self_attn,
         "norm": decoder.norm,
     }  # fmt: skip
-    before, plain = state_of(prompts.model), logits_of(prompts)
+    plain = logits_of(prompts)  # in some versions, the first forward installs hooks of transformers
+    before = state_of(prompts.model)
     with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)):
         want = logits_of(prompts)
     block = prune_visual_tokens(prompts.model, method, 9, **layer_of(method))
@@ -95,6 +97,7 @@ def test_after_an_exception_the_model_is_as_before(method: str, where: str, monk
 @pytest.mark.parametrize("inner", ["coast", "adafv", "divprune"])
 def test_a_nested_block_is_an_error_and_leaves_the_outer_one_intact(inner: str) -> None:
     prompts = llava(2)
+    logits_of(prompts)
     before = state_of(prompts.model)
     with prune_visual_tokens(prompts.model, "adafv", 9) as outer:
         want, inside = logits_of(prompts), state_of(prompts.model)
@@ -109,6 +112,7 @@ def test_a_nested_block_is_an_error_and_leaves_the_outer_one_intact(inner: str) 
 
 def test_a_block_that_was_left_can_be_entered_again() -> None:
     prompts = llava(2)
+    logits_of(prompts)
     before = state_of(prompts.model)
     block = prune_visual_tokens(prompts.model, "random", 9, seed=3)
     results = []
@@ -350,29 +354,42 @@ def test_a_log_sum_exp_that_the_attention_gives_is_used(
 
 
 @pytest.mark.parametrize("method", ["coast", "divprune", "sts"])
-def test_a_flash_attention_keeps_its_name_and_gets_no_positions_with_gaps(method: str) -> None:
+@pytest.mark.parametrize("name", ["my_flash", "flash_attention_2"])
+def test_flash_attention_finds_its_name_and_no_positions_with_gaps(
+    method: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second name is transformers' own function, with plain attention in place of the library that it calls."""
     prompts = llava(3, ragged=True)
-    seen: list[tuple[str, int, Any, Any, tuple[int, ...]]] = []
+    config = prompts.model.config.text_config
+    seen: list[tuple[str, int, Any, Any, int]] = []
 
     def flash(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
-        if hasattr(module, "layer_idx"):
-            seen.append(
-                (module.config._attn_implementation, module.layer_idx, kwargs.get("position_ids"), mask, key.shape)
-            )
+        seen.append(
+            (module.config._attn_implementation, module.layer_idx, kwargs.get("position_ids"), mask, key.shape[2])
+        )
         return plain_attention(module, query, key, value, mask, **kwargs)[0], None
 
+    def library(query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Tensor:
+        seen.append(
+            (kwargs["attn_implementation"], kwargs["layer_idx"], kwargs.get("position_ids"), mask, key.shape[1])
+        )
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+        return plain_attention(None, query, key, value, mask, kwargs["softmax_scale"])[0]
+
+    monkeypatch.setattr("transformers.integrations.flash_attention._flash_attention_forward", library)
     with registered("my_flash", flash, flash_attention_mask):
-        prompts.model.set_attn_implementation("my_flash")
+        config._attn_implementation = name
         with prune_visual_tokens(prompts.model, method, 0.3, **layer_of(method)) as pruning:
+            assert "flash" in config._attn_implementation  # by that word the model decides what attention gets
             out = generate(prompts.model, prompts.inputs, 4)
-        prompts.model.set_attn_implementation("sdpa")
+        assert config._attn_implementation == name
+        config._attn_implementation = "sdpa"
     first = 0 if method != "coast" else LAYER
     assert len(seen) == 4 * 4
-    for name, layer, positions, mask, key in seen:
-        assert "flash" in name  # transformers decides by that word what attention gets
+    for called, layer, positions, mask, keys in seen:
+        assert called == name
         assert layer < first or positions is None
-        assert mask is not None
-        assert tuple(mask.shape) == (key[0], key[2])
+        assert tuple(mask.shape) == (3, keys)
     assert_decoded_like_the_oracle(prompts, drops_of(prompts, pruning, LAYER), out)
 
 
@@ -406,12 +423,14 @@ def test_gradients_flow_to_the_vision_tower(method: str) -> None:
     with oracle._masking(exact.model.model.language_model, drops, prompts.inputs["input_ids"].shape[1]):
         exact.model(**exact.inputs).logits[:, -1].square().sum().backward()
     compared = 0
+    # A key's bias shifts all logits of a row: its gradient is zero but for roundings of those around it.
+    largest = max(float(p.grad.abs().max()) for p in exact.model.parameters() if p.grad is not None)
     for (name, got), want in zip(prompts.model.named_parameters(), exact.model.parameters(), strict=True):
         if want.grad is None or got.grad is None:
             assert want.grad is got.grad, name
             continue
         scale = float(want.grad.abs().max())
-        torch.testing.assert_close(got.grad.double(), want.grad, rtol=0, atol=1e-5 * scale + 1e-12, msg=name)
+        torch.testing.assert_close(got.grad.double(), want.grad, rtol=0, atol=1e-5 * scale + 1e-8 * largest, msg=name)
         compared += "vision_tower" in name and scale > 0
     assert compared > 20
 

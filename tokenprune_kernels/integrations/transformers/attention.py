@@ -87,11 +87,22 @@ class ShownAttention:
         registered = None if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
         probes = self._probes
 
+        config = self._config
+        # FlashAttention and functions beside transformers' own look their name up again: they find the user's.
+        reads_name = name not in ("eager", "sdpa", "flex_attention")
+
         def attend(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
         ) -> Any:
             function = _eager_of(module) if registered is None else registered
-            result = function(module, query, key, value, attention_mask, *args, **kwargs)
+            ours = config._attn_implementation
+            if reads_name:
+                config._attn_implementation = name
+            try:
+                result = function(module, query, key, value, attention_mask, *args, **kwargs)
+            finally:
+                if reads_name:
+                    config._attn_implementation = ours
             probe = probes.get(module)
             if probe is not None:
                 scale = kwargs.get("scaling")

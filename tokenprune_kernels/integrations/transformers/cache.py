@@ -41,8 +41,8 @@ class Pruned:
         since = layer_length(cache, last.first) - last.tokens.length
         if since < 0 or layer_length(cache, 0) - (self.length if first.first else first.tokens.length) != since:
             raise RuntimeError(
-                "prune_visual_tokens: the layers of this cache have lost different numbers of tokens since the prompt "
-                "was pruned; crop it by a number of tokens, not to a length"
+                "prune_visual_tokens: this cache was cropped, into its pruned prompt or its layers by different "
+                "numbers of tokens; assisted decoding does so and is not supported"
             )
         return since
 

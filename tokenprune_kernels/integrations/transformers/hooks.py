@@ -329,9 +329,7 @@ class Hooks:
             layout = Layout(*(t.to(hidden.device, non_blocking=True) for t in vars(layout).values()))
         saliency = None
         if self._saliency is not None:
-            if not self._saliency.seen:
-                raise RuntimeError("prune_visual_tokens: adafv needs the vision tower to run inside the block")
-            saliency = self._saliency.read(self._core, now.prompt.inputs, now.original.counts).to(hidden.device)
+            saliency = self._saliency.of_prompt(self._core, now.prompt.inputs, now.original.counts).to(hidden.device)
         return Moment(now.tokens, hidden, layer, layout, now.shown, saliency, self._generator, self._options)
 
     def _compact(self, now: Prefill, after: Tokens, columns: Tensor, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
