@@ -18,7 +18,7 @@ from vlm.models_crops import FAMILIES, RAGGED, SEVERAL, SINGLE, VIDEOS
 from tokenprune_kernels import methods
 from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_tokens
 
-BATCHES = {"single": SINGLE, "ragged": RAGGED, "several": SEVERAL}
+BATCHES = {"single": SINGLE, "ragged": RAGGED, "several": SEVERAL, "beside text alone": [[], [(20, 44)]]}
 CASES = [*itertools.product(FAMILIES, BATCHES), *((family, "video") for family in VIDEOS)]
 IN_MODEL = ("coast", "sts", "adaptprune", "fastv")
 
@@ -133,8 +133,9 @@ def test_beams_keep_what_their_sample_keeps(family: str, method: str) -> None:
 # --- what is selected ---------------------------------------------------------------------------------------------
 
 
-def eager_run(prompts: Prompts, layer: int) -> dict[str, Tensor]:
-    """What an unpruned run with eager attention has in front of a decoder layer."""
+def eager_run(prompts: Prompts, layer: int, columns: Tensor | None = None) -> dict[str, Tensor]:
+    """What a run with eager attention has in front of a decoder layer: unpruned, or of these columns [L'] alone."""
+    embeddings = None if columns is None else eager_run(prompts, 0)["hidden"][:, columns]
     model = copy.deepcopy(prompts.model)
     model.set_attn_implementation("eager")
     layers = model.model.language_model.layers
@@ -153,7 +154,10 @@ def eager_run(prompts: Prompts, layer: int) -> dict[str, Tensor]:
             module = getattr(layers[layer - 1].self_attn, name)
             module.register_forward_hook(lambda m, a, out, to=name: seen.__setitem__(to, out))
     with torch.no_grad():
-        model(**prompts.inputs)
+        if columns is None:
+            model(**prompts.inputs)
+        else:
+            model.model.language_model(inputs_embeds=embeddings, position_ids=columns.unsqueeze(0))
     if layer > 0:
         heads = [seen[name].unflatten(-1, (-1, 16)).transpose(1, 2) for name in ("q_proj", "k_proj")]
         rotate = sys.modules[type(layers[0]).__module__].apply_rotary_pos_emb
@@ -217,8 +221,14 @@ def test_both_stages_of_sts_on_an_unpruned_eager_run(family: str) -> None:
     places = torch.cat([layout.positions, depth], -1)
     first = methods.sts_structure(features, 40, positions=places).indices
     assert torch.equal(pruning.kept_at[0], first)
-    # The second stage sees a shorter sequence: the unpruned run with those tokens cut out of the prompt's columns.
-    assert set(pruning.kept[0].tolist()) < set(first[0].tolist())
+    is_visual = prompts.inputs["input_ids"][0] == prompts.visual
+    columns = torch.cat([(~is_visual).nonzero().squeeze(1), visual[first[0]]]).sort().values
+    left = is_visual[columns].nonzero().squeeze(1)
+    run = eager_run(prompts, 2, columns)
+    second = methods.sts_semantics(
+        run["query"][:, :, int(left[-1]) + 1 :], run["key"], 20, key_indices=left.unsqueeze(0)
+    ).indices
+    assert torch.equal(pruning.kept, first[:, second[0]])
 
 
 # --- saliency -----------------------------------------------------------------------------------------------------
@@ -320,8 +330,8 @@ def test_saliency_is_that_of_eager_attention_weights(family: str, batch: str, mo
     expected = (onevision_video_saliency if batch == "video" else SALIENCY[family])(prompts)
     assert len(given) == 1
     assert pruning.stats["before"] == [len(row) for row in expected]
-    for row, exact in zip(given[0], expected, strict=True):
-        torch.testing.assert_close(row[: len(exact)].double(), exact, rtol=1e-5, atol=1e-7)
+    for row, exact in zip(given[0], expected, strict=True):  # a tower in float32, with logits of up to 10 or so
+        torch.testing.assert_close(row[: len(exact)].double(), exact, rtol=1e-4, atol=1e-7)
         assert (row[len(exact) :] == 0).all()
         assert exact.max() > 1.05 * exact[exact > 0].min()  # not all the same
 
