@@ -277,7 +277,9 @@ def eager_weights(prompts: Prompts) -> dict[Any, list[Tensor]]:
     tower = exact64.model.model.visual
     seen: dict[Any, list[Tensor]] = {}
 
-    def attend(m: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **kw: Any) -> tuple[Tensor, None]:
+    def attend(
+        m: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, scaling: float, **kw: Any
+    ) -> tuple[Tensor, None]:
         weights = (q @ k.mT * scaling).softmax(-1)
         seen.setdefault(list(tower.blocks).index(next(b for b in tower.blocks if b.attn is m)), []).append(weights[0])
         return (weights @ v).transpose(1, 2).contiguous(), None
