@@ -11,12 +11,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RESULTS ?= build/bench.json
+# `make bench-prefill` has a file of its own: it times whole models.
+BENCHES ?= $(filter-out bench/bench_prefill.py,$(wildcard bench/bench_*.py))
+SAVE ?= bench/results/cpu.json
 CSRC = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 # Names of the environment that change the build or the installation reach the recipes as they are.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test bench readme build cuda-table triton-table lint format sanitize coverage \
+.PHONY: help demo test bench bench-prefill readme build cuda-table triton-table lint format sanitize coverage \
         check-abi check-triton check-transformers clean
 
 help:  ## list the targets
@@ -33,8 +36,12 @@ test: build  ## run the tests, those of the CUDA kernels on the host emulator
 bench: build  ## run the microbenchmarks and print the table of ratios
 	@mkdir -p $(dir $(RESULTS))
 	env -u TOKENPRUNE_POISON $(BIN)/python -m pytest -q -c pyproject.toml -p no:hypothesispytest -p no:cacheprovider \
-	  --benchmark-json=$(RESULTS) --benchmark-columns=min,median,rounds $(wildcard bench/bench_*.py) $(ARGS)
-	$(BIN)/python -m bench.report $(RESULTS) --save bench/results/cpu.json
+	  --benchmark-json=$(RESULTS) --benchmark-columns=min,median,rounds $(BENCHES) $(ARGS)
+	$(BIN)/python -m bench.report $(RESULTS) --save $(SAVE) --command "make $(MAKECMDGOALS)"
+
+bench-prefill: BENCHES = bench/bench_prefill.py
+bench-prefill: SAVE = bench/results/prefill.json
+bench-prefill: bench  ## time the prefill of a small vision-language model with and without pruning
 
 readme: build  ## fill the generated tables of README.md from the last `make bench`
 	$(BIN)/python scripts/update_readme.py

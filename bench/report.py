@@ -37,7 +37,7 @@ def cells(row: Row) -> tuple[str, str, str, str, str, str]:
     return row.case, duration(row.ours), row.baseline, f"{row.ratio:.2f}x", target, row.note
 
 
-def summary(results: dict[str, Any]) -> dict[str, Any]:
+def summary(results: dict[str, Any], command: str = "make bench") -> dict[str, Any]:
     """What is worth keeping of a run: where it ran (no host name), at which commit, and the rows."""
     import torch
 
@@ -48,7 +48,7 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": machine["python_version"],
         "commit": commit["id"][:12] + (" with changes" if commit["dirty"] else ""),
-        "command": "make bench",
+        "command": command,
         "rows": [row._asdict() for row in rows(results)],
     }
 
@@ -61,11 +61,12 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="file written by pytest --benchmark-json")
     parser.add_argument("--markdown", action="store_true", help="a Markdown table instead of a terminal table")
     parser.add_argument("--save", type=Path, help="write the summary of the run to this file")
+    parser.add_argument("--command", default="make bench", help="what the summary names as its command")
     arguments = parser.parse_args()
     results = json.loads(arguments.results.read_text())
     if arguments.save:
         arguments.save.parent.mkdir(parents=True, exist_ok=True)
-        arguments.save.write_text(json.dumps(summary(results), indent=1) + "\n")
+        arguments.save.write_text(json.dumps(summary(results, arguments.command), indent=1) + "\n")
     table = [cells(row) for row in rows(results)]
     if arguments.markdown:
         for line in (HEADER, ("---",) * len(HEADER), *table):

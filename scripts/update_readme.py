@@ -1,8 +1,8 @@
-"""Fill the generated tables of README.md and docs/benchmarks.md: which op runs where (by running it), and the ratios.
+"""Fill the generated tables of README.md and docs: which op runs where (by running it), and the ratios.
 
 usage: python scripts/update_readme.py [--check]
 
-The ratios come from bench/results/cpu.json, which `make bench` writes; the support
+The ratios come from bench/results/cpu.json, which `make bench` writes, and prefill.json beside it; the support
 table calls every op on every backend and dtype of this machine through the samples of tests/op_samples.py.
 """
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
-from cases import BACKENDS, GPU_BACKENDS  # noqa: E402
+from cases import BACKENDS, dtypes_of, interpreted  # noqa: E402
 from op_samples import OPS, make, run  # noqa: E402
 
 from bench.report import HEADER, Row, cells, duration  # noqa: E402
@@ -43,7 +43,7 @@ SHOWN = (
 
 
 def runs_on(op: str, backend: str, dtype: torch.dtype) -> bool:
-    if backend in GPU_BACKENDS and dtype is torch.float64:
+    if dtype not in dtypes_of(backend):
         return False
     run(make(op, dtype=dtype), backend)
     return True
@@ -59,8 +59,9 @@ def support_cell(op: str, backend: str | None) -> str:
 
 def support_table() -> str:
     serves = {column: next((b for b in names if b in BACKENDS), None) for column, names in COLUMNS.items()}
-    emulated = serves["cuda"] == "emulator"
-    heads = [f"{column} (emulated)" if column == "cuda" and emulated else column for column in COLUMNS]
+    how = {"cuda": "emulated" if serves["cuda"] == "emulator" else ""}
+    how["triton"] = "interpreted" if interpreted(serves["triton"] or "") else ""
+    heads = [f"{column} ({how[column]})" if how.get(column) else column for column in COLUMNS]
     lines = ["| op | " + " | ".join(heads) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     for op in OPS:
         lines.append(f"| `{op}` | " + " | ".join(support_cell(op, serves[column]) for column in COLUMNS) + " |")
@@ -87,10 +88,18 @@ def benchmarks_page(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def prefill_table(results: dict[str, Any]) -> str:
+    lines = ["| prefill | pruned | unpruned / pruned | |", "|---|---|---|---|"]
+    for r in results["rows"]:
+        row = Row(**r)
+        lines.append(f"| {row.case} | {duration(row.ours)} | **{row.ratio:.2f}x** | {row.note} |")
+    return "\n".join([*lines, "", where(results)])
+
+
 def fill(text: str, name: str, content: str) -> str:
     pattern = re.compile(f"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
     if not pattern.search(text):
-        raise SystemExit(f"README.md has no section {name}")
+        raise SystemExit(f"there is no section {name}")
     return pattern.sub(lambda m: m.group(1) + content + "\n" + m.group(2), text)
 
 
@@ -102,12 +111,18 @@ def main() -> None:
     old = readme.read_text()
     results = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())
     new = fill(fill(old, "support", support_table()), "bench", bench_table(results))
-    page, page_new = ROOT / "docs" / "benchmarks.md", benchmarks_page(results)
-    if not arguments.check:
-        readme.write_text(new)
-        page.write_text(page_new)
-    elif old != new or page.read_text() != page_new:
-        raise SystemExit("README.md or docs/benchmarks.md is out of date: run python scripts/update_readme.py")
+    page = ROOT / "docs" / "transformers.md"
+    prefill = json.loads((ROOT / "bench" / "results" / "prefill.json").read_text())
+    pages = {
+        readme: (old, new),
+        page: (page.read_text(), fill(page.read_text(), "prefill", prefill_table(prefill))),
+    }
+    benchmarks = ROOT / "docs" / "benchmarks.md"
+    pages[benchmarks] = benchmarks.read_text(), benchmarks_page(results)
+    for file, (before, after) in pages.items():
+        if arguments.check and before != after:
+            raise SystemExit(f"{file.name} is out of date: run python scripts/update_readme.py")
+        file.write_text(after)
 
 
 if __name__ == "__main__":
