@@ -148,12 +148,12 @@ def llava_onevision_video(*, attention: str = "sdpa") -> Prompts:
     return Prompts(model, {**ids, **inputs}, (IMAGE, VIDEO))
 
 
-def _internvl(attention: str, qk_norm: bool = True) -> Any:
+def _internvl(attention: str) -> Any:
     from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
 
     vision = InternVLVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=16, patch_size=2,
-        use_qk_norm=qk_norm, attention_bias=True,
+        use_qk_norm=True, attention_bias=True,
     )  # fmt: skip
     config = InternVLConfig(
         vision_config=vision, text_config=Qwen2Config(**TEXT), image_token_id=IMAGE, image_seq_length=16,
@@ -172,9 +172,9 @@ def tiled(picture: Tensor, rows: int, columns: int, side: int = 16) -> Tensor:
     return torch.cat([tiles, resize(picture[None], (side, side), mode="bilinear", antialias=True)])
 
 
-def internvl(pictures: Pictures = SINGLE, *, attention: str = "sdpa", qk_norm: bool = True) -> Prompts:
+def internvl(pictures: Pictures = SINGLE, *, attention: str = "sdpa") -> Prompts:
     """The pictures are as in the other families: tiles of 16 pixels, as many as are nearest to their size."""
-    model = _internvl(attention, qk_norm)
+    model = _internvl(attention)
     draw = torch.Generator().manual_seed(3)
     tiles, batch = [], []
     for sample in pictures:

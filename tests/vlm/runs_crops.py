@@ -1,0 +1,122 @@
+"""Running the models of models_crops.py inside a block, and how salient their tokens are, computed by hand."""
+
+import functools
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenprune_kernels.integrations.transformers import prune_visual_tokens
+
+from . import oracle
+from .models import Prompts
+from .models_crops import FAMILIES, RAGGED, SEVERAL, SINGLE, VIDEOS
+
+BATCHES = {"single": SINGLE, "ragged": RAGGED, "several": SEVERAL, "beside text alone": [[], [(20, 44)]]}
+IN_MODEL = ("coast", "sts", "adaptprune", "fastv")
+
+
+@functools.cache
+def prompts_of(family: str, batch: str) -> Prompts:
+    """Shared by all tests: leaving a block restores the model."""
+    return VIDEOS[family]() if batch == "video" else FAMILIES[family](BATCHES[batch])
+
+
+def pruned(prompts: Prompts, method: str, keep: int | float, **more: Any) -> Any:
+    layer = {"layer": 2} if method in IN_MODEL else {}
+    return prune_visual_tokens(prompts.model, method, keep, seed=5, **layer, **more)
+
+
+def generate(prompts: Prompts, steps: int) -> tuple[Tensor, Tensor]:
+    """The new tokens [B, steps] of greedy decoding, and the logits of every step [B, steps, vocabulary]."""
+    visual = torch.tensor(prompts.visual).flatten().tolist()
+    with torch.no_grad():
+        out = prompts.model.generate(
+            **prompts.inputs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, suppress_tokens=visual,
+            return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+    return out.sequences[:, prompts.inputs["input_ids"].shape[1] :], torch.stack(out.logits, 1)
+
+
+def layout_in(pruning: Any) -> Any:
+    return pruning._hooks.report.layout
+
+
+def vision_weights(prompts: Prompts, attention: str, layer: int) -> list[Tensor]:
+    """[crops, heads, queries, keys] in float64, of each run of the tower, from its eager attention."""
+    exact = oracle.in_float64(prompts)
+    exact.model.set_attn_implementation("eager")
+    tower = exact.model.model.vision_tower
+    encoder = getattr(tower, "vision_model", tower).encoder
+    seen: list[Tensor] = []
+    module = getattr(list(getattr(encoder, "layers", None) or encoder.layer)[layer], attention)
+    module.register_forward_hook(lambda m, a, output: seen.append(output[1]))
+    with torch.no_grad():
+        exact.model(**exact.inputs)
+    return seen
+
+
+def llava_next_saliency(prompts: Prompts) -> list[Tensor]:
+    """By hand for the pictures of RAGGED: 4 x 12 patches of which columns 2..9 are left, and 8 x 8, columns 2..5."""
+    (weights,) = vision_weights(prompts, "self_attn", -2)
+    crops = weights[:, :, 0, 1:].mean(1).view(-1, 4, 4)
+    assert len(crops) == 4 + 5
+    wide = torch.cat([crops[1], crops[2], crops[3]], 1)[:, 2:10]
+    tall = torch.cat([torch.cat([crops[5], crops[6]], 1), torch.cat([crops[7], crops[8]], 1)], 0)[:, 2:6]
+    return [
+        torch.cat([base.flatten(), torch.nn.functional.pad(rest, (0, 1)).flatten()])
+        for base, rest in ((crops[0], wide), (crops[4], tall))
+    ]
+
+
+def shrunk(grid: Tensor, height: int, width: int) -> Tensor:
+    """Bilinear, without antialiasing: two rows and two columns around each sample point."""
+    result = grid.new_zeros(height, width)
+    for i, j in itertools.product(range(height), range(width)):
+        y, x = (i + 0.5) * grid.shape[0] / height - 0.5, (j + 0.5) * grid.shape[1] / width - 0.5
+        for r, c in itertools.product(range(grid.shape[0]), range(grid.shape[1])):
+            result[i, j] += grid[r, c] * max(0, 1 - abs(r - y)) * max(0, 1 - abs(c - x))
+    return result
+
+
+def llava_onevision_saliency(prompts: Prompts) -> list[Tensor]:
+    """By hand for RAGGED: 5 x 15 patches of which columns 2..12 are left, and 15 x 10 shrunk to 8 x 5."""
+    (weights,) = vision_weights(prompts, "self_attn", -1)
+    crops = weights.mean((1, 2)).view(-1, 5, 5)
+    assert len(crops) == 4 + 7
+    wide = torch.cat([crops[1], crops[2], crops[3]], 1)[:, 2:13]
+    tall = torch.cat([torch.cat([crops[5 + 2 * r], crops[6 + 2 * r]], 1) for r in range(3)], 0)
+    return [
+        torch.cat([base.flatten(), torch.nn.functional.pad(rest, (0, 1)).flatten()])
+        for base, rest in ((crops[0], wide), (crops[4], shrunk(tall, 8, 5)))
+    ]
+
+
+def blocks(grid: Tensor) -> Tensor:
+    """The mean over each 2 x 2 block, one block after the other."""
+    rows, columns = grid.shape
+    return torch.stack([grid[r : r + 2, c : c + 2].mean() for r in range(0, rows, 2) for c in range(0, columns, 2)])
+
+
+def internvl_saliency(prompts: Prompts) -> list[Tensor]:
+    """RAGGED is 1 x 3 tiles and 3 x 2, each with a thumbnail."""
+    (weights,) = vision_weights(prompts, "attention", -1)
+    tiles = [blocks(tile) for tile in weights[:, :, 0, 1:].mean(1).view(-1, 8, 8)]
+    assert len(tiles) == 4 + 7
+    return [torch.cat(tiles[:4]), torch.cat(tiles[4:])]
+
+
+def onevision_video_saliency(prompts: Prompts) -> list[Tensor]:
+    """A video, and a picture with a video: frames of 5 x 5 are pooled to 3 x 3, and a newline ends the video."""
+    pictures, frames = (w.mean((1, 2)).view(-1, 5, 5) for w in vision_weights(prompts, "self_attn", -1))
+    zero = frames.new_zeros(1)
+    videos = [torch.cat([*(shrunk(f, 3, 3).flatten() for f in each), zero]) for each in frames.view(2, 3, 5, 5)]
+    wide = torch.cat([pictures[1], pictures[2], pictures[3]], 1)[:, 2:13]
+    picture = torch.cat([pictures[0].flatten(), torch.nn.functional.pad(wide, (0, 1)).flatten()])
+    return [videos[0], torch.cat([picture, videos[1]])]
+
+
+SALIENCY = {
+    "llava_next": llava_next_saliency, "llava_onevision": llava_onevision_saliency, "internvl": internvl_saliency,
+}  # fmt: skip
