@@ -38,7 +38,8 @@ def _fresh_emulator() -> Iterator[None]:
 # first one takes longest, so that it starts first.
 ONE_PROCESS = (
     "test_triton_compile", "test_triton_runtime", "test_emulator", "test_build", "test_cuda_build", "test_gpu_suite",
-    "test_kernel_coverage", "test_demo", "test_examples", "test_transformers_qwen", "test_transformers_crops", "test_transformers_crops_layout",
+    "test_kernel_coverage", "test_demo", "test_examples", "test_transformers_qwen", "test_transformers_crops",
+    "test_transformers_crops_layout",
 )  # fmt: skip
 
 
