@@ -32,8 +32,11 @@ class Tokens:
         return self.slot.shape[1]
 
     def visual_mask(self) -> Tensor | None:
-        """[B, V] bool, False for the padding of shorter samples; None when all samples have as many."""
-        return self.visual >= 0 if len(set(self.counts)) > 1 else None
+        """[B, V] bool, False for the padding of shorter samples; None when there is none.
+
+        A part of a batch may have padding in all its samples.
+        """
+        return self.visual >= 0 if min(self.counts) < self.visual.shape[1] else None
 
 
 def read_prompt(is_visual: Tensor, real: Tensor | None) -> Tokens:
