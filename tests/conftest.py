@@ -43,6 +43,7 @@ ONE_PROCESS = (
 )  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """GPU kernels take no float64 (contract section 1), Triton's interpreter no bfloat16: no tests, and so no skips."""
     from cases import DTYPES, dtypes_of
