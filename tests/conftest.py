@@ -43,7 +43,12 @@ ONE_PROCESS = (
 )  # fmt: skip
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Here, because pytest-xdist reads the groups before our `pytest_collection_modifyitems` runs."""
+    if item.path.stem in ONE_PROCESS:
+        item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """GPU kernels take no float64 (contract section 1), Triton's interpreter no bfloat16: no tests, and so no skips."""
     from cases import DTYPES, dtypes_of
@@ -58,7 +63,4 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if gone:
         config.hook.pytest_deselected(items=gone)
         items[:] = [item for item in items if exists(item)]
-    for item in items:
-        if item.path.stem in ONE_PROCESS:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     items.sort(key=lambda item: item.path.stem != ONE_PROCESS[0])
