@@ -34,21 +34,6 @@ def _fresh_emulator() -> Iterator[None]:
     module.settings().reset()
 
 
-# Files whose tests share something slow to make, or a folder of the build: one process of pytest-xdist runs them. The
-# first one takes longest, so that it starts first.
-ONE_PROCESS = (
-    "test_triton_compile", "test_triton_runtime", "test_emulator", "test_build", "test_cuda_build", "test_gpu_suite",
-    "test_kernel_coverage", "test_demo", "test_examples", "test_transformers_qwen", "test_transformers_crops",
-    "test_transformers_crops_layout",
-)  # fmt: skip
-
-
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Here, because pytest-xdist reads the groups before our `pytest_collection_modifyitems` runs."""
-    if item.path.stem in ONE_PROCESS:
-        item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """GPU kernels take no float64 (contract section 1), Triton's interpreter no bfloat16: no tests, and so no skips."""
     from cases import DTYPES, dtypes_of
@@ -63,4 +48,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if gone:
         config.hook.pytest_deselected(items=gone)
         items[:] = [item for item in items if exists(item)]
-    items.sort(key=lambda item: item.path.stem != ONE_PROCESS[0])
+    # The longest file first: of two processes (CI has them) neither is then left alone with it.
+    items.sort(key=lambda item: item.path.stem != "test_triton_compile")
