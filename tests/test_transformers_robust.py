@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from vlm import oracle
-from vlm.checks import CLOSE, LAYER, assert_decoded_like_the_oracle, drops_of, generate, layer_of, renumbered
+from vlm.checks import CLOSE, IN_MODEL, LAYER, assert_decoded_like_the_oracle, drops_of, generate, layer_of, renumbered
 from vlm.models import IMAGE, Prompts, left_padded, llava, text
 
 from tokenprune_kernels.integrations.transformers import cache as cache_module
@@ -17,6 +17,10 @@ from tokenprune_kernels.integrations.transformers import prune_visual_tokens
 # In the model, twice, before it with renumbered positions, and before it with the original ones.
 FOUR = ("coast", "sts", "adafv", "divprune")
 over_four = pytest.mark.parametrize("method", FOUR)
+# Before the model there is nothing to compact.
+over_methods_and_compact = pytest.mark.parametrize(
+    ("method", "compact"), [(m, c) for m in FOUR for c in (False, True) if not c or m in IN_MODEL]
+)
 over_compact = pytest.mark.parametrize("compact", [False, True], ids=["", "compact"])
 
 
@@ -61,8 +65,7 @@ def test_left_padding_and_unequal_text(method: str) -> None:
     assert_decoded_like_the_oracle(prompts, drops_of(prompts, pruning, LAYER), out, renumber=method == "adafv")
 
 
-@over_four
-@over_compact
+@over_methods_and_compact
 @pytest.mark.parametrize("keep", [10, 0.25])
 def test_different_numbers_of_pictures_in_a_batch_and_none(method: str, compact: bool, keep: float) -> None:
     prompts = unequal()
@@ -204,8 +207,7 @@ def lengths(cache: Any) -> list[int]:
     return [layer.keys.shape[2] for layer in cache.layers]
 
 
-@over_four
-@over_compact
+@over_methods_and_compact
 def test_prefill_and_decoding_step_by_step_without_any_hint(method: str, compact: bool) -> None:
     """No mask, no positions, no cache_position: a prefill is an empty cache. Every layer's cache grows by one."""
     prompts = llava(2)
@@ -279,8 +281,7 @@ def test_a_tuple_in_place_of_an_output_is_decoded_on() -> None:
 # --- later turns ------------------------------------------------------------------------------------------------------
 
 
-@over_four
-@over_compact
+@over_methods_and_compact
 @pytest.mark.parametrize("through", ["forward", "generate"])
 def test_a_second_turn_of_text_equals_the_float64_path(method: str, compact: bool, through: str) -> None:
     prompts = llava(2, ragged=True)
@@ -381,15 +382,14 @@ def test_assisted_decoding_is_an_error() -> None:
     prompts = llava()
     with prune_visual_tokens(prompts.model, "coast", 9, layer=LAYER):
         with pytest.raises(RuntimeError, match="assisted decoding"):
-            generate(prompts.model, prompts.inputs, 12, prompt_lookup_num_tokens=3)
+            generate(prompts.model, prompts.inputs, 12, prompt_lookup_num_tokens=3, eos_token_id=2)
         assert generate(prompts.model, prompts.inputs, 3).sequences.shape[1] == prompts.inputs["input_ids"].shape[1] + 3
 
 
 # --- ways to generate -------------------------------------------------------------------------------------------------
 
 
-@over_four
-@over_compact
+@over_methods_and_compact
 def test_beam_search_scores_are_those_of_the_float64_path(method: str, compact: bool) -> None:
     prompts = llava(2, ragged=True)
     length = prompts.inputs["input_ids"].shape[1]
