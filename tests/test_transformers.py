@@ -37,12 +37,12 @@ def sample_alone(prompts: Prompts, b: int) -> dict[str, Tensor]:
 
 @over_methods
 @over_batches
-@pytest.mark.parametrize("keep", [1.0, TOKENS, 1000])
+@pytest.mark.parametrize("keep", [1.0, TOKENS])
 def test_keeping_all_tokens_changes_no_bit(method: str, batch: str, keep: float) -> None:
     prompts = llava(BATCHES[batch][0], ragged=BATCHES[batch][1])
-    plain = generate(prompts.model, prompts.inputs, 4)
+    plain = generate(prompts.model, prompts.inputs, 2)
     with prune_visual_tokens(prompts.model, method, keep, **layer_of(method)) as pruning:
-        out = generate(prompts.model, prompts.inputs, 4)
+        out = generate(prompts.model, prompts.inputs, 2)
     assert torch.equal(out.sequences, plain.sequences)
     for got, want in zip(out.logits, plain.logits, strict=True):
         assert torch.equal(got, want)
@@ -55,9 +55,10 @@ def test_keeping_all_tokens_changes_no_bit(method: str, batch: str, keep: float)
 # --- something dropped ------------------------------------------------------------------------------------------------
 
 
-@over_methods
 @over_batches
-@pytest.mark.parametrize("compact", [False, True], ids=["", "compact"])
+@pytest.mark.parametrize(
+    ("method", "compact"), [(m, c) for m in METHODS for c in (False, True) if not c or m in IN_MODEL]
+)
 def test_prefill_and_32_decoded_tokens_equal_the_float64_path(method: str, batch: str, compact: bool) -> None:
     prompts = llava(BATCHES[batch][0], ragged=BATCHES[batch][1])
     keep, count = (9, 9) if batch == "one" else (0.4, 14)
@@ -234,7 +235,7 @@ def test_a_padded_batch_keeps_what_each_sample_alone_keeps(method: str) -> None:
 # --- budgets and places -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("keep", "count"), [(1, 1), (0.001, 1), (0.25, 9), (0.222, 8), (0.5, 18)])
+@pytest.mark.parametrize(("keep", "count"), [(1, 1), (1000, 36), (0.001, 1), (0.25, 9), (0.222, 8), (0.5, 18)])
 def test_keep_is_a_count_or_a_ratio_of_each_samples_tokens(keep: float, count: int) -> None:
     prompts = llava(2)
     with prune_visual_tokens(prompts.model, "divprune", keep) as pruning:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -11,6 +12,13 @@ from .models import IMAGE, Prompts
 
 LAYER = 2  # of 4
 IN_MODEL = ("coast", "sts", "adaptprune", "fastv")
+# In the model, twice, before it with renumbered positions, and before it with the original ones.
+FOUR = ("coast", "sts", "adafv", "divprune")
+over_four = pytest.mark.parametrize("method", FOUR)
+# Before the model there is nothing to compact.
+over_four_and_compact = pytest.mark.parametrize(
+    ("method", "compact"), [(m, c) for m in FOUR for c in (False, True) if not c or m in IN_MODEL]
+)
 # Logits are below 1; some roundings of float32, whatever is pruned.
 CLOSE = {"rtol": 0.0, "atol": 1e-6}
 
