@@ -45,12 +45,18 @@ def test_examples_run(name: str) -> None:
 
 
 def test_examples_of_the_readme_run() -> None:
+    """The one that prunes a vision-language model runs on a small random one."""
+    from vlm.models import llava
+
     readme = Path(__file__).resolve().parent.parent / "README.md"
-    names: dict[str, Any] = {}
+    prompts = llava()
+    names: dict[str, Any] = {"model": prompts.model, "inputs": prompts.inputs}
     for example in re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL):
         exec(example, names)
     assert names["kept"].shape == (1, 910, 3584)
     assert names["selection"].counts.tolist() == [910]
+    assert names["pruning"].stats["prefills"] == 1
+    assert names["out"].shape[1] > prompts.inputs["input_ids"].shape[1]
 
 
 PUBLIC = [f"tokenprune_kernels.{name}" for name in tp.__all__ if inspect.isfunction(getattr(tp, name))] + [

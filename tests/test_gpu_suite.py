@@ -239,7 +239,7 @@ def test_the_build_here_asks_for_this_gpu_only(tmp_path: Path, monkeypatch: pyte
         command = direct_command({**chosen, "TOKENPRUNE_CUDA": "0"}, tmp_path, tmp_path / "_C.abi3.so")
     except (RuntimeError, SystemExit) as error:
         pytest.skip(str(error))
-    assert command[-1] == str(tmp_path)
+    assert str(tmp_path) in command
     assert "rule cxx" in (tmp_path / "build.ninja").read_text()
     assert "TORCH_CUDA_ARCH_LIST" not in os.environ
 

@@ -218,7 +218,7 @@ def said(*values):
         return str(error)
 def poisoned():
     made = fresh(torch.zeros(2), torch.zeros(2, dtype=torch.int64), torch.zeros(2).bool(), torch.zeros(2).to("meta"))
-    integers = made[1].tolist() == [2**63 - 86] * 2
+    integers = made[1].tolist() == [0x5A5A5A5A5A5A5A5A] * 2
     return made[0].isnan().all().item(), integers, made[2].any().item(), workspace(made[0], (3,)).shape == (3,)
 print([said(), said(-1, 0, 2), said(0, 3), said(-2), said(-(2**63), 2**63 - 1)])
 print(*poisoned())

@@ -95,6 +95,11 @@ def unavailable(name: str, device: str) -> str | None:
     return None
 
 
+# Under torch.compile the answer is a constant, as torch.compiler.assume_constant_result (which imports Dynamo) would
+# have it: it asks the compiled library, which cannot be traced.
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def is_reference(ops: Any) -> bool:
     """Is this the reference module? Its scores have dropped the dimension R = 1 that the ops return."""
     return ops is _references
