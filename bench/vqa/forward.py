@@ -1,0 +1,113 @@
+"""The model's forward pass over packed questions, and the losses of training.
+
+Modules are the transformers model's own; only the order of calls is ours: windows of the picture use their part of the
+position embeddings, and attention knows where the questions begin.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from transformers import AttentionInterface, LlavaForConditionalGeneration
+
+from .batches import INK, NONE, SHOWN, Batch, mask
+from .words import BOS, encode
+
+SHARPNESS = 16.0  # of the cosine between a visual token and the words for it
+PICTURE_WEIGHT = 0.25  # of tokens without an object in the loss of what they show
+
+
+def packed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, scaling: float, **_: Any
+) -> tuple[Tensor, None]:
+    """Causal attention of the picture, then masked attention of the questions: half the work of one masked call."""
+    seen = query.shape[2] - attention_mask.shape[2]
+    picture = F.scaled_dot_product_attention(
+        query[:, :, :seen], key[:, :, :seen], value[:, :, :seen], is_causal=True, scale=scaling
+    )
+    text = F.scaled_dot_product_attention(query[:, :, seen:], key, value, attn_mask=attention_mask, scale=scaling)
+    return torch.cat([picture, text], 2).transpose(1, 2), None
+
+
+AttentionInterface.register("packed_questions", packed_attention)
+
+
+class Losses(NamedTuple):
+    """Mean losses; `right` and `asked` [families] count answers."""
+
+    answer: Tensor
+    shown: Tensor
+    ink: Tensor
+    picture: Tensor
+
+    def total(self) -> Tensor:
+        return self.answer + self.shown + 0.5 * self.ink + 0.25 * self.picture
+
+
+def embed(model: LlavaForConditionalGeneration, pixels: Tensor, window: Tensor) -> Tensor:
+    """[B, 1 + N, C]: the projected class token and visual tokens of a window of the picture."""
+    tower = model.model.vision_tower
+    tower = getattr(tower, "vision_model", tower)
+    patches = tower.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
+    place = tower.embeddings.position_embedding
+    patches = patches + place(1 + window)
+    first = tower.embeddings.class_embedding + place.weight[0]
+    hidden = tower.pre_layrnorm(torch.cat([first.expand(len(pixels), 1, -1), patches], 1))
+    for layer in tower.encoder.layers:
+        hidden = layer(hidden, None)
+    return model.model.multi_modal_projector(hidden)
+
+
+def answer(model: LlavaForConditionalGeneration, visual: Tensor, batch: Batch, bias: Tensor) -> Tensor:
+    """[B, T, vocabulary]: the logits behind every text token."""
+    decoder = model.model.language_model
+    first = decoder.embed_tokens.weight[BOS].expand(len(visual), 1, -1)
+    hidden = torch.cat([first, visual, decoder.embed_tokens(batch.text)], 1)
+    places = torch.cat([torch.zeros_like(batch.window[:, :1]), 1 + batch.window, batch.places], 1)
+    rotary = decoder.rotary_emb(hidden, places)
+    for layer in decoder.layers:
+        hidden = layer(hidden, attention_mask=bias, position_embeddings=rotary, position_ids=places)
+    return model.lm_head(decoder.norm(hidden[:, -batch.text.shape[1] :]))
+
+
+def _similar(tokens: Tensor, words: Tensor) -> Tensor:
+    return SHARPNESS * F.normalize(tokens, dim=-1) @ F.normalize(words, dim=-1).T
+
+
+def alignment(model: LlavaForConditionalGeneration, visual: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Projected visual tokens are drawn to the words for what they show, as CLIP's are to captions.
+
+    Returns the loss of what is shown, of ink and size, and of the class token, which names all that is in the picture.
+    """
+    table = model.model.language_model.embed_tokens.weight
+
+    def words(*names: str) -> Tensor:
+        return table[[encode(name)[0] for name in names]]
+
+    token, whole = visual[:, 1:].flatten(0, 1), visual[:, 0]
+    weight = torch.ones(len(SHOWN))
+    weight[12:] = PICTURE_WEIGHT
+    shown = F.cross_entropy(_similar(token, words(*SHOWN)), batch.shown.flatten(), weight)
+    on_digits = batch.ink.flatten() != NONE
+    if on_digits.any():
+        drawn = token[on_digits]
+        ink = F.cross_entropy(_similar(drawn, words(*INK)), batch.ink.flatten()[on_digits])
+        ink = ink + F.cross_entropy(_similar(drawn, words("large", "tiny")), batch.tiny.flatten()[on_digits])
+    else:
+        ink = token.sum() * 0
+    there = F.one_hot(batch.shown, len(SHOWN)).amax(1)[:, :-1].float()
+    there = there / there.sum(1, keepdim=True).clamp_min(1)
+    picture = -(there * _similar(whole, words(*SHOWN[:-1])).log_softmax(-1)).sum(1).mean()
+    return shown, ink, picture
+
+
+def losses(model: LlavaForConditionalGeneration, batch: Batch) -> tuple[Losses, Tensor]:
+    """The losses of a batch, and [B, T] which answers were right."""
+    visual = embed(model, batch.pixels, batch.window)
+    shown, ink, picture = alignment(model, visual, batch)
+    if not batch.text.shape[1]:
+        return Losses(shown.new_zeros(()), shown, ink, picture), batch.text == 1
+    logits = answer(model, visual[:, 1:], batch, mask(batch))
+    loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=NONE)
+    return Losses(loss, shown, ink, picture), logits.argmax(-1) == batch.targets

@@ -1,0 +1,73 @@
+"""The model: a CLIP vision tower, a two-layer projector and a Llama decoder, four layers each of width 128."""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from .scene import PATCH
+from .words import BOS, EOS, IMAGE, PAD, VOCABULARY, tokenizer
+
+SIDE = 24  # visual tokens along a side of the picture
+WIDTH = 128
+HEADS = 4
+LAYERS = 4
+# A picture, then the question: nothing marks whose turn it is, because there is one turn.
+CHAT = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else ' ' + part['text'] }}"
+    "{% endfor %}{% endfor %}"
+)
+MEAN, DEVIATION = 0.45, 0.25  # of the pixels, for all three channels
+
+
+def config() -> LlavaConfig:
+    """Features are the last layer's, so that no layer of the tower is idle; word embeddings are also the output's."""
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+            image_size=SIDE * PATCH, patch_size=PATCH, projection_dim=WIDTH,
+        ),
+        text_config=LlamaConfig(
+            hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+            num_key_value_heads=HEADS, vocab_size=len(VOCABULARY), max_position_embeddings=1024,
+            tie_word_embeddings=True, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
+        ),
+        image_token_index=IMAGE, image_seq_length=SIDE * SIDE, vision_feature_layer=-1, tie_word_embeddings=True,
+        pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS,
+    )  # fmt: skip
+
+
+def build(seed: int = 0) -> LlavaForConditionalGeneration:
+    """The model before training."""
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(config())
+    # Word embeddings of length 1: they are what the visual tokens are compared with.
+    torch.nn.init.normal_(model.model.language_model.embed_tokens.weight, std=WIDTH**-0.5)
+    return model
+
+
+def processor() -> LlavaProcessor:
+    """Pictures are resized to 336 x 336; `"<image> which digit is tiny?"` becomes <s>, 576 times <image>, the words."""
+    side = SIDE * PATCH
+    images = CLIPImageProcessor(
+        size={"height": side, "width": side}, do_center_crop=False, image_mean=[MEAN] * 3, image_std=[DEVIATION] * 3
+    )
+    return LlavaProcessor(
+        images, tokenizer(), patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=CHAT,
+    )  # fmt: skip
+
+
+def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
+    """Write weights (float16), configuration, tokenizer and image processor, as `from_pretrained` reads them."""
+    model.half().save_pretrained(folder)
+    model.float()
+    processor().save_pretrained(folder)
