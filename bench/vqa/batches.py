@@ -90,14 +90,27 @@ class Batches(Dataset[Batch]):
     """The batches of a stage: number `n` is the same whenever it is asked for, so training can resume."""
 
     def __init__(
-        self, split: str, cells: int, batch: int, length: int, seed: int, families: tuple[str, ...] = tuple(FAMILIES)
+        self,
+        split: str,
+        cells: int,
+        batch: int,
+        length: int,
+        seed: int,
+        families: tuple[str, ...] = tuple(FAMILIES),
+        easy: tuple[int, int] = (0, 0),
     ) -> None:
         self.split, self.cells, self.batch, self.length = split, cells, batch, length
-        self.seed, self.families = seed, families
+        self.seed, self.families, self.easy = seed, families, easy
+
+    def ease(self, number: int) -> float:
+        """1 up to the first number of `easy`, 0 from the second one on."""
+        first, last = self.easy
+        return min(1.0, max(0.0, (last - number) / max(1, last - first)))
 
     def __getitem__(self, number: int) -> Batch:
         rng = np.random.default_rng((self.seed, number))
-        pictures = [scene(self.split, (self.seed, number, n), self.cells) for n in range(self.batch)]
+        ease = self.ease(number)
+        pictures = [scene(self.split, (self.seed, number, n), self.cells, ease) for n in range(self.batch)]
         side = 6 * self.cells
         token = np.arange(side * side)
         corner = rng.integers(0, SIDE - side, size=(self.batch, 2), endpoint=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, LlavaForConditionalGeneration
 
 from .batches import INK, NONE, SHOWN, Batch, mask
+from .scene import KINDS
 from .words import BOS, encode
 
 SHARPNESS = 16.0  # of the cosine between a visual token and the words for it
@@ -34,12 +35,13 @@ AttentionInterface.register("packed_questions", packed_attention)
 
 
 class Losses(NamedTuple):
-    """Mean losses; `right` and `asked` [families] count answers."""
+    """Mean losses, and (no loss) the share of the objects' tokens that are nearest to the right word."""
 
     answer: Tensor
     shown: Tensor
     ink: Tensor
     picture: Tensor
+    named: Tensor
 
     def total(self) -> Tensor:
         return self.answer + self.shown + 0.5 * self.ink + 0.25 * self.picture
@@ -75,10 +77,13 @@ def _similar(tokens: Tensor, words: Tensor) -> Tensor:
     return SHARPNESS * F.normalize(tokens, dim=-1) @ F.normalize(words, dim=-1).T
 
 
-def alignment(model: LlavaForConditionalGeneration, visual: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def alignment(
+    model: LlavaForConditionalGeneration, visual: Tensor, batch: Batch
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Projected visual tokens are drawn to the words for what they show, as CLIP's are to captions.
 
-    Returns the loss of what is shown, of ink and size, and of the class token, which names all that is in the picture.
+    Returns the loss of what is shown, of ink and size, and of the class token, which names all that is in the picture;
+    and `named` of Losses.
     """
     table = model.model.language_model.embed_tokens.weight
 
@@ -87,8 +92,11 @@ def alignment(model: LlavaForConditionalGeneration, visual: Tensor, batch: Batch
 
     token, whole = visual[:, 1:].flatten(0, 1), visual[:, 0]
     weight = torch.ones(len(SHOWN))
-    weight[12:] = PICTURE_WEIGHT
-    shown = F.cross_entropy(_similar(token, words(*SHOWN)), batch.shown.flatten(), weight)
+    weight[len(KINDS) :] = PICTURE_WEIGHT
+    likeness, target = _similar(token, words(*SHOWN)), batch.shown.flatten()
+    shown = F.cross_entropy(likeness, target, weight)
+    objects = target < len(KINDS)
+    named = (likeness.argmax(-1) == target)[objects].float().mean()
     on_digits = batch.ink.flatten() != NONE
     if on_digits.any():
         drawn = token[on_digits]
@@ -99,15 +107,15 @@ def alignment(model: LlavaForConditionalGeneration, visual: Tensor, batch: Batch
     there = F.one_hot(batch.shown, len(SHOWN)).amax(1)[:, :-1].float()
     there = there / there.sum(1, keepdim=True).clamp_min(1)
     picture = -(there * _similar(whole, words(*SHOWN[:-1])).log_softmax(-1)).sum(1).mean()
-    return shown, ink, picture
+    return shown, ink, picture, named
 
 
 def losses(model: LlavaForConditionalGeneration, batch: Batch) -> tuple[Losses, Tensor]:
     """The losses of a batch, and [B, T] which answers were right."""
     visual = embed(model, batch.pixels, batch.window)
-    shown, ink, picture = alignment(model, visual, batch)
+    shown, ink, picture, named = alignment(model, visual, batch)
     if not batch.text.shape[1]:
-        return Losses(shown.new_zeros(()), shown, ink, picture), batch.text == 1
+        return Losses(shown.new_zeros(()), shown, ink, picture, named), batch.text == 1
     logits = answer(model, visual[:, 1:], batch, mask(batch))
     loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=NONE)
-    return Losses(loss, shown, ink, picture), logits.argmax(-1) == batch.targets
+    return Losses(loss, shown, ink, picture, named), logits.argmax(-1) == batch.targets

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -51,7 +52,22 @@ def build(seed: int = 0) -> LlavaForConditionalGeneration:
     model = LlavaForConditionalGeneration(config())
     # Word embeddings of length 1: they are what the visual tokens are compared with.
     torch.nn.init.normal_(model.model.language_model.embed_tokens.weight, std=WIDTH**-0.5)
+    tower = model.model.vision_tower
+    with torch.no_grad():
+        getattr(tower, "vision_model", tower).embeddings.position_embedding.weight[1:] = waves()
     return model
+
+
+def waves() -> Tensor:
+    """[576, C]: where the position embeddings begin: waves of 3 to 48 tokens along both axes.
+
+    Then "the token to the left" is one linear map everywhere, and need not be learned for each place anew.
+    """
+    length = 3.0 * 16.0 ** torch.linspace(0, 1, WIDTH // 4)
+    phase = torch.arange(SIDE)[:, None] * (2 * torch.pi / length)
+    axis = torch.cat([phase.sin(), phase.cos()], 1) / 2  # [24, C / 2]
+    rows, columns = axis[:, None].expand(-1, SIDE, -1), axis[None].expand(SIDE, -1, -1)
+    return torch.cat([rows, columns], -1).flatten(0, 1)
 
 
 def processor() -> LlavaProcessor:

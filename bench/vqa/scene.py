@@ -17,19 +17,17 @@ from .sources import SPLITS, TEXTURES, Pixels, Sources, sources
 
 PATCH = 14  # pixels of a visual token
 CELL = 6 * PATCH
-COLOURS = {
-    "red": (235, 45, 40), "green": (50, 205, 60), "blue": (50, 95, 250), "yellow": (250, 225, 40),
-    "white": (250, 250, 250),
+COLOURS = {  # of the stickers that digits are written on
+    "red": (160, 25, 25), "green": (20, 115, 35), "blue": (35, 60, 180), "yellow": (150, 125, 0), "black": (20, 20, 20),
 }  # fmt: skip
 DIGITS = tuple(str(digit) for digit in range(10))
 KINDS = (*DIGITS, "coin", "face")
-SIZES = (42, 76)
-TINY = (26, 34)
+JITTER = 3  # pixels
 OBJECTS = {1: (1, 1), 2: (3, 4), 3: (4, 7), 4: (6, 9)}  # by the number of cells along a side
 
 
 class Thing(NamedTuple):
-    """An object: its word, where it is (pixels), and for digits the ink."""
+    """An object: its word, where it is (pixels), and for digits the colour of the sticker."""
 
     kind: str
     cell: tuple[int, int]  # row, column
@@ -79,11 +77,28 @@ def _kinds(rng: np.random.Generator, count: int) -> list[str]:
     return kinds
 
 
-def _thing(rng: np.random.Generator, kind: str, cell: tuple[int, int], tiny: bool) -> Thing:
-    size = int(rng.integers(*(TINY if tiny else SIZES), endpoint=True))
-    top, left = (place * CELL + int(rng.integers(3, CELL - size - 2)) for place in cell)
+def _thing(rng: np.random.Generator, kind: str, cell: tuple[int, int], tiny: bool, ease: float) -> Thing:
+    """An object of about 2 to 5 visual tokens across, near the borders of tokens; eased, exactly 4 in the middle."""
+    tokens = 4 if rng.random() < ease else 2 if tiny else int(rng.integers(3, 5, endpoint=True))
+    spread = (1 - ease) * JITTER
+    size = tokens * PATCH - round(rng.uniform(0, spread))
+    top, left = (
+        place * CELL + min(max(0, _slot(rng, tokens, ease) + round(rng.uniform(-spread, spread))), CELL - size)
+        for place in cell
+    )
     colour = list(COLOURS)[rng.integers(len(COLOURS))] if kind in DIGITS else None
-    return Thing(kind, cell, top, left, size, colour, tiny)
+    if colour is not None and rng.random() < ease:
+        colour = "black"
+    return Thing(kind, cell, top, left, size, colour, tiny and tokens == 2)
+
+
+def _slot(rng: np.random.Generator, tokens: int, ease: float) -> int:
+    """Pixels from the edge of the cell."""
+    return PATCH * ((6 - tokens) // 2 if rng.random() < ease else int(rng.integers(0, 6 - tokens, endpoint=True)))
+
+
+def _between(hard: float, easy: float, ease: float) -> float:
+    return hard + (easy - hard) * ease
 
 
 def _texture(rng: np.random.Generator, cells: int) -> Texture:
@@ -97,10 +112,10 @@ def _texture(rng: np.random.Generator, cells: int) -> Texture:
 
 
 @cache
-def _round_mask(size: int) -> npt.NDArray[np.float32]:
-    """1 in the circle, with a soft edge."""
-    offset = np.arange(size) - (size - 1) / 2
-    distance = np.hypot(offset[:, None], offset[None, :])
+def _round_mask(size: int, power: int = 2) -> npt.NDArray[np.float32]:
+    """1 in the circle (higher powers: the rounded square), with a soft edge."""
+    offset = np.abs(np.arange(size) - (size - 1) / 2) ** power
+    distance = (offset[:, None] + offset[None, :]) ** (1 / power)
     mask: npt.NDArray[np.float32] = np.clip(size / 2 - distance, 0, 1).astype(np.float32)[..., None]
     return mask
 
@@ -135,20 +150,21 @@ def _drawn(here: Pixels, thing: Thing, source: Sources, rng: np.random.Generator
         mask = _round_mask(thing.size)
         return here * (1 - mask) + mask * (255 * grey * np.float32(rng.uniform(0.8, 1.1)))
     pictures = source.digits[int(thing.kind)]
-    ink = _turned(pictures[rng.integers(len(pictures))], thing.size, rng, 10)[..., None]
-    # A shadow around the stroke: handwriting stays legible on a background of its own colour.
-    shaded = here * (1 - 0.7 * np.minimum(1, 2.5 * ink))
-    strength = ink * np.float32(rng.uniform(0.6, 0.8) if thing.tiny else rng.uniform(0.85, 1))
-    return shaded * (1 - strength) + strength * np.array(COLOURS[thing.colour], dtype=np.float32)
+    ink = _turned(pictures[rng.integers(len(pictures))], thing.size, rng, 8)[..., None]
+    # White handwriting on a coloured sticker: its shape is the same in all colours.
+    cover = np.float32(0.75 if thing.tiny else 0.95) * _round_mask(thing.size, 6)
+    sticker = here * (1 - cover) + cover * np.array(COLOURS[thing.colour], dtype=np.float32)
+    strength = ink * np.float32(rng.uniform(0.65, 0.85) if thing.tiny else rng.uniform(0.9, 1))
+    return sticker * (1 - strength) + strength * 250
 
 
 def _render(
-    cells: int, things: list[Thing], textures: list[Texture], source: Sources, rng: np.random.Generator
+    cells: int, things: list[Thing], textures: list[Texture], source: Sources, rng: np.random.Generator, ease: float
 ) -> Pixels:
     side = cells * CELL
     photo = source.photos[rng.integers(len(source.photos))]
     top, left = (int(rng.integers(length - side + 1)) for length in photo.shape[:2])
-    shade = (np.arange(256) * rng.uniform(0.5, 0.95)).astype(np.uint8)
+    shade = (np.arange(256) * _between(rng.uniform(0.5, 0.95), 0.15, ease)).astype(np.uint8)
     canvas = shade[photo[top : top + side, left : left + side]]
     if rng.random() < 0.5:
         canvas = np.ascontiguousarray(canvas[:, ::-1])
@@ -164,8 +180,10 @@ def _render(
     return canvas
 
 
-def scene(split: str, seed: int | tuple[int, ...], cells: int = 4) -> Scene:
+def scene(split: str, seed: int | tuple[int, ...], cells: int = 4, ease: float = 0.0) -> Scene:
     """The scene of a seed; split is "train", "validation" or "test", and `cells` 1 to 4.
+
+    Up to ease=1 stickers are blacker, backgrounds darker, sizes and places more alike: training begins there.
 
     >>> a, b = scene("test", 7), scene("test", 7)
     >>> a.pixels.shape, bool((a.pixels == b.pixels).all()), a.things == b.things
@@ -177,5 +195,7 @@ def scene(split: str, seed: int | tuple[int, ...], cells: int = 4) -> Scene:
     places = [divmod(int(place), cells) for place in rng.permutation(cells * cells)[:count]]
     kinds = _kinds(rng, count)
     tiny = next((n for n, kind in enumerate(kinds) if kind in DIGITS), None) if rng.random() < 0.8 else None
-    things = [_thing(rng, kind, cell, n == tiny) for n, (kind, cell) in enumerate(zip(kinds, places, strict=True))]
-    return Scene(cells, tuple(things), tuple(textures), _render(cells, things, textures, sources(split), rng))
+    things = [
+        _thing(rng, kind, cell, n == tiny, ease) for n, (kind, cell) in enumerate(zip(kinds, places, strict=True))
+    ]
+    return Scene(cells, tuple(things), tuple(textures), _render(cells, things, textures, sources(split), rng, ease))

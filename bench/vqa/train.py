@@ -25,11 +25,11 @@ from .optimizer import optimizers
 from .questions import FAMILIES
 
 SEED = 0
-RATE = 2e-3
+RATE = 3e-3
 WARMUP = 100  # steps
 EVERY = 50  # steps between rows of the log
 SAVE = 300  # seconds between checkpoints
-COLUMNS = ("stage", "step", "seconds", "answer", "shown", "ink", "picture", *FAMILIES)
+COLUMNS = ("stage", "step", "seconds", "answer", "shown", "ink", "picture", "named", *FAMILIES)
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,16 @@ class Stage:
     text: int
     batch: int
     steps: int
-    rate: float = 1.0  # of RATE, at its beginning; the end is the next stage's beginning
     families: tuple[str, ...] = tuple(FAMILIES)
+    easy: tuple[int, int] = (0, 0)  # steps at which the easy beginning starts to fade, and has faded
 
 
 STAGES = (
-    Stage(cells=1, text=0, batch=64, steps=700),
-    Stage(cells=2, text=0, batch=16, steps=1300),
-    Stage(cells=2, text=160, batch=16, steps=1400),
-    Stage(cells=3, text=200, batch=8, steps=1000),
-    Stage(cells=4, text=260, batch=8, steps=2000),
+    Stage(cells=1, text=0, batch=32, steps=2000, easy=(300, 1200)),
+    Stage(cells=2, text=0, batch=16, steps=600),
+    Stage(cells=2, text=120, batch=16, steps=900),
+    Stage(cells=3, text=180, batch=8, steps=700),
+    Stage(cells=4, text=240, batch=8, steps=1700),
 )
 
 
@@ -71,7 +71,7 @@ class Meter:
 
     @classmethod
     def empty(cls) -> "Meter":
-        return cls(torch.zeros(4), torch.zeros(len(FAMILIES)), torch.zeros(len(FAMILIES)))
+        return cls(torch.zeros(5), torch.zeros(len(FAMILIES)), torch.zeros(len(FAMILIES)))
 
     def add(self, values: list[float], batch: Batch, right: torch.Tensor) -> None:
         self.sums += torch.tensor(values)
@@ -157,7 +157,7 @@ class Trainer:
             self._start_log([])
         while self.stage < len(STAGES):
             stage = STAGES[self.stage]
-            data = Batches("train", stage.cells, stage.batch, stage.text, SEED + self.stage, stage.families)
+            data = Batches("train", stage.cells, stage.batch, stage.text, SEED + self.stage, stage.families, stage.easy)
             loader = DataLoader(Subset(data, range(self.step, stage.steps)), batch_size=None, num_workers=workers)
             meter, last, saved = Meter.empty(), time.monotonic(), time.monotonic()
             with tqdm(total=stage.steps, initial=self.step, desc=f"stage {self.stage}", mininterval=10) as bar:

@@ -1,0 +1,1 @@
+"""How much of a model's accuracy each pruning method keeps at a token budget: `make retention`."""

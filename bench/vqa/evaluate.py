@@ -1,0 +1,142 @@
+"""Single questions of a split, and the model's answers to them: the accuracy per family.
+
+`python -m bench.vqa.evaluate models/tiny-llava-vqa --split validation` prints it.
+"""
+
+import argparse
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .batches import SHOWN, labels, normalised
+from .model import SIDE
+from .questions import FAMILIES, Question, ask, chance
+from .scene import KINDS, Scene, scene
+from .words import BOS, IMAGE, encode
+
+
+class Item(NamedTuple):
+    """A question about a picture of its own."""
+
+    seed: int
+    question: Question
+
+
+class Batch(NamedTuple):
+    """Questions of one length, ready for the model; `places` are where they stand in the list of items."""
+
+    inputs: dict[str, Tensor]
+    answers: Tensor  # [B]
+    places: list[int]
+
+
+def items(split: str, per_family: int) -> list[Item]:
+    """So many questions of every family, each about another picture, always the same ones."""
+    found: dict[str, list[Item]] = {name: [] for name in FAMILIES}
+    for seed in itertools.count():
+        open_families = [name for name in found if len(found[name]) < per_family]
+        if not open_families:
+            return [item for name in found for item in found[name]]
+        family = open_families[seed % len(open_families)]
+        drawn = scene(split, seed)
+        # Scenes without such a question are passed over.
+        if next(FAMILIES[family](drawn), None) is not None:
+            found[family].append(Item(seed, ask(drawn, np.random.default_rng((seed, 1)), 1, (family,))[0]))
+    raise AssertionError
+
+
+def prompt(text: str) -> list[int]:
+    """The tokens of a picture and a question, as the processor makes them."""
+    return [BOS, *[IMAGE] * (SIDE * SIDE), *encode(text)]
+
+
+def needed(picture: Scene, question: Question) -> Tensor:
+    """[576] bool: the visual tokens on the objects that the answer depends on; none where something is absent."""
+    shown = torch.from_numpy(labels(picture)[0]).view(SIDE, SIDE) < len(KINDS)
+    wanted = torch.zeros(SIDE, SIDE, dtype=torch.bool)
+    for row, column in question.cells:
+        wanted[6 * row : 6 * row + 6, 6 * column : 6 * column + 6] = True
+    return (shown & wanted).flatten()
+
+
+def batches(split: str, asked: list[Item], size: int) -> Iterator[Batch]:
+    """Questions of equal length together: no padding, no masks."""
+    order = sorted(range(len(asked)), key=lambda n: len(encode(asked[n].question.text)))
+    for _, group in itertools.groupby(order, key=lambda n: len(encode(asked[n].question.text))):
+        same = list(group)
+        for start in range(0, len(same), size):
+            places = same[start : start + size]
+            pixels = np.stack([scene(split, asked[n].seed).pixels for n in places])
+            tokens = torch.tensor([prompt(asked[n].question.text) for n in places])
+            answers = torch.tensor([encode(asked[n].question.answer)[0] for n in places])
+            inputs = {
+                "input_ids": tokens, "attention_mask": torch.ones_like(tokens),
+                "pixel_values": normalised(torch.from_numpy(pixels)),
+            }  # fmt: skip
+            yield Batch(inputs, answers, places)
+
+
+@torch.inference_mode()
+def answered(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """[B]: the first word of each answer, by greedy decoding; every answer of the task is one word."""
+    words: Tensor = model(**inputs, logits_to_keep=1).logits[:, -1].argmax(-1)
+    return words
+
+
+def load(folder: Path) -> Any:
+    """The model of a folder, for inference in float32."""
+    from transformers import LlavaForConditionalGeneration
+
+    return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+
+
+def by_family(asked: list[Item], right: Tensor) -> dict[str, float]:
+    """Accuracy of each family."""
+    families = np.array([item.question.family for item in asked])
+    return {name: float(right.numpy()[families == name].mean()) for name in FAMILIES}
+
+
+def accuracy(model: Any, split: str, per_family: int, size: int = 32) -> tuple[list[Item], Tensor]:
+    """The items, and which of them the unpruned model answers correctly."""
+    asked = items(split, per_family)
+    right = torch.zeros(len(asked), dtype=torch.bool)
+    for batch in batches(split, asked, size):
+        right[batch.places] = answered(model, batch.inputs) == batch.answers
+    return asked, right
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--split", default="validation", choices=("train", "validation", "test"))
+    parser.add_argument("--per-family", type=int, default=100)
+    options = parser.parse_args()
+    asked, right = accuracy(load(options.model), options.split, options.per_family)
+    guess = chance([item.question for item in asked])
+    for name, share in by_family(asked, right).items():
+        print(f"{name:10} {share:6.1%}   (words of the question alone: {guess[name]:.1%})")
+    print(f"{'all':10} {right.double().mean().item():6.1%} of {len(asked)} questions, split {options.split}")
+
+
+if __name__ == "__main__":
+    main()
+
+
+__all__ = [
+    "SHOWN",
+    "Batch",
+    "Item",
+    "accuracy",
+    "answered",
+    "batches",
+    "by_family",
+    "items",
+    "load",
+    "needed",
+    "prompt",
+]
