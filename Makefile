@@ -19,8 +19,8 @@ CSRC = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o 
 # Names of the environment that change the build or the installation reach the recipes as they are.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test bench bench-prefill readme build cuda-table triton-table lint format sanitize coverage \
-        check-abi check-triton check-transformers clean
+.PHONY: help demo test bench bench-prefill retention weights readme build cuda-table triton-table lint format sanitize \
+        coverage check-abi check-triton check-transformers clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,12 @@ bench: build  ## run the microbenchmarks and print the table of ratios
 bench-prefill: BENCHES = bench/bench_prefill.py
 bench-prefill: SAVE = bench/results/prefill.json
 bench-prefill: bench  ## time the prefill of a small vision-language model with and without pruning
+
+retention: build  ## how much accuracy every method keeps: bench/results/retention.json and docs/retention.md (45 minutes)
+	$(BIN)/python -m bench.retention $(ARGS)
+
+weights: build  ## train the small model again, from nothing (an hour and a half; stopped, it goes on where it was)
+	$(BIN)/python -m bench.vqa.train --out models/tiny-llava-vqa $(ARGS)
 
 readme: build  ## fill the generated tables of README.md from the last `make bench`
 	$(BIN)/python scripts/update_readme.py

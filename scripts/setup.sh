@@ -37,4 +37,4 @@ PYTHON
 
 echo "setup: development tools and this checkout"
 # setuptools warns of folders that shadow an editable package; here the folder is the package.
-PYTHONWARNINGS="ignore:Editable installation" "$venv/bin/python" -m pip install -q -e '.[demo,bench,test,lint,abi]' --no-build-isolation
+PYTHONWARNINGS="ignore:Editable installation" "$venv/bin/python" -m pip install -q -e '.[demo,vqa,bench,test,lint,abi]' --no-build-isolation

@@ -36,18 +36,20 @@ class Batch(NamedTuple):
 
 
 def items(split: str, per_family: int) -> list[Item]:
-    """So many questions of every family, each about another picture, always the same ones."""
+    """So many questions of every family, each about another picture; more of them begin with the same ones."""
     found: dict[str, list[Item]] = {name: [] for name in FAMILIES}
-    for seed in itertools.count():
-        open_families = [name for name in found if len(found[name]) < per_family]
-        if not open_families:
-            return [item for name in found for item in found[name]]
-        family = open_families[seed % len(open_families)]
+    missing = len(found)
+    for seed, family in enumerate(itertools.cycle(found)):
+        if not missing:
+            break
+        if len(found[family]) == per_family:
+            continue
         drawn = scene(split, seed)
         # Scenes without such a question are passed over.
         if next(FAMILIES[family](drawn), None) is not None:
             found[family].append(Item(seed, ask(drawn, np.random.default_rng((seed, 1)), 1, (family,))[0]))
-    raise AssertionError
+            missing -= len(found[family]) == per_family
+    return [item for name in found for item in found[name]]
 
 
 def prompt(text: str) -> list[int]:

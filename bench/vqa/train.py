@@ -47,9 +47,9 @@ class Stage:
 STAGES = (
     Stage(cells=1, text=0, batch=32, steps=2000, easy=(300, 1200)),
     Stage(cells=2, text=0, batch=16, steps=600),
-    Stage(cells=2, text=120, batch=16, steps=900),
-    Stage(cells=3, text=180, batch=8, steps=700),
-    Stage(cells=4, text=240, batch=8, steps=1700),
+    Stage(cells=2, text=120, batch=16, steps=550),
+    Stage(cells=2, text=0, batch=16, steps=1000),
+    Stage(cells=4, text=240, batch=8, steps=1800),
 )
 
 
