@@ -2,8 +2,8 @@
 
 usage: python scripts/update_readme.py [--check]
 
-The ratios come from bench/results/cpu.json, which `make bench` writes, and prefill.json beside it; the support
-table calls every op on every backend and dtype of this machine through the samples of tests/op_samples.py.
+The ratios come from bench/results/cpu.json, which `make bench` writes, prefill.json and retention.json beside it; the
+support table calls every op on every backend and dtype of this machine through the samples of tests/op_samples.py.
 """
 
 import argparse
@@ -21,6 +21,8 @@ from cases import BACKENDS, dtypes_of, interpreted  # noqa: E402
 from op_samples import OPS, make, run  # noqa: E402
 
 from bench.report import HEADER, Row, cells, duration  # noqa: E402
+from bench.retention import results  # noqa: E402
+from bench.retention.measure import METHODS, UNPRUNED  # noqa: E402
 
 FLOATS = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 # Each column with the test backends that can fill it: the CUDA kernels run on a GPU or on the host emulator.
@@ -73,13 +75,29 @@ def where(results: dict[str, Any]) -> str:
     return f"`{results['command']}` on {machine}; best of interleaved rounds, results checked for equality first."
 
 
-def bench_table(results: dict[str, Any]) -> str:
-    lines = ["| shape | ours | baseline | baseline / ours |", "|---|---|---|---|"]
-    rows = {(r["case"], r["baseline"]): Row(**r) for r in results["rows"]}
+def retained() -> dict[str, str]:
+    """By method: the share of the unpruned model's accuracy that is left at 22.2% of the visual tokens."""
+    table = results.load(ROOT / "bench" / "results" / "retention.json")
+    full = table.right[UNPRUNED].double().mean()
+    shares = {method: f"{(table.of(method, 128).double().mean() / full).item():.1%}" for method in METHODS}
+    # sts prunes twice, by one function each.
+    return shares | {"sts_structure": shares["sts"], "sts_semantics": shares["sts"]}
+
+
+def bench_table(measured: dict[str, Any]) -> str:
+    lines = ["| shape | ours | baseline | baseline / ours | accuracy kept at 22.2% |", "|---|---|---|---|---|"]
+    rows = {(r["case"], r["baseline"]): Row(**r) for r in measured["rows"]}
+    kept = retained()
     for case, baseline in SHOWN:
         row = rows[case, baseline]
-        lines.append(f"| {case} | {duration(row.ours)} | {baseline} | **{row.ratio:.1f}x** |")
-    return "\n".join([*lines, "", where(results) + " All rows: [docs/benchmarks.md](docs/benchmarks.md)."])
+        share = kept.get(case.split(",")[0], "")
+        lines.append(f"| {case} | {duration(row.ours)} | {baseline} | **{row.ratio:.1f}x** | {share} |")
+    notes = (
+        where(measured),
+        "All rows: [docs/benchmarks.md](docs/benchmarks.md).",
+        "The last column: `make retention`, a small LLaVA on its test set ([docs/retention.md](docs/retention.md)).",
+    )
+    return "\n".join([*lines, "", " ".join(notes)])
 
 
 def benchmarks_page(results: dict[str, Any]) -> str:
@@ -109,8 +127,8 @@ def main() -> None:
     arguments = parser.parse_args()
     readme = ROOT / "README.md"
     old = readme.read_text()
-    results = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())
-    new = fill(fill(old, "support", support_table()), "bench", bench_table(results))
+    measured = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())
+    new = fill(fill(old, "support", support_table()), "bench", bench_table(measured))
     page = ROOT / "docs" / "transformers.md"
     prefill = json.loads((ROOT / "bench" / "results" / "prefill.json").read_text())
     pages = {
@@ -118,7 +136,7 @@ def main() -> None:
         page: (page.read_text(), fill(page.read_text(), "prefill", prefill_table(prefill))),
     }
     benchmarks = ROOT / "docs" / "benchmarks.md"
-    pages[benchmarks] = benchmarks.read_text(), benchmarks_page(results)
+    pages[benchmarks] = benchmarks.read_text(), benchmarks_page(measured)
     for file, (before, after) in pages.items():
         if arguments.check and before != after:
             raise SystemExit(f"{file.name} is out of date: run python scripts/update_readme.py")

@@ -49,7 +49,8 @@ STAGES = (
     Stage(cells=2, text=0, batch=16, steps=600),
     Stage(cells=2, text=120, batch=16, steps=550),
     Stage(cells=2, text=0, batch=16, steps=1000),
-    Stage(cells=4, text=240, batch=8, steps=1800),
+    Stage(cells=2, text=0, batch=16, steps=1900),
+    Stage(cells=4, text=240, batch=8, steps=1500),
 )
 
 
