@@ -59,7 +59,7 @@ def test_wilson_interval_by_hand():
     right = torch.arange(100) < 40
     value = statistics.share(right)
     assert value.value == 0.4
-    assert (value.low, value.high) == (pytest.approx(0.30940, abs=1e-5), pytest.approx(0.49798, abs=1e-5))
+    assert (value.low, value.high) == (pytest.approx(0.30940, abs=1e-5), pytest.approx(0.49800, abs=1e-5))
 
 
 def test_change_is_paired():
