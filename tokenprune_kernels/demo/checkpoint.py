@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from . import DemoError
 def quiet() -> Iterator[None]:
     """Warnings and progress bars of transformers stay away: stderr is the demo's."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
@@ -87,6 +88,18 @@ class Checkpoint:
         return inputs.to(self.model.device, dtype=self.model.dtype)
 
 
+def _processor(folder: Path) -> Any:
+    try:
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # files of other people fail in as many ways as transformers has readers
+        # What transformers then says may be about something else.
+        missing = "" if find_spec("torchvision") else "; torchvision is not installed, and families with video need it"
+        raise DemoError(f"--model: cannot load the processor of {folder}{missing}: {one_line(error)}") from None
+    if not getattr(processor, "chat_template", None):
+        raise DemoError(f"--model: no chat template in {folder}, and the demo asks through the checkpoint's own")
+    return processor
+
+
 def load(folder: Path, device: torch.device) -> Checkpoint:
     """Model and processor; float32 on a CPU, else in the checkpoint's own type."""
     dtype = torch.float32 if device.type == "cpu" else "auto"
@@ -94,12 +107,12 @@ def load(folder: Path, device: torch.device) -> Checkpoint:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         # Before the weights are read, and before transformers lists every model it has.
         family_of_type(config.model_type, (config.architectures or [type(config).__name__])[0])
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-        if not processor.chat_template:
-            raise DemoError(f"--model: no chat template in {folder}, the demo asks through the checkpoint's own")
-        model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, dtype=dtype)
-    except (DemoError, NotImplementedError) as error:
-        raise DemoError(f"--model: {str(error).removeprefix('--model: ')}") from None
-    except Exception as error:  # files of other people fail in as many ways as transformers has readers
+        processor = _processor(folder)
+        model: Any = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True, dtype=dtype)
+    except DemoError:
+        raise
+    except NotImplementedError as error:  # the family
+        raise DemoError(f"--model: {one_line(error)}") from None
+    except Exception as error:  # as above
         raise DemoError(f"--model: cannot load {folder}: {one_line(error)}") from None
     return Checkpoint(model.to(device).eval(), processor)

@@ -54,7 +54,8 @@ def _cut(text: str, size: int, width: int) -> str:
 
 def wrapped(text: str, size: int, width: int, most: int) -> list[str]:
     """At most so many lines, broken between words, or inside one that is too long; what is left out shows as dots."""
-    lines, rest = [], " ".join(text.split())
+    lines: list[str] = []
+    rest = " ".join(text.split())
     while rest:
         if len(lines) == most - 1 and text_width(rest, size) > width:
             return [*lines, _cut(rest, size, width)]

@@ -54,21 +54,18 @@ def table(question: str, rows: Sequence[Row], note: str) -> Table:
     out.add_column("tokens", justify="right", no_wrap=True)
     out.add_column("answer", overflow="fold")
     out.add_column("same")
-    for heading in ("prefill", "faster", "selecting"):
+    for heading in ("prefill", "speed-up", "selecting"):
         out.add_column(heading, justify="right", no_wrap=True)
     full = rows[0]
     for row in rows:
-        cells = [
-            row.name,
-            f"{row.before} -> {row.after}",
-            row.answer or "(nothing)",
-            "",
-            f"{row.median() * 1e3:.1f} ms",
-        ]
+        same = faster = share = ""
         if row is full:
-            cells += ["", ""]
+            tokens = str(row.before)
         else:
-            cells[3] = "yes" if row.answer == full.answer else "no"
-            cells += [f"{full.median() / row.median():.2f}x", f"{row.share():.1%}"]
+            tokens = f"{row.before} -> {row.after}"
+            same = "yes" if row.answer == full.answer else "no"
+            faster, share = f"{full.median() / row.median():.2f}x", f"{row.share():.1%}"
+        answer = row.answer or "(nothing)"
+        cells = (row.name, tokens, answer, same, f"{row.median() * 1e3:.1f} ms", faster, share)
         out.add_row(*map(Text, cells))
     return out

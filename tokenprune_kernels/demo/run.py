@@ -1,5 +1,4 @@
-"""The command: load a model and a picture, ask with all visual tokens and with few, show answers, times and what was
-kept."""
+"""The command: ask a model about a picture with all visual tokens and with few; show answers, times, kept tokens."""
 
 import argparse
 from collections.abc import Sequence
@@ -30,13 +29,17 @@ TITLES = {
 
 def tiles(results: Sequence[Row]) -> list[panel.Tile]:
     """The picture with the full answer, then a tile for each method."""
-    full = results[0]
-    out = [panel.Tile("All tokens", full.answer or "(nothing)", f"{full.before} visual tokens", None)]
-    for row in results[1:]:
+    full, *pruned = results
+    out = [panel.Tile("All tokens", _spoken(full), f"{full.before} visual tokens", None)]
+    for row in pruned:
         title, note = TITLES[row.name]
-        differs = row.answer != full.answer
-        out.append(panel.Tile(f"{title}: {row.after} kept", row.answer or "(nothing)", note, row.boxes, differs))
+        kept = f"{title}: {row.after} kept"
+        out.append(panel.Tile(kept, _spoken(row), note, row.boxes, row.answer != full.answer))
     return out
+
+
+def _spoken(row: Row) -> str:
+    return f"answer: {row.answer or '(nothing)'}"
 
 
 def _save(image: Image.Image, path: Path) -> None:
