@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -238,11 +239,8 @@ def test_timed_rounds_are_interleaved(plain: Path, photo: str) -> None:
 
 @needs_extras
 def test_table_shows_answers_as_they_are() -> None:
-    class Pruned:
-        stats = {"backend": "cpu"}
-
     full = answers.Row(answers.ALL, None, 36, 36, "[red]7[/red]", None, [0.2, 0.4, 0.3])
-    row = answers.Row("coast", Pruned(), 36, 9, "", None, [0.1, 0.2, 0.4], [0.01, 0.01, 0.01])  # type: ignore[arg-type]
+    row = answers.Row("coast", SimpleNamespace(stats={"backend": "cpu"}), 36, 9, "", None, [0.1, 0.2, 0.4], [0.01, 0.01, 0.01])  # type: ignore[arg-type]
     written = io.StringIO()
     console = Console(file=written, width=100)
     note = report.caption([full, row], 3, torch.device("cpu"), torch.float32, "7")

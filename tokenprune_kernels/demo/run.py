@@ -74,10 +74,10 @@ def run(arguments: argparse.Namespace) -> int:
     subtitle = f"{keep} of {before} visual tokens" + (f"; correct: {correct}" if correct else "")
     _save(panel.draw(picture, question, subtitle, tiles(results)), options.out)
 
-    console = Console()
+    console = Console(markup=False, highlight=False, emoji=False)
     note = caption(results, options.repeats, options.device, checkpoint.model.dtype, correct)
     console.print(table(question, results, note))
     for line in example.notes(folder, checkpoint.tokenizer, question, own=own):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"panel: {options.out}", highlight=False, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
+    console.print(f"panel: {options.out}", soft_wrap=True)
     return 0
