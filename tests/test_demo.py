@@ -240,7 +240,9 @@ def test_timed_rounds_are_interleaved(plain: Path, photo: str) -> None:
 @needs_extras
 def test_table_shows_answers_as_they_are() -> None:
     full = answers.Row(answers.ALL, None, 36, 36, "[red]7[/red]", None, [0.2, 0.4, 0.3])
-    row = answers.Row("coast", SimpleNamespace(stats={"backend": "cpu"}), 36, 9, "", None, [0.1, 0.2, 0.4], [0.01, 0.01, 0.01])  # type: ignore[arg-type]
+    row = answers.Row(
+        "coast", SimpleNamespace(stats={"backend": "cpu"}), 36, 9, "", None, [0.1, 0.2, 0.4], [0.01, 0.01, 0.01]
+    )  # type: ignore[arg-type]
     written = io.StringIO()
     console = Console(file=written, width=100)
     note = report.caption([full, row], 3, torch.device("cpu"), torch.float32, "7")
