@@ -26,7 +26,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  variables: PYTHON=$(PYTHON) TORCH=$(TORCH) ARGS= (more arguments for demo, test and bench)"
 
-demo: build  ## prune a photograph's visual tokens with every method
+demo: build  ## ask a small vision-language model with all visual tokens and with few, by every method
 	$(BIN)/python -m tokenprune_kernels demo $(ARGS)
 
 test: build  ## run the tests, those of the CUDA kernels on the host emulator

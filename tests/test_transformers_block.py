@@ -260,6 +260,8 @@ def test_stats_and_kept_before_and_after_a_prefill() -> None:
         assert pruning.stats == {"method": "sts", "prefills": 0}
         with pytest.raises(RuntimeError, match="nothing was pruned yet"):
             pruning.overlay(None)
+        with pytest.raises(RuntimeError, match="nothing was pruned yet"):
+            pruning.boxes()
         generate(prompts.model, prompts.inputs, 3)
     stats = pruning.stats
     assert stats.pop("select_ms") > 0
@@ -285,6 +287,9 @@ def test_overlay_darkens_what_no_kept_token_sees(tmp_path: Any) -> None:
         for picture in range(2):
             shown = pruning.overlay(photo, sample=sample, picture=picture)
             kept = {k - 36 * picture for k in pruning.kept[sample].tolist()}
+            places = [divmod(k, 6) for k in sorted(kept) if 0 <= k < 36]
+            seen = torch.tensor([(c, r, c + 1, r + 1) for r, c in places]) / 6
+            torch.testing.assert_close(pruning.boxes(sample=sample, picture=picture), seen)
             for token in range(36):
                 row, column = divmod(token, 6)
                 pixels = {shown.getpixel((20 * column + x, 10 * row + y)) for x in (0, 19) for y in (0, 9)}

@@ -1,11 +1,13 @@
 """The command line: `python -m tokenprune_kernels info` and `... demo`."""
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-EXTRAS = {"skimage": "scikit-image", "PIL": "pillow", "rich": "rich", "numpy": "numpy"}
+# In this order: transformers does not say plainly that one of the others is missing.
+EXTRAS = {"numpy": "numpy", "PIL": "pillow", "rich": "rich", "transformers": "transformers"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -24,13 +26,16 @@ def _info(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
 
 def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     try:
-        from .demo.photo import DemoError
-        from .demo.run import run
+        for module in EXTRAS:
+            importlib.import_module(module)
     except ModuleNotFoundError as error:
         package = EXTRAS.get((error.name or "").partition(".")[0])
         if package is None:
             raise
         parser.error(f"{package} is not installed, run: pip install 'tokenprune_kernels[demo]'")
+    from .demo import DemoError
+    from .demo.run import run
+
     try:
         return run(options)
     except DemoError as error:
@@ -46,12 +51,19 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="prune a photograph with every method, draw what each keeps and time it",
-        description="Cut a photograph into 24 x 24 patches, let each method keep some of them, draw the result, and "
-        "compare the time through the ops with the time through the PyTorch references.",
+        help="ask a vision-language model about a picture with all visual tokens and with few, by every method",
+        description="Load a small vision-language model, ask it a question about a picture with all visual tokens and "
+        "with those that each method keeps, print the answers and times, and draw what was kept.",
         allow_abbrev=False,
     )
-    demo.add_argument("--image", metavar="FILE", help="any picture Pillow reads (default: one from scikit-image)")
+    demo.add_argument(
+        "--model",
+        metavar="FOLDER",
+        help="a checkpoint of transformers on this disk, of a family in docs/transformers.md "
+        "(default: models/tiny-llava-vqa of the checkout)",
+    )
+    demo.add_argument("--image", metavar="FILE", help="any picture Pillow reads (default: the example of the model)")
+    demo.add_argument("--question", metavar="TEXT", help="what to ask about it (default: the example's question)")
     demo.add_argument(
         "--method",
         default="all",
@@ -59,17 +71,19 @@ def _parser() -> argparse.ArgumentParser:
         help="all, or some of coast, sts, adafv, zspaprune, adaptprune, fastv, divprune, random, joined by commas "
         "(default: all)",
     )
-    demo.add_argument("--keep", default="128", metavar="K", help="a count (128) or a ratio (0.22) (default: 128)")
     demo.add_argument(
-        "--focus",
-        metavar="X,Y",
-        help="where the question points to: fractions of width and height (0.6,0.7) or pixels (360,120) of the photo "
-        "(default: its centre; the eye in the default photo)",
+        "--keep",
+        default="0.222",
+        metavar="K",
+        help="visual tokens that stay: a count (128) or a ratio of the prompt's (0.222) (default: 0.222)",
     )
     demo.add_argument("--out", default="demo.png", metavar="FILE.png", help="the panel (default: demo.png)")
     demo.add_argument("--seed", type=int, default=0, metavar="S", help="for the random baseline (default: 0)")
-    demo.add_argument("--repeats", type=int, default=7, metavar="R", help="timed runs, after a warm-up (default: 7)")
-    demo.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the ops run (default: cpu)")
+    demo.add_argument("--repeats", type=int, default=5, metavar="R", help="timed rounds, after a warm-up (default: 5)")
+    demo.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the model runs (default: cpu)")
+    demo.add_argument(
+        "--max-new-tokens", type=int, default=32, metavar="N", help="the longest answer, in tokens (default: 32)"
+    )
     demo.set_defaults(run=_demo, parser=demo)
     return parser
 

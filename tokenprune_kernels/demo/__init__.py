@@ -1,1 +1,5 @@
-"""`python -m tokenprune_kernels demo`: which patches of a photograph each method keeps, and how long it takes."""
+"""`python -m tokenprune_kernels demo`: a question about a picture, answered with all visual tokens and with some."""
+
+
+class DemoError(ValueError):
+    """What the user asked for cannot be done; the message is the one line they see."""

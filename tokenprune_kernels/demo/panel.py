@@ -1,36 +1,39 @@
-"""The picture of the result: the photo with the question marked, and next to it what each method keeps of it."""
+"""The picture of the result: the picture with the full answer, and next to it what each method keeps and answers."""
 
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
-from .features import GRID, QUESTION_RADIUS
-
-CELL = 18  # pixels of the panel per patch
-TILE = GRID * CELL
+TILE = 432  # pixels: pictures are fitted into such a square
 GAP = 28
-CAPTION = 58
-HEADER = 92
 COLUMNS = 3
 HEADING_SIZE = 30
 SUBTITLE_SIZE = 17
 TITLE_SIZE = 23
+ANSWER_SIZE = 19
 NOTE_SIZE = 15
-RING = QUESTION_RADIUS + 0.75  # in patches: the question lies inside
+LEADING = 1.3  # from line to line, in text sizes
+ANSWER_LINES = 3
 
 BACKGROUND = (16, 19, 24)
 INK = (238, 240, 244)
 QUIET = (150, 158, 170)
 ACCENT = (255, 196, 61)
+OTHER = (255, 122, 107)
 EDGE = (255, 255, 255)
 
 
 class Tile(NamedTuple):
+    """boxes: left, top, right, bottom of what is kept, in parts of the picture; None: the picture itself."""
+
     title: str
+    answer: str
     note: str
-    kept: list[int] | None  # None: the photo itself
+    boxes: Tensor | None
+    differs: bool = False  # the answer, from that with all tokens
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
@@ -42,69 +45,124 @@ def text_width(text: str, size: int) -> float:
     return _font(size).getlength(text)
 
 
-def panel_size(tiles: int) -> tuple[int, int]:
-    """Width and height of the panel that shows so many tiles, the photo among them."""
-    columns = min(COLUMNS, tiles)
-    rows = -(-tiles // columns)
-    return columns * (TILE + GAP) + GAP, HEADER + rows * (CAPTION + TILE + GAP)
+def _cut(text: str, size: int, width: int) -> str:
+    """As much of the beginning as fits, with an ellipsis."""
+    while text and text_width(text + "...", size) > width:
+        text = text[:-1]
+    return text + "..."
 
 
-def _ring(canvas: Image.Image, focus: tuple[float, float]) -> None:
-    """A ring around the question: drawn large and reduced, because Pillow's circles have no smooth edge."""
-    fine = 4
-    x, y = ((min(int(at * GRID), GRID - 1) + 0.5) * CELL * fine for at in focus)
-    for radius, thickness, colour in ((RING + 0.08, 0.34, BACKGROUND), (RING, 0.18, ACCENT)):
-        mask = Image.new("L", (TILE * fine, TILE * fine))
-        r = radius * CELL * fine
-        box = (x - r, y - r, x + r, y + r)
-        ImageDraw.Draw(mask).ellipse(box, outline=255, width=round(thickness * CELL * fine))
-        canvas.paste(colour, (0, 0), mask.resize((TILE, TILE), Image.Resampling.BOX))
+def wrapped(text: str, size: int, width: int, most: int) -> list[str]:
+    """At most so many lines, broken between words, or inside one that is too long; what is left out shows as dots."""
+    lines: list[str] = []
+    rest = " ".join(text.split())
+    while rest:
+        if len(lines) == most - 1 and text_width(rest, size) > width:
+            return [*lines, _cut(rest, size, width)]
+        end = len(rest)
+        while end > 1 and text_width(rest[:end], size) > width:
+            space = rest.rfind(" ", 0, end)
+            end = space if space > 0 else end - 1
+        lines.append(rest[:end])
+        rest = rest[end:].lstrip()
+    return lines
 
 
-def _outline(canvas: Image.Image, kept: npt.NDArray[np.bool_]) -> None:
-    """Lines along the borders between kept and dropped patches."""
-    draw = ImageDraw.Draw(canvas)
+def fitted(size: tuple[int, int]) -> tuple[int, int]:
+    """The size of a picture in its tile."""
+    scale = TILE / max(size)
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def kept_pixels(boxes: Tensor, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    """[height, width]: what the boxes cover, a pixel at least of each; those of crops overlap."""
+    width, height = size
+    kept = np.zeros((height, width), dtype=np.bool_)
+    corners = (boxes.double().numpy() * (width, height, width, height)).round().astype(np.int64)
+    for left, top, right, bottom in corners.tolist():
+        left, top = min(left, width - 1), min(top, height - 1)
+        kept[top : max(bottom, top + 1), left : max(right, left + 1)] = True
+    return kept
+
+
+def _outline(kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """The outermost kept pixels, those along the picture's edge included."""
     padded = np.pad(kept, 1)
-    for row, column in np.argwhere(padded[1:, 1:-1] != padded[:-1, 1:-1]):
-        y = min(row * CELL, TILE - 1)
-        draw.line((column * CELL, y, (column + 1) * CELL - 1, y), fill=EDGE)
-    for row, column in np.argwhere(padded[1:-1, 1:] != padded[1:-1, :-1]):
-        x = min(column * CELL, TILE - 1)
-        draw.line((x, row * CELL, x, (row + 1) * CELL - 1), fill=EDGE)
+    inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return kept & ~inside
 
 
-def _dimmed(photo: Image.Image) -> Image.Image:
+def _dimmed(picture: Image.Image) -> Image.Image:
     """Grey and dark, yet recognisable."""
-    grey = photo.convert("L").convert("RGB")
-    return Image.blend(Image.new("RGB", photo.size, BACKGROUND), grey, 0.30)
+    grey = picture.convert("L").convert("RGB")
+    return Image.blend(Image.new("RGB", picture.size, BACKGROUND), grey, 0.30)
 
 
-def _tile(photo: Image.Image, focus: tuple[float, float], kept: list[int] | None) -> Image.Image:
-    if kept is None:
-        canvas = photo.copy()
-        _ring(canvas, focus)
-        return canvas
-    grid = np.zeros((GRID, GRID), dtype=np.uint8)
-    grid.flat[kept] = 255
-    mask = Image.fromarray(grid).resize((TILE, TILE), Image.Resampling.NEAREST)
-    canvas = Image.composite(photo, _dimmed(photo), mask)
-    _outline(canvas, grid > 0)
-    return canvas
+def shown(picture: Image.Image, boxes: Tensor | None) -> Image.Image:
+    """The picture at the size of its tile, dimmed where no kept token looks."""
+    small = picture.resize(fitted(picture.size), Image.Resampling.LANCZOS)
+    if boxes is None:
+        return small
+    kept = kept_pixels(boxes, small.size)
+    small = Image.composite(small, _dimmed(small), Image.fromarray(kept))
+    small.paste(EDGE, mask=Image.fromarray(_outline(kept)))
+    return small
 
 
-def draw(
-    square: Image.Image, focus: tuple[float, float], heading: str, subtitle: str, tiles: list[Tile]
-) -> Image.Image:
-    """The whole panel; `square` is the cut photo and `focus` a point of it in fractions."""
-    photo = square.resize((TILE, TILE), Image.Resampling.LANCZOS)
-    panel = Image.new("RGB", panel_size(len(tiles)), BACKGROUND)
-    draw = ImageDraw.Draw(panel)
-    draw.text((GAP, 24), heading, font=_font(HEADING_SIZE), fill=INK)
-    draw.text((GAP, 64), subtitle, font=_font(SUBTITLE_SIZE), fill=QUIET)
+def _height(size: int, lines: int) -> int:
+    return round(lines * size * LEADING)
+
+
+class Layout(NamedTuple):
+    """Where things are: the picture of tile n is in the square of TILE pixels at `place(n)`."""
+
+    heading: list[str]
+    answers: list[list[str]]
+    size: tuple[int, int]
+    header: int
+    caption: int
+    columns: int
+
+    def place(self, number: int) -> tuple[int, int]:
+        row, column = divmod(number, self.columns)
+        return GAP + column * (TILE + GAP), self.header + row * (self.caption + TILE + GAP) + self.caption
+
+
+def layout(heading: str, tiles: list[Tile]) -> Layout:
+    """Every row of tiles has room for the longest answer."""
+    columns = min(COLUMNS, len(tiles))
+    width = columns * (TILE + GAP) + GAP
+    head = wrapped(heading, HEADING_SIZE, width - 2 * GAP, 2)
+    answers = [wrapped(tile.answer, ANSWER_SIZE, TILE, ANSWER_LINES) for tile in tiles]
+    header = 24 + _height(HEADING_SIZE, len(head)) + _height(SUBTITLE_SIZE, 1) + 8
+    lines = max(1, *map(len, answers))
+    caption = 6 + _height(TITLE_SIZE, 1) + _height(ANSWER_SIZE, lines) + _height(NOTE_SIZE, 1) + 8
+    rows = -(-len(tiles) // columns)
+    return Layout(head, answers, (width, header + rows * (caption + TILE + GAP)), header, caption, columns)
+
+
+def draw(picture: Image.Image, heading: str, subtitle: str, tiles: list[Tile]) -> Image.Image:
+    """The whole panel."""
+    plan = layout(heading, tiles)
+    panel = Image.new("RGB", plan.size, BACKGROUND)
+    pen = ImageDraw.Draw(panel)
+
+    def write(x: int, y: int, lines: list[str], size: int, colour: tuple[int, int, int]) -> int:
+        for number, line in enumerate(lines):
+            pen.text((x, y + _height(size, number)), line, font=_font(size), fill=colour)
+        return y + _height(size, len(lines))
+
+    y = write(GAP, 24, plan.heading, HEADING_SIZE, INK)
+    write(GAP, y, [_cut_if_long(subtitle, SUBTITLE_SIZE, plan.size[0] - 2 * GAP)], SUBTITLE_SIZE, QUIET)
     for number, tile in enumerate(tiles):
-        row, column = divmod(number, COLUMNS)
-        x, y = GAP + column * (TILE + GAP), HEADER + row * (CAPTION + TILE + GAP)
-        draw.text((x, y + 8), tile.title, font=_font(TITLE_SIZE), fill=ACCENT if tile.kept is None else INK)
-        draw.text((x, y + 36), tile.note, font=_font(NOTE_SIZE), fill=QUIET)
-        panel.paste(_tile(photo, focus, tile.kept), (x, y + CAPTION))
+        x, top = plan.place(number)
+        y = write(x, top - plan.caption + 6, [tile.title], TITLE_SIZE, INK)
+        y = write(x, y, [tile.note], NOTE_SIZE, QUIET)
+        write(x, y, plan.answers[number], ANSWER_SIZE, OTHER if tile.differs else ACCENT)
+        content = shown(picture, tile.boxes)
+        panel.paste(content, (x + (TILE - content.width) // 2, top + (TILE - content.height) // 2))
     return panel
+
+
+def _cut_if_long(text: str, size: int, width: int) -> str:
+    return text if text_width(text, size) <= width else _cut(text, size, width)

@@ -161,13 +161,17 @@ def register_family(family: Family, *model_types: str) -> None:
 
 def family_of(model: nn.Module) -> Family:
     """The family of a model, or an error that names what is supported."""
+    return family_of_type(getattr(getattr(model, "config", None), "model_type", None), type(model).__name__)
+
+
+def family_of_type(model_type: str | None, called: str) -> Family:
+    """As `family_of`, from the config alone: before the weights are loaded. called: the model's name in the error."""
     from . import adapters  # noqa: F401  (registers them)
 
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
     family = _FAMILIES.get(str(model_type))
     if family is None:
         raise NotImplementedError(
-            f"prune_visual_tokens: {type(model).__name__} (model_type {model_type!r}) is not supported; supported are "
+            f"prune_visual_tokens: {called} (model_type {model_type!r}) is not supported; supported are "
             f"{', '.join(sorted(_FAMILIES))}"
         )
     return family

@@ -1,4 +1,4 @@
-"""A picture in which only what the kept tokens see is bright."""
+"""What the kept tokens see of a picture: as boxes, and as a picture in which only that is bright."""
 
 from typing import Any
 
@@ -8,15 +8,19 @@ from torch import Tensor
 from .families import Layout
 
 
-def overlay(image: Any, layout: Layout, kept: Tensor, sample: int, picture: int) -> Any:
-    from PIL import Image
-
-    shown = image.convert("RGB") if isinstance(image, Image.Image) else Image.open(image).convert("RGB")
+def boxes_of(layout: Layout, kept: Tensor, sample: int, picture: int) -> Tensor:
+    """[K, 4] float32 on the host: left, top, right, bottom in parts of the picture. Boxes of crops may overlap."""
     chosen = kept[sample].cpu()
     chosen = chosen[chosen >= 0]
     boxes = layout.boxes[sample].cpu()[chosen]
     boxes = boxes[layout.images[sample].cpu()[chosen] == picture]
-    boxes = boxes[(boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])]  # a newline token sees nothing
+    return boxes[(boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])]  # a newline token sees nothing
+
+
+def overlay(image: Any, boxes: Tensor) -> Any:
+    from PIL import Image
+
+    shown = image.convert("RGB") if isinstance(image, Image.Image) else Image.open(image).convert("RGB")
     mask = Image.new("L", shown.size, 0)
     size = torch.tensor([shown.width, shown.height, shown.width, shown.height])
     for left, top, right, bottom in (boxes * size).round().int().tolist():

@@ -143,17 +143,26 @@ class Pruning:
         """
         return {"method": self.method, **self._hooks.report.stats()}
 
-    def overlay(self, image: Any, *, sample: int = 0, picture: int = 0) -> Any:
-        """The picture with everything darkened that no kept token sees; a PIL image. Needs Pillow.
+    def boxes(self, *, sample: int = 0, picture: int = 0) -> Tensor:
+        """[K, 4]: left, top, right and bottom, in parts of the picture, of what each kept token sees of it.
 
-        image: a PIL image, or anything PIL opens. picture: which of the sample's pictures or frames it is.
+        picture: which of the sample's pictures or frames it is. Tokens of other pictures and of newlines have no row.
         """
-        from .overlay import overlay
+        from .overlay import boxes_of
 
         report = self._hooks.report
         if report.kept is None or report.layout is None:
             raise RuntimeError("prune_visual_tokens: nothing was pruned yet")
-        return overlay(image, report.layout, report.kept, sample, picture)
+        return boxes_of(report.layout, report.kept, sample, picture)
+
+    def overlay(self, image: Any, *, sample: int = 0, picture: int = 0) -> Any:
+        """The picture with everything darkened that no kept token sees (`boxes`); a PIL image. Needs Pillow.
+
+        image: a PIL image, or anything PIL opens.
+        """
+        from .overlay import overlay
+
+        return overlay(image, self.boxes(sample=sample, picture=picture))
 
 
 def prune_visual_tokens(
@@ -183,7 +192,7 @@ def prune_visual_tokens(
         options: further keywords of the method's function in `tokenprune_kernels.methods`.
 
     Returns:
-        a context manager; what it yields has `kept`, `stats` and `overlay(image)`.
+        a context manager; what it yields has `kept`, `stats`, `boxes()` and `overlay(image)`.
 
     The model's attention function (sdpa, FlashAttention, flex, eager) goes on doing the attention. Prompts are pruned
     in their prefill, once; outputs then have fewer columns, padded on the left where samples differ, so read logits

@@ -1,0 +1,82 @@
+"""The small model of this repository, and the picture and the question that the demo asks it by default."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import tokenprune_kernels
+
+from . import DemoError
+
+NAME = "tiny-llava-vqa"
+FOLDER = Path(tokenprune_kernels.__file__).resolve().parent.parent / "models" / NAME  # of a checkout, not of a wheel
+PICTURE = "example.png"  # in the model's folder
+QUESTION = "what is the yellow digit plus the white digit?"
+ANSWER = "17"  # what is true of the picture, whatever a model says
+
+# One of each family that the model was trained on (bench/vqa/questions.py).
+QUESTIONS = (
+    "is there a coin?",
+    "how many faces are there?",
+    "which digit is on the brick?",
+    "what is in the top left corner?",
+    "what is below the 5?",
+    "which digit is tiny?",
+    "what colour is the 9?",
+    "which is larger, the red digit or the blue digit?",
+    "what is the red digit plus the blue digit?",
+)
+WORLD = (
+    f"{NAME} knows only its small world: pictures of handwritten digits, coins, faces and three textures (brick, "
+    f"grass, gravel), and questions such as {' '.join(QUESTIONS)}"
+)
+
+
+def model_folder(path: str | None) -> Path:
+    """Where the checkpoint is; without a path, the small model of this checkout."""
+    if path is None:
+        if not FOLDER.is_dir():
+            raise DemoError(
+                f"--model: weights come with a checkout of the repository (models/{NAME}), not with the installed "
+                "package: run the demo there, or name a checkpoint on this disk"
+            )
+        return FOLDER
+    folder = Path(path)
+    if not folder.is_dir():
+        raise DemoError(f"--model: {'not a folder' if folder.exists() else 'no such folder'}: {path}")
+    if not (folder / "config.json").is_file():
+        raise DemoError(f"--model: not a checkpoint of transformers, it has no config.json: {path}")
+    return folder
+
+
+def is_small(folder: Path) -> bool:
+    """Whether the checkpoint is the model of this repository, wherever it lies."""
+    return folder.resolve().name == NAME
+
+
+def picture_path(folder: Path) -> Path:
+    """The example: beside the small model, or for another one in this checkout."""
+    path = (folder if is_small(folder) else FOLDER) / PICTURE
+    if not path.is_file():
+        raise DemoError(f"--image: the example picture is not there ({path}), name a picture")
+    return path
+
+
+def unknown_words(tokenizer: Any, question: str) -> list[str]:
+    """Words of the question for which the tokenizer has nothing but its unknown token, or nothing at all."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is None:
+        return []
+    words = dict.fromkeys(re.findall(r"\w+|[^\w\s]", question))
+    return [word for word in words if not (ids := tokenizer.encode(word, add_special_tokens=False)) or unknown in ids]
+
+
+def notes(folder: Path, tokenizer: Any, question: str, *, own: bool) -> list[str]:
+    """What the user should know before they judge the answers. own: the picture or the question is theirs."""
+    words = unknown_words(tokenizer, question)
+    lines = []
+    if is_small(folder) and (own or words):
+        lines.append(WORLD)
+    if words:
+        lines.append(f"words that the model does not know: {', '.join(words)}")
+    return lines

@@ -1,0 +1,85 @@
+"""What the options of the command mean, and which values are refused."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from tokenprune_kernels.integrations.transformers.pruning import METHODS, budget_of
+
+from . import DemoError
+
+
+class Options(NamedTuple):
+    """What can be checked before a model is loaded."""
+
+    keep: int | float
+    methods: list[str]
+    out: Path
+    seed: int
+    repeats: int
+    max_new_tokens: int
+    device: torch.device
+
+
+def parse_keep(text: str) -> int | float:
+    """`128` is a count; `0.22`, with a dot, a share of the visual tokens."""
+    try:
+        keep = float(text) if "." in text else int(text)
+    except ValueError:
+        raise DemoError(f"--keep: expected a count such as 128 or a ratio such as 0.22, got {text!r}") from None
+    if isinstance(keep, float) and not 0 < keep <= 1:
+        raise DemoError(f"--keep: a ratio must be above 0 and at most 1.0, got {text}")
+    if keep < 1 and isinstance(keep, int):
+        raise DemoError(f"--keep: must keep at least 1 token, got {text}")
+    return keep
+
+
+def kept_of(keep: int | float, visual: int) -> int:
+    """How many of this prompt's visual tokens stay."""
+    if isinstance(keep, int) and keep > visual:
+        raise DemoError(f"--keep: must keep at most all {visual} visual tokens, got {keep}")
+    return budget_of(keep)(visual)
+
+
+def parse_methods(text: str) -> list[str]:
+    """`all`, or names joined by commas."""
+    names = list(METHODS) if text == "all" else list(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in METHODS:
+            raise DemoError(f"--method: unknown method {name!r}, choose from all, {', '.join(METHODS)}")
+    return names
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DemoError("--device: this PyTorch finds no CUDA device")
+    return torch.device(name)
+
+
+def _out(text: str) -> Path:
+    path = Path(text)
+    folder = path.resolve().parent
+    if path.suffix.lower() != ".png":
+        raise DemoError(f"--out: the panel is a PNG file, give a name that ends in .png, got {path}")
+    if not folder.is_dir():
+        raise DemoError(f"--out: no such folder: {path.parent}")
+    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise DemoError(f"--out: cannot write {path}")
+    return path
+
+
+def check(options: argparse.Namespace) -> Options:
+    for name in ("repeats", "max_new_tokens"):
+        if getattr(options, name) < 1:
+            raise DemoError(f"--{name.replace('_', '-')}: must be at least 1, got {getattr(options, name)}")
+    if not 0 <= options.seed < 2**63:
+        raise DemoError(f"--seed: must be at least 0 and below 2**63, got {options.seed}")
+    if options.question is not None and not options.question.strip():
+        raise DemoError("--question: it is empty")
+    return Options(
+        parse_keep(options.keep), parse_methods(options.method), _out(options.out), options.seed, options.repeats,
+        options.max_new_tokens, _device(options.device),
+    )  # fmt: skip
