@@ -44,21 +44,30 @@ class Stage:
     easy: tuple[int, int] = (0, 0)  # steps at which the easy beginning starts to fade, and has faded
 
 
+# What takes two looks at the picture is learned last.
+STRESSED = (*FAMILIES, "relation", "colour", "add")
 STAGES = (
     Stage(cells=1, text=0, batch=32, steps=2000, easy=(300, 1200)),
     Stage(cells=2, text=0, batch=16, steps=600),
     Stage(cells=2, text=120, batch=16, steps=550),
     Stage(cells=2, text=0, batch=16, steps=1000),
     Stage(cells=2, text=0, batch=16, steps=1900),
-    Stage(cells=4, text=240, batch=8, steps=1500),
+    Stage(cells=4, text=240, batch=8, steps=250),
+    Stage(cells=3, text=360, batch=8, steps=650, families=STRESSED),
+    Stage(cells=4, text=360, batch=8, steps=1050, families=STRESSED),
 )
 
 
+DECAY = 2  # stages, the last ones, over which the rate falls to zero
+
+
 def rate(stage: int, step: int) -> float:
-    """Warm-up, then constant, then linear to zero over the last 40% of the last stage."""
+    """Warm-up, then constant, then linear to zero over the steps of the last stages."""
     warm = min(1.0, (step + 1) / WARMUP) if stage == 0 else 1.0
-    left = (STAGES[-1].steps - step) / (0.4 * STAGES[-1].steps) if stage == len(STAGES) - 1 else 1.0
-    return RATE * warm * min(1.0, left)
+    left = sum(s.steps for s in STAGES[max(stage, len(STAGES) - DECAY) :]) - (
+        step if stage >= len(STAGES) - DECAY else 0
+    )
+    return RATE * warm * left / sum(s.steps for s in STAGES[-DECAY:])
 
 
 @dataclass
