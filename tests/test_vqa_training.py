@@ -13,8 +13,9 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 from bench.vqa import model as tiny
 from bench.vqa import optimizer, train, words
-from bench.vqa.batches import INK, NONE, SHOWN, Batches, labels, mask, normalised
+from bench.vqa.batches import GROUND, INK, NONE, SHOWN, Batches, labels, mask, normalised
 from bench.vqa.forward import answer, embed, losses
+from bench.vqa.questions import FAMILIES
 from bench.vqa.scene import KINDS, PATCH, scene
 
 
@@ -32,7 +33,7 @@ def untrained():
 def test_packed_questions_are_answered_as_single_ones(untrained):
     batch = Batches("test", 4, 2, 120, 0)[0]
     untrained.set_attn_implementation({"text_config": "packed_questions", "vision_config": "sdpa"})
-    packed = answer(untrained, embed(untrained, batch.pixels, batch.window)[:, 1:], batch, mask(batch))
+    packed = answer(untrained, embed(untrained, batch.pixels, batch.window)[:, 1:], batch, mask(batch))[0]
     untrained.set_attn_implementation("sdpa")
     seen = 0
     for sample in range(2):
@@ -71,12 +72,14 @@ def test_pixels_are_normalised_as_the_processor_does_it():
 def test_labels_name_what_each_token_shows():
     for seed in range(30):
         drawn = scene("train", seed)
-        shown, ink, small = (part.reshape(24, 24) for part in labels(drawn))
+        shown, ink, small, ground = (part.reshape(24, 24) for part in labels(drawn))
         for thing in drawn.things:
             row, column = (thing.top + thing.size // 2) // PATCH, (thing.left + thing.size // 2) // PATCH
             assert SHOWN[shown[row, column]] == thing.kind
             assert ink[row, column] == (NONE if thing.colour is None else INK.index(thing.colour))
             assert small[row, column] == (NONE if thing.colour is None else thing.tiny)
+            below = [texture.kind for texture in drawn.textures if thing in drawn.on(texture)]
+            assert GROUND[ground[row, column]] == (below[0] if below else "photo")
         assert len({SHOWN[s] for s in shown.ravel()} & set(KINDS)) == len({t.kind for t in drawn.things})
 
 
@@ -89,6 +92,53 @@ def test_targets_are_the_answers():
         assert batch.targets[sample, place] == batch.text[sample, place + 1]
         assert batch.targets[sample, place + 1] == words.EOS
     assert int((batch.targets != NONE).sum()) == 2 * int(asked.sum())
+
+
+def test_answers_look_at_the_cells_of_their_objects():
+    """Of a relation at the second object, of a count at all; where nothing is to be seen, nowhere."""
+    batch = Batches("train", 4, 2, 150, 1)[0]
+    pictures = [scene("train", (1, 0, n)) for n in range(2)]
+    seen = 0
+    for sample, place in (batch.family >= 0).nonzero().tolist():
+        look = batch.look[sample, place].view(24, 24)
+        answer_word = words.VOCABULARY[batch.text[sample, place + 1]]
+        family = list(FAMILIES)[batch.family[sample, place]]
+        cells = [(r, c) for r in range(4) for c in range(4) if look[6 * r + 3, 6 * c + 3]]
+        assert int(look.sum()) == 36 * len(cells)
+        if family in ("relation", "tiny"):
+            assert [pictures[sample].at(*cell).kind for cell in cells] == [answer_word]
+            seen += 1
+        if family == "count":
+            assert len(cells) == int(answer_word)
+    assert seen > 3
+    assert not batch.look[batch.family < 0].any()
+
+
+@torch.inference_mode()
+def test_looking_is_the_attention_of_the_last_layer(untrained):
+    """From the weights that eager attention returns for one single question."""
+    batch = Batches("test", 4, 1, 20, 3)[0]
+    untrained.set_attn_implementation({"text_config": "packed_questions", "vision_config": "sdpa"})
+    visual = embed(untrained, batch.pixels, batch.window)[:, 1:]
+    _, look = answer(untrained, visual, batch, mask(batch))
+    expected = []
+    for block in batch.block[0].unique()[1:]:
+        mine = (batch.block[0] == block).nonzero().flatten()
+        place = int(mine[0]) + int((batch.family[0, mine] >= 0).nonzero())
+        if not batch.look[0, place].any():
+            continue
+        asked = batch.text[0, int(mine[0]) : place + 1]
+        tokens = torch.cat([torch.tensor([words.BOS, *[words.IMAGE] * 576]), asked])[None]
+        untrained.set_attn_implementation("eager")
+        weights = untrained(input_ids=tokens, pixel_values=batch.pixels, output_attentions=True).attentions[-1][
+            0, :, -1
+        ]
+        untrained.set_attn_implementation("sdpa")
+        picture = weights[:, 1:577]
+        share = (picture * batch.look[0, place]).sum(-1) / picture.sum(-1)
+        expected.append(-share.mean().log())
+    assert expected
+    torch.testing.assert_close(look, torch.stack(expected).mean(), atol=1e-4, rtol=1e-4)
 
 
 def test_batches_do_not_depend_on_who_draws_them():
@@ -191,8 +241,7 @@ def test_rate_warms_up_and_ends_at_zero():
     last = len(train.STAGES) - 1
     assert train.rate(0, 0) == pytest.approx(train.RATE / train.WARMUP)
     assert train.rate(0, train.WARMUP) == pytest.approx(train.RATE)
-    falling = [train.rate(n, step) for n in (last - 1, last) for step in range(train.STAGES[n].steps)]
-    assert falling[0] == pytest.approx(train.RATE)
+    falling = [train.rate(last, step) for step in range(train.STAGES[last].steps)]
     assert falling == sorted(falling, reverse=True)
     assert falling[-1] < train.RATE / 500
 

@@ -14,7 +14,7 @@ from bench.vqa.questions import FAMILIES
 from bench.vqa.words import VOCABULARY
 
 from . import figures, page, results
-from .measure import IN_MODEL, KEEPS, METHODS, UNPRUNED, Outcome, Run, measure, runs
+from .measure import IN_MODEL, METHODS, UNPRUNED, Outcome, Run, measure, runs
 from .timing import prefill_seconds
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,6 +22,7 @@ MODEL = ROOT / "models" / "tiny-llava-vqa"
 RESULTS = ROOT / "bench" / "results" / "retention.json"
 PAGE = ROOT / "docs" / "retention.md"
 SHOWN_KEEP = 64  # of the pictures of failures
+OTHER_LAYER_KEEP = 128  # the budget at which the methods inside the model are tried at a second layer
 PER_METHOD = 4
 
 
@@ -75,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL, help="folder of the model (default: the repository's)")
     parser.add_argument("--split", default="test", choices=("validation", "test"))
-    parser.add_argument("--per-family", type=int, default=500, help="questions of each family (default: 500)")
+    parser.add_argument("--per-family", type=int, default=450, help="questions of each family (default: 450)")
     parser.add_argument("--layer", type=int, default=1, help="a second layer for the methods inside the model; 0: none")
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default: 15)")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -88,7 +89,7 @@ def main() -> None:
     asked = items(options.split, options.per_family)
     table = runs()
     if options.layer:
-        table += runs(IN_MODEL, KEEPS, options.layer)
+        table += runs(IN_MODEL, (OTHER_LAYER_KEEP,), options.layer)
     commit = results.commit()
     outcomes = measure(model, options.split, asked, table)
     example = next(batches(options.split, asked[:1], 1))

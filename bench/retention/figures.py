@@ -96,11 +96,13 @@ def log_plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Loss and accuracies over the training, from training.csv."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), dpi=100)
     minutes = [float(row["minutes"]) for row in rows]
-    for name in ("answer", "shown", "ink", "picture"):
-        left.plot(minutes, [float(row[name]) if float(row[name]) else np.nan for row in rows], label=name, linewidth=1)
+    parts = ("answer", "shown", "ink", "picture", "ground", "look")
+    for name in parts:
+        # A part that a stage does not have is empty or zero.
+        left.plot(minutes, [float(row[name] or 0) or np.nan for row in rows], label=name, linewidth=1)
     left.set_yscale("log")
     left.set_title("losses")
-    skip = {"stage", "step", "seconds", "minutes", "answer", "shown", "ink", "picture"}
+    skip = {"stage", "step", "seconds", "minutes", *parts}
     for name in (name for name in rows[0] if name not in skip):
         right.plot(minutes, [float(row[name]) if row[name] else np.nan for row in rows], label=name, linewidth=1)
     right.set_title("accuracy on the training split")

@@ -20,6 +20,7 @@ from .words import EOS, PAD, encode
 
 SHOWN = (*KINDS, *TEXTURES, "photo")  # what a visual token may show
 INK = tuple(COLOURS)
+GROUND = (*TEXTURES, "photo")
 NONE = -100  # the target that cross_entropy ignores
 
 
@@ -36,6 +37,8 @@ class Batch(NamedTuple):
     shown: Tensor  # [B, N]: index into SHOWN
     ink: Tensor  # [B, N]: index into INK on digits
     tiny: Tensor  # [B, N]: 1 on the tiny digit, 0 on the others
+    ground: Tensor  # [B, N]: index into GROUND of what an object lies on
+    look: Tensor  # [B, T, N] bool: where the answer is to be seen, at the tokens that answers follow
 
 
 def normalised(pixels: Tensor) -> Tensor:
@@ -50,24 +53,34 @@ def _cover(start: int, size: int, patches: int) -> npt.NDArray[np.float64]:
 
 
 def labels(picture: Scene) -> tuple[npt.NDArray[np.int64], ...]:
-    """Per visual token, row by row: what it shows, the ink, and whether it is the tiny digit."""
+    """Per visual token, row by row: what it shows, the ink, whether it is the tiny digit, what the object lies on."""
     side = picture.pixels.shape[0] // PATCH
     shown = np.full((side, side), len(SHOWN) - 1)
-    ink, tiny = np.full((2, side, side), NONE)
+    ink, tiny, ground = np.full((3, side, side), NONE)
     for texture in picture.textures:
         r0, r1, c0, c1 = (6 * place for place in texture.cells)
         shown[r0:r1, c0:c1] = SHOWN.index(texture.kind)
     for thing in picture.things:
         there = np.outer(_cover(thing.top, thing.size, side), _cover(thing.left, thing.size, side)) >= 0.3
+        ground[there] = GROUND.index(next((t.kind for t in picture.textures if thing in picture.on(t)), "photo"))
         shown[there] = SHOWN.index(thing.kind)
         if thing.colour is not None:
             ink[there] = INK.index(thing.colour)
             tiny[there] = thing.tiny
-    return shown.ravel(), ink.ravel(), tiny.ravel()
+    return shown.ravel(), ink.ravel(), tiny.ravel(), ground.ravel()
 
 
-def _pack(questions: list[Question], length: int) -> npt.NDArray[np.int64]:
-    """[5, T]: text, places, block, targets, family; questions that no longer fit are left out."""
+def _look(question: Question, side: int) -> npt.NDArray[np.bool_]:
+    """[N]: the cells where the answer is to be seen; of a relation the second object's."""
+    seen = np.zeros((side, side), dtype=bool)
+    for row, column in question.cells[-1:] if question.family == "relation" else question.cells:
+        seen[6 * row : 6 * row + 6, 6 * column : 6 * column + 6] = True
+    return seen.ravel()
+
+
+def _pack(questions: list[Question], length: int, side: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """[5, T] text, places, block, targets, family, and [T, N] look; questions that no longer fit are left out."""
+    look = np.zeros((length, side * side), dtype=bool)
     rows = np.full((5, length), NONE)
     rows[0], rows[1], rows[2] = PAD, 0, -1
     start = 0
@@ -82,8 +95,9 @@ def _pack(questions: list[Question], length: int) -> npt.NDArray[np.int64]:
         rows[2, start:end] = number
         rows[3, start + len(asked) - 1 : end] = [*answer, EOS]
         rows[4, start + len(asked) - 1] = list(FAMILIES).index(question.family)
+        look[start + len(asked) - 1] = _look(question, side)
         start = end
-    return rows
+    return rows, look
 
 
 class Batches(Dataset[Batch]):
@@ -115,13 +129,12 @@ class Batches(Dataset[Batch]):
         token = np.arange(side * side)
         corner = rng.integers(0, SIDE - side, size=(self.batch, 2), endpoint=True)
         window = (token // side + corner[:, :1]) * SIDE + token % side + corner[:, 1:]
-        packed = np.stack(
-            [_pack(ask(p, rng, self.length // 5, self.families) if self.length else [], self.length) for p in pictures],
-            1,
-        )
+        questions = [ask(p, rng, self.length // 5, self.families) if self.length else [] for p in pictures]
+        packed, look = zip(*(_pack(asked, self.length, side) for asked in questions), strict=True)
         pixels = normalised(torch.from_numpy(np.stack([p.pixels for p in pictures])))
         seen = np.stack([np.stack(labels(p)) for p in pictures], 1)
-        return Batch(pixels, *(torch.from_numpy(x) for x in (window, *packed, *seen)))
+        arrays = (window, *np.stack(packed, 1), *seen, np.stack(look))
+        return Batch(pixels, *(torch.from_numpy(x) for x in arrays))
 
 
 def mask(batch: Batch) -> Tensor:

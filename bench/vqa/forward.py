@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from transformers import AttentionInterface, LlavaForConditionalGeneration
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from .batches import INK, NONE, SHOWN, Batch, mask
+from .batches import GROUND, INK, NONE, SHOWN, Batch, mask
 from .scene import KINDS
 from .words import BOS, encode
 
@@ -35,16 +36,22 @@ AttentionInterface.register("packed_questions", packed_attention)
 
 
 class Losses(NamedTuple):
-    """Mean losses, and (no loss) the share of the objects' tokens that are nearest to the right word."""
+    """Mean losses, and (no loss) the share of the objects' tokens that are nearest to the right word.
+
+    `ground` and `look` are counted only in stages that say so.
+    """
 
     answer: Tensor
     shown: Tensor
     ink: Tensor
     picture: Tensor
     named: Tensor
+    ground: Tensor
+    look: Tensor
 
-    def total(self) -> Tensor:
-        return self.answer + self.shown + 0.5 * self.ink + 0.25 * self.picture
+    def total(self, grounded: bool = False) -> Tensor:
+        usual = self.answer + self.shown + 0.5 * self.ink + 0.25 * self.picture
+        return usual + 0.25 * self.ground + 0.5 * self.look if grounded else usual
 
 
 def embed(model: LlavaForConditionalGeneration, pixels: Tensor, window: Tensor) -> Tensor:
@@ -61,16 +68,39 @@ def embed(model: LlavaForConditionalGeneration, pixels: Tensor, window: Tensor) 
     return model.model.multi_modal_projector(hidden)
 
 
-def answer(model: LlavaForConditionalGeneration, visual: Tensor, batch: Batch, bias: Tensor) -> Tensor:
-    """[B, T, vocabulary]: the logits behind every text token."""
+def answer(model: LlavaForConditionalGeneration, visual: Tensor, batch: Batch, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, T, vocabulary]: the logits behind every text token; and the loss of where answers look."""
     decoder = model.model.language_model
     first = decoder.embed_tokens.weight[BOS].expand(len(visual), 1, -1)
     hidden = torch.cat([first, visual, decoder.embed_tokens(batch.text)], 1)
     places = torch.cat([torch.zeros_like(batch.window[:, :1]), 1 + batch.window, batch.places], 1)
     rotary = decoder.rotary_emb(hidden, places)
     for layer in decoder.layers:
+        before = hidden
         hidden = layer(hidden, attention_mask=bias, position_embeddings=rotary, position_ids=places)
-    return model.lm_head(decoder.norm(hidden[:, -batch.text.shape[1] :]))
+    logits = model.lm_head(decoder.norm(hidden[:, -batch.text.shape[1] :]))
+    return logits, looking(decoder.layers[-1], before, rotary, batch)
+
+
+def looking(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+    """In the last layer the token before an answer attends to the cells where the answer is to be seen.
+
+    Of its attention to the picture, averaged over heads, the part that falls there: minus its logarithm. Without this
+    the questions about relations stay at guessing for longer than a CPU has time.
+    """
+    attention, length = layer.self_attn, batch.text.shape[1]
+    normed = layer.input_layernorm(hidden)
+    shape = (*normed.shape[:2], -1, attention.head_dim)
+    query = attention.q_proj(normed).view(shape).transpose(1, 2)
+    key = attention.k_proj(normed).view(shape).transpose(1, 2)
+    query, key = apply_rotary_pos_emb(query, key, *rotary)
+    query, key = query[:, :, -length:], key[:, :, 1 : 1 + batch.window.shape[1]]
+    asked = batch.look.any(-1)
+    part = [
+        ((query[b][:, asked[b]] @ key[b].mT * attention.scaling).softmax(-1) * batch.look[b, asked[b]]).sum(-1).mean(0)
+        for b in range(len(hidden))
+    ]
+    return -torch.cat(part).clamp_min(1e-6).log().mean()
 
 
 def _similar(tokens: Tensor, words: Tensor) -> Tensor:
@@ -79,11 +109,11 @@ def _similar(tokens: Tensor, words: Tensor) -> Tensor:
 
 def alignment(
     model: LlavaForConditionalGeneration, visual: Tensor, batch: Batch
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Projected visual tokens are drawn to the words for what they show, as CLIP's are to captions.
 
     Returns the loss of what is shown, of ink and size, and of the class token, which names all that is in the picture;
-    and `named` of Losses.
+    and `named` and `ground` of Losses.
     """
     table = model.model.language_model.embed_tokens.weight
 
@@ -104,18 +134,21 @@ def alignment(
         ink = ink + F.cross_entropy(_similar(drawn, words("large", "tiny")), batch.tiny.flatten()[on_digits])
     else:
         ink = token.sum() * 0
+    lying = batch.ground.flatten() != NONE
+    ground = F.cross_entropy(_similar(token[lying], words(*GROUND)), batch.ground.flatten()[lying])
     there = F.one_hot(batch.shown, len(SHOWN)).amax(1)[:, :-1].float()
     there = there / there.sum(1, keepdim=True).clamp_min(1)
     picture = -(there * _similar(whole, words(*SHOWN[:-1])).log_softmax(-1)).sum(1).mean()
-    return shown, ink, picture, named
+    return shown, ink, picture, named, ground
 
 
 def losses(model: LlavaForConditionalGeneration, batch: Batch) -> tuple[Losses, Tensor]:
     """The losses of a batch, and [B, T] which answers were right."""
     visual = embed(model, batch.pixels, batch.window)
-    shown, ink, picture, named = alignment(model, visual, batch)
+    shown, ink, picture, named, ground = alignment(model, visual, batch)
+    none = shown.new_zeros(())
     if not batch.text.shape[1]:
-        return Losses(shown.new_zeros(()), shown, ink, picture, named), batch.text == 1
-    logits = answer(model, visual[:, 1:], batch, mask(batch))
+        return Losses(none, shown, ink, picture, named, ground, none), batch.text == 1
+    logits, look = answer(model, visual[:, 1:], batch, mask(batch))
     loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=NONE)
-    return Losses(loss, shown, ink, picture, named), logits.argmax(-1) == batch.targets
+    return Losses(loss, shown, ink, picture, named, ground, look), logits.argmax(-1) == batch.targets

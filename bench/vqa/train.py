@@ -29,7 +29,7 @@ RATE = 3e-3
 WARMUP = 100  # steps
 EVERY = 50  # steps between rows of the log
 SAVE = 300  # seconds between checkpoints
-COLUMNS = ("stage", "step", "seconds", "answer", "shown", "ink", "picture", "named", *FAMILIES)
+COLUMNS = ("stage", "step", "seconds", "answer", "shown", "ink", "picture", "named", "ground", "look", *FAMILIES)
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Stage:
     batch: int
     steps: int
     families: tuple[str, ...] = tuple(FAMILIES)
+    rate: tuple[float, float] = (1.0, 1.0)  # of RATE, at the first step and behind the last
+    grounded: bool = False  # with the losses of what objects lie on and of where answers look
     easy: tuple[int, int] = (0, 0)  # steps at which the easy beginning starts to fade, and has faded
 
 
@@ -53,21 +55,17 @@ STAGES = (
     Stage(cells=2, text=0, batch=16, steps=1000),
     Stage(cells=2, text=0, batch=16, steps=1900),
     Stage(cells=4, text=240, batch=8, steps=250),
-    Stage(cells=3, text=360, batch=8, steps=650, families=STRESSED),
-    Stage(cells=4, text=360, batch=8, steps=1050, families=STRESSED),
+    Stage(cells=3, text=360, batch=8, steps=650, families=STRESSED, rate=(1.0, 0.618)),
+    Stage(cells=3, text=240, batch=8, steps=500, families=STRESSED, rate=(0.8, 0.8), grounded=True),
+    Stage(cells=4, text=240, batch=8, steps=1050, families=STRESSED, rate=(0.8, 0.0), grounded=True),
 )
 
 
-DECAY = 2  # stages, the last ones, over which the rate falls to zero
-
-
 def rate(stage: int, step: int) -> float:
-    """Warm-up, then constant, then linear to zero over the steps of the last stages."""
+    """A warm-up in the first stage, then as the stages say."""
     warm = min(1.0, (step + 1) / WARMUP) if stage == 0 else 1.0
-    left = sum(s.steps for s in STAGES[max(stage, len(STAGES) - DECAY) :]) - (
-        step if stage >= len(STAGES) - DECAY else 0
-    )
-    return RATE * warm * left / sum(s.steps for s in STAGES[-DECAY:])
+    first, last = STAGES[stage].rate
+    return RATE * warm * (first + (last - first) * step / STAGES[stage].steps)
 
 
 @dataclass
@@ -81,7 +79,7 @@ class Meter:
 
     @classmethod
     def empty(cls) -> "Meter":
-        return cls(torch.zeros(5), torch.zeros(len(FAMILIES)), torch.zeros(len(FAMILIES)))
+        return cls(torch.zeros(7), torch.zeros(len(FAMILIES)), torch.zeros(len(FAMILIES)))
 
     def add(self, values: list[float], batch: Batch, right: torch.Tensor) -> None:
         self.sums += torch.tensor(values)
@@ -154,7 +152,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = rate(self.stage, self.step)
         parts, right = losses(self.model, batch)
-        parts.total().backward()  # type: ignore[no-untyped-call]
+        parts.total(STAGES[self.stage].grounded).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
