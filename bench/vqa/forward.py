@@ -38,7 +38,7 @@ AttentionInterface.register("packed_questions", packed_attention)
 class Losses(NamedTuple):
     """Mean losses, and (no loss) the share of the objects' tokens that are nearest to the right word.
 
-    `ground` and `look` are counted only in stages that say so.
+    `ground` and `look` count as much as the stage says.
     """
 
     answer: Tensor
@@ -49,9 +49,9 @@ class Losses(NamedTuple):
     ground: Tensor
     look: Tensor
 
-    def total(self, grounded: bool = False) -> Tensor:
+    def total(self, ground: float = 0.0, look: float = 0.0) -> Tensor:
         usual = self.answer + self.shown + 0.5 * self.ink + 0.25 * self.picture
-        return usual + 0.25 * self.ground + 0.5 * self.look if grounded else usual
+        return usual + ground * self.ground + look * self.look
 
 
 def embed(model: LlavaForConditionalGeneration, pixels: Tensor, window: Tensor) -> Tensor:

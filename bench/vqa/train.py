@@ -42,12 +42,14 @@ class Stage:
     steps: int
     families: tuple[str, ...] = tuple(FAMILIES)
     rate: tuple[float, float] = (1.0, 1.0)  # of RATE, at the first step and behind the last
-    grounded: bool = False  # with the losses of what objects lie on and of where answers look
+    ground: float = 0.0  # weight of the loss of what objects lie on
+    look: float = 0.0  # weight of the loss of where answers look
     easy: tuple[int, int] = (0, 0)  # steps at which the easy beginning starts to fade, and has faded
 
 
 # What takes two looks at the picture is learned last.
 STRESSED = (*FAMILIES, "relation", "colour", "add")
+PLACES = ("relation", "relation", "patch", "count", "add")
 STAGES = (
     Stage(cells=1, text=0, batch=32, steps=2000, easy=(300, 1200)),
     Stage(cells=2, text=0, batch=16, steps=600),
@@ -56,8 +58,9 @@ STAGES = (
     Stage(cells=2, text=0, batch=16, steps=1900),
     Stage(cells=4, text=240, batch=8, steps=250),
     Stage(cells=3, text=360, batch=8, steps=650, families=STRESSED, rate=(1.0, 0.618)),
-    Stage(cells=3, text=240, batch=8, steps=500, families=STRESSED, rate=(0.8, 0.8), grounded=True),
-    Stage(cells=4, text=240, batch=8, steps=1050, families=STRESSED, rate=(0.8, 0.0), grounded=True),
+    Stage(cells=3, text=240, batch=8, steps=500, families=STRESSED, rate=(0.8, 0.8), ground=0.25, look=0.5),
+    Stage(cells=2, text=200, batch=16, steps=450, families=PLACES, rate=(0.8, 0.8), ground=1.0, look=1.0),
+    Stage(cells=4, text=240, batch=8, steps=950, families=STRESSED, rate=(0.8, 0.0), ground=1.0, look=1.0),
 )
 
 
@@ -152,7 +155,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = rate(self.stage, self.step)
         parts, right = losses(self.model, batch)
-        parts.total(STAGES[self.stage].grounded).backward()  # type: ignore[no-untyped-call]
+        parts.total(STAGES[self.stage].ground, STAGES[self.stage].look).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
