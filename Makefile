@@ -43,7 +43,7 @@ bench-prefill: BENCHES = bench/bench_prefill.py
 bench-prefill: SAVE = bench/results/prefill.json
 bench-prefill: bench  ## time the prefill of a small vision-language model with and without pruning
 
-retention: build  ## how much accuracy every method keeps: bench/results/retention.json and docs/retention.md (45 minutes)
+retention: build  ## how much accuracy every method keeps: bench/results/retention.json and docs/retention.md (20 minutes)
 	$(BIN)/python -m bench.retention $(ARGS)
 
 weights: build  ## train the small model again, from nothing (an hour and a half; stopped, it goes on where it was)

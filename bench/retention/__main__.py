@@ -76,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL, help="folder of the model (default: the repository's)")
     parser.add_argument("--split", default="test", choices=("validation", "test"))
-    parser.add_argument("--per-family", type=int, default=450, help="questions of each family (default: 450)")
+    parser.add_argument("--per-family", type=int, default=250, help="questions of each family (default: 250)")
     parser.add_argument("--layer", type=int, default=1, help="a second layer for the methods inside the model; 0: none")
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default: 15)")
     parser.add_argument("--out", type=Path, default=RESULTS)
