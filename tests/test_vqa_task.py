@@ -10,7 +10,7 @@ pytest.importorskip("skimage", reason="scikit-image, which has the photographs, 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from bench.vqa import words
-from bench.vqa.questions import FAMILIES, ask, chance
+from bench.vqa.questions import FAMILIES, Question, ask, chance
 from bench.vqa.scene import CELL, COLOURS, DIGITS, KINDS, PATCH, Scene, scene
 from bench.vqa.sources import PHOTOS, SPLITS, sources
 
@@ -184,3 +184,9 @@ def test_words_come_back_from_their_tokens():
 def test_unknown_split_is_refused():
     with pytest.raises(ValueError, match="split: expected one of train, validation, test"):
         sources("holdout")
+
+
+def test_chance_looks_at_the_words_alone():
+    """a, a, b to the same words: each is guessed from the other two; the single question from all others."""
+    asked = [Question("count", text, answer, ()) for text, answer in (("x", "a"), ("x", "a"), ("x", "b"), ("y", "c"))]
+    assert chance(asked) == {"count": (0.5 + 0.5 + 0 + 0) / 4}

@@ -160,11 +160,21 @@ def ask(
 
 
 def chance(questions: list[Question]) -> dict[str, float]:
-    """Per family: the accuracy of the best answer that depends on the words of the question alone."""
-    answers: dict[str, dict[str, Counter[str]]] = {}
+    """Per family: the accuracy of answering from the words of the question alone.
+
+    Each question gets the most common answer to the same words among the others, or if there are none to the others of
+    its family; ties count in parts.
+    """
+    by_text: Counter[tuple[str, str, str]] = Counter((q.family, q.text, q.answer) for q in questions)
+    texts: dict[tuple[str, str], Counter[str]] = {}
+    families: dict[str, Counter[str]] = {}
+    for (family, text, answer), count in by_text.items():
+        texts.setdefault((family, text), Counter())[answer] += count
+        families.setdefault(family, Counter())[answer] += count
+    right = dict.fromkeys(families, 0.0)
     for question in questions:
-        answers.setdefault(question.family, {}).setdefault(question.text, Counter())[question.answer] += 1
-    return {
-        family: sum(max(counter.values()) for counter in texts.values()) / sum(map(Counter.total, texts.values()))
-        for family, texts in answers.items()
-    }
+        others = texts[question.family, question.text] - Counter([question.answer])
+        others = others or families[question.family] - Counter([question.answer])
+        best = [answer for answer, count in others.items() if count == max(others.values())]
+        right[question.family] += (question.answer in best) / max(1, len(best))
+    return {family: hits / families[family].total() for family, hits in right.items()}

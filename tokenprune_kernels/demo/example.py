@@ -11,8 +11,8 @@ from . import DemoError
 NAME = "tiny-llava-vqa"
 FOLDER = Path(tokenprune_kernels.__file__).resolve().parent.parent / "models" / NAME  # of a checkout, not of a wheel
 PICTURE = "example.png"  # in the model's folder
-QUESTION = "what is the yellow digit plus the white digit?"
-ANSWER = "17"  # what is true of the picture, whatever a model says
+QUESTION = "what is the yellow digit plus the black digit?"
+ANSWER = "14"  # what is true of the picture, whatever a model says
 
 # One of each family that the model was trained on (bench/vqa/questions.py).
 QUESTIONS = (
