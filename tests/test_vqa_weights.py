@@ -55,7 +55,7 @@ def test_weights_answer_questions_about_pictures_they_have_not_seen():
 
 def test_card_states_what_was_measured():
     text = (FOLDER / "README.md").read_text()
-    row = r"^\| (\w+) \| [^|]* \| \*\*([\d.]+)%\*\* \| [\d.]+% \| ([\d.]+)% \|$"
+    row = r"^\| (\w+) \|[^|]*\| \*\*([\d.]+)%\*\* \| [\d.]+% \| ([\d.]+)% \|$"
     found = re.findall(row, text, re.MULTILINE)
     shares, guess = ({line[0]: float(line[n]) for line in found} for n in (1, 2))
     assert set(shares) == {*FAMILIES, "all"}
