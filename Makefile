@@ -46,7 +46,7 @@ bench-prefill: bench  ## time the prefill of a small vision-language model with 
 retention: build  ## how much accuracy every method keeps: bench/results/retention.json and docs/retention.md (20 minutes)
 	$(BIN)/python -m bench.retention $(ARGS)
 
-weights: build  ## train the small model again, from nothing (an hour and a half; stopped, it goes on where it was)
+weights: build  ## train the small model again, from nothing (70 minutes on two cores; stopped, it goes on where it was)
 	$(BIN)/python -m bench.vqa.train --out models/tiny-llava-vqa $(ARGS)
 
 readme: build  ## fill the generated tables of README.md from the last `make bench`

@@ -12,12 +12,11 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tokenprune_kernels.integrations.transformers import prune_visual_tokens
+from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_tokens
 
 IMAGE = 900
 KEEP = 0.222
 TEXT_BEFORE, TEXT_AFTER = 35, 30
-METHODS = ("coast", "sts", "adafv", "zspaprune", "adaptprune", "fastv", "divprune", "random")
 
 
 @pytest.fixture(scope="module")

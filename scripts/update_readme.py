@@ -8,7 +8,6 @@ support table calls every op on every backend and dtype of this machine through 
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch  # noqa: E402
 from cases import BACKENDS, dtypes_of, interpreted  # noqa: E402
 from op_samples import OPS, make, run  # noqa: E402
 
+from bench.pages import fill  # noqa: E402
 from bench.report import HEADER, Row, cells, duration  # noqa: E402
 from bench.retention import results  # noqa: E402
 from bench.retention.measure import METHODS, UNPRUNED  # noqa: E402
@@ -112,13 +112,6 @@ def prefill_table(results: dict[str, Any]) -> str:
         row = Row(**r)
         lines.append(f"| {row.case} | {duration(row.ours)} | **{row.ratio:.2f}x** | {row.note} |")
     return "\n".join([*lines, "", where(results)])
-
-
-def fill(text: str, name: str, content: str) -> str:
-    pattern = re.compile(f"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-    if not pattern.search(text):
-        raise SystemExit(f"there is no section {name}")
-    return pattern.sub(lambda m: m.group(1) + content + "\n" + m.group(2), text)
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """The retention benchmark: statistics by hand, runs that are what a user gets, and a page made of its results file."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ pytest.importorskip("skimage", reason="scikit-image, which has the photographs, 
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib, which draws the plot, is not installed")
 
+from bench.pages import section
 from bench.retention import page, results, statistics, timing
 from bench.retention.measure import KEEPS, METHODS, SEEDS, TOKENS, UNPRUNED, Outcome, Run, measure, runs
 from bench.vqa import model as tiny
@@ -83,7 +83,7 @@ def test_seeds_are_averaged_per_question():
 def test_measured_answers_are_those_a_user_gets(model, asked, method):
     """Question by question, without the shared encoding."""
     run = Run(method, 64, None, 7 if method == "random" else None)
-    outcome = measure(model, "test", asked, [run], size=1, kept=True)[run]
+    outcome = measure(model, "test", asked, [run], size=1)[run]
     for batch in batches("test", asked[:4], 1):
         place = batch.places[0]
         seed = None if run.seed is None else run.seed * 1_000_003 + place
@@ -123,8 +123,10 @@ def test_results_come_back_from_their_file(tmp_path, asked):
     draw = torch.Generator().manual_seed(0)
 
     def outcome() -> Outcome:
-        right = torch.rand(len(asked), generator=draw) < 0.5
-        return Outcome(right, torch.full((len(asked),), 0.5), torch.zeros(len(asked)).long())
+        made = Outcome.empty(len(asked), 64)
+        made.right[:] = torch.rand(len(asked), generator=draw) < 0.5
+        made.covered[:] = 0.5
+        return made
 
     table = [run for run in runs() if run.keep == 64]
     outcomes = {run: outcome() for run in (UNPRUNED, *table)}
@@ -155,10 +157,7 @@ def test_committed_page_is_made_of_the_committed_results():
     table = results.load(ROOT / "bench" / "results" / "retention.json")
     text = (ROOT / "docs" / "retention.md").read_text()
     for name, content in page.sections(table).items():
-        begin, end = (mark.format(name) for mark in (page.BEGIN, page.END))
-        found = re.search(f"{re.escape(begin)}\n(.*?)\n{re.escape(end)}", text, re.DOTALL)
-        assert found, name
-        assert found.group(1) == content, f"run: python -m bench.retention --page-only ({name})"
+        assert section(text, name) == content, f"run: python -m bench.retention --page-only ({name})"
 
 
 def test_committed_results_are_those_of_the_committed_weights():

@@ -1,20 +1,19 @@
 """`python -m bench.retention`: measure, write bench/results/retention.json, the figures and the tables of the page."""
 
 import argparse
-import platform
-import re
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 
+from bench.gpu_suite.environment import commit, processor
+from bench.pages import fill
 from bench.vqa.evaluate import Item, batches, by_family, items, load
 from bench.vqa.questions import FAMILIES
 from bench.vqa.words import VOCABULARY
 
 from . import figures, page, results
-from .measure import IN_MODEL, METHODS, UNPRUNED, Outcome, Run, measure, runs
+from .measure import IN_MODEL, METHODS, TOKENS, UNPRUNED, Outcome, Run, measure, runs
 from .timing import prefill_seconds
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,48 +25,29 @@ OTHER_LAYER_KEEP = 128  # the budget at which the methods inside the model are t
 PER_METHOD = 4
 
 
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return re.sub(r"\s+\d+-Core Processor", "", line.split(":")[1].strip())
-    return platform.processor() or platform.machine()
-
-
-def _failures(asked: list[Item], outcomes: dict[Run, Outcome], keep: int) -> list[tuple[Run, int]]:
+def _failures(asked: list[Item], outcomes: dict[Run, Outcome], keep: int) -> list[figures.Failure]:
     """For every method, questions of different families that only the unpruned model answers correctly."""
     chosen = []
     for method in METHODS:
-        run = next((r for r in outcomes if r.method == method and r.keep == keep and r.layer is None), None)
-        if run is None:
-            continue
-        lost = (outcomes[UNPRUNED].right & ~outcomes[run].right).nonzero().flatten().tolist()
+        run, outcome = next((r, o) for r, o in outcomes.items() if r[:3] == (method, keep, None))
+        lost = (outcomes[UNPRUNED].right & ~outcome.right).nonzero().flatten().tolist()
         taken: dict[str, int] = {}
         for place in lost:
             taken.setdefault(asked[place].question.family, place)
-        order = [taken[f] for f in ("relation", "tiny", "count", "patch", *FAMILIES) if f in taken]
-        chosen += [(run, place) for place in list(dict.fromkeys(order))[:PER_METHOD]]
+        families = [name for name in dict.fromkeys(("relation", "tiny", "count", "patch", *FAMILIES)) if name in taken]
+        for place in (taken[name] for name in families[:PER_METHOD]):
+            given = VOCABULARY[int(outcome.given[place])]
+            chosen.append(
+                figures.Failure(f"{method}, {run.keep} of {TOKENS}", asked[place], given, outcome.kept[place])
+            )
     return chosen
-
-
-def _draw_failures(model: Any, split: str, asked: list[Item], chosen: list[tuple[Run, int]]) -> None:
-    """The kept tokens of those questions, measured once more one by one."""
-    shown = []
-    for run, place in chosen:
-        outcome = measure(model, split, [asked[place]], [run], 1, kept=True)[run]
-        given = VOCABULARY[int(outcome.given[0])]
-        shown.append(figures.Failure(f"{run.method}, {run.keep} of 576", asked[place], given, outcome.kept[0]))
-    figures.failures_sheet(shown, split, PAGE.with_name("retention-failures.jpg"), PER_METHOD)
 
 
 def write_page(table: results.Table) -> None:
     """Fill the generated sections of docs/retention.md and draw its plot."""
     text = PAGE.read_text()
     for name, content in page.sections(table).items():
-        begin, end = (mark.format(name) for mark in (page.BEGIN, page.END))
-        pattern = re.compile(f"({re.escape(begin)}\n).*?({re.escape(end)})", re.DOTALL)
-        if not pattern.search(text):
-            raise SystemExit(f"{PAGE.name} has no section {name}")
-        text = pattern.sub(lambda m, c=content: f"{m.group(1)}{c}\n{m.group(2)}", text)
+        text = fill(text, name, content)
     PAGE.write_text(text)
     figures.plot(table, PAGE.with_name("retention.png"))
 
@@ -90,12 +70,12 @@ def main() -> None:
     table = runs()
     if options.layer:
         table += runs(IN_MODEL, (OTHER_LAYER_KEEP,), options.layer)
-    commit = results.commit()
+    at = commit()
     outcomes = measure(model, options.split, asked, table)
     example = next(batches(options.split, asked[:1], 1))
     seconds = prefill_seconds(model, table, example.inputs, options.rounds)
     facts = {
-        "command": "make retention", "commit": commit, "cpu": _cpu(), "threads": torch.get_num_threads(),
+        "command": "make retention", "commit": at, "cpu": processor(), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "transformers": transformers.__version__, "split": options.split,
     }  # fmt: skip
     results.save(options.out, facts, asked, outcomes, seconds)
@@ -105,7 +85,8 @@ def main() -> None:
         print(f"{run.method:10} {run.keep:3} layer {run.layer or '-'}  {outcome.right.double().mean().item():6.1%}")
     if options.out == RESULTS:
         write_page(results.load(options.out))
-        _draw_failures(model, options.split, asked, _failures(asked, outcomes, SHOWN_KEEP))
+        lost = _failures(asked, outcomes, SHOWN_KEEP)
+        figures.failures_sheet(lost, options.split, PAGE.with_name("retention-failures.jpg"), PER_METHOD)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,21 @@
 """The figures of docs/retention.md: accuracy over the budget, and what was kept where pruning changed the answer."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from bench.vqa.evaluate import Item
 from bench.vqa.model import SIDE
 from bench.vqa.scene import CELL, PATCH, scene
+from tokenprune_kernels.integrations.transformers.overlay import overlay
 
 from .measure import METHODS, TOKENS, UNPRUNED
 from .page import keeps
@@ -62,10 +64,8 @@ def plot(table: Table, path: Path) -> None:
 def _tile(failure: Failure, split: str) -> Image.Image:
     """The picture with dropped tokens dark, a frame around every cell the answer depends on."""
     pixels = Image.fromarray(scene(split, failure.item.seed).pixels)
-    mask = np.zeros(TOKENS, dtype=np.uint8)
-    mask[failure.kept[failure.kept >= 0].numpy()] = 255
-    seen = Image.fromarray(mask.reshape(SIDE, SIDE)).resize((SIZE, SIZE), Image.Resampling.NEAREST)
-    shown = Image.composite(pixels, Image.blend(pixels, Image.new("RGB", pixels.size), 0.78), seen)
+    corner = torch.stack([failure.kept % SIDE, failure.kept // SIDE], 1)
+    shown = overlay(pixels, torch.cat([corner, corner + 1], 1) / SIDE)
     tile = Image.new("RGB", (SIZE, SIZE + CAPTION), (16, 19, 24))
     tile.paste(shown, (0, CAPTION))
     draw = ImageDraw.Draw(tile)
@@ -90,26 +90,3 @@ def failures_sheet(failures: list[Failure], split: str, path: Path, columns: int
         row, column = divmod(number, columns)
         sheet.paste(_tile(failure, split), (GAP + column * width, GAP + row * height))
     sheet.save(path, quality=82)
-
-
-def log_plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Loss and accuracies over the training, from training.csv."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), dpi=100)
-    minutes = [float(row["minutes"]) for row in rows]
-    parts = ("answer", "shown", "ink", "picture", "ground", "look")
-    for name in parts:
-        # A part that a stage does not have is empty or zero.
-        left.plot(minutes, [float(row[name] or 0) or np.nan for row in rows], label=name, linewidth=1)
-    left.set_yscale("log")
-    left.set_title("losses")
-    skip = {"stage", "step", "seconds", "minutes", *parts}
-    for name in (name for name in rows[0] if name not in skip):
-        right.plot(minutes, [float(row[name]) if row[name] else np.nan for row in rows], label=name, linewidth=1)
-    right.set_title("accuracy on the training split")
-    for axes in (left, right):
-        axes.set_xlabel("minutes of training")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)

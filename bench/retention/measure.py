@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -10,12 +10,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench.vqa.evaluate import Batch, Item, answered, batches, needed
-from bench.vqa.scene import scene
-from tokenprune_kernels.integrations.transformers import prune_visual_tokens
+from bench.vqa.model import SIDE
+from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_tokens
+from tokenprune_kernels.integrations.transformers.pruning import IN_MODEL
 
-METHODS = ("coast", "sts", "adafv", "zspaprune", "adaptprune", "fastv", "divprune", "random")
-IN_MODEL = ("coast", "sts", "adaptprune", "fastv")
-TOKENS = 576
+TOKENS = SIDE * SIDE
 KEEPS = (192, 128, 64, 32)  # 33.3%, 22.2%, 11.1%, 5.6% of 576
 SEEDS = (0, 1, 2)
 
@@ -31,12 +30,20 @@ class Run(NamedTuple):
 
 @dataclass
 class Outcome:
-    """Per item: was the answer right, the share of the needed tokens that was kept (nan: none needed), the answer."""
+    """Per item [N]: was the answer right, the share of the needed tokens that was kept (nan: none needed), the answer.
+
+    kept: [N, K], the places of the kept tokens.
+    """
 
     right: Tensor
     covered: Tensor
     given: Tensor
-    kept: dict[int, Tensor] = field(default_factory=dict)  # per item, when measured with kept=True
+    kept: Tensor
+
+    @classmethod
+    def empty(cls, count: int, keep: int) -> "Outcome":
+        right, given = torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.int64)
+        return cls(right, torch.full((count,), torch.nan), given, torch.zeros(count, keep, dtype=torch.int64))
 
 
 UNPRUNED = Run("none", TOKENS)
@@ -74,39 +81,30 @@ def one_encoding(model: Any) -> Iterator[None]:
         del tower.forward
 
 
-def _ask(model: Any, run: Run, inputs: dict[str, Tensor], place: int) -> tuple[Tensor, Tensor]:
+def ask(model: Any, run: Run, inputs: dict[str, Tensor], place: int = 0) -> tuple[Tensor, Tensor]:
     """The answers, and [B, K] the kept tokens; `place` lets random draw anew for every batch."""
     if run == UNPRUNED:
         return answered(model, inputs), torch.arange(TOKENS).expand(len(inputs["input_ids"]), -1)
-    options: dict[str, Any] = {} if run.layer is None else {"layer": run.layer}
     seed = None if run.seed is None else run.seed * 1_000_003 + place
-    with prune_visual_tokens(model, run.method, run.keep, seed=seed, **options) as pruning:
+    with prune_visual_tokens(model, run.method, run.keep, layer=run.layer, seed=seed) as pruning:
         words = answered(model, inputs)
         assert pruning.kept is not None
         return words, pruning.kept
 
 
-def measure(
-    model: Any, split: str, asked: list[Item], table: list[Run], size: int = 32, *, kept: bool = False
-) -> dict[Run, Outcome]:
+def measure(model: Any, split: str, asked: list[Item], table: list[Run], size: int = 32) -> dict[Run, Outcome]:
     """All runs on all items; a batch goes through every run before the next one is drawn."""
-    count = len(asked)
-    outcomes = {
-        run: Outcome(torch.zeros(count, dtype=torch.bool), torch.full((count,), torch.nan), torch.zeros(count).long())
-        for run in (UNPRUNED, *table)
-    }
+    outcomes = {run: Outcome.empty(len(asked), run.keep) for run in (UNPRUNED, *table)}
     # AdaFV reads the tower's attention: for it the tower has to run.
     groups = [[r for r in outcomes if (r.method == "adafv") is reads] for reads in (False, True)]
-    with tqdm(total=count, desc="questions", mininterval=5) as bar:
+    with tqdm(total=len(asked), desc="questions", mininterval=5) as bar:
         for batch in batches(split, asked, size):
-            wanted = torch.stack([needed(scene(split, asked[n].seed), asked[n].question) for n in batch.places])
+            pairs = zip(batch.pictures, batch.places, strict=True)
+            wanted = torch.stack([needed(picture, asked[n].question) for picture, n in pairs])
             for group, tower in zip(groups, (one_encoding(model), nullcontext()), strict=True):
                 with tower:
                     for run in group:
-                        words, chosen = _ask(model, run, batch.inputs, batch.places[0])
-                        _record(outcomes[run], batch, wanted, words, chosen)
-                        if kept:
-                            outcomes[run].kept.update(zip(batch.places, chosen, strict=True))
+                        _record(outcomes[run], batch, wanted, *ask(model, run, batch.inputs, batch.places[0]))
             bar.update(len(batch.places))
     return outcomes
 
@@ -116,3 +114,4 @@ def _record(outcome: Outcome, batch: Batch, wanted: Tensor, words: Tensor, kept:
     outcome.right[batch.places] = words == batch.answers
     outcome.given[batch.places] = words
     outcome.covered[batch.places] = (chosen & wanted).sum(1) / wanted.sum(1)  # 0 / 0 is nan: nothing was needed
+    outcome.kept[batch.places] = kept

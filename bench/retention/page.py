@@ -8,9 +8,6 @@ from .measure import IN_MODEL, METHODS, TOKENS, UNPRUNED
 from .results import Table
 from .statistics import Change, change, mean_share, share
 
-# docs/retention.md is this text with the tables filled in; the reading of the numbers is written by hand between them.
-BEGIN, END = "<!-- begin {} -->", "<!-- end {} -->"
-
 
 def percent(value: float) -> str:
     return f"{100 * value:.1f}"
@@ -37,7 +34,7 @@ def model_table(table: Table) -> str:
     """Accuracy of the unpruned model, overall and per family."""
     right = table.right[UNPRUNED]
     whole = share(right)
-    families = [percent(right[table.families == name].double().mean().item()) for name in FAMILIES]
+    families = map(percent, table.by_family(right))
     lines = ["| | all | " + " | ".join(FAMILIES) + " |", "|---" * (len(FAMILIES) + 2) + "|"]
     lines.append(
         f"| unpruned | {percent(whole.value)} ({percent(whole.low)} to {percent(whole.high)}) | "
@@ -50,18 +47,16 @@ def model_table(table: Table) -> str:
 def _row(table: Table, method: str, keep: int, layer: int | None, name: str) -> str:
     right, full = table.of(method, keep, layer), table.right[UNPRUNED]
     accuracy = mean_share(right)
-    each = right.double().mean(0)
-    by_family = [percent(each[table.families == family].mean().item()) for family in FAMILIES]
-    run = next(r for r in table.right if r[:3] == (method, keep, layer))
-    covered = np.mean([value for r, value in table.covered.items() if r[:3] == (method, keep, layer)])
-    took = table.seconds.get(run)
+    runs = table.of_runs(method, keep, layer)
+    covered = np.mean([table.covered[run] for run in runs])
+    took = table.seconds.get(runs[0])
     ratio = f"{table.seconds[UNPRUNED] / took:.2f}x" if took else ""
     kept = accuracy.value / share(full).value
     cells = (
         percent(accuracy.value),
         f"**{percent(kept)}%**",
         points(change(right, full)),
-        *by_family,
+        *map(percent, table.by_family(right)),
         percent(float(covered)),
         ratio,
     )
@@ -72,12 +67,10 @@ def budget_table(table: Table, keep: int) -> str:
     """All methods at one budget."""
     heads = ("method", "accuracy", "of unpruned", "change, points", *FAMILIES, "needed tokens kept", "prefill")
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    lines += [
-        _row(table, method, keep, None, f"`{method}`") for method in METHODS if len(table.of_runs(method, keep, None))
-    ]
+    lines += [_row(table, method, keep, None, f"`{method}`") for method in METHODS if table.of_runs(method, keep)]
     for layer in layers(table):
         lines += [
-            _row(table, m, keep, layer, f"`{m}`, layer {layer}") for m in IN_MODEL if len(table.of_runs(m, keep, layer))
+            _row(table, m, keep, layer, f"`{m}`, layer {layer}") for m in IN_MODEL if table.of_runs(m, keep, layer)
         ]
     return "\n".join(lines)
 

@@ -1,7 +1,6 @@
 """What a run of the benchmark leaves in bench/results/retention.json: every right and wrong answer, and the times."""
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +31,11 @@ class Table(NamedTuple):
         """[seeds, N]: right answers of a method at a budget."""
         return torch.stack([self.right[run] for run in self.of_runs(method, keep, layer)])
 
+    def by_family(self, right: Tensor) -> list[float]:
+        """The accuracy of each family, of answers [R, N] or [N]."""
+        each = right.double().reshape(-1, right.shape[-1]).mean(0)
+        return [each[self.families == name].mean().item() for name in FAMILIES]
+
 
 def _packed(bits: Tensor) -> str:
     return np.packbits(bits.numpy()).tobytes().hex()
@@ -39,13 +43,6 @@ def _packed(bits: Tensor) -> str:
 
 def _unpacked(text: str, count: int) -> Tensor:
     return torch.from_numpy(np.unpackbits(np.frombuffer(bytes.fromhex(text), dtype=np.uint8))[:count].astype(bool))
-
-
-def commit() -> str:
-    """The commit the numbers belong to."""
-    done = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
-    return (done.stdout.strip() or "unknown") + (" with changes" if changed.stdout.strip() else "")
 
 
 def save(

@@ -30,17 +30,20 @@ def share(right: Tensor) -> Share:
     return Share(hits / asked, interval.low, interval.high)
 
 
+def _mean(each: Tensor) -> Change:
+    """Of one value per question; several runs (seeds) [R, N] are averaged first."""
+    each = each.reshape(-1, each.shape[-1]).mean(0)
+    return Change(each.mean().item(), NORMAL * (each.std(unbiased=True) / each.numel() ** 0.5).item())
+
+
 def change(right: Tensor, reference: Tensor) -> Change:
-    """Accuracy minus that of the reference; [R, N] or [N] right answers, several runs (seeds) are averaged first."""
-    each = right.double().reshape(-1, right.shape[-1]).mean(0) - reference.double()
-    error = each.std(unbiased=True) / each.numel() ** 0.5
-    return Change(each.mean().item(), NORMAL * error.item())
+    """Accuracy minus that of the reference; right answers are [N] or, of several runs (seeds), [R, N]."""
+    return _mean(right.double() - reference.double())
 
 
 def mean_share(right: Tensor) -> Share:
     """[R, N]: several runs (seeds) on the same questions; the interval is that of the questions' means."""
     if right.dim() == 1 or len(right) == 1:
         return share(right.reshape(-1))
-    each = right.double().mean(0)
-    half = NORMAL * (each.std(unbiased=True) / each.numel() ** 0.5).item()
-    return Share(each.mean().item(), each.mean().item() - half, each.mean().item() + half)
+    value, half = _mean(right.double())
+    return Share(value, value - half, value + half)

@@ -7,20 +7,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.vqa.evaluate import answered
-from tokenprune_kernels.integrations.transformers import prune_visual_tokens
-
-from .measure import UNPRUNED, Run
+from .measure import UNPRUNED, Run, ask
 
 
 def _seconds(model: Any, run: Run, inputs: dict[str, Tensor]) -> float:
-    options: dict[str, Any] = {} if run.layer is None else {"layer": run.layer}
     start = time.perf_counter()
-    if run == UNPRUNED:
-        answered(model, inputs)
-    else:
-        with prune_visual_tokens(model, run.method, run.keep, seed=run.seed, **options):
-            answered(model, inputs)
+    ask(model, run, inputs)
     return time.perf_counter() - start
 
 

@@ -4,6 +4,7 @@ The questions of a picture share one sequence. Each attends to the picture and t
 would have by itself, so a packed question is answered as a single one is.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset
 
 from .model import DEVIATION, MEAN, SIDE
 from .questions import FAMILIES, Question, ask
-from .scene import COLOURS, KINDS, PATCH, Scene, scene
+from .scene import CELL_TOKENS, COLOURS, KINDS, PATCH, Scene, scene
 from .sources import TEXTURES
 from .words import EOS, PAD, encode
 
@@ -58,7 +59,7 @@ def labels(picture: Scene) -> tuple[npt.NDArray[np.int64], ...]:
     shown = np.full((side, side), len(SHOWN) - 1)
     ink, tiny, ground = np.full((3, side, side), NONE)
     for texture in picture.textures:
-        r0, r1, c0, c1 = (6 * place for place in texture.cells)
+        r0, r1, c0, c1 = (CELL_TOKENS * place for place in texture.cells)
         shown[r0:r1, c0:c1] = SHOWN.index(texture.kind)
     for thing in picture.things:
         there = np.outer(_cover(thing.top, thing.size, side), _cover(thing.left, thing.size, side)) >= 0.3
@@ -70,12 +71,17 @@ def labels(picture: Scene) -> tuple[npt.NDArray[np.int64], ...]:
     return shown.ravel(), ink.ravel(), tiny.ravel(), ground.ravel()
 
 
+def in_cells(cells: Iterable[tuple[int, int]], side: int) -> npt.NDArray[np.bool_]:
+    """[N]: the visual tokens of those cells, of a picture of side x side."""
+    inside = np.zeros((side, side), dtype=bool)
+    for row, column in cells:
+        inside[CELL_TOKENS * row :, CELL_TOKENS * column :][:CELL_TOKENS, :CELL_TOKENS] = True
+    return inside.ravel()
+
+
 def _look(question: Question, side: int) -> npt.NDArray[np.bool_]:
     """[N]: the cells where the answer is to be seen; of a relation the second object's."""
-    seen = np.zeros((side, side), dtype=bool)
-    for row, column in question.cells[-1:] if question.family == "relation" else question.cells:
-        seen[6 * row : 6 * row + 6, 6 * column : 6 * column + 6] = True
-    return seen.ravel()
+    return in_cells(question.cells[-1:] if question.family == "relation" else question.cells, side)
 
 
 def _pack(questions: list[Question], length: int, side: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
@@ -125,7 +131,7 @@ class Batches(Dataset[Batch]):
         rng = np.random.default_rng((self.seed, number))
         ease = self.ease(number)
         pictures = [scene(self.split, (self.seed, number, n), self.cells, ease) for n in range(self.batch)]
-        side = 6 * self.cells
+        side = CELL_TOKENS * self.cells
         token = np.arange(side * side)
         corner = rng.integers(0, SIDE - side, size=(self.batch, 2), endpoint=True)
         window = (token // side + corner[:, :1]) * SIDE + token % side + corner[:, 1:]

@@ -5,13 +5,20 @@ Writes training.png (the curves of training.csv) and example.png (a scene of the
 
 import argparse
 import csv
-import re
 from pathlib import Path
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from PIL import Image
 
-from .evaluate import accuracy, by_family, items, load
+from bench.pages import fill
+
+from .evaluate import accuracy, by_family, load
+from .forward import Losses
 from .questions import FAMILIES, chance
 from .scene import scene
 from .train import STAGES
@@ -29,9 +36,9 @@ def accuracy_table(folder: Path, per_family: int) -> str:
     """Per family: test, validation, and what the words of the question alone would give."""
     model = load(folder)
     asked, right = accuracy(model, "test", per_family)
-    _, validated = accuracy(model, "validation", per_family)
+    checked, validated = accuracy(model, "validation", per_family)
     guess = chance([item.question for item in asked])
-    test, validation = by_family(asked, right), by_family(items("validation", per_family), validated)
+    test, validation = by_family(asked, right), by_family(checked, validated)
     lines = ["| family | for example | test | validation | words alone |", "|---|---|---|---|---|"]
     for name in FAMILIES:
         cells = (QUESTIONS[name], f"**{test[name]:.1%}**", f"{validation[name]:.1%}", f"{guess[name]:.1%}")
@@ -62,17 +69,29 @@ def curriculum_table(log: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def fill(text: str, name: str, content: str) -> str:
-    """The text with the generated section of that name exchanged."""
-    pattern = re.compile(f"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-    if not pattern.search(text):
-        raise SystemExit(f"the card has no section {name}")
-    return pattern.sub(lambda m: f"{m.group(1)}{content}\n{m.group(2)}", text)
+def log_plot(rows: list[dict[str, str]], path: Path) -> None:
+    """Losses and accuracies over the training, from training.csv."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), dpi=100)
+    minutes = [float(row["seconds"]) / 60 for row in rows]
+    parts = [name for name in Losses._fields if name != "named"]
+    for name in parts:
+        # A part that a stage does not have is empty or zero.
+        left.plot(minutes, [float(row[name] or 0) or np.nan for row in rows], label=name, linewidth=1)
+    left.set_yscale("log")
+    left.set_title("losses")
+    for name in ("named", *FAMILIES):
+        right.plot(minutes, [float(row[name]) if row[name] else np.nan for row in rows], label=name, linewidth=1)
+    right.set_title("accuracy on the training split")
+    for axes in (left, right):
+        axes.set_xlabel("minutes of training")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
 
 
 def main() -> None:
-    from bench.retention.figures import log_plot
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--per-family", type=int, default=150)
@@ -80,7 +99,7 @@ def main() -> None:
     card, folder = options.folder / "README.md", options.folder
     with (folder / "training.csv").open() as file:
         log = list(csv.DictReader(file))
-    log_plot([{**row, "minutes": float(row["seconds"]) / 60} for row in log], folder / "training.png")
+    log_plot(log, folder / "training.png")
     Image.fromarray(scene("test", EXAMPLE).pixels).save(folder / "example.png")
     text = fill(card.read_text(), "curriculum", curriculum_table(log))
     with torch.inference_mode():

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batches import SHOWN, labels, normalised
+from .batches import in_cells, labels, normalised
 from .model import SIDE
 from .questions import FAMILIES, Question, ask, chance
 from .scene import KINDS, Scene, scene
@@ -33,6 +33,7 @@ class Batch(NamedTuple):
     inputs: dict[str, Tensor]
     answers: Tensor  # [B]
     places: list[int]
+    pictures: list[Scene]
 
 
 def items(split: str, per_family: int) -> list[Item]:
@@ -59,28 +60,28 @@ def prompt(text: str) -> list[int]:
 
 def needed(picture: Scene, question: Question) -> Tensor:
     """[576] bool: the visual tokens on the objects that the answer depends on; none where something is absent."""
-    shown = torch.from_numpy(labels(picture)[0]).view(SIDE, SIDE) < len(KINDS)
-    wanted = torch.zeros(SIDE, SIDE, dtype=torch.bool)
-    for row, column in question.cells:
-        wanted[6 * row : 6 * row + 6, 6 * column : 6 * column + 6] = True
-    return (shown & wanted).flatten()
+    shown, *_ = labels(picture)
+    return torch.from_numpy((shown < len(KINDS)) & in_cells(question.cells, SIDE))
 
 
 def batches(split: str, asked: list[Item], size: int) -> Iterator[Batch]:
     """Questions of equal length together: no padding, no masks."""
-    order = sorted(range(len(asked)), key=lambda n: len(encode(asked[n].question.text)))
-    for _, group in itertools.groupby(order, key=lambda n: len(encode(asked[n].question.text))):
+
+    def length(place: int) -> int:
+        return len(encode(asked[place].question.text))
+
+    for _, group in itertools.groupby(sorted(range(len(asked)), key=length), key=length):
         same = list(group)
         for start in range(0, len(same), size):
             places = same[start : start + size]
-            pixels = np.stack([scene(split, asked[n].seed).pixels for n in places])
+            pictures = [scene(split, asked[n].seed) for n in places]
             tokens = torch.tensor([prompt(asked[n].question.text) for n in places])
             answers = torch.tensor([encode(asked[n].question.answer)[0] for n in places])
             inputs = {
                 "input_ids": tokens, "attention_mask": torch.ones_like(tokens),
-                "pixel_values": normalised(torch.from_numpy(pixels)),
+                "pixel_values": normalised(torch.from_numpy(np.stack([p.pixels for p in pictures]))),
             }  # fmt: skip
-            yield Batch(inputs, answers, places)
+            yield Batch(inputs, answers, places, pictures)
 
 
 @torch.inference_mode()
@@ -127,18 +128,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-
-
-__all__ = [
-    "SHOWN",
-    "Batch",
-    "Item",
-    "accuracy",
-    "answered",
-    "batches",
-    "by_family",
-    "items",
-    "load",
-    "needed",
-    "prompt",
-]

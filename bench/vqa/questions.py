@@ -140,8 +140,8 @@ def _draw(family: str, candidates: list[Question], rng: np.random.Generator) -> 
         # "nothing" and "0" stand for one answer each, every object for one answer together.
         groups: dict[str, list[Question]] = {}
         for question in candidates:
-            groups.setdefault("what" if family == "corner" and question.answer in KINDS else question.answer, [])
-            groups["what" if family == "corner" and question.answer in KINDS else question.answer].append(question)
+            one = "what" if family == "corner" and question.answer in KINDS else question.answer
+            groups.setdefault(one, []).append(question)
         candidates = groups[sorted(groups)[rng.integers(len(groups))]]
     return candidates[rng.integers(len(candidates))]
 

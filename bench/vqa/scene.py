@@ -16,7 +16,8 @@ from PIL import Image
 from .sources import SPLITS, TEXTURES, Pixels, Sources, sources
 
 PATCH = 14  # pixels of a visual token
-CELL = 6 * PATCH
+CELL_TOKENS = 6  # visual tokens along the side of a cell
+CELL = CELL_TOKENS * PATCH
 COLOURS = {  # of the stickers that digits are written on
     "red": (160, 25, 25), "green": (20, 115, 35), "blue": (35, 60, 180), "yellow": (150, 125, 0), "black": (20, 20, 20),
 }  # fmt: skip
@@ -94,7 +95,11 @@ def _thing(rng: np.random.Generator, kind: str, cell: tuple[int, int], tiny: boo
 
 def _slot(rng: np.random.Generator, tokens: int, ease: float) -> int:
     """Pixels from the edge of the cell."""
-    return PATCH * ((6 - tokens) // 2 if rng.random() < ease else int(rng.integers(0, 6 - tokens, endpoint=True)))
+    return PATCH * (
+        (CELL_TOKENS - tokens) // 2
+        if rng.random() < ease
+        else int(rng.integers(0, CELL_TOKENS - tokens, endpoint=True))
+    )
 
 
 def _between(hard: float, easy: float, ease: float) -> float:

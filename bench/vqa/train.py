@@ -20,7 +20,7 @@ from transformers import LlavaForConditionalGeneration
 
 from . import model as tiny
 from .batches import Batch, Batches
-from .forward import losses
+from .forward import Losses, losses
 from .optimizer import optimizers
 from .questions import FAMILIES
 
@@ -29,7 +29,7 @@ RATE = 3e-3
 WARMUP = 100  # steps
 EVERY = 50  # steps between rows of the log
 SAVE = 300  # seconds between checkpoints
-COLUMNS = ("stage", "step", "seconds", "answer", "shown", "ink", "picture", "named", "ground", "look", *FAMILIES)
+COLUMNS = ("stage", "step", "seconds", *Losses._fields, *FAMILIES)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Meter:
 
     @classmethod
     def empty(cls) -> "Meter":
-        return cls(torch.zeros(7), torch.zeros(len(FAMILIES)), torch.zeros(len(FAMILIES)))
+        return cls(torch.zeros(len(Losses._fields)), torch.zeros(len(FAMILIES)), torch.zeros(len(FAMILIES)))
 
     def add(self, values: list[float], batch: Batch, right: torch.Tensor) -> None:
         self.sums += torch.tensor(values)
@@ -173,7 +173,8 @@ class Trainer:
             meter, last, saved = Meter.empty(), time.monotonic(), time.monotonic()
             with tqdm(total=stage.steps, initial=self.step, desc=f"stage {self.stage}", mininterval=10) as bar:
                 for batch in loader:
-                    meter.add(*self._measured(batch))
+                    values, right = self._update(batch)
+                    meter.add(values, batch, right)
                     self.step += 1
                     now = time.monotonic()
                     self.seconds, last = self.seconds + now - last, now
@@ -186,10 +187,6 @@ class Trainer:
                             saved = now
             self.stage, self.step = self.stage + 1, 0
             self.save()
-
-    def _measured(self, batch: Batch) -> tuple[list[float], Batch, torch.Tensor]:
-        values, right = self._update(batch)
-        return values, batch, right
 
 
 def main() -> None:

@@ -153,7 +153,7 @@ def draw(picture: Image.Image, heading: str, subtitle: str, tiles: list[Tile]) -
         return y + _height(size, len(lines))
 
     y = write(GAP, 24, plan.heading, HEADING_SIZE, INK)
-    write(GAP, y, [_cut_if_long(subtitle, SUBTITLE_SIZE, plan.size[0] - 2 * GAP)], SUBTITLE_SIZE, QUIET)
+    write(GAP, y, wrapped(subtitle, SUBTITLE_SIZE, plan.size[0] - 2 * GAP, 1), SUBTITLE_SIZE, QUIET)
     for number, tile in enumerate(tiles):
         x, top = plan.place(number)
         y = write(x, top - plan.caption + 6, [tile.title], TITLE_SIZE, INK)
@@ -162,7 +162,3 @@ def draw(picture: Image.Image, heading: str, subtitle: str, tiles: list[Tile]) -
         content = shown(picture, tile.boxes)
         panel.paste(content, (x + (TILE - content.width) // 2, top + (TILE - content.height) // 2))
     return panel
-
-
-def _cut_if_long(text: str, size: int, width: int) -> str:
-    return text if text_width(text, size) <= width else _cut(text, size, width)

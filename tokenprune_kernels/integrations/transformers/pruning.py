@@ -11,7 +11,7 @@ from .families import Family, family_of
 from .hooks import Hooks, Stage
 
 METHODS = ("coast", "sts", "adafv", "zspaprune", "adaptprune", "fastv", "divprune", "random")
-_IN_MODEL = ("coast", "sts", "adaptprune", "fastv")
+IN_MODEL = ("coast", "sts", "adaptprune", "fastv")
 
 
 def budget_of(keep: int | float) -> Callable[[int], int]:
@@ -32,7 +32,7 @@ def stages_of(method: str, keep: int | float, layer: int | None, family: Family,
     budget = budget_of(keep)
     if method not in METHODS:
         raise ValueError(f"prune_visual_tokens: method must be one of {', '.join(METHODS)}, got {method!r}")
-    if method not in _IN_MODEL:
+    if method not in IN_MODEL:
         if layer is not None:
             raise ValueError(f"prune_visual_tokens: {method} works before the language model and takes no layer")
         return [Stage(0, method, budget)]
