@@ -1,17 +1,21 @@
 """Single questions of a split, and the model's answers to them: the accuracy per family.
 
-`python -m bench.vqa.evaluate models/tiny-llava-vqa --split validation` prints it.
+`python -m bench.vqa.evaluate models/tiny-llava-vqa --split validation` prints it; with `--method coast --keep 128` that of
+the pruned model.
 """
 
 import argparse
 import itertools
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_tokens
 
 from .batches import in_cells, labels, normalised
 from .model import SIDE
@@ -118,8 +122,15 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--split", default="validation", choices=("train", "validation", "test"))
     parser.add_argument("--per-family", type=int, default=100)
+    parser.add_argument("--method", choices=METHODS, help="prune by this method (default: keep all tokens)")
+    parser.add_argument("--keep", type=int, default=128, help="tokens that it keeps of 576 (default: 128)")
+    parser.add_argument("--positions", choices=("original", "renumber"), help="of what is kept (default: the method's)")
     options = parser.parse_args()
-    asked, right = accuracy(load(options.model), options.split, options.per_family)
+    model, block = load(options.model), nullcontext()
+    if options.method:
+        block = prune_visual_tokens(model, options.method, options.keep, positions=options.positions)
+    with block:
+        asked, right = accuracy(model, options.split, options.per_family)
     guess = chance([item.question for item in asked])
     for name, share in by_family(asked, right).items():
         print(f"{name:10} {share:6.1%}   (words of the question alone: {guess[name]:.1%})")
