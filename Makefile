@@ -7,6 +7,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 # Pinned, so that a machine without a GPU gets the CPU build its package index offers, and not gigabytes of CUDA.
 TORCH ?= torch==2.13.0
+# The releases of everything else; empty for the newest that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -20,7 +22,7 @@ CSRC = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test bench bench-prefill retention weights readme build cuda-table triton-table lint format sanitize \
-        coverage check-abi check-triton check-transformers clean
+        coverage check-abi check-triton check-transformers check-newest lock clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -95,11 +97,19 @@ check-triton: build  ## the Triton kernels under every supported release of Trit
 check-transformers: build  ## run the integration's tests with the oldest, a middle and the newest transformers (downloads)
 	$(BIN)/python scripts/check_transformers.py $(ARGS)
 
+check-newest:  ## the tests of what moves, with the newest releases, whatever the ranges say (.venv-newest; downloads)
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" CONSTRAINTS= bash scripts/setup.sh .venv-newest
+	.venv-newest/bin/python scripts/check_newest.py $(ARGS)
+
+lock: $(STAMP)  ## write constraints.txt anew: the newest releases that the ranges of pyproject.toml allow
+	$(BIN)/python -m pip install -q -e '.[lock]' --no-build-isolation
+	$(BIN)/python scripts/lock.py
+
 clean:  ## remove everything that was built or installed here
-	rm -rf $(VENV) build dist *.egg-info tokenprune_kernels/*.so
+	rm -rf $(VENV) .venv-newest build dist *.egg-info tokenprune_kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
-$(STAMP): pyproject.toml setup.py scripts/setup.sh
-	PYTHON="$(PYTHON)" TORCH="$(TORCH)" bash scripts/setup.sh $(VENV)
+$(STAMP): pyproject.toml setup.py scripts/setup.sh $(CONSTRAINTS)
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" CONSTRAINTS="$(CONSTRAINTS)" bash scripts/setup.sh $(VENV)
 	@touch $@

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes the virtual environment of the Makefile: torch, the development tools, and this checkout, editable.
-# usage: PYTHON=python3 TORCH=torch==2.13.0 scripts/setup.sh .venv
+# usage: PYTHON=python3 TORCH=torch==2.13.0 CONSTRAINTS=constraints.txt scripts/setup.sh .venv
+# With CONSTRAINTS empty everything but torch is the newest release that the ranges of pyproject.toml allow.
 set -euo pipefail
 venv=$1
 
@@ -20,10 +21,16 @@ fi
 echo "setup: $venv with $("$PYTHON" --version)"
 "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m venv --clear "$venv"
 # The pip and setuptools of Python 3.10 and 3.11 are too old for pyproject.toml; ninja compiles the editable install.
-"$venv/bin/python" -m pip install -q --upgrade pip 'setuptools>=77' 'ninja>=1.11'
+constraints=$venv/constraints.txt
+grep -v '^triton==' "${CONSTRAINTS:-/dev/null}" >"$constraints" || true
+install() { "$venv/bin/python" -m pip install -q -c "$constraints" "$@"; }
+install --upgrade pip 'setuptools>=77' 'ninja>=1.11'
 
 echo "setup: $TORCH"
-"$venv/bin/python" -m pip install -q "$TORCH" 'numpy>=1.26'
+install "$TORCH" 'numpy>=1.26'
+# A torch with CUDA brings the Triton it was made for, which a pin of ours must not exchange.
+"$venv/bin/python" -c 'import importlib.metadata as m; assert any(r.startswith("triton") for r in m.requires("torch"))' \
+  2>/dev/null || grep '^triton==' "${CONSTRAINTS:-/dev/null}" >>"$constraints" || true
 gpu=no
 if command -v nvidia-smi >/dev/null || compgen -G '/dev/nvidia*' >/dev/null; then gpu=yes; fi
 "$venv/bin/python" - "$gpu" <<'PYTHON'
@@ -37,4 +44,5 @@ PYTHON
 
 echo "setup: development tools and this checkout"
 # setuptools warns of folders that shadow an editable package; here the folder is the package.
-PYTHONWARNINGS="ignore:Editable installation" "$venv/bin/python" -m pip install -q -e '.[demo,vqa,bench,test,lint,abi]' --no-build-isolation
+export PYTHONWARNINGS="ignore:Editable installation"
+install -e '.[demo,vqa,bench,test,lint,abi]' --no-build-isolation

@@ -1,0 +1,44 @@
+"""The newest releases of what moves: install them whatever the ranges of pyproject.toml say, and run what touches them.
+
+Runs inside the environment that `make check-newest` makes without constraints. A release outside a range that passes
+here is a reason to widen the range; one that fails is found before a fresh machine finds it.
+"""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+# The integration, Triton, packaging, and the pages that users follow.
+TESTS = ("test_transformers*.py", "test_triton*.py", "test_build.py", "test_binary.py", "test_registry.py",
+         "test_demo*.py", "test_examples.py", "test_doctests.py")  # fmt: skip
+
+
+def bounded() -> list[Requirement]:
+    """What this checkout holds below a version, torch apart: the Makefile's TORCH says which."""
+    listed = (Requirement(line) for line in importlib.metadata.requires("tokenprune_kernels") or [])
+    found = {r.name: r for r in listed if re.search("<", str(r.specifier)) and r.name != "torch"}
+    return [found[name] for name in sorted(found)]
+
+
+def main() -> int:
+    ranges = bounded()
+    names = [r.name for r in ranges]
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--upgrade", "--upgrade-strategy", "eager", *names]
+    subprocess.run(pip, check=True)
+    print(f"{'package':24}{'newest':14}{'range of pyproject.toml':28}")
+    for requirement in ranges:
+        version = importlib.metadata.version(requirement.name)
+        inside = requirement.specifier.contains(version, prereleases=True)
+        print(f"{requirement.name:24}{version:14}{requirement.specifier!s:28}{'' if inside else 'OUTSIDE'}", flush=True)
+    tests = sorted(str(path) for pattern in TESTS for path in (ROOT / "tests").glob(pattern))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, *sys.argv[1:]]
+    return subprocess.run(command, cwd=ROOT).returncode
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
