@@ -27,17 +27,16 @@ const RepulsionKernels<double>& repulsion_kernels<double>() {
 
 namespace {
 
-// Unit vectors of all tokens, rows `stride` apart and zero-padded.
+// Unit vectors of the tokens of a sample, rows `stride` apart and zero-padded.
 template <class T, class A = Wide<T>>
-void normalize_all(const Tensor& features, int64_t stride, A* unit) {
-  const T* from = static_cast<const T*>(features.const_data_ptr());
+void normalize_sample(Team& team, const Tensor& features, int64_t b, int64_t stride, A* unit) {
+  const T* from = static_cast<const T*>(features.const_data_ptr()) + b * features.stride(0);
   const RowKernels<A>& kernels = row_kernels<A>();
-  const int64_t n = features.size(1), dim = features.size(2);
-  const int64_t batch_stride = features.stride(0), row_stride = features.stride(1);
-  parallel_for(features.size(0) * n, grain(dim), [&](int64_t begin, int64_t end) {
+  const int64_t dim = features.size(2), row_stride = features.stride(1);
+  team.parallel_for(features.size(1), grain(dim), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       A* to = unit + i * stride;
-      normalize_row(kernels, from + i / n * batch_stride + i % n * row_stride, dim, to);
+      normalize_row(kernels, from + i * row_stride, dim, to);
       std::fill(to + dim, to + padded(dim), A(0));
     }
   });
@@ -75,32 +74,39 @@ std::tuple<Tensor, Tensor> repulsion_sample(const Tensor& features_in, int64_t k
   dispatch_floating(features.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = Wide<T>;
-    A* rows = unit.mutable_data_ptr<A>();
-    normalize_all<T>(features, stride, rows);
-    // Samples side by side when they keep the threads busy (the loops inside a sample then run on one thread each),
-    // else one after the other.
-    const int64_t pieces = batch >= torch::stable::get_num_threads() ? 1 : batch;
-    parallel_for(batch, pieces, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
-        const int64_t axes = positions ? positions->size(2) : 0, n_seeds = seeds ? seeds->size(1) : 0;
-        const Sample<A> sample{rows + b * n * stride,
-                               n,
-                               dim,
-                               stride,
-                               positions ? positions->const_data_ptr<A>() + b * n * axes : nullptr,
-                               axes,
-                               energy ? energy->const_data_ptr<A>() + b * n : nullptr,
-                               mask ? mask->const_data_ptr<bool>() + b * n : nullptr,
-                               seeds ? seeds->const_data_ptr<int64_t>() + b * n_seeds : nullptr,
-                               n_seeds,
-                               choice.potential,
-                               potential_weights<A>(words, positions.has_value()),
-                               choice.first,
-                               k,
-                               out + b * k};
-        count[b] = choice.sum ? sample_sum(sample) : sample_max(sample);
-      }
-    });
+    const auto run = [&](int64_t b, Team& team) {
+      A* rows = unit.mutable_data_ptr<A>() + b * n * stride;
+      normalize_sample<T>(team, features, b, stride, rows);
+      const int64_t axes = positions ? positions->size(2) : 0, n_seeds = seeds ? seeds->size(1) : 0;
+      const Sample<A> sample{team,
+                             rows,
+                             n,
+                             dim,
+                             stride,
+                             positions ? positions->const_data_ptr<A>() + b * n * axes : nullptr,
+                             axes,
+                             energy ? energy->const_data_ptr<A>() + b * n : nullptr,
+                             mask ? mask->const_data_ptr<bool>() + b * n : nullptr,
+                             seeds ? seeds->const_data_ptr<int64_t>() + b * n_seeds : nullptr,
+                             n_seeds,
+                             choice.potential,
+                             potential_weights<A>(words, positions.has_value()),
+                             choice.first,
+                             k,
+                             out + b * k};
+      count[b] = choice.sum ? sample_sum(sample) : sample_max(sample);
+    };
+    // Samples side by side when they keep the threads busy, else one after the other, all threads on one.
+    if (batch >= torch::stable::get_num_threads()) {
+      parallel_for(batch, 1, [&](int64_t begin, int64_t end) {
+        Team alone(1);
+        for (int64_t b = begin; b < end; ++b) run(b, alone);
+      });
+    } else {
+      with_team(batch * n * dim * (std::min(k, n) + (seeds ? seeds->size(1) : 0)), [&](Team& team) {
+        for (int64_t b = 0; b < batch; ++b) run(b, team);
+      });
+    }
   });
   return {indices, counts};
 }

@@ -9,13 +9,13 @@
 #include "args/repulsion.h"
 #include "cpu/simd/repulsion.h"
 #include "cpu/simd/rows.h"
-#include "parallel.h"
+#include "cpu/team.h"
 #include "tokenprune/order.h"
 
 namespace tokenprune {
 
 constexpr int64_t kGramTokens = 3072;       // up to here sample_gram may store a cosine per pair of tokens
-constexpr int64_t kParallelWork = 1 << 17;  // multiply-adds that are worth a second thread
+constexpr int64_t kParallelWork = 1 << 17;  // multiply-adds that are worth handing to another thread of a team
 
 inline int64_t padded(int64_t n) { return (n + kRowMultiple - 1) / kRowMultiple * kRowMultiple; }
 
@@ -25,6 +25,7 @@ inline int64_t grain(int64_t work) { return std::max<int64_t>(kMaxPairRows, kPar
 // One sample. Rows of `unit` are padded to a multiple of kRowMultiple.
 template <class A>
 struct Sample {
+  Team& team;
   const A* unit;
   int64_t n, dim, stride;
   const A* positions;  // [n, axes] or null

@@ -25,7 +25,7 @@ void fill_triangle(const Sample<A>& s, A* gram) {
   };
   // The later a panel, the fewer tokens come after it: an early and a late one together are always the same work.
   const int64_t work = s.n * lanes * (s.dim + 1);
-  parallel_for((panels + 1) / 2, std::max<int64_t>(1, kParallelWork / work), [&](int64_t begin, int64_t end) {
+  s.team.parallel_for((panels + 1) / 2, std::max<int64_t>(1, kParallelWork / work), [&](int64_t begin, int64_t end) {
     std::vector<A> panel(s.dim * lanes), dots(kKeys * lanes);
     for (int64_t early = begin; early < end; ++early) {
       const int64_t late = panels - 1 - early;

@@ -85,8 +85,7 @@ void bring_up_all(Lazy<A>& lazy, std::vector<int64_t>& tokens, int64_t last, con
   const int64_t count = tokens.size(), pieces = (count + kMaxPairRows - 1) / kMaxPairRows;
   int64_t work = 0;
   for (const int64_t i : tokens) work += std::min<int64_t>(last - lazy.seen[i], 12) * lazy.sample.dim;
-  // There are hundreds of small batches: only one that outweighs a slow barrier by far is shared.
-  parallel_for(pieces, work >= 2 * kParallelWork ? 1 : pieces, [&](int64_t begin, int64_t end) {
+  lazy.sample.team.parallel_for(pieces, work >= 2 * kParallelWork ? 1 : pieces, [&](int64_t begin, int64_t end) {
     const int64_t stop = std::min(end * kMaxPairRows, count);
     for (int64_t at = begin * kMaxPairRows; at < stop;) {
       int64_t next = at + 1;
@@ -190,7 +189,7 @@ int64_t most_isolated(const Sample<A>& s, const std::vector<char>& available) {
 template <class A>
 void outlier_objective(const Sample<A>& s, A* objective) {
   std::vector<A> total(s.stride), direction(s.stride);
-  parallel_for(s.dim, std::max<int64_t>(64, kParallelWork / (s.n + 1)), [&](int64_t begin, int64_t end) {
+  s.team.parallel_for(s.dim, std::max<int64_t>(64, kParallelWork / (s.n + 1)), [&](int64_t begin, int64_t end) {
     for (int64_t i = 0; i < s.n; ++i) {
       if (!s.valid(i)) continue;
       const A* row = s.row(i);
@@ -200,7 +199,7 @@ void outlier_objective(const Sample<A>& s, A* objective) {
   row_kernels<A>().normalize(total.data(), s.dim, direction.data());
   const auto pair_dots = repulsion_kernels<A>().pair_dots;
   const A* other = direction.data();
-  parallel_for(s.n, grain(s.dim), [&](int64_t begin, int64_t end) {
+  s.team.parallel_for(s.n, grain(s.dim), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const A* row = s.row(i);
       pair_dots(&row, 1, &other, 1, padded(s.dim), objective + i);

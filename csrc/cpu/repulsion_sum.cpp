@@ -62,7 +62,7 @@ template <class A>
 void pack_panels(Rows<A>& rows, const int64_t* tokens, int64_t count) {
   const Sample<A>& s = rows.sample;
   const int64_t lanes = row_kernels<A>().panel_lanes, dim = padded(s.dim);
-  parallel_for(count, grain(4 * dim), [&](int64_t begin, int64_t end) {
+  s.team.parallel_for(count, grain(4 * dim), [&](int64_t begin, int64_t end) {
     for (int64_t l = begin; l < end; ++l) {
       const A* row = s.row(tokens[l]);
       A* to = rows.panels.get() + l / lanes * lanes * dim + l % lanes;
@@ -87,7 +87,7 @@ void compute_rows(Rows<A>& rows, const int64_t* tokens, int64_t count) {
     rows.next_slot = (rows.next_slot + 1) % rows.capacity;
   }
   const int64_t work = kChunk * kBatch * (dim + 16);
-  parallel_for(chunks, std::max<int64_t>(1, kParallelWork / work), [&](int64_t first, int64_t last) {
+  s.team.parallel_for(chunks, std::max<int64_t>(1, kParallelWork / work), [&](int64_t first, int64_t last) {
     A dots[kChunk * kBatch], distances[kChunk];
     for (int64_t c = first; c < last; ++c) {
       const int64_t start = c * kChunk, width = std::min(kChunk, s.n - start), full = padded(width);
@@ -119,29 +119,29 @@ void compute_gram(Rows<A>& rows, const std::vector<int64_t>& active) {
   const RowKernels<A>& kernels = row_kernels<A>();
   const int64_t lanes = kernels.panel_lanes, dim = padded(s.dim), stride = dim + kRowMultiple, count = active.size();
   pack_panels(rows, active.data(), count);
-  parallel_for((count + kKeys - 1) / kKeys, std::max<int64_t>(1, kParallelWork / (kKeys * kActive * (dim + 16))),
-               [&](int64_t first, int64_t last) {
-                 A dots[kKeys * kBatch], distances[kActive];
-                 for (int64_t c = first; c < last; ++c) {
-                   const int64_t start = c * kKeys, width = std::min(kKeys, count - start), full = padded(count);
-                   for (int64_t r = start; r < start + width; ++r)
-                     std::copy(s.row(active[r]), s.row(active[r]) + dim, rows.active.get() + r * stride);
-                   for (int64_t p = 0; p < count; p += lanes) {
-                     kernels.panel_dots(rows.panels.get() + p * dim, dim, rows.active.get() + start * stride, stride,
-                                        width, dots);
-                     for (int64_t r = 0; r < width; ++r)
-                       std::copy(dots + r * lanes, dots + (r + 1) * lanes, rows.gram.get() + (start + r) * kActive + p);
-                   }
-                   if (s.potential == Potential::kCosine) continue;
-                   for (int64_t r = start; r < start + width; ++r) {
-                     std::fill(distances, distances + full, A(0));
-                     if (s.positions != nullptr)
-                       for (int64_t l = 0; l < count; ++l) distances[l] = squared_distance(s, active[r], active[l]);
-                     repulsion_kernels<A>().potentials(s.potential, s.weights, distances, full,
-                                                       rows.gram.get() + r * kActive);
-                   }
-                 }
-               });
+  s.team.parallel_for(
+      (count + kKeys - 1) / kKeys, std::max<int64_t>(1, kParallelWork / (kKeys * kActive * (dim + 16))),
+      [&](int64_t first, int64_t last) {
+        A dots[kKeys * kBatch], distances[kActive];
+        for (int64_t c = first; c < last; ++c) {
+          const int64_t start = c * kKeys, width = std::min(kKeys, count - start), full = padded(count);
+          for (int64_t r = start; r < start + width; ++r)
+            std::copy(s.row(active[r]), s.row(active[r]) + dim, rows.active.get() + r * stride);
+          for (int64_t p = 0; p < count; p += lanes) {
+            kernels.panel_dots(rows.panels.get() + p * dim, dim, rows.active.get() + start * stride, stride, width,
+                               dots);
+            for (int64_t r = 0; r < width; ++r)
+              std::copy(dots + r * lanes, dots + (r + 1) * lanes, rows.gram.get() + (start + r) * kActive + p);
+          }
+          if (s.potential == Potential::kCosine) continue;
+          for (int64_t r = start; r < start + width; ++r) {
+            std::fill(distances, distances + full, A(0));
+            if (s.positions != nullptr)
+              for (int64_t l = 0; l < count; ++l) distances[l] = squared_distance(s, active[r], active[l]);
+            repulsion_kernels<A>().potentials(s.potential, s.weights, distances, full, rows.gram.get() + r * kActive);
+          }
+        }
+      });
 }
 
 // Runs the sampler ahead among `active`, whose first token was just picked, and leaves there that one and up to
