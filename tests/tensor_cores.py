@@ -1,8 +1,8 @@
 """Triton's interpreter with products of 16-bit matrices as matrix units add them, instead of NumPy's sums.
 
-A unit takes the products of a group of elements together with the accumulator, aligns them to the largest, cuts off what
-lies below `extra` bits behind that one's last place, adds, and cuts the sum to float32. Published measurements of GPUs
-find groups of 4, 8 and 16 and up to 3 extra bits; with the same data NumPy's sums round to nearest, and err less.
+A unit takes the products of a group of elements together with the accumulator, aligns them to the largest, cuts off
+what lies below `extra` bits behind that one's last place, adds, and cuts the sum to float32. Published measurements of
+GPUs find groups of 4, 8 and 16 and up to 3 extra bits; NumPy's sums round to nearest, and err less.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,9 @@ class Unit(NamedTuple):
 
 
 UNITS = tuple(Unit(group, extra) for group in (4, 8, 16) for extra in (0, 1, 2, 3))
-WORST = Unit(group=4, extra=0)  # truncates most often, and most
+# Small groups truncate most often. Without extra bits every product loses some: worst for products of one sign. With
+# them it is the sum that does, in every step and towards zero: worst for sums of both signs, small for their terms.
+WORST = (Unit(group=4, extra=0), Unit(group=4, extra=3))
 BITS = 24  # of a float32
 
 

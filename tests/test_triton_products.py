@@ -1,5 +1,5 @@
-"""Every Triton kernel with a product of tiles on the worst matrix unit there is (tensor_cores.py): truncation does not
-add up over long vectors. The interpreter's own sums round to nearest, and would find nothing."""
+"""Every Triton kernel with a product of tiles on the worst matrix units there are (tensor_cores.py): what they cut off
+does not add up over long vectors. The interpreter's own sums round to nearest, and would find nothing."""
 
 from collections.abc import Iterator
 
@@ -23,7 +23,11 @@ ROUNDINGS = 16 * torch.finfo(torch.float32).eps  # the floor of cases.assert_as_
 needs_triton = pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
 
 
-@pytest.fixture(params=[WORST], ids=["worst"])
+def label(unit: Unit) -> str:
+    return f"group {unit.group}, extra {unit.extra}"
+
+
+@pytest.fixture(params=WORST, ids=label)
 def unit(request: pytest.FixtureRequest) -> Iterator[Unit]:
     """Products truncate; on a GPU they do so by themselves."""
     if gpu_backend.has_gpu():
@@ -33,12 +37,12 @@ def unit(request: pytest.FixtureRequest) -> Iterator[Unit]:
         yield request.param
 
 
-over_units = pytest.mark.parametrize("unit", UNITS, indirect=True, ids=lambda u: f"group {u.group}, extra {u.extra}")
+over_units = pytest.mark.parametrize("unit", UNITS, indirect=True, ids=label)
 truncating = pytest.mark.usefixtures("unit")
 
 
 def correlated(n: int, channels: int) -> Tensor:
-    """Features [1, n, channels] that share most of what they are: all products have one sign, and so has every error."""
+    """Features [1, n, channels] that share most of what they are: products have one sign, and so have the errors."""
     return (0.5 + torch.rand(channels) + 0.1 * torch.rand(1, n, channels)).to(HALF)
 
 
@@ -69,10 +73,10 @@ def test_what_lies_below_the_last_place_of_the_largest_is_cut_off() -> None:
     assert dot(tiny, tiny, start=1, unit=Unit(4, 0)) == 1  # the accumulator is one of them
     assert dot(tiny, tiny, 0, 0, 1, unit=Unit(4, 0)) == 1 + 2 * tiny  # these two meet before they meet the 1
     assert dot(tiny, tiny, 0, 0, 1, unit=Unit(8, 0)) == 1
-    assert dot(0, 0, unit=WORST) == 0
+    assert dot(0, 0, unit=Unit(4, 0)) == 0
 
 
-@pytest.mark.parametrize("unit", UNITS, ids=lambda u: f"group {u.group}, extra {u.extra}")
+@pytest.mark.parametrize("unit", UNITS, ids=label)
 def test_the_error_of_a_piece_stays_within_its_bound(unit: Unit) -> None:
     """docs/triton.md: (n / g) ((g + 1) 2^-e + 1) 2^-23 of the sum of all |products|, for n products."""
     generator = np.random.default_rng(0)
@@ -87,9 +91,11 @@ def test_the_error_of_a_piece_stays_within_its_bound(unit: Unit) -> None:
 def test_one_accumulator_drifts_and_pieces_do_not() -> None:
     a = correlated(20, LONG)[0].numpy()
     exact = a.astype(np.float64) @ a.T
-    once = multiply(a, a.T, np.zeros_like(exact), WORST) / exact - 1
+    once = multiply(a, a.T, np.zeros_like(exact), WORST[0]) / exact - 1
     assert once.max() < -3e-5  # all of them towards zero
-    pieces = sum(multiply(a[:, k : k + 64], a[:, k : k + 64].T, np.zeros_like(exact), WORST) for k in range(0, LONG, 64))
+    pieces = sum(
+        multiply(a[:, k : k + 64], a[:, k : k + 64].T, np.zeros_like(exact), WORST[0]) for k in range(0, LONG, 64)
+    )
     assert np.abs(pieces / exact - 1).max() < ROUNDINGS
 
 
@@ -158,7 +164,7 @@ def test_contrastive_scores() -> None:
 
 @needs_triton
 @truncating
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_text_embeddings_by_cosine(seed: int) -> None:
     """AdaFV: one head of the model's width, softmax of 100 times the cosine, maximum over text rows."""
     torch.manual_seed(seed)

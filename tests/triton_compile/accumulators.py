@@ -90,7 +90,7 @@ def step(instruction: str, counts: Counts, fresh: set[str]) -> int:
 
 
 def longest(ptx: str) -> int:
-    """The most products that one accumulator takes, 0 without matrix instructions, UNBOUNDED where a loop adds to it."""
+    """The most products that an accumulator takes, 0 without matrix instructions, UNBOUNDED where a loop adds to it."""
     code, fresh = blocks(ptx), never(ptx)
     at = {block.label: i for i, block in enumerate(code) if block.label}
     before: list[Counts] = [{} for _ in code]

@@ -1,9 +1,9 @@
 """Products of tiles that stay accurate however long the vectors are.
 
-Matrix units add products into an accumulator by aligning all of them to the largest and cutting off what lies below its
-last place: each step errs towards zero by up to a unit in the last place, and over the 8192 channels of a long vector
-that is no rounding error any more, but a drift. So no accumulator takes more than MOST_PRODUCTS products: a piece of the
-vectors starts at zero, and its sum is added to the total by the ordinary units, which round to nearest.
+Matrix units add products into an accumulator by aligning all of them to the largest and cutting off what lies below
+its last place: each step errs towards zero by up to a unit in the last place, and over the 8192 channels of a long
+vector that is a drift. So no accumulator takes more than MOST_PRODUCTS products: a piece of the vectors starts at zero,
+and its sum is added to the total by the ordinary units, which round to nearest.
 """
 
 import triton
