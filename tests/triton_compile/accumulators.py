@@ -30,17 +30,20 @@ def blocks(ptx: str) -> list[Block]:
     found = [Block("", [], [], True)]
     for line in ptx.splitlines():
         text = line.partition("//")[0].strip()
-        label = re.fullmatch(r"(\$L\w+):", text)
+        label = re.fullmatch(r"(\$L__BB\w+):", text)  # all others are for the debugger
         if label:
             found.append(Block(label[1], [], [], True))
             continue
-        jump = re.match(r"(@!?%\w+\s+)?bra(?:\.uni)?\s+(\$L\w+);", text)
+        jump = re.match(r"(@!?%\w+\s+)?bra(?:\.uni)?\s+(\$L__BB\w+);", text)
         if jump:
             found[-1].targets.append(jump[2])
             found[-1] = found[-1]._replace(falls=jump[1] is not None)
             found.append(Block("", [], [], True))
         elif text.endswith(";"):
             found[-1].instructions.append(re.sub(r"^@!?%\w+\s+", "", text))
+    for i in range(len(found) - 1):
+        if found[i].falls and any(TENSOR_MEMORY.match(text) for text in found[i + 1].instructions):
+            found[i].targets.clear()  # one warp of a program issues these instructions, all of them: others jump
     return found
 
 
