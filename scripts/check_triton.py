@@ -3,6 +3,9 @@
 Triton alone is exchanged (for 3.6 numpy too): `pip install --no-deps --target` puts a release into a throw-away folder
 that goes first on PYTHONPATH, and everything else is this environment, torch included. What this does not check is a
 release together with the torch it was made for (the table below says which), and no kernel runs on a GPU.
+
+Without --all it runs the tests that compare every op with its reference, those on matrix units that truncate, and
+compiles one specialisation of every kernel per element type and target: a release takes minutes, not an hour.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAIRS = {"3.6.0": "2.10, 2.11", "3.7.0": "2.12", "3.7.1": "2.13", "3.8.0": "2.14", "3.9.0": "2.15"}
 # The interpreter of 3.6 makes numbers of arrays with one element, which numpy 2.4 refuses.
 BESIDE = {"3.6.0": ["numpy<2.4"]}
-QUICK = "triton and agrees_with_the_reference or test_triton_runtime"  # of all that pytest -k triton would choose
+QUICK = "triton and agrees_with_the_reference or test_triton_runtime or test_triton_products"
 VERSION = "import triton, importlib.metadata as m; print(triton.__version__, m.version('triton'), triton.__file__)"
 
 
@@ -43,7 +46,7 @@ def timed(command: list[str], environment: dict[str, str], last_line: str) -> Ou
     return Outcome(process.returncode == 0, said or f"exit status {process.returncode}", time.monotonic() - began)
 
 
-def check(version: str, folder: Path, chosen: str) -> dict[str, Outcome]:
+def check(version: str, folder: Path, chosen: str, compiled: list[str]) -> dict[str, Outcome]:
     pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--no-cache-dir"]
     command = [*pip, "--target", str(folder), f"triton=={version}", *BESIDE.get(version, [])]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -70,7 +73,7 @@ def check(version: str, folder: Path, chosen: str) -> dict[str, Outcome]:
     only = {**environment, "TOKENPRUNE_TEST_BACKENDS": "triton,cpu,reference"}
     return {
         "interpreted": timed(tests, only, " in "),
-        "compiled": timed([sys.executable, "-m", "triton_compile"], environment, "triton: "),
+        "compiled": timed([sys.executable, "-m", "triton_compile", *compiled], environment, "triton: "),
     }
 
 
@@ -78,13 +81,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("triton", nargs="*", default=list(PAIRS), help="releases to try")
     parser.add_argument("-k", dest="chosen", default=QUICK, help="the tests to run, as pytest -k takes it")
-    parser.add_argument("--all", dest="chosen", action="store_const", const="triton", help="all of backend triton")
+    parser.add_argument("--all", action="store_true", help="all tests of backend triton, and every specialisation")
     arguments = parser.parse_args()
+    chosen, compiled = ("triton", []) if arguments.all else (arguments.chosen, ["--sample"])
     table: list[tuple[str, str, Outcome]] = []
     for version in arguments.triton:
         print(f"triton {version} (torch {PAIRS.get(version, 'unknown')})", flush=True)
         with tempfile.TemporaryDirectory(prefix="tokenprune-triton-") as folder:
-            for step, outcome in check(version, Path(folder), arguments.chosen).items():
+            for step, outcome in check(version, Path(folder), chosen, compiled).items():
                 table.append((version, step, outcome))
     print(f"\n{'triton':<8}{'made for torch':<16}{'step':<13}{'':<8}{'seconds':>8}  result")
     for version, step, outcome in table:

@@ -66,6 +66,8 @@ def report(arguments: argparse.Namespace) -> dict[str, Any]:
     with record.executed(choosing.values()) as seen:
         for target in arguments.targets:
             found = bad.record(target) if arguments.bad else record.record(target, shapes)
+            if arguments.sample:
+                found = list({(w.name, w.element): w for w in reversed(found)}.values())
             print(f"triton {triton.__version__}: {len(found)} specialisations for {target}", flush=True)
             wanted += found
     order = {(w.name, w.target, w.described(), w.label): i for i, w in enumerate(wanted)}
@@ -87,6 +89,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m triton_compile", description=__doc__)
     parser.add_argument("--targets", type=lambda s: s.split(","), default=list(TARGETS), help="sm_80,gfx942,...")
     parser.add_argument("--ops", default="", help="only the ops that match this regular expression")
+    parser.add_argument("--sample", action="store_true", help="one specialisation per kernel, element type and target")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     parser.add_argument("--output", type=Path, help="write everything to this file, as JSON")
     parser.add_argument("--bad", action="store_true", help="instead, kernels that have to be complained about")

@@ -24,17 +24,29 @@ def spilling_kernel(x_ptr, BLOCK: tl.constexpr):  # noqa: N803
 
 
 @triton.jit
+def drifting_kernel(x_ptr, channels, BLOCK: tl.constexpr):  # noqa: N803
+    """Triton makes the sum the accumulator of the product: all channels are added by the matrix unit."""
+    i = tl.arange(0, BLOCK)
+    dots = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for start in range(0, channels, BLOCK):
+        x = tl.load(x_ptr + i[:, None] * channels + start + i[None, :])
+        dots += tl.dot(x, tl.trans(x))
+    tl.store(x_ptr + i[:, None] * BLOCK + i[None, :], dots.to(tl.float16))
+
+
+@triton.jit
 def refused_kernel(x_ptr):
     tl.static_assert(False, "this kernel is not for compiling")
 
 
 def record(target: str) -> list[Specialisation]:
     recorder = Recorder()
-    x = meta(1 << 16, dtype=torch.float32)
+    x, half = meta(1 << 16, dtype=torch.float32), meta(1 << 16)
     recorder.label = "bad"
     few_registers = {"waves_per_eu": 8} if target == "gfx942" else {}  # of the 512 that a thread may have there
     with recorder.on(target):
         launch(too_much_shared_kernel, (1,), x, x, config=Config({"BLOCK": 1 << 16}, num_warps=16))
         launch(spilling_kernel, (1,), x, x, config=Config({"BLOCK": 1 << 13}, num_warps=1), **few_registers)
+        launch(drifting_kernel, (1,), half, half, 1024, config=Config({"BLOCK": 64}))
         launch(refused_kernel, (1,), x, x, config=Config({}))
     return list(recorder.found.values())

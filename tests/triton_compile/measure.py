@@ -11,6 +11,7 @@ from cuda_tools import cuobjdump
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .accumulators import longest
 from .record import GPUS, Specialisation
 from .results import Result, matrix_instruction, multiplies_half_floats, read_amd, read_nvidia
 
@@ -39,7 +40,10 @@ def measured(result: Result, asm: dict[str, Any], shared: int) -> Result:
     text = asm["ptx"] if "ptx" in asm else asm["amdgcn"]
     usage = read_nvidia(resource_usage(asm["cubin"])) if "cubin" in asm else read_amd(text)
     matrix = matrix_instruction(result.target, text)
-    return result._replace(shared=shared, matrix=matrix, products=multiplies_half_floats(asm["ttir"]), **usage)
+    return result._replace(
+        shared=shared, matrix=matrix, products=multiplies_half_floats(asm["ttir"]),
+        accumulated=longest(asm["ptx"]) if "ptx" in asm else 0, **usage,
+    )  # fmt: skip
 
 
 def resource_usage(cubin: bytes) -> str:

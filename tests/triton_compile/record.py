@@ -43,6 +43,11 @@ class Specialisation(NamedTuple):
     def name(self) -> str:
         return str(self.kernel.fn.__name__)
 
+    @property
+    def element(self) -> str:
+        """The type behind the first pointer, with which configurations change most."""
+        return next((kind for kind in self.signature.values() if str(kind).startswith("*")), "")
+
     def described(self) -> str:
         """The kernel with its types, constants and options: what has to be known to compile it by hand."""
         names = list(self.signature)

@@ -3,6 +3,8 @@
 import re
 from typing import NamedTuple
 
+from .accumulators import MOST
+
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 # Two to four values that a loop does not change, parked in front of it: not worth a smaller tile.
@@ -23,6 +25,7 @@ class Result(NamedTuple):
     spilled: int = 0  # vector registers, where the compiler counts them (AMD)
     matrix: str = ""  # the kind of matrix instruction in it
     products: bool = False  # multiplies matrices of 16-bit floats
+    accumulated: int = 0  # the most products that one accumulator of a matrix unit takes (NVIDIA)
     error: str = ""
     seconds: float = 0.0  # of CPU time
 
@@ -70,5 +73,7 @@ def complaints(results: list[Result]) -> list[str]:
             wrong.append(f"keeps {r.local} bytes of each thread's values in memory")
         if r.products and not r.matrix:
             wrong.append("multiplies matrices without matrix instructions")
+        if r.accumulated > MOST:
+            wrong.append(f"adds more than {MOST} products in one accumulator")
         found += [f"{r.target}, {r.label}: {what}\n    {r.described}" for what in wrong]
     return found

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .product import MOST_PRODUCTS, add_product
 from .runtime import Target, power_of_two
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -93,7 +94,10 @@ def piece_logits(q, q_tail, k, k_tail, scale, COSINE: tl.constexpr, BLOCK_TAIL: 
     """[BLOCK_M, BLOCK_N] logits of vectors that are there as a whole."""
     dots = tl.dot(q, tl.trans(k), input_precision="ieee")
     if BLOCK_TAIL > 0:
-        dots = tl.dot(q_tail, tl.trans(k_tail), dots, input_precision="ieee")
+        if q.shape[1] + BLOCK_TAIL <= MOST_PRODUCTS:
+            dots = tl.dot(q_tail, tl.trans(k_tail), dots, input_precision="ieee")
+        else:
+            dots = add_product(q_tail, tl.trans(k_tail), dots)
     q_squares, k_squares = 0.0, 0.0
     if COSINE:
         q_squares, k_squares = _squares(q), _squares(k)
@@ -115,7 +119,7 @@ def streamed_logits(
     for start in range(0, dim, BLOCK_D):
         q = load_piece(q_ptr, q_offsets, q_valid, start, dim, BLOCK_D)
         k = load_piece(k_ptr, k_offsets, k_valid, start, dim, BLOCK_D)
-        dots = tl.dot(q, tl.trans(k), dots, input_precision="ieee")
+        dots = add_product(q, tl.trans(k), dots)
         if COSINE:
             q_squares += _squares(q)
             k_squares += _squares(k)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .product import add_product
 from .runtime import Config, Target, cdiv, launch, power_of_two, target, workspace
 
 GRAM_TOKENS = 3072  # up to here the inner products of all pairs are stored,
@@ -42,11 +43,14 @@ def gram_config(where: Target, itemsize: int, tiles: int) -> Config:
     """Tiles of 128 x 128 read the features half as often, but only many of them (`tiles`) occupy the GPU.
 
     On AMD GPUs the transposed copy of such a tile would take all of the shared memory; for float32, which has no matrix
-    instructions on NVIDIA GPUs, it would not fit into registers.
+    instructions on NVIDIA GPUs, it would not fit into registers. Nor would, but on sm_90, more than 32 channels at a
+    time: the addresses of their loads are in registers beside a piece's sums and the totals.
     """
     if itemsize > 2:
         return Config({"BLOCK": 64, "BLOCK_C": 16}, num_warps=8, num_stages=2)
     if tiles >= 256 and where.backend != "hip":
+        if where.arch == 90:
+            return Config({"BLOCK": 128, "BLOCK_C": 64}, num_warps=8, num_stages=3)
         return Config({"BLOCK": 128, "BLOCK_C": 32}, num_warps=8, num_stages=4)
     return Config({"BLOCK": 64, "BLOCK_C": 64}, num_warps=4, num_stages=3 if where.backend == "cuda" else 2)
 
@@ -127,7 +131,7 @@ def gram_kernel(
             features_ptr + j[None, :] * row_stride + channel[:, None],
             mask=j_inside[None, :] & inside[:, None], other=0.0,
         )  # fmt: skip
-        dots = tl.dot(a, b, dots, input_precision="ieee")
+        dots = add_product(a, b, dots)
     both = i_inside[:, None] & j_inside[None, :]
     tl.store(dots_ptr + i[:, None] * pitch + j[None, :], dots, mask=both)
     if row == column:

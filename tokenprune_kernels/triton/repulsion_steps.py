@@ -22,6 +22,7 @@ from . import potential as u
 from .gram import best_block, best_of_blocks, cosine_of, gram_config, inverse_norms, large_tiles, row_config, row_dots
 from .order import index_of, key_with_index, order_key
 from .potential import Call, batch_stride, meet, nan_max, next_seed, nothing_met, objective
+from .product import add_product
 from .runtime import Config, cdiv, launch, power_of_two, target, workspace
 
 PARTS = 16  # of the tokens, for the sum of their unit vectors
@@ -118,7 +119,7 @@ def isolated_kernel(
                 features_ptr + j[None, :] * row_stride + channel[:, None],
                 mask=valid[None, :] & inside[:, None], other=0.0,
             )  # fmt: skip
-            dots = tl.dot(a, b, dots, input_precision="ieee")
+            dots = add_product(a, b, dots)
         cosine = cosine_of(dots, own[:, None], tl.load(inverse_ptr + j, mask=valid, other=0.0)[None, :])
         cosine = tl.where(valid[None, :] & (i[:, None] != j[None, :]), cosine, float("-inf"))
         spoiled = tl.maximum(spoiled, tl.max((cosine != cosine).to(tl.int32), 1))

@@ -5,7 +5,7 @@ the references); the score is the maximum, the mean, or the maximum minus the me
 rows of the features by index. A program owns BLOCK_N features of a sample. For each BLOCK_L rows of a list it walks the
 channels, BLOCK_C at a time, and adds up dot products and the squares of both operands from the same tiles:
 
-    listed   [BLOCK_L, BLOCK_C] --\\-- tl.dot --> dots [BLOCK_L, BLOCK_N] --\\
+    listed   [BLOCK_L, BLOCK_C] --\\-- product --> dots [BLOCK_L, BLOCK_N] --\\
                                    \\- squares --> norms --------------------+--> cosines --> maximum, sum over rows
     features [BLOCK_N, BLOCK_C] ----- squares --> norms --------------------/
 
@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _fakes
+from .product import add_product
 from .runtime import Config, cdiv, check_indices, check_not_float64, fresh, launch, mask_rows, power_of_two, rows
 
 
@@ -68,7 +69,6 @@ def _cosines(
 ):  # fmt: skip
     """[BLOCK_L, BLOCK_N] cosines of rows at `listed_ptr` and `features_ptr`, of which `listed` and `tokens` count."""
     dots = tl.full([BLOCK_L, BLOCK_N], 0.0, tl.float32)
-    ones = tl.full([BLOCK_L, BLOCK_N], 1.0, tl.float32)
     listed_squares = tl.full([BLOCK_L, BLOCK_C], 0.0, tl.float32)
     feature_squares = tl.full([BLOCK_N, BLOCK_C], 0.0, tl.float32)
     for start in range(0, channels, BLOCK_C):
@@ -76,10 +76,7 @@ def _cosines(
         inside = (column < channels)[None, :]
         row = tl.load(listed_ptr[:, None] + column[None, :], mask=listed[:, None] & inside, other=0.0)
         feature = tl.load(features_ptr[:, None] + column[None, :], mask=tokens[:, None] & inside, other=0.0)
-        # Tensor cores round every addition towards zero: over 8192 channels that is an error of many units in the last
-        # place, always in the same direction. So a chunk starts at zero and is added by the ordinary units; an fma and
-        # not a sum, which Triton would make the accumulator of the dot product again.
-        dots = tl.fma(tl.dot(row, tl.trans(feature), input_precision="ieee"), ones, dots)
+        dots = add_product(row, tl.trans(feature), dots)
         row, feature = row.to(tl.float32), feature.to(tl.float32)
         listed_squares += row * row
         feature_squares += feature * feature

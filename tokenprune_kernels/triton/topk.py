@@ -46,7 +46,7 @@ def _score_keys(scores_ptr, mask_ptr, start, n, LARGEST: tl.constexpr, BLOCK_N: 
 @triton.jit
 def _without(keys, position, key, cut):
     """Keys for the low tail: the chosen on top of everything, the others in reverse; NaN and masked stay last."""
-    reverse = tl.where(keys <= 1, keys, ~keys)
+    reverse = tl.where(keys <= 1, keys, keys ^ 0xFFFFFFFF)
     return tl.where(is_chosen(keys, position, key, cut), TOP_32, reverse).to(tl.uint32)
 
 
