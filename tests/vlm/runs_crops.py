@@ -40,7 +40,7 @@ def generate(prompts: Prompts, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def layout_in(pruning: Any) -> Any:
-    return pruning._hooks.report.layout
+    return pruning._hooks.report.layout()
 
 
 def vision_weights(prompts: Prompts, attention: str, layer: int) -> list[Tensor]:

@@ -6,6 +6,7 @@ model's loop hands it. Decoding needs two corrections: the position of new token
 shorter than the first layer's.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,9 +20,9 @@ from ... import gather_compact
 from ..._backend import served_by
 from .attention import Probe, ShownAttention
 from .cache import Pruned, Segment, check_cache, compact_layers, layer_length, only_new, pruned_of, remember
-from .choose import ON_ATTENTION, Moment, Shown, choose
+from .choose import ON_ATTENTION, ON_LAYOUT, Moment, Shown, choose
 from .deepstack import DeepStack
-from .families import Family, Inputs, Layout, Saliency
+from .families import LAYOUT_INPUTS, Encoded, Family, Inputs, Layout, Saliency, unwrapped
 from .masks import causal_mask, check_full_attention, check_one_sequence
 from .report import Report
 from .tokens import Tokens, keep, read_prompt
@@ -77,7 +78,9 @@ class Hooks:
         renumber: bool, compact_cache: bool, seed: int | None, options: dict[str, Any],
     ) -> None:  # fmt: skip
         self.report = Report()
-        self._model, self._family, self._core = model, family, core
+        # Each may be what is called: a PEFT model skips the hooks of the model that it wraps, generate those of PEFT.
+        self._heads = [head for head in dict.fromkeys((model, unwrapped(model))) if head is not core]
+        self._family, self._core = family, core
         self._decoder: Any = decoder  # a module whose attributes depend on the family
         self._stages = {stage.layer: stage for stage in stages}
         self._renumber, self._compact_cache, self._seed, self._options = renumber, compact_cache, seed, options
@@ -86,6 +89,7 @@ class Hooks:
         self._watches = [Watch(core, name, what) for name, what in family.watched.items()]
         self._saliency: Saliency | None = None
         self._generator: torch.Generator | None = None
+        self._encoded = Encoded()
         self._prompt: Prompt | None = None
         self._now: Prefill | Decode | None = None
 
@@ -116,11 +120,8 @@ class Hooks:
             attention.install()
         for watch in self._watches:
             watch.install()
-        if self._seed is not None:
-            device = next(self._decoder.parameters()).device
-            self._generator = torch.Generator(device).manual_seed(self._seed)
-        if self._model is not self._core:
-            self._before(self._model, self._before_model)
+        for head in self._heads:
+            self._before(head, self._before_model)
         self._before(self._core, self._before_core)
         self._after(self._core, self._after_core)
         self._before(self._decoder, self._before_decoder)
@@ -150,7 +151,8 @@ class Hooks:
             self._attention.pop().remove()
         for watch in self._watches:
             watch.remove()
-        self._prompt = self._now = self._saliency = None
+        self._prompt = self._now = self._saliency = self._generator = None
+        self._encoded = Encoded()
 
     # --- the prompt ------------------------------------------------------------------------------------------------
 
@@ -235,8 +237,11 @@ class Hooks:
         modules = (self._decoder, *self._decoder.layers)
         if any(getattr(m, "gradient_checkpointing", False) and m.training for m in modules):
             raise NotImplementedError("prune_visual_tokens: gradient checkpointing; switch it off or call model.eval()")
-        prompt.inputs = {**prompt.inputs, **{watch.name: watch.last for watch in self._watches}}
-        layout = self._family.layout(self._core, prompt.inputs, tokens.counts)
+        seen = {watch.name: watch.last for watch in self._watches}
+        called = any(value is not None for value in seen.values())
+        prompt.inputs = {**prompt.inputs, **(self._encoded.of(prompt.inputs, seen if called else None) or {})}
+        places = {name: prompt.inputs.get(name) for name in (*LAYOUT_INPUTS, *self._family.watched)}
+        layout = functools.cache(lambda: self._family.layout(self._core, places, tokens.counts))
         self.report.begin(tokens.slot.device, tokens.counts, layout)
         deepstack = DeepStack.take(inputs, tokens)
         counted = prompt.inputs.get("position_ids") is not None
@@ -311,7 +316,7 @@ class Hooks:
             )
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         with torch.no_grad(), self.report.clock("select_ms"):
-            selected = choose(stage.method, self._moment(now, hidden.detach(), layer), budgets)
+            selected = choose(stage.method, self._moment(now, stage.method, hidden.detach(), layer), budgets)
             after, columns = keep(tokens, selected, budgets)
         now.shown = None
         with self.report.clock("compact_ms"):
@@ -323,13 +328,16 @@ class Hooks:
             return (hidden, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden}
 
-    def _moment(self, now: Prefill, hidden: Tensor, layer: nn.Module) -> Moment:
-        layout = self.report.layout
-        if layout is not None:
-            layout = Layout(*(t.to(hidden.device, non_blocking=True) for t in vars(layout).values()))
+    def _moment(self, now: Prefill, method: str, hidden: Tensor, layer: nn.Module) -> Moment:
+        layout = None
+        if method in ON_LAYOUT and self.report.layout is not None:
+            layout = Layout(*(t.to(hidden.device, non_blocking=True) for t in vars(self.report.layout()).values()))
         saliency = None
         if self._saliency is not None:
             saliency = self._saliency.of_prompt(self._core, now.prompt.inputs, now.original.counts).to(hidden.device)
+        if self._seed is not None and self._generator is None:
+            # The device of the work: with offloaded weights it is not that of a parameter.
+            self._generator = torch.Generator(hidden.device).manual_seed(self._seed)
         return Moment(now.tokens, hidden, layer, layout, now.shown, saliency, self._generator, self._options)
 
     def _compact(self, now: Prefill, after: Tokens, columns: Tensor, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:

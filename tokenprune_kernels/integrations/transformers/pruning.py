@@ -7,15 +7,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from ... import methods
-from .families import Family, family_of
+from .choose import check_layer
+from .families import Family, family_of, unwrapped
 from .hooks import Hooks, Stage
 
 METHODS = ("coast", "sts", "adafv", "zspaprune", "adaptprune", "fastv", "divprune", "random")
 IN_MODEL = ("coast", "sts", "adaptprune", "fastv")
 
 
+def as_python(number: Any) -> Any:
+    """The scalars of NumPy and torch as Python's numbers; anything else as it is."""
+    return number.item() if getattr(number, "shape", None) == () else number
+
+
 def budget_of(keep: int | float) -> Callable[[int], int]:
     """How many of a sample's visual tokens stay: a count, or a ratio of what there is, rounded, at least one."""
+    keep = as_python(keep)
     if isinstance(keep, bool) or not isinstance(keep, (int, float)):
         raise TypeError(f"prune_visual_tokens: keep must be an int (tokens) or a float (ratio), got {keep!r}")
     if isinstance(keep, int):
@@ -36,6 +43,7 @@ def stages_of(method: str, keep: int | float, layer: int | None, family: Family,
         if layer is not None:
             raise ValueError(f"prune_visual_tokens: {method} works before the language model and takes no layer")
         return [Stage(0, method, budget)]
+    layer = as_python(layer)
     if layer is None:
         # The papers' layer, on a model that is deep enough for it.
         layer = min(family.layers[method], depth - 1)
@@ -89,7 +97,7 @@ class Pruning:
         options: dict[str, Any] | None = None,
     ) -> None:
         family = family_of(model)
-        core = family.core(model)
+        core = family.core(unwrapped(model))
         decoder: Any = family.decoder(core)
         if positions not in (None, "original", "renumber"):
             raise ValueError(f"prune_visual_tokens: positions must be original or renumber, got {positions!r}")
@@ -108,6 +116,8 @@ class Pruning:
             )
         if method == "adafv" and family.saliency is None:
             raise NotImplementedError(f"prune_visual_tokens: adafv has no saliency for {family.name}")
+        for stage in stages:
+            check_layer(stage.method, decoder.layers[stage.layer])
         self.method, self.model = method, model
         self._hooks = Hooks(
             model, family, core, decoder, stages,
@@ -153,7 +163,7 @@ class Pruning:
         report = self._hooks.report
         if report.kept is None or report.layout is None:
             raise RuntimeError("prune_visual_tokens: nothing was pruned yet")
-        return boxes_of(report.layout, report.kept, sample, picture)
+        return boxes_of(report.layout(), report.kept, sample, picture)
 
     def overlay(self, image: Any, *, sample: int = 0, picture: int = 0) -> Any:
         """The picture with everything darkened that no kept token sees (`boxes`); a PIL image. Needs Pillow.

@@ -1,6 +1,7 @@
 """What a prefill leaves behind for the user: the kept tokens, their layout, counts and times."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,12 +42,12 @@ class Report:
     def __init__(self) -> None:
         self.kept: Tensor | None = None
         self.kept_at: dict[int, Tensor] = {}
-        self.layout: Layout | None = None
+        self.layout: Callable[[], Layout] | None = None  # made when it is asked for
         self.prefills = 0
         self._facts: dict[str, Any] = {}
         self._clocks: dict[str, Clock] = {}
 
-    def begin(self, device: torch.device, tokens: list[int], layout: Layout | None) -> None:
+    def begin(self, device: torch.device, tokens: list[int], layout: Callable[[], Layout]) -> None:
         self.layout, self.kept, self.kept_at = layout, None, {}
         self.prefills += 1
         self._clocks = {"select_ms": Clock(device), "compact_ms": Clock(device)}
