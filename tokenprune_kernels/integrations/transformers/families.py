@@ -1,5 +1,6 @@
 """What the integration has to know of a model family: one small `Family` each, found by the config's model_type."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -108,15 +109,15 @@ class Encoded:
     encodes once, and every step is a prompt with the very same features."""
 
     def __init__(self) -> None:
-        self._features: list[Any] = []
+        self._features: list[weakref.ref[Any]] = []  # of the size of an activation: not kept alive
         self._value: Any = None
 
     def of(self, inputs: Inputs, value: Any) -> Any:
         """The value, or, where it is None, that of the earlier prompt with these features, or None."""
         features = list((inputs.get("mm_encoder_outputs") or {}).values())
         if value is not None:
-            self._features, self._value = features, value
-        elif not features or list(map(id, features)) != list(map(id, self._features)):
+            self._features, self._value = list(map(weakref.ref, features)), value
+        elif not features or list(map(id, features)) != [id(feature()) for feature in self._features]:
             return None
         return self._value
 

@@ -116,6 +116,9 @@ class Pruning:
             )
         if method == "adafv" and family.saliency is None:
             raise NotImplementedError(f"prune_visual_tokens: adafv has no saliency for {family.name}")
+        seed = as_python(seed)
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+            raise TypeError(f"prune_visual_tokens: seed must be an int or None, got {seed!r}")
         for stage in stages:
             check_layer(stage.method, decoder.layers[stage.layer])
         self.method, self.model = method, model
@@ -192,7 +195,8 @@ def prune_visual_tokens(
         model: a transformers vision-language model (docs/transformers.md lists the families), with its language
             modelling head or without.
         method: coast, sts, adafv, zspaprune, adaptprune, fastv, divprune or random.
-        keep: visual tokens to keep per sample, an int, or the share of them, a float in (0, 1].
+        keep: visual tokens to keep per sample, an int, or the share of them, a float in (0, 1]; scalars of NumPy and
+            torch are as good.
         layer: for coast, sts, adaptprune and fastv: the decoder layer in front of which tokens are dropped, by the
             attention of the layer before it. Default: the paper's.
         positions: `original` keeps the rotary positions of what stays, `renumber` numbers it anew (before the language
