@@ -104,8 +104,15 @@ class Saliency:
 
     def __init__(self, config: Any, attention: nn.Module) -> None:
         self.config, self.attention = config, attention
-        self.seen: list[Tensor] = []  # of the calls of the attention in the present forward, in order
-        self._encoded: tuple[list[Any], Tensor] | None = None  # the features of the last prompt, and their saliency
+        self.written_down: Callable[[], list[Tensor]] = list
+
+    @property
+    def seen(self) -> list[Tensor]:
+        """Of the calls of the attention while the pictures of the present call were encoded, in order.
+
+        generate encodes once; without a cache, every step is a prompt of the same features, with what was seen then.
+        """
+        return self.written_down()
 
     def see(self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None, keywords: dict[str, Any]) -> None:
         """A probe: reduce one call of the attention to a vector, and remember it."""
@@ -116,14 +123,9 @@ class Saliency:
         raise NotImplementedError
 
     def of_prompt(self, core: Model, inputs: Inputs, counts: list[int]) -> Tensor:
-        """What the tower showed for this prompt, or for an earlier one with the very same features: without a cache,
-        generate encodes once and every step is a prompt."""
-        features = list((inputs.get("mm_encoder_outputs") or {}).values())
-        if self.seen:
-            self._encoded = features, self.read(core, inputs, counts)
-        elif self._encoded is None or not features or list(map(id, features)) != list(map(id, self._encoded[0])):
+        if not self.seen:
             raise RuntimeError("prune_visual_tokens: adafv needs the vision tower to run inside the block")
-        return self._encoded[1]
+        return self.read(core, inputs, counts)
 
 
 def beam_copies(shown: int, counts: list[int]) -> int:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from ... import methods
 from .families import Family, family_of
-from .hooks import Hooks, Stage
+from .hooks import Hooks
+from .prefill import Stage
 
 METHODS = ("coast", "sts", "adafv", "zspaprune", "adaptprune", "fastv", "divprune", "random")
 IN_MODEL = ("coast", "sts", "adaptprune", "fastv")
