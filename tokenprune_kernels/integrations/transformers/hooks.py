@@ -46,6 +46,7 @@ class Hooks:
         self._reporting = threading.Lock()
         self._attention: list[ShownAttention] = []
         self._undo: list[Callable[[], None]] = []  # the last one first
+        self._touched: set[type] = {type(model), type(core)}  # classes of what hooks and attributes are put into
 
     # --- entering and leaving --------------------------------------------------------------------------------------
 
@@ -76,8 +77,6 @@ class Hooks:
             device = next(self._decoder.parameters()).device
             plan = replace(plan, generator=torch.Generator(device).manual_seed(self._seed))
         self._plan = plan
-        modules = [self._model, self._core, self._decoder, *layers]
-        self._undo.append(leave_out_of_copies([type(m) for m in modules] + [type(a.config) for a in self._attention]))
         for watch in watches_of(self._model, self._core, self._calls, plan.family.watched, self._follow):
             self._undo.append(watch.remove)
             watch.install()
@@ -92,6 +91,7 @@ class Hooks:
         if "deepstack_visual_embeds" in of_decoder.names:
             of_norm = arguments_of(self._decoder.norm)
             self._before(self._decoder.norm, of_norm, partial(self._before_norm, of_norm))
+        self._undo.append(leave_out_of_copies(self._touched | {type(shown.config) for shown in self._attention}))
 
     def _show(self, attention: ShownAttention) -> None:
         self._attention.append(attention)
@@ -103,8 +103,8 @@ class Hooks:
             inputs = hook(takes.bind(args, kwargs))
             return None if inputs is None else takes.split(inputs, len(args))
 
-        handle = module.register_forward_pre_hook(_uncompiled(run), with_kwargs=True)
-        self._undo.append(handle.remove)
+        self._touched.add(type(module))
+        self._undo.append(module.register_forward_pre_hook(_uncompiled(run), with_kwargs=True).remove)
 
     def _after(self, module: nn.Module, hook: Callable[[bool], None]) -> None:
         """Runs after an exception too: hook(whether forward came to its end)."""
