@@ -61,11 +61,10 @@ class ModelCall:
 
 @dataclass(frozen=True)
 class Asked:
-    """What generate was asked for, as far as it matters. chunk: prefill_chunk_size; length: of the prompt."""
+    """What generate was asked for, as far as it matters. chunk: prefill_chunk_size."""
 
     assisted: bool
     chunk: int | None
-    length: int | None
 
 
 class Calls(threading.local):

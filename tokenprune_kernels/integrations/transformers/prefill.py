@@ -110,10 +110,10 @@ def _check_asked(asked: Asked) -> None:
         raise NotImplementedError(
             "prune_visual_tokens: assisted decoding puts guesses behind the prompt before it is pruned; switch it off"
         )
-    if asked.chunk is not None and (asked.length is None or asked.length > asked.chunk):
+    if asked.chunk is not None:
         raise NotImplementedError(
-            f"prune_visual_tokens: prefill_chunk_size={asked.chunk} is less than the prompt, whose pictures and text "
-            "have to come in one forward; generate without prefill_chunk_size"
+            f"prune_visual_tokens: prefill_chunk_size={asked.chunk} takes apart what has to come in one forward, the "
+            "pictures and the question about them; generate without prefill_chunk_size"
         )
 
 

@@ -94,9 +94,5 @@ def _asked(model: Any, given: Inputs) -> Asked:
     config = copy.copy(given.get("generation_config") or model.generation_config)
     for others in ({n: v for n, v in vars(model.generation_config).items() if vars(config).get(n) is None}, given):
         vars(config).update((name, value) for name, value in others.items() if name in vars(config))
-    ids = given.get("input_ids", given.get("inputs"))
-    return Asked(
-        assisted="assisted" in str(config.get_generation_mode(given.get("assistant_model")).value),
-        chunk=config.prefill_chunk_size,
-        length=None if ids is None else ids.shape[-1],
-    )
+    mode = config.get_generation_mode(given.get("assistant_model"))
+    return Asked(assisted="assisted" in str(mode.value), chunk=config.prefill_chunk_size)
