@@ -27,7 +27,7 @@ class Pictures:
     """What was seen while pictures were encoded: by a call of the multimodal model, or by generate before that."""
 
     arguments: dict[str, Any] = field(default_factory=dict)  # of the family's watched methods, by their names
-    saliency: list[Tensor] = field(default_factory=list)  # of the calls of the probed attention, in order
+    saliency: list[Any] = field(default_factory=list)  # of the calls of the probed attention, in order
 
     def add(self, other: "Pictures") -> None:
         self.arguments.update(other.arguments)

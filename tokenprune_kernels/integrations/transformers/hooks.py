@@ -19,10 +19,10 @@ from .calls import Calls, ModelCall, Pictures, Prompt
 from .choose import ON_ATTENTION, Shown
 from .copies import leave_out_of_copies, ours
 from .decode import Decode, begin_decode, decode_layer
-from .families import Family, Inputs
+from .families import Family, Inputs, unwrapped
 from .interface import Arguments, arguments_of
 from .masks import check_full_attention
-from .prefill import PICTURE_LATER, Plan, Prefill, Stage, begin_prefill, end_prefill, prefill_layer
+from .prefill import PICTURE_LATER, Draws, Plan, Prefill, Stage, begin_prefill, end_prefill, prefill_layer
 from .report import Report
 from .watch import watches_of
 
@@ -36,17 +36,19 @@ class Hooks:
         renumber: bool, compact_cache: bool, seed: int | None, options: dict[str, Any],
     ) -> None:  # fmt: skip
         self.report = Report()  # of the prefill that was finished last
-        self._model, self._core, self._seed = model, core, seed
+        # Each may be what is called: a PEFT model skips the hooks of the model that it wraps, generate those of PEFT.
+        self._heads = [head for head in dict.fromkeys((model, unwrapped(model))) if head is not core]
+        self._model, self._core = unwrapped(model), core
         self._decoder: Any = decoder  # a module whose attributes depend on the family
         self._plan = Plan(
             family, core, decoder, {stage.layer: stage for stage in stages},
-            renumber=renumber, compact_cache=compact_cache, options=options,
+            renumber=renumber, compact_cache=compact_cache, seed=seed, options=options,
         )  # fmt: skip
         self._calls = Calls()
         self._reporting = threading.Lock()
         self._attention: list[ShownAttention] = []
         self._undo: list[Callable[[], None]] = []  # the last one first
-        self._touched: set[type] = {type(model), type(core)}  # classes of what hooks and attributes are put into
+        self._touched: set[type] = set()  # the classes of what hooks and attributes are put into
 
     # --- entering and leaving --------------------------------------------------------------------------------------
 
@@ -70,18 +72,14 @@ class Hooks:
             assert plan.family.saliency is not None
             saliency = plan.family.saliency(self._core)
             saliency.written_down = self._seen_of_pictures
-            plan = replace(plan, saliency=saliency)
+            self._plan = plan = replace(plan, saliency=saliency)
             probe = _uncompiled(self._see_tower)
             self._show(ShownAttention(saliency.config, {saliency.attention: probe}, shared=True))
-        if self._seed is not None:
-            device = next(self._decoder.parameters()).device
-            plan = replace(plan, generator=torch.Generator(device).manual_seed(self._seed))
-        self._plan = plan
         for watch in watches_of(self._model, self._core, self._calls, plan.family.watched, self._follow):
             self._undo.append(watch.remove)
             watch.install()
-        if self._model is not self._core:
-            self._before(self._model, arguments_of(self._model), self._before_model)
+        for head in self._heads:
+            self._before(head, arguments_of(head), self._before_head)
         self._before(self._core, of_core, partial(self._before_core, of_core))
         self._after(self._core, self._after_core)
         self._before(self._decoder, of_decoder, partial(self._before_decoder, of_decoder))
@@ -119,6 +117,7 @@ class Hooks:
             self._undo.pop()()
         self._attention.clear()
         self._calls = Calls()
+        self._plan = replace(self._plan, saliency=None, draws=Draws())
 
     # --- the prompt ------------------------------------------------------------------------------------------------
 
@@ -126,7 +125,7 @@ class Hooks:
         for attention in self._attention:
             attention.follow()
 
-    def _before_model(self, inputs: Inputs) -> None:
+    def _before_head(self, inputs: Inputs) -> None:
         unfit = [n for n in ("labels", "logits_to_keep") if isinstance(inputs.get(n), Tensor)]
         ids = inputs.get("input_ids")
         if unfit and ids is not None and bool(self._is_visual(ids).any()):
@@ -212,7 +211,7 @@ class Hooks:
         if self._calls.pictures is not None and self._plan.saliency is not None:
             self._plan.saliency.see(query, key, scale, lse, keywords)
 
-    def _seen_of_pictures(self) -> list[Tensor]:
+    def _seen_of_pictures(self) -> list[Any]:
         pictures = self._calls.pictures
         return [] if pictures is None else pictures.saliency
 

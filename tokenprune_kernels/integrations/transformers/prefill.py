@@ -4,6 +4,7 @@ In front of a pruning layer the hidden states, the rotary embeddings and the pad
 later layer gets the shortened ones in place of what the model's loop hands it.
 """
 
+import functools
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,9 +18,9 @@ from ... import gather_compact
 from ..._backend import served_by
 from .cache import Pruned, Segment, check_cache, compact_layers, layer_length, remember
 from .calls import Asked, ModelCall, Prompt
-from .choose import ON_ATTENTION, Moment, Shown, choose
+from .choose import ON_ATTENTION, ON_LAYOUT, Moment, Shown, choose
 from .deepstack import DeepStack
-from .families import Family, Inputs, Layout, Saliency
+from .families import LAYOUT_INPUTS, Family, Inputs, Layout, Saliency
 from .interface import Arguments
 from .masks import causal_mask, check_one_sequence
 from .report import Report
@@ -39,6 +40,15 @@ class Stage:
     budget: Callable[[int], int]
 
 
+@dataclass
+class Draws:
+    """Of method random, from entering the block on. A prefill draws all it needs while it holds the lock: of prefills
+    in several threads, each gets what some order of them, one after the other, would have given it."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    generator: torch.Generator | None = None
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a block does to every prefill."""
@@ -49,12 +59,10 @@ class Plan:
     stages: dict[int, Stage]  # by their layer
     renumber: bool
     compact_cache: bool
+    seed: int | None
     options: dict[str, Any]
     saliency: Saliency | None = None
-    # Of method random. A prefill draws all it needs while it holds the lock: of prefills in several threads, each gets
-    # what some order of them one after the other would have given it.
-    generator: torch.Generator | None = None
-    drawing: threading.Lock = field(default_factory=threading.Lock)
+    draws: Draws = field(default_factory=Draws)
 
 
 @dataclass
@@ -95,7 +103,8 @@ def begin_prefill(
     if any(getattr(m, "gradient_checkpointing", False) and m.training for m in modules):
         raise NotImplementedError("prune_visual_tokens: gradient checkpointing; switch it off or call model.eval()")
     prompt.inputs = {**prompt.inputs, **call.pictures.arguments}
-    layout = plan.family.layout(plan.core, prompt.inputs, tokens.counts)
+    places = {name: prompt.inputs.get(name) for name in (*LAYOUT_INPUTS, *plan.family.watched)}
+    layout = functools.cache(lambda: plan.family.layout(plan.core, places, tokens.counts))
     deepstack = DeepStack.take(inputs, tokens)
     counted = prompt.inputs.get("position_ids") is not None
     report = Report(tokens.slot.device, tokens.counts, layout)
@@ -157,8 +166,8 @@ def _prune(plan: Plan, now: Prefill, stage: Stage, layer: nn.Module, inputs: Inp
         )
     hidden: Tensor = inputs["hidden_states"]
     with torch.no_grad(), now.report.clock("select_ms"):
-        with plan.drawing if stage.method == "random" else nullcontext():
-            selected = choose(stage.method, _moment(plan, now, hidden.detach(), layer), budgets)
+        with plan.draws.lock if stage.method == "random" else nullcontext():
+            selected = choose(stage.method, _moment(plan, now, stage.method, hidden.detach(), layer), budgets)
         after, columns = keep(tokens, selected, budgets)
     now.shown = None
     with now.report.clock("compact_ms"):
@@ -169,14 +178,17 @@ def _prune(plan: Plan, now: Prefill, stage: Stage, layer: nn.Module, inputs: Inp
     return {**inputs, "hidden_states": hidden}
 
 
-def _moment(plan: Plan, now: Prefill, hidden: Tensor, layer: nn.Module) -> Moment:
-    layout = now.report.layout
-    if layout is not None:
-        layout = Layout(*(t.to(hidden.device, non_blocking=True) for t in vars(layout).values()))
+def _moment(plan: Plan, now: Prefill, method: str, hidden: Tensor, layer: nn.Module) -> Moment:
+    layout = None
+    if method in ON_LAYOUT and now.report.layout is not None:
+        layout = Layout(*(t.to(hidden.device, non_blocking=True) for t in vars(now.report.layout()).values()))
     saliency = None
     if plan.saliency is not None:
         saliency = plan.saliency.of_prompt(plan.core, now.prompt.inputs, now.original.counts).to(hidden.device)
-    return Moment(now.tokens, hidden, layer, layout, now.shown, saliency, plan.generator, plan.options)
+    if method == "random" and plan.seed is not None and plan.draws.generator is None:
+        # The device of the work: with offloaded weights it is not that of a parameter.
+        plan.draws.generator = torch.Generator(hidden.device).manual_seed(plan.seed)
+    return Moment(now.tokens, hidden, layer, layout, now.shown, saliency, plan.draws.generator, plan.options)
 
 
 def _compact(plan: Plan, now: Prefill, after: Tokens, columns: Tensor, inputs: Inputs) -> Tensor:

@@ -1,6 +1,7 @@
 """What a prefill leaves behind for the user: the kept tokens, their layout, counts and times."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,11 +42,14 @@ class Report:
     """Of one prefill; without arguments, of none yet."""
 
     def __init__(
-        self, device: torch.device | None = None, tokens: list[int] | None = None, layout: Layout | None = None
+        self,
+        device: torch.device | None = None,
+        tokens: list[int] | None = None,
+        layout: Callable[[], Layout] | None = None,
     ) -> None:
         self.kept: Tensor | None = None
         self.kept_at: dict[int, Tensor] = {}
-        self.layout = layout
+        self.layout = layout  # made when it is asked for
         self.prefills = 0  # of the block, with this one
         self._facts: dict[str, Any] = {}
         self._clocks: dict[str, Clock] = {}
