@@ -1,6 +1,5 @@
 """What the integration has to know of a model family: one small `Family` each, found by the config's model_type."""
 
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,31 +103,20 @@ class Family:
     watched: dict[str, Callable[[Inputs], Any]] = field(default_factory=dict)
 
 
-class Encoded:
-    """Something about the pictures of a prompt, remembered together with their features: without a cache, generate
-    encodes once, and every step is a prompt with the very same features."""
-
-    def __init__(self) -> None:
-        self._features: list[weakref.ref[Any]] = []  # of the size of an activation: not kept alive
-        self._value: Any = None
-
-    def of(self, inputs: Inputs, value: Any) -> Any:
-        """The value, or, where it is None, that of the earlier prompt with these features, or None."""
-        features = list((inputs.get("mm_encoder_outputs") or {}).values())
-        if value is not None:
-            self._features, self._value = list(map(weakref.ref, features)), value
-        elif not features or list(map(id, features)) != [id(feature()) for feature in self._features]:
-            return None
-        return self._value
-
-
 class Saliency:
     """How salient each visual token is to the vision tower. `attention` is probed while the tower runs."""
 
     def __init__(self, config: Any, attention: nn.Module) -> None:
         self.config, self.attention = config, attention
-        self.seen: list[Any] = []  # of the calls of the attention in the present forward, in order
-        self._encoded = Encoded()
+        self.written_down: Callable[[], list[Any]] = list
+
+    @property
+    def seen(self) -> list[Any]:
+        """Of the calls of the attention while the pictures of the present call were encoded, in order.
+
+        generate encodes once; without a cache, every step is a prompt of the same features, with what was seen then.
+        """
+        return self.written_down()
 
     def see(self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None, keywords: dict[str, Any]) -> None:
         """A probe: remember in `seen` what `read` needs of one call of the attention."""
@@ -139,11 +127,9 @@ class Saliency:
         raise NotImplementedError
 
     def of_prompt(self, core: Model, inputs: Inputs, counts: list[int]) -> Tensor:
-        """What the tower showed for this prompt, or for an earlier one with the very same features."""
-        shown: Tensor | None = self._encoded.of(inputs, self.read(core, inputs, counts) if self.seen else None)
-        if shown is None:
+        if not self.seen:
             raise RuntimeError("prune_visual_tokens: adafv needs the vision tower to run inside the block")
-        return shown
+        return self.read(core, inputs, counts)
 
 
 def beam_copies(shown: int, counts: list[int]) -> int:

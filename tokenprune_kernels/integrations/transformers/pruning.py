@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ... import methods
 from .choose import check_layer
 from .families import Family, family_of, unwrapped
-from .hooks import Hooks, Stage
+from .hooks import Hooks
+from .prefill import Stage
 
 METHODS = ("coast", "sts", "adafv", "zspaprune", "adaptprune", "fastv", "divprune", "random")
 IN_MODEL = ("coast", "sts", "adaptprune", "fastv")
