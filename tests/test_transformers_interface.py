@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache
 from vlm.checks import LAYER, layer_of, over_four_and_compact
 from vlm.models import llava
 
-from tokenprune_kernels.integrations.transformers import prune_visual_tokens
+from tokenprune_kernels.integrations.transformers import masks, prune_visual_tokens
 from tokenprune_kernels.integrations.transformers.interface import CACHE_NAMES, arguments_of
 
 
@@ -167,3 +167,17 @@ def test_a_decoder_that_embeds_by_itself_decodes_on_a_pruned_cache() -> None:
             results.append(prompts.model.model(input_ids=token, past_key_values=cache).last_hidden_state)
     for result in results[1:]:
         assert torch.equal(result, results[0])
+
+
+def test_a_mask_function_of_another_form_is_refused_in_the_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = llava(2, ragged=True)
+    for function in (lambda batch_size, places: None, lambda batch_size, **more: None):
+        monkeypatch.setattr(masks, "ALL_MASK_ATTENTION_FUNCTIONS", {"sdpa": function})
+        with prune_visual_tokens(prompts.model, "divprune", 9) as pruning:
+            if "places" in function.__code__.co_varnames:
+                with pytest.raises(NotImplementedError, match="neither cache_position nor q_offset, only batch_size"):
+                    prompts.model(**prompts.inputs)
+                assert pruning.kept is None
+            else:
+                prompts.model(**prompts.inputs)
+                assert pruning.kept is not None

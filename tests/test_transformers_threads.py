@@ -198,6 +198,28 @@ def test_a_forward_inside_of_a_layer_of_another(method: str) -> None:
     assert torch.equal(inner[0], want[1])
 
 
+@over_four
+@pytest.mark.parametrize("where", ["tower", "layer"])
+def test_the_block_goes_on_after_an_interrupt(method: str, where: str) -> None:
+    """It is no Exception: torch runs no hook behind it."""
+    prompts = llava(2, ragged=True)
+    core = prompts.model.model
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)):
+        want = generate(prompts.model, prompts.inputs, 3)
+        module = core.vision_tower if where == "tower" else core.language_model.layers[LAYER]
+        handle = module.register_forward_pre_hook(interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prompts.model(**prompts.inputs)
+        with pytest.raises(KeyboardInterrupt):
+            generate(prompts.model, prompts.inputs, 3)
+        handle.remove()
+        same_logits(generate(prompts.model, prompts.inputs, 3), want)
+
+
 # --- shared parts -----------------------------------------------------------------------------------------------------
 
 

@@ -159,6 +159,8 @@ class Hooks:
             raise NotImplementedError("prune_visual_tokens: needs input_ids to find the visual tokens")
 
     def _after_core(self, ended: bool) -> None:
+        if not self._calls.models:  # another hook raised in front of ours
+            return
         call = self._calls.models.pop()
         if ended and call.prompt is not None and bool(call.prompt.is_visual.any()):
             raise RuntimeError(
@@ -190,7 +192,7 @@ class Hooks:
         return inputs
 
     def _after_decoder(self, ended: bool) -> None:
-        now = self._calls.decoders.pop()
+        now = self._calls.decoders.pop() if self._calls.decoders else None
         if ended and isinstance(now, Prefill):
             end_prefill(self._plan, now)
             with self._reporting:

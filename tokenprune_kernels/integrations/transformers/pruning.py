@@ -203,7 +203,7 @@ def prune_visual_tokens(
         positions: `original` keeps the rotary positions of what stays, `renumber` numbers it anew (before the language
             model, one-dimensional positions only). Default: as the method's paper has it.
         compact_cache: drop the same tokens from the key/value cache of the layers before the pruning layer too.
-        seed: of method random.
+        seed: of method random; prefills draw from it one after the other, those of several threads in any order.
         options: further keywords of the method's function in `tokenprune_kernels.methods`.
 
     Returns:
