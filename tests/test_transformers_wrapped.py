@@ -127,3 +127,25 @@ def test_random_draws_where_the_work_is_not_where_the_weights_wait() -> None:
         assert torch.equal(prompts.model(**prompts.inputs).logits, expected)
     assert plain.kept is not None
     assert torch.equal(pruning.kept, plain.kept)
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "without a cache"])
+@pytest.mark.parametrize("method", METHODS)
+def test_features_that_a_hook_made_others_of_are_those_that_generate_encoded(method: str, cached: bool) -> None:
+    """As accelerate's hooks do, which send all that a module is called with to its device."""
+    prompts = llava(2, ragged=True)
+    more = {**layer_of(method), "seed": 5}
+    with prune_visual_tokens(prompts.model, method, 9, **more) as plain:
+        expected = generate(prompts.model, prompts.inputs, 3, use_cache=cached)
+
+    def sent(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        encoded = kwargs.get("mm_encoder_outputs") or {}
+        others = {kind: type(features)(dict(features)) for kind, features in encoded.items()}
+        return args, {**kwargs, **({"mm_encoder_outputs": others} if others else {})}
+
+    prompts.model.model.register_forward_pre_hook(sent, with_kwargs=True)
+    with prune_visual_tokens(prompts.model, method, 9, **more) as pruning:
+        out = generate(prompts.model, prompts.inputs, 3, use_cache=cached)
+    assert torch.equal(out.sequences, expected.sequences)
+    assert plain.kept is not None
+    assert torch.equal(pruning.kept, plain.kept)

@@ -61,10 +61,11 @@ class ModelCall:
 
 @dataclass(frozen=True)
 class Asked:
-    """What generate was asked for, as far as it matters. chunk: prefill_chunk_size."""
+    """What generate was asked for, as far as it matters, and what it encoded first. chunk: prefill_chunk_size."""
 
     assisted: bool
     chunk: int | None
+    pictures: Pictures = field(default_factory=Pictures)
 
 
 class Calls(threading.local):
@@ -87,15 +88,28 @@ class Calls(threading.local):
 
     @contextmanager
     def encoding(self) -> Iterator[Pictures]:
-        """Writes down what one encoding shows, and adds it to the encoding or the call of the model around it."""
+        """Writes down what one encoding shows, and adds it to the encoding or the call of the model around it, or else
+        to the generate around it."""
         around, here = self.pictures, Pictures()
         self.encodings.append(here)
         try:
             yield here
         finally:
             self.encodings.pop()
+        if around is None and self.asked:
+            around = self.asked[-1].pictures
         if around is not None:
             around.add(here)
+
+    def encoded_as(self, features: list[Any]) -> list[Pictures]:
+        """What was seen of these features, which the model is called with.
+
+        accelerate's hooks make others of what a module is called with. In generate, they are what it has encoded.
+        """
+        found = [pictures for pictures in map(Pictures.of, features) if pictures is not None]
+        if len(found) < len(features) and self.asked:
+            return [self.asked[-1].pictures]
+        return found
 
     @contextmanager
     def generating(self, asked: Asked) -> Iterator[None]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .attention import ShownAttention
 from .cache import pruned_of
-from .calls import Calls, ModelCall, Pictures, Prompt
+from .calls import Calls, ModelCall, Prompt
 from .choose import ON_ATTENTION, Shown
 from .copies import leave_out_of_copies, ours
 from .decode import Decode, begin_decode, decode_layer
@@ -145,10 +145,9 @@ class Hooks:
         call = ModelCall(None)
         self._calls.models.append(call)
         self._follow()
-        for _, features in sorted((inputs.get("mm_encoder_outputs") or {}).items()):  # the tower runs images first
-            pictures = Pictures.of(features)
-            if pictures is not None:
-                call.pictures.add(pictures)
+        features = sorted((inputs.get("mm_encoder_outputs") or {}).items())  # the tower runs over images first
+        for pictures in self._calls.encoded_as([encoded for _, encoded in features]):
+            call.pictures.add(pictures)
         ids, cache = inputs.get("input_ids"), takes.cache(inputs)
         if ids is not None:
             if ids.shape[1] > 1:
