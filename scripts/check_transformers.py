@@ -1,6 +1,7 @@
-"""The integration on the supported range of transformers: its tests with the oldest, a middle and the newest version.
+"""The integration on the supported range of transformers: its tests with the oldest, the newest and versions between.
 
-Each version is installed, with what it needs besides torch, into a throw-away folder that comes first on PYTHONPATH.
+Each version is installed, with what it needs besides torch, into a folder that comes first on PYTHONPATH: a throw-away
+one, or with --keep one that the next run finds again.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+# The oldest, two between (5.23 is the last that calls the cache past_key_values), and the newest.
+VERSIONS = ("5.3.0", "5.12.1", "5.23.0", "newest")
 
 
 def newest(bound: str) -> str:
-    """The newest version that pip finds below a major version."""
+    """The newest version that pip finds below a bound."""
     pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir", "--only-binary=:all:"]
     with tempfile.TemporaryDirectory(prefix="tokenprune-transformers-") as folder:
         subprocess.run([*pip, "-d", folder, f"transformers{bound}"], check=True)
@@ -27,22 +31,24 @@ def newest(bound: str) -> str:
 
 
 def supported_below() -> str:
-    match = re.search(r'"transformers>=[\d.]+,(<\d+)"', (ROOT / "pyproject.toml").read_text())
+    match = re.search(r'"transformers>=[\d.]+,(<[\d.]+)"', (ROOT / "pyproject.toml").read_text())
     if match is None:
         raise SystemExit("pyproject.toml does not say which transformers are supported")
     return match.group(1)
 
 
-def check(version: str, arguments: list[str]) -> tuple[str, str, float]:
+def check(version: str, arguments: list[str], keep: Path | None) -> tuple[str, str, float]:
     """(transformers and its companions, what pytest said, seconds)."""
     began = time.monotonic()
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-cache-dir", "--disable-pip-version-check"]
-    with tempfile.TemporaryDirectory(prefix="tokenprune-transformers-") as folder:
-        done = subprocess.run(
-            [*pip, "--target", folder, f"transformers=={version}"], capture_output=True, text=True
-        )  # with its dependencies: hub and tokenizers of another version do not import
-        if done.returncode:
-            return version, f"FAILED: pip install: {done.stderr.strip()[-300:]}", time.monotonic() - began
+    throw_away = tempfile.TemporaryDirectory(prefix="tokenprune-transformers-")
+    with throw_away if keep is None else nullcontext(str(keep / version)) as folder:
+        # with its dependencies: hub and tokenizers of another version do not import
+        if not (Path(folder) / "transformers").is_dir():
+            command = [*pip, "--target", folder, f"transformers=={version}"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                return version, f"FAILED: pip install: {done.stderr.strip()[-300:]}", time.monotonic() - began
         path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, "PYTHONPATH": path}
         asked = "import transformers as t, huggingface_hub as h; print(t.__version__, 'hub', h.__version__)"
@@ -61,10 +67,11 @@ def check(version: str, arguments: list[str]) -> tuple[str, str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, epilog="Further arguments reach pytest.")
-    parser.add_argument("versions", nargs="*", default=["5.3.0", "5.12.1", "newest"], help="versions to try")
+    parser.add_argument("versions", nargs="*", default=VERSIONS, help="versions to try")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where installed versions stay, one folder each")
     arguments, further = parser.parse_known_args()
     bound = supported_below()
-    rows = [check(newest(bound) if v == "newest" else v, further) for v in arguments.versions]
+    rows = [check(newest(bound) if v == "newest" else v, further, arguments.keep) for v in arguments.versions]
     width = max(len(found) for found, _, _ in rows)
     print(f"{'transformers':{width}}  seconds  tests")
     for found, told, seconds in rows:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from vlm import oracle
-from vlm.checks import CLOSE, LAYER, assert_decoded_like_the_oracle, drops_of, generate, layer_of
+from vlm.checks import CLOSE, IN_MODEL, LAYER, assert_decoded_like_the_oracle, drops_of, generate, layer_of
 from vlm.models import Prompts, llava
 
 from tokenprune_kernels import methods
@@ -179,6 +179,28 @@ def test_an_attention_without_a_mask_function_gets_no_mask() -> None:
             prompts.model(**uneven)
         prompts.model.set_attn_implementation("sdpa")
     assert_decoded_like_the_oracle(prompts, drops_of(prompts, pruning, LAYER), out)
+
+
+def halved(attention: Any) -> None:
+    """The attention of one rank of two, as `tp_plan` shards it: half of the heads, the other rank's part missing."""
+    for name, dim in (("q_proj", 0), ("k_proj", 0), ("v_proj", 0), ("o_proj", 1)):
+        weight = getattr(attention, name).weight
+        weight.data = weight.data.chunk(2, dim)[0].clone()
+
+
+@over_methods
+def test_a_rank_of_a_tensor_parallel_model_is_refused_where_attention_chooses(method: str) -> None:
+    """Each rank would see the attention of its own heads, and keep other tokens than the next."""
+    prompts = llava(2)
+    for layer in prompts.model.model.language_model.layers:
+        halved(layer.self_attn)
+    with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)) as pruning:
+        if method in IN_MODEL:
+            with pytest.raises(NotImplementedError, match="2 of 4 heads, so this model is tensor-parallel"):
+                logits_of(prompts)
+        else:  # chosen before the layers, alike on every rank
+            logits_of(prompts)
+            assert pruning.stats["after"] == [9, 9]
 
 
 # --- training and precision -------------------------------------------------------------------------------------------

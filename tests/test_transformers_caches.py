@@ -146,6 +146,55 @@ def test_a_second_turn_of_text_equals_the_float64_path(method: str, compact: boo
     torch.testing.assert_close(got.double(), want, **CLOSE)
 
 
+@over_four_and_compact
+def test_a_second_turn_through_generate_without_padding(method: str, compact: bool) -> None:
+    """generate leaves a mask without padding out: how much of the conversation is cached, the cache alone says."""
+    prompts = llava()
+    length = prompts.inputs["input_ids"].shape[1]
+    question = torch.tensor([text(6, torch.Generator().manual_seed(1))])
+    with prune_visual_tokens(prompts.model, method, 9, compact_cache=compact, **layer_of(method)) as pruning:
+        first = generate(prompts.model, prompts.inputs, 4)
+        kept = pruning.kept
+        cache = first.past_key_values
+        assert cache.get_seq_length() == length + 3  # the last generated token is not in it yet
+        for mask in (True, False):
+            ids = torch.cat([first.sequences, question], 1)
+            more = {"attention_mask": torch.ones_like(ids)} if mask else {}
+            out = generate(prompts.model, {"input_ids": ids, **more}, 3, past_key_values=copy.deepcopy(cache))
+            new = out.sequences[:, length:-1]
+            assert out.past_key_values.get_seq_length() == length + new.shape[1]
+            assert pruning.kept is kept
+            drops = drops_of(prompts, pruning, LAYER, compact)
+            numbers = renumbered(prompts, drops, new.shape[1]) if method == "adafv" else {}
+            want = oracle.logits(prompts, drops, new, **numbers)[:, -3:]
+            torch.testing.assert_close(torch.stack(out.logits, 1).double(), want, **CLOSE)
+
+
+@over_four_and_compact
+def test_a_pruned_cache_is_cropped_by_the_lengths_of_the_conversation(method: str, compact: bool) -> None:
+    prompts = llava(2)
+    length = prompts.inputs["input_ids"].shape[1]
+    turn, other = torch.tensor([[7, 8, 9], [11, 12, 13]]), torch.tensor([[5], [6]])
+    with torch.no_grad(), prune_visual_tokens(prompts.model, method, 9, compact_cache=compact, **layer_of(method)):
+        cache = prompts.model(**prompts.inputs).past_key_values
+        want = prompts.model(input_ids=other, past_key_values=copy.deepcopy(cache)).logits
+        for crop in (length, -3):
+            again = copy.deepcopy(cache)
+            prompts.model(input_ids=turn, past_key_values=again)
+            again.crop(length + 3)  # nothing
+            assert again.get_seq_length() == length + 3
+            again.crop(crop)
+            assert again.get_seq_length() == length
+            assert torch.equal(prompts.model(input_ids=other, past_key_values=again).logits, want)
+        again.reset()
+        assert again.get_seq_length() == 0
+        prompts.model(**prompts.inputs, past_key_values=again)  # and is filled once more
+        assert again.get_seq_length() == length
+        again.crop(-2)
+        with pytest.raises(RuntimeError, match="cropped, into its pruned prompt"):
+            prompts.model(input_ids=other, past_key_values=again)
+
+
 def test_padding_in_a_later_turn_is_masked() -> None:
     prompts = llava(2)
     mask = torch.cat([prompts.inputs["attention_mask"], torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])], 1)
@@ -213,10 +262,15 @@ def test_a_cache_whose_layers_were_cropped_to_one_length_is_an_error() -> None:
             prompts.model(input_ids=torch.tensor([[7]]), past_key_values=cache)
 
 
-def test_assisted_decoding_is_an_error() -> None:
+@pytest.mark.parametrize("method", ["coast", "divprune"])
+def test_assisted_decoding_is_an_error(method: str) -> None:
     """It puts guesses behind the prompt before the prompt is pruned, and crops the cache afterwards."""
     prompts = llava()
-    with prune_visual_tokens(prompts.model, "coast", 9, layer=LAYER):
+    ids = torch.tensor([text(9, torch.Generator().manual_seed(1))])
+    plain = generate(prompts.model, {"input_ids": ids}, 5, prompt_lookup_num_tokens=3, eos_token_id=2)
+    with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)):
         with pytest.raises(RuntimeError, match="assisted decoding"):
             generate(prompts.model, prompts.inputs, 12, prompt_lookup_num_tokens=3, eos_token_id=2)
         assert generate(prompts.model, prompts.inputs, 3).sequences.shape[1] == prompts.inputs["input_ids"].shape[1] + 3
+        inside = generate(prompts.model, {"input_ids": ids}, 5, prompt_lookup_num_tokens=3, eos_token_id=2)
+        assert torch.equal(inside.sequences, plain.sequences)  # text alone

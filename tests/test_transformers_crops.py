@@ -1,4 +1,5 @@
-"""prune_visual_tokens on models that see pictures in crops, tiles or frames: LLaVA-NeXT, LLaVA-OneVision, InternVL3."""
+"""prune_visual_tokens on models that see pictures in crops, tiles or frames, or in their own size: LLaVA-NeXT,
+LLaVA-OneVision, InternVL3, LLaVA with Pixtral."""
 
 import copy
 import inspect
@@ -11,11 +12,13 @@ import torch
 from torch import Tensor
 from vlm import oracle
 from vlm.models import Prompts
-from vlm.models_crops import FAMILIES, RAGGED, VIDEOS
+from vlm.models_crops import RAGGED
 from vlm.runs_crops import (
     BATCHES,
+    FAMILIES,
     IN_MODEL,
     SALIENCY,
+    VIDEOS,
     generate,
     layout_in,
     onevision_video_saliency,
@@ -257,19 +260,6 @@ def test_leaving_the_block_restores_the_model(family: str) -> None:
         fail()
     assert vars(core) == before
     assert torch.equal(generate(prompts, 2)[1], logits)
-
-
-@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
-def test_pictures_encoded_outside_the_block_are_refused(family: str) -> None:
-    prompts = prompts_of(family, "ragged")
-    if not beams_are_repeated_after_encoding(prompts):
-        pytest.skip("this version of transformers takes no encoded pictures")
-    text = {name: prompts.inputs[name] for name in ("input_ids", "attention_mask")}
-    pictures = {name: t for name, t in prompts.inputs.items() if name not in text}
-    with torch.no_grad():
-        encoded = prompts.model.get_image_features(**pictures, return_dict=True)
-        with pruned(prompts, "fastv", 5), pytest.raises(NotImplementedError, match="inside the block"):
-            prompts.model(**text, mm_encoder_outputs={"image": encoded})
 
 
 def test_pictures_encoded_inside_the_block_are_pruned() -> None:

@@ -1,4 +1,4 @@
-"""Where the visual tokens of LLaVA-NeXT, LLaVA-OneVision and InternVL3 lie, against examples made by hand."""
+"""Where the visual tokens of pictures of several sizes lie, against examples made by hand."""
 
 from typing import Any
 
@@ -6,8 +6,7 @@ import pytest
 import torch
 from PIL import Image
 from vlm.models import Prompts
-from vlm.models_crops import FAMILIES
-from vlm.runs_crops import generate, layout_in, prompts_of, pruned
+from vlm.runs_crops import FAMILIES, generate, layout_in, prompts_of, pruned
 
 
 def layout_for(prompts: Prompts) -> Any:
@@ -27,12 +26,13 @@ def check_layout(layout: Any, b: int, expected: list[tuple[Any, ...]]) -> None:
         )
 
 
-def whole(side: int, group: int, image: int, grid: tuple[int, int] | None = None) -> list[tuple[Any, ...]]:
-    """A square grid that sees all of a picture."""
+def whole(grid: int | tuple[int, int], group: int, image: int) -> list[tuple[Any, ...]]:
+    """A grid that sees all of a picture; a number is the side of a square."""
+    rows, columns = (grid, grid) if isinstance(grid, int) else grid
     return [
-        (r, c, (side, side), group, image, (c / side, r / side, (c + 1) / side, (r + 1) / side))
-        for r in range(side)
-        for c in range(side)
+        (r, c, (rows, columns), group, image, (c / columns, r / rows, (c + 1) / columns, (r + 1) / rows))
+        for r in range(rows)
+        for c in range(columns)
     ]
 
 
@@ -135,6 +135,13 @@ def test_layout_of_internvl_frames() -> None:
     check_layout(layout, 1, internvl_tiles(2, 1, 0, 0) + whole(4, 3, 1) + whole(4, 4, 2))
 
 
+def test_layout_of_pixtral_is_that_of_each_pictures_own_size() -> None:
+    # 36 patches that are no 6 x 6, and 40 that are no square at all, padded to 20 x 36 pixels in one batch.
+    layout = layout_for(FAMILIES["pixtral"]([[(16, 36), (20, 32)], [(36, 16)]]))
+    check_layout(layout, 0, whole((4, 9), 0, 0) + whole((5, 8), 1, 1))
+    check_layout(layout, 1, whole((9, 4), 0, 0))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_overlay_brightens_what_the_kept_tokens_see(family: str) -> None:
     prompts = prompts_of(family, "single")
@@ -142,6 +149,8 @@ def test_overlay_brightens_what_the_kept_tokens_see(family: str) -> None:
         boxes = [token[-1] for token in next_wide(0, 0)]
     elif family == "internvl":
         boxes = [token[-1] for token in internvl_tiles(1, 3, 0, 0)]
+    elif family == "pixtral":
+        boxes = [token[-1] for token in whole((5, 11), 0, 0)]
     else:
         boxes = [(c / 5, r / 5, (c + 1) / 5, (r + 1) / 5) for r in range(5) for c in range(5)]
         boxes += [

@@ -1,5 +1,6 @@
 """Where pruning inside a model usually goes wrong: prompts, and the ways to generate."""
 
+import copy
 import inspect
 from typing import Any
 
@@ -272,3 +273,31 @@ def test_features_encoded_beforehand_are_pruned_too() -> None:
     assert torch.equal(out.sequences, want.sequences)
     with prune_visual_tokens(prompts.model, "adafv", 9), pytest.raises(RuntimeError, match="vision tower to run"):
         generate(prompts.model, inputs, 3, mm_encoder_outputs={"image": features})
+
+
+@over_four
+@pytest.mark.parametrize("through", ["keyword", "config", "model"])
+def test_a_prefill_in_chunks_is_refused_by_name(method: str, through: str) -> None:
+    """The picture would come in one chunk, and the question about it in the next."""
+    prompts = llava(2, ragged=True)
+    length = prompts.inputs["input_ids"].shape[1]
+    ids = torch.tensor([text(9, torch.Generator().manual_seed(1))])
+    plain = generate(prompts.model, {"input_ids": ids}, 3)
+
+    def chunked(inputs: dict[str, Tensor], size: int) -> Any:
+        own = prompts.model.generation_config
+        if through == "keyword":
+            return generate(prompts.model, inputs, 3, prefill_chunk_size=size)
+        config = own if through == "model" else copy.deepcopy(own)
+        config.prefill_chunk_size = size
+        try:
+            return generate(prompts.model, inputs, 3, **({"generation_config": config} if through == "config" else {}))
+        finally:
+            own.prefill_chunk_size = None
+
+    with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)) as pruning:
+        for size in (length - 1, length // 2, 4):
+            with pytest.raises(NotImplementedError, match=f"prefill_chunk_size={size}"):
+                chunked(prompts.inputs, size)
+        assert pruning.kept is None
+        assert torch.equal(chunked({"input_ids": ids}, 4).sequences, plain.sequences)  # text alone

@@ -4,7 +4,7 @@ A picture is its height and width in pixels. Its prompt has as many placeholders
 features.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ RAGGED: Pictures = [[(20, 44)], [(50, 30)]]
 SEVERAL: Pictures = [[(20, 44), (16, 16)], [(30, 18)]]
 
 
-def _model(kind: type, config: Any, attention: str) -> Any:
+def random_model(kind: type, config: Any, attention: str) -> Any:
     torch.manual_seed(7)
     model = kind(config).eval()
     # Fresh norms and class tokens are ones and zeros, and attention is nearly uniform: both hide mistakes.
@@ -62,18 +62,20 @@ def _crops(size: tuple[int, int], pinpoints: list[list[int]], side: int) -> int:
     return 1 + height // side * (width // side)
 
 
-def llava_next(pictures: Pictures = SINGLE, *, attention: str = "sdpa") -> Prompts:
+def llava_next(
+    pictures: Pictures = SINGLE, *, attention: str = "sdpa", vision: Any = None, language: Any = None, **more: Any
+) -> Prompts:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
     side, pinpoints = 16, [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]
-    vision = CLIPVisionConfig(
+    clip = CLIPVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=side, patch_size=4
     )
     config = LlavaNextConfig(
-        vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_index=IMAGE, image_grid_pinpoints=pinpoints,
-        image_seq_length=16,
+        vision_config=vision or clip, text_config=language or LlamaConfig(**TEXT), image_token_index=IMAGE,
+        image_grid_pinpoints=pinpoints, image_seq_length=16, **more,
     )  # fmt: skip
-    model = _model(LlavaNextForConditionalGeneration, config, attention)
+    model = random_model(LlavaNextForConditionalGeneration, config, attention)
     draw = torch.Generator().manual_seed(3)
     sizes = [size for sample in pictures for size in sample]
     pixels = _stacked([_pixels(_crops(size, pinpoints, side), side, draw) for size in sizes])
@@ -106,7 +108,7 @@ def _onevision(attention: str) -> Any:
         vision_config=vision, text_config=Qwen2Config(**TEXT), image_token_index=IMAGE, video_token_index=VIDEO,
         image_grid_pinpoints=pinpoints, vision_aspect_ratio="anyres_max_2",
     )  # fmt: skip
-    return _model(LlavaOnevisionForConditionalGeneration, config, attention)
+    return random_model(LlavaOnevisionForConditionalGeneration, config, attention)
 
 
 def llava_onevision(pictures: Pictures = SINGLE, *, attention: str = "sdpa") -> Prompts:
@@ -159,7 +161,7 @@ def _internvl(attention: str) -> Any:
         vision_config=vision, text_config=Qwen2Config(**TEXT), image_token_id=IMAGE, image_seq_length=16,
         tie_word_embeddings=False,
     )  # fmt: skip
-    return _model(InternVLForConditionalGeneration, config, attention)
+    return random_model(InternVLForConditionalGeneration, config, attention)
 
 
 def tiled(picture: Tensor, rows: int, columns: int, side: int = 16) -> Tensor:
@@ -197,11 +199,3 @@ def internvl_video(*, attention: str = "sdpa") -> Prompts:
     ids = _prompts([[16] * 3, [48, 16, 16]], [IMAGE] * 6, draw)
     pixels = torch.cat([_pixels(3, 16, draw), picture, _pixels(2, 16, draw)])
     return Prompts(model, {**ids, "pixel_values": pixels}, IMAGE)
-
-
-FAMILIES: dict[str, Callable[..., Prompts]] = {
-    "llava_next": llava_next, "llava_onevision": llava_onevision, "internvl": internvl,
-}  # fmt: skip
-VIDEOS: dict[str, Callable[..., Prompts]] = {
-    "llava_onevision": llava_onevision_video, "internvl": internvl_video,
-}  # fmt: skip

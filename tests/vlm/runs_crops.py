@@ -1,7 +1,9 @@
-"""Running the models of models_crops.py inside a block, and how salient their tokens are, computed by hand."""
+"""Running models whose pictures differ in size inside a block, and how salient their tokens are, computed by hand."""
 
 import functools
+import inspect
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +13,22 @@ from tokenprune_kernels.integrations.transformers import prune_visual_tokens
 
 from . import oracle
 from .models import Prompts
-from .models_crops import FAMILIES, RAGGED, SEVERAL, SINGLE, VIDEOS
+from .models_crops import (
+    RAGGED,
+    SEVERAL,
+    SINGLE,
+    internvl,
+    internvl_video,
+    llava_next,
+    llava_onevision,
+    llava_onevision_video,
+)
+from .models_towers import pixtral
 
+FAMILIES: dict[str, Callable[..., Prompts]] = {
+    "llava_next": llava_next, "llava_onevision": llava_onevision, "internvl": internvl, "pixtral": pixtral,
+}  # fmt: skip
+VIDEOS: dict[str, Callable[..., Prompts]] = {"llava_onevision": llava_onevision_video, "internvl": internvl_video}
 BATCHES = {"single": SINGLE, "ragged": RAGGED, "several": SEVERAL, "beside text alone": [[], [(20, 44)]]}
 IN_MODEL = ("coast", "sts", "adaptprune", "fastv")
 
@@ -40,7 +56,7 @@ def generate(prompts: Prompts, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def layout_in(pruning: Any) -> Any:
-    return pruning._hooks.report.layout
+    return pruning._hooks.report.layout()
 
 
 def vision_weights(prompts: Prompts, attention: str, layer: int) -> list[Tensor]:
@@ -48,10 +64,14 @@ def vision_weights(prompts: Prompts, attention: str, layer: int) -> list[Tensor]
     exact = oracle.in_float64(prompts)
     exact.model.set_attn_implementation("eager")
     tower = exact.model.model.vision_tower
-    encoder = getattr(tower, "vision_model", tower).encoder
+    body = getattr(tower, "vision_model", tower)
+    encoder = body.transformer if hasattr(body, "transformer") else body.encoder
     seen: list[Tensor] = []
     module = getattr(list(getattr(encoder, "layers", None) or encoder.layer)[layer], attention)
     module.register_forward_hook(lambda m, a, output: seen.append(output[1]))
+    if "output_attentions" in inspect.signature(module.forward).parameters:  # Pixtral until transformers 5.11 or so
+        asked = {"output_attentions": True}
+        module.register_forward_pre_hook(lambda m, args, given: (args, {**given, **asked}), with_kwargs=True)
     with torch.no_grad():
         exact.model(**exact.inputs)
     return seen
@@ -117,6 +137,14 @@ def onevision_video_saliency(prompts: Prompts) -> list[Tensor]:
     return [videos[0], torch.cat([picture, videos[1]])]
 
 
+def pixtral_saliency(prompts: Prompts) -> list[Tensor]:
+    """RAGGED is 5 x 11 patches and 12 x 7, one sequence in which each sees itself."""
+    (weights,) = vision_weights(prompts, "attention", -1)
+    assert weights.shape[2:] == (55 + 84, 55 + 84)
+    return [weights[0, :, :55, :55].mean((0, 1)), weights[0, :, 55:, 55:].mean((0, 1))]
+
+
 SALIENCY = {
     "llava_next": llava_next_saliency, "llava_onevision": llava_onevision_saliency, "internvl": internvl_saliency,
+    "pixtral": pixtral_saliency,
 }  # fmt: skip

@@ -4,8 +4,10 @@ transformers looks its attention function and its mask function up by the name i
 block the name is ours; behind it the user's own function (sdpa, FlashAttention, flex or eager) does the attention.
 """
 
+import copy
 import itertools
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -47,66 +49,122 @@ def _lse(result: Any, query: Tensor) -> Tensor | None:
     return None
 
 
-class ShownAttention:
-    """Puts a name of ours into a config, and takes it out again.
+def _check_all_heads(module: nn.Module, query: Tensor, config: Any) -> None:
+    heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None)
+    if heads is not None and query.shape[1] < heads:
+        raise NotImplementedError(
+            f"prune_visual_tokens: {type(module).__name__} gives its attention {query.shape[1]} of {heads} heads, so "
+            "this model is tensor-parallel: its ranks would keep different tokens. Methods that work before the "
+            "language model and read no attention (divprune, zspaprune, random) do not have to see all heads"
+        )
 
-    The name is new each time: compiled code depends on it, so that code compiled outside the block, or for another
-    block, does not run inside.
+
+def _with_config(module: nn.Module, config: Any) -> nn.Module:
+    """The module in every respect but this one. The config itself cannot change: other threads read it meanwhile."""
+    twin: nn.Module = object.__new__(type(module))
+    vars(twin).update(vars(module), config=config)
+    return twin
+
+
+class _Shown:
+    """One config that bears a name of ours, and the blocks whose probes are behind it.
+
+    The name is new each time: compiled code depends on it, so that code compiled outside a block, or for another
+    block, does not run inside. Old names stay registered to the last, for calls in other threads that have read them.
     """
 
-    def __init__(self, config: Any, probes: dict[nn.Module, Probe]) -> None:
-        self._config, self._probes = config, probes
-        self._before: str | None = None
-        self._name = ""
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.base: str = config._attn_implementation
+        self.names: list[str] = []
+        self.blocks: list[ShownAttention] = []
 
-    def install(self) -> None:
-        name = self._config._attn_implementation
-        if name.startswith(_PREFIX + "|"):
-            raise RuntimeError(
-                "prune_visual_tokens: this model, or one that shares its config, is being pruned already; "
-                "leave that block first"
-            )
+    def rename(self) -> None:
+        self.base = base_of(self.config._attn_implementation)
         # No "flash" of our own: transformers decides by that word in the name which arguments attention gets.
-        self._name = f"{_PREFIX}|{next(_numbers)}|{name}"
-        ALL_ATTENTION_FUNCTIONS.register(self._name, self._function(name))
+        name = f"{_PREFIX}|{next(_numbers)}|{self.base}"
+        ALL_ATTENTION_FUNCTIONS.register(name, self._function())
         # A name without a mask function would lose the padding silently.
-        if name in ALL_MASK_ATTENTION_FUNCTIONS:
-            ALL_MASK_ATTENTION_FUNCTIONS.register(self._name, ALL_MASK_ATTENTION_FUNCTIONS[name])
-        self._before = name
-        self._config._attn_implementation = self._name
+        if self.base in ALL_MASK_ATTENTION_FUNCTIONS:
+            ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS[self.base])
+        self.names.append(name)
+        self.config._attn_implementation = name
 
-    def remove(self) -> None:
-        if self._before is None:
-            return
-        self._config._attn_implementation = self._before
-        self._before = None
-        for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
-            registry._global_mapping.pop(self._name, None)
+    def forget(self) -> None:
+        self.config._attn_implementation = base_of(self.config._attn_implementation)
+        for name in self.names:
+            for registry in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+                registry._global_mapping.pop(name, None)
 
-    def _function(self, name: str) -> Callable[..., Any]:
+    def _function(self) -> Callable[..., Any]:
+        name, config = self.base, self.config
         registered = None if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
-        probes = self._probes
-
-        config = self._config
+        probes: dict[nn.Module, list[Probe]] = {}
+        for block in self.blocks:
+            for module, probe in block.probes.items():
+                probes.setdefault(module, []).append(probe)
         # FlashAttention and functions beside transformers' own look their name up again: they find the user's.
-        reads_name = name not in ("eager", "sdpa", "flex_attention")
+        users_config = None
+        if name not in ("eager", "sdpa", "flex_attention"):
+            users_config = copy.copy(config)
+            users_config._attn_implementation = name
+        uncompiled = torch.compiler.disable(_with_config)
 
         def attend(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
         ) -> Any:
             function = _eager_of(module) if registered is None else registered
-            ours = config._attn_implementation
-            if reads_name:
-                config._attn_implementation = name
-            try:
-                result = function(module, query, key, value, attention_mask, *args, **kwargs)
-            finally:
-                if reads_name:
-                    config._attn_implementation = ours
-            probe = probes.get(module)
-            if probe is not None:
+            told = module if users_config is None else uncompiled(module, users_config)
+            result = function(told, query, key, value, attention_mask, *args, **kwargs)
+            found = probes.get(module)
+            if found is not None:
+                _check_all_heads(module, query, config)
                 scale = kwargs.get("scaling")
-                probe(query, key, query.shape[-1] ** -0.5 if scale is None else scale, _lse(result, query), kwargs)
+                for probe in found:
+                    probe(query, key, query.shape[-1] ** -0.5 if scale is None else scale, _lse(result, query), kwargs)
             return result
 
         return attend
+
+
+_shown: dict[int, _Shown] = {}  # by the id of its config, which it keeps alive
+_lock = threading.RLock()
+
+
+class ShownAttention:
+    """Puts a name of ours into a config, and takes it out again. shared: other blocks may probe this config too."""
+
+    def __init__(self, config: Any, probes: dict[nn.Module, Probe], *, shared: bool = False) -> None:
+        self.config, self.probes, self.shared = config, probes, shared
+
+    def install(self) -> None:
+        with _lock:
+            there = _shown.get(id(self.config))
+            if there is not None and not (self.shared and all(block.shared for block in there.blocks)):
+                raise RuntimeError(
+                    "prune_visual_tokens: this model, or one that shares its config, is being pruned already; "
+                    "leave that block first"
+                )
+            there = _shown.setdefault(id(self.config), _Shown(self.config))
+            there.blocks.append(self)
+            there.rename()
+
+    def follow(self) -> None:
+        """The user's set_attn_implementation inside the block put another name there: go on in front of that one."""
+        there = _shown.get(id(self.config))
+        if there is not None and self.config._attn_implementation != there.names[-1]:
+            with _lock:
+                if self.config._attn_implementation not in there.names:
+                    there.rename()
+
+    def remove(self) -> None:
+        with _lock:
+            there = _shown.get(id(self.config))
+            if there is None or self not in there.blocks:
+                return
+            there.blocks.remove(self)
+            if there.blocks:
+                there.rename()
+            else:
+                there.forget()
+                del _shown[id(self.config)]

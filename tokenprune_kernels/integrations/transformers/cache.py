@@ -8,7 +8,6 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ... import gather_compact
-from .families import Inputs
 from .tokens import Tokens
 
 # An attribute of the cache itself: it goes with copies of it, and from one block to the next.
@@ -61,8 +60,28 @@ class Pruned:
         return Pruned(self.length, segments, self.next_position.expand(*self.next_position.shape[:-1], batch))
 
 
-def remember(cache: Any, pruned: Pruned) -> None:
+class PrunedCache(DynamicCache):
+    """What a cache becomes when a pruned prompt is in it: its length is that of the conversation.
+
+    generate cuts off as much of a conversation as this length says; a layer's cache may hold less.
+    """
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        pruned = pruned_of(self)
+        if pruned is None or layer_idx:
+            return super().get_seq_length(layer_idx)
+        return pruned.length + pruned.since(self)
+
+    def crop(self, length: int) -> None:
+        """As versions before 5.20 have it: to a length of the conversation, or by so many tokens if it is negative."""
+        surplus = self.get_seq_length() - length if length > 0 else -length
+        if surplus > 0:
+            super().crop(-surplus)
+
+
+def remember(cache: DynamicCache, pruned: Pruned) -> None:
     setattr(cache, _MARK, pruned)
+    cache.__class__ = PrunedCache  # the caller's object, who will hand it to generate
 
 
 def pruned_of(cache: Any) -> Pruned | None:
@@ -70,26 +89,12 @@ def pruned_of(cache: Any) -> Pruned | None:
     return pruned if pruned is not None and layer_length(cache, 0) else None  # empty: it was reset
 
 
-def only_new(inputs: Inputs, ids: Tensor, seen: int) -> Inputs:
-    """The multimodal model's arguments for the columns after the first `seen`, where the mask tells there are others.
-
-    generate cuts off as much of a conversation as is in the first layer's cache: too little where that was pruned.
-    """
-    mask = inputs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or not 0 < mask.shape[1] - seen < ids.shape[1]:
-        return inputs
-    names = ("input_ids", "position_ids", "token_type_ids", "mm_token_type_ids")
-    given = {n: inputs[n] for n in names if isinstance(inputs.get(n), Tensor)}
-    new = mask.shape[1] - seen
-    return {**inputs, **{n: t[..., -new:] for n, t in given.items() if t.shape[-1] == ids.shape[1]}}
-
-
 def check_cache(cache: Any, *, compact: bool) -> None:
     """Layers must be free to have different lengths, and hold their keys and values as they are."""
     if cache is None:
         return
     others = {type(layer).__name__ for layer in getattr(cache, "layers", []) if type(layer) is not DynamicLayer}
-    if type(cache) is not DynamicCache or others:
+    if type(cache) not in (DynamicCache, PrunedCache) or others:
         what = ", ".join(sorted(others)) or type(cache).__name__
         raise NotImplementedError(f"prune_visual_tokens: the cache must be a DynamicCache of DynamicLayers, got {what}")
     if compact and getattr(cache, "offloading", False):

@@ -13,6 +13,7 @@ from .tokens import Tokens
 
 BEFORE_THE_MODEL = ("adafv", "zspaprune", "divprune", "random", "sts_structure")
 ON_ATTENTION = ("coast", "sts_semantics", "adaptprune", "fastv")
+ON_LAYOUT = ("adaptprune", "sts_structure")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Moment:
     tokens: Tokens
     hidden: Tensor  # [B, L, C]
     layer: Any  # the decoder layer, a module
-    layout: Layout | None  # of the unpruned visual tokens, on the device
+    layout: Layout | None  # of the unpruned visual tokens, on the device; for the methods of ON_LAYOUT
     shown: Shown | None
     saliency: Tensor | None  # [B, V] of the unpruned visual tokens
     generator: torch.Generator | None
@@ -167,6 +168,15 @@ _METHODS: dict[str, Callable[[Moment, int], Tensor]] = {
     "sts_structure": _sts_structure, "adafv": _adafv, "zspaprune": _zspaprune, "divprune": _divprune,
     "random": _random,
 }  # fmt: skip
+
+
+def check_layer(method: str, layer: Any) -> None:
+    """Whether a decoder layer has what a method asks of it."""
+    if method == "adaptprune" and not hasattr(layer.self_attn, "k_proj"):
+        raise NotImplementedError(
+            f"prune_visual_tokens: adaptprune compares keys before RoPE, and {type(layer.self_attn).__name__} has no "
+            "k_proj that makes them alone"
+        )
 
 
 def choose(method: str, moment: Moment, budgets: list[int]) -> Tensor:

@@ -1,7 +1,7 @@
 """DeepStack (Qwen3-VL): features of inner vision layers that are added to the visual tokens after the first layers.
 
 The model's loop would add them to the columns the visual tokens had before pruning. So they are taken out of its
-arguments, and added here.
+arguments, and added in front of the next layer: what a layer itself gives is what transformers records of it.
 """
 
 from dataclasses import dataclass
@@ -31,8 +31,8 @@ class DeepStack:
         return cls(gather_compact(features, place, dims=[1] * len(features)))
 
     def added(self, layer: int, hidden: Tensor, tokens: Tokens) -> Tensor:
-        """The hidden states after a layer, with its features added where visual tokens are left."""
-        if layer >= len(self.features):
+        """The hidden states behind a layer, with its features added where visual tokens are left."""
+        if not 0 <= layer < len(self.features):
             return hidden
         place = (
             gather_compact([tokens.origin + 1], tokens.slot, dims=[1])[0] - 1

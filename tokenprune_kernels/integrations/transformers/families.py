@@ -74,6 +74,10 @@ def layout_of(samples: Sequence[Sequence[Patches]], most: int) -> Layout:
     return layout
 
 
+# Nothing large: they are kept until somebody asks for the layout.
+LAYOUT_INPUTS = ("input_ids", "attention_mask", "position_ids", "image_grid_thw", "video_grid_thw")
+
+
 @dataclass(frozen=True)
 class Family:
     """Where things are in the models of a family, and how their visual tokens are laid out."""
@@ -85,7 +89,7 @@ class Family:
     decoder: Callable[[Model], Model]
     # the ids that stand for visual tokens in input_ids
     visual_ids: Callable[[Any], tuple[int, ...]]
-    # (core, inputs, visual tokens per sample) -> layout
+    # (core, inputs, visual tokens per sample) -> layout; of the forward's arguments, it may read LAYOUT_INPUTS
     layout: Callable[[Model, Inputs, list[int]], Layout]
     # what AdaFV's saliency needs of the vision tower; None: unsupported
     saliency: "Callable[[Model], Saliency] | None"
@@ -104,11 +108,18 @@ class Saliency:
 
     def __init__(self, config: Any, attention: nn.Module) -> None:
         self.config, self.attention = config, attention
-        self.seen: list[Tensor] = []  # of the calls of the attention in the present forward, in order
-        self._encoded: tuple[list[Any], Tensor] | None = None  # the features of the last prompt, and their saliency
+        self.written_down: Callable[[], list[Any]] = list
+
+    @property
+    def seen(self) -> list[Any]:
+        """Of the calls of the attention while the pictures of the present call were encoded, in order.
+
+        generate encodes once; without a cache, every step is a prompt of the same features, with what was seen then.
+        """
+        return self.written_down()
 
     def see(self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None, keywords: dict[str, Any]) -> None:
-        """A probe: reduce one call of the attention to a vector, and remember it."""
+        """A probe: remember in `seen` what `read` needs of one call of the attention."""
         raise NotImplementedError
 
     def read(self, core: Model, inputs: Inputs, counts: list[int]) -> Tensor:
@@ -116,14 +127,9 @@ class Saliency:
         raise NotImplementedError
 
     def of_prompt(self, core: Model, inputs: Inputs, counts: list[int]) -> Tensor:
-        """What the tower showed for this prompt, or for an earlier one with the very same features: without a cache,
-        generate encodes once and every step is a prompt."""
-        features = list((inputs.get("mm_encoder_outputs") or {}).values())
-        if self.seen:
-            self._encoded = features, self.read(core, inputs, counts)
-        elif self._encoded is None or not features or list(map(id, features)) != list(map(id, self._encoded[0])):
+        if not self.seen:
             raise RuntimeError("prune_visual_tokens: adafv needs the vision tower to run inside the block")
-        return self._encoded[1]
+        return self.read(core, inputs, counts)
 
 
 def beam_copies(shown: int, counts: list[int]) -> int:
@@ -159,9 +165,17 @@ def register_family(family: Family, *model_types: str) -> None:
         _FAMILIES[model_type] = family
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model, which passes attributes on and calls the forward of what it wraps."""
+    while hasattr(type(model), "get_base_model"):
+        model = model.get_base_model()  # type: ignore[operator]
+    return model
+
+
 def family_of(model: nn.Module) -> Family:
     """The family of a model, or an error that names what is supported."""
-    return family_of_type(getattr(getattr(model, "config", None), "model_type", None), type(model).__name__)
+    config = getattr(unwrapped(model), "config", None)
+    return family_of_type(getattr(config, "model_type", None), type(model).__name__)
 
 
 def family_of_type(model_type: str | None, called: str) -> Family:

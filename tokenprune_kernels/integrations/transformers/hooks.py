@@ -1,74 +1,33 @@
-"""The hooks of one block: they watch the prompt arrive, drop tokens in front of a layer, and keep decoding in step.
+"""What a block puts into a model: hooks that watch the calls, and take them to the prefill or the decoding they are.
 
-A prefill is a call of the decoder with an empty cache. In front of a pruning layer the hidden states, the rotary
-embeddings and the padding lose the dropped columns; every later layer gets the shortened ones in place of what the
-model's loop hands it. Decoding needs two corrections: the position of new tokens, and the mask of layers whose cache is
-shorter than the first layer's.
+Whatever changes from one call to the next is in `Calls`, of each thread its own: a block serves several threads, and a
+forward may run inside another.
 """
 
-import inspect
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
-from ... import gather_compact
-from ..._backend import served_by
-from .attention import Probe, ShownAttention
-from .cache import Pruned, Segment, check_cache, compact_layers, layer_length, only_new, pruned_of, remember
-from .choose import ON_ATTENTION, Moment, Shown, choose
-from .deepstack import DeepStack
-from .families import Family, Inputs, Layout, Saliency
-from .masks import causal_mask, check_full_attention, check_one_sequence
+from .attention import ShownAttention
+from .cache import pruned_of
+from .calls import Calls, ModelCall, Prompt
+from .choose import ON_ATTENTION, Shown
+from .copies import leave_out_of_copies, ours
+from .decode import Decode, begin_decode, decode_layer
+from .families import Family, Inputs, unwrapped
+from .interface import Arguments, arguments_of
+from .masks import check_full_attention
+from .prefill import PICTURE_LATER, Draws, Plan, Prefill, Stage, begin_prefill, end_prefill, prefill_layer
 from .report import Report
-from .tokens import Tokens, keep, read_prompt
-from .watch import Watch
+from .watch import watches_of
 
-_PICTURE_LATER = (
-    "prune_visual_tokens: pictures must come in the first forward on an empty cache, not in a later turn or chunk"
-)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Tokens are chosen in front of decoder layer `layer`; `budget` maps a prompt's visual tokens to how many stay."""
-
-    layer: int
-    method: str
-    budget: Callable[[int], int]
-
-
-@dataclass
-class Prompt:
-    """What the multimodal model was called with."""
-
-    inputs: Inputs
-    is_visual: Tensor  # [B, L] bool
-
-
-@dataclass
-class Prefill:
-    tokens: Tokens  # in front of the current layer
-    original: Tokens
-    next_position: Tensor
-    prompt: Prompt
-    deepstack: DeepStack | None
-    segments: list[Segment] = field(default_factory=list)
-    shown: Shown | None = None
-    columns: Tensor | None = None  # of the last pruning, into the sequence before it
-    # What the layers get instead of the model's, after the first pruning.
-    replaced: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Decode:
-    pruned: Pruned
-    queries: int
-    given_mask: Tensor | None
-    masks: dict[int, Any] = field(default_factory=dict)  # by a segment's first layer
+# (the arguments by name) -> those that forward gets instead, or None
+Hook = Callable[[Inputs], Inputs | None]
 
 
 class Hooks:
@@ -76,18 +35,20 @@ class Hooks:
         self, model: nn.Module, family: Family, core: nn.Module, decoder: nn.Module, stages: list[Stage], *,
         renumber: bool, compact_cache: bool, seed: int | None, options: dict[str, Any],
     ) -> None:  # fmt: skip
-        self.report = Report()
-        self._model, self._family, self._core = model, family, core
+        self.report = Report()  # of the prefill that was finished last
+        # Each may be what is called: a PEFT model skips the hooks of the model that it wraps, generate those of PEFT.
+        self._heads = [head for head in dict.fromkeys((model, unwrapped(model))) if head is not core]
+        self._model, self._core = unwrapped(model), core
         self._decoder: Any = decoder  # a module whose attributes depend on the family
-        self._stages = {stage.layer: stage for stage in stages}
-        self._renumber, self._compact_cache, self._seed, self._options = renumber, compact_cache, seed, options
-        self._handles: list[Any] = []
+        self._plan = Plan(
+            family, core, decoder, {stage.layer: stage for stage in stages},
+            renumber=renumber, compact_cache=compact_cache, seed=seed, options=options,
+        )  # fmt: skip
+        self._calls = Calls()
+        self._reporting = threading.Lock()
         self._attention: list[ShownAttention] = []
-        self._watches = [Watch(core, name, what) for name, what in family.watched.items()]
-        self._saliency: Saliency | None = None
-        self._generator: torch.Generator | None = None
-        self._prompt: Prompt | None = None
-        self._now: Prefill | Decode | None = None
+        self._undo: list[Callable[[], None]] = []  # the last one first
+        self._touched: set[type] = set()  # the classes of what hooks and attributes are put into
 
     # --- entering and leaving --------------------------------------------------------------------------------------
 
@@ -99,63 +60,72 @@ class Hooks:
             raise
 
     def _install(self) -> None:
+        plan, layers = self._plan, self._decoder.layers
         check_full_attention(self._decoder.config)
-        layers = self._decoder.layers
-        probes: dict[nn.Module, Probe] = {}
-        for stage in self._stages.values():
-            if stage.method in ON_ATTENTION:
-                probes[layers[stage.layer - 1].self_attn] = self._see
-        self._attention.append(ShownAttention(self._decoder.config, probes))
-        if any(stage.method == "adafv" for stage in self._stages.values()):
-            assert self._family.saliency is not None
-            self._saliency = self._family.saliency(self._core)
-            self._attention.append(
-                ShownAttention(self._saliency.config, {self._saliency.attention: self._saliency.see})
-            )
-        for attention in list(self._attention):
-            attention.install()
-        for watch in self._watches:
+        takes = arguments_of(layers[0], "hidden_states", "attention_mask", "position_embeddings", "cache")
+        of_decoder = arguments_of(self._decoder, "inputs_embeds", "attention_mask", "position_ids", "cache")
+        of_core = arguments_of(self._core, "input_ids", "attention_mask", "position_ids", "cache")
+        probed = {s.layer - 1 for s in plan.stages.values() if s.method in ON_ATTENTION}
+        see = _uncompiled(self._see)
+        self._show(ShownAttention(self._decoder.config, {layers[index].self_attn: see for index in probed}))
+        if any(stage.method == "adafv" for stage in plan.stages.values()):
+            assert plan.family.saliency is not None
+            saliency = plan.family.saliency(self._core)
+            saliency.written_down = self._seen_of_pictures
+            self._plan = plan = replace(plan, saliency=saliency)
+            probe = _uncompiled(self._see_tower)
+            self._show(ShownAttention(saliency.config, {saliency.attention: probe}, shared=True))
+        for watch in watches_of(self._model, self._core, self._calls, plan.family.watched, self._follow):
+            self._undo.append(watch.remove)
             watch.install()
-        if self._seed is not None:
-            device = next(self._decoder.parameters()).device
-            self._generator = torch.Generator(device).manual_seed(self._seed)
-        if self._model is not self._core:
-            self._before(self._model, self._before_model)
-        self._before(self._core, self._before_core)
+        for head in self._heads:
+            self._before(head, arguments_of(head), self._before_head)
+        self._before(self._core, of_core, partial(self._before_core, of_core))
         self._after(self._core, self._after_core)
-        self._before(self._decoder, self._before_decoder)
+        self._before(self._decoder, of_decoder, partial(self._before_decoder, of_decoder))
         self._after(self._decoder, self._after_decoder)
         for index, layer in enumerate(layers):  # all of them: a cache may have been pruned by another method
-            self._before(layer, self._before_layer, index)
-        if "deepstack_visual_embeds" in inspect.signature(self._decoder.forward).parameters:
-            for index, layer in enumerate(layers):
-                hook = _uncompiled(lambda m, a, output, at=index: self._after_layer(at, output))
-                self._handles.append(layer.register_forward_hook(hook))
+            self._before(layer, takes, partial(self._before_layer, index, takes))
+        if "deepstack_visual_embeds" in of_decoder.names:
+            of_norm = arguments_of(self._decoder.norm)
+            self._before(self._decoder.norm, of_norm, partial(self._before_norm, of_norm))
+        self._undo.append(leave_out_of_copies(self._touched | {type(shown.config) for shown in self._attention}))
 
-    def _before(self, module: nn.Module, hook: Callable[..., Any], *where: int) -> None:
-        def run(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return hook(*where, m, args, kwargs)
+    def _show(self, attention: ShownAttention) -> None:
+        self._attention.append(attention)
+        self._undo.append(attention.remove)
+        attention.install()
 
-        self._handles.append(module.register_forward_pre_hook(_uncompiled(run), with_kwargs=True))
+    def _before(self, module: nn.Module, takes: Arguments, hook: Hook) -> None:
+        def run(m: nn.Module, args: tuple[Any, ...], kwargs: Inputs) -> Any:
+            inputs = hook(takes.bind(args, kwargs))
+            return None if inputs is None else takes.split(inputs, len(args))
 
-    def _after(self, module: nn.Module, hook: Callable[..., None]) -> None:
-        """Runs after an exception too."""
-        self._handles.append(module.register_forward_hook(_uncompiled(hook), with_kwargs=True, always_call=True))
+        self._touched.add(type(module))
+        self._undo.append(module.register_forward_pre_hook(_uncompiled(run), with_kwargs=True).remove)
+
+    def _after(self, module: nn.Module, hook: Callable[[bool], None]) -> None:
+        """Runs after an exception too: hook(whether forward came to its end)."""
+
+        def run(m: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            hook(output is not None)
+
+        self._undo.append(module.register_forward_hook(_uncompiled(run), always_call=True).remove)
 
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        while self._attention:
-            self._attention.pop().remove()
-        for watch in self._watches:
-            watch.remove()
-        self._prompt = self._now = self._saliency = None
+        while self._undo:
+            self._undo.pop()()
+        self._attention.clear()
+        self._calls = Calls()
+        self._plan = replace(self._plan, saliency=None, draws=Draws())
 
     # --- the prompt ------------------------------------------------------------------------------------------------
 
-    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = _bound(module, args, kwargs)
+    def _follow(self) -> None:
+        for attention in self._attention:
+            attention.follow()
+
+    def _before_head(self, inputs: Inputs) -> None:
         unfit = [n for n in ("labels", "logits_to_keep") if isinstance(inputs.get(n), Tensor)]
         ids = inputs.get("input_ids")
         if unfit and ids is not None and bool(self._is_visual(ids).any()):
@@ -165,253 +135,108 @@ class Hooks:
             )
 
     def _is_visual(self, ids: Tensor) -> Tensor:
-        visual = self._family.visual_ids(self._core.config)
+        visual = self._plan.family.visual_ids(self._core.config)
         is_visual = ids == visual[0]
         for other in visual[1:]:
             is_visual = is_visual | (ids == other)
         return is_visual
 
-    def _before_core(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._prompt = None
-        inputs = _bound(module, args, kwargs)
-        ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
-        pruned = pruned_of(cache)
-        if ids is None:
-            embeds = inputs.get("inputs_embeds")
-            if embeds is not None and embeds.shape[1] > 1 and (cache is None or not cache.get_seq_length()):
-                raise NotImplementedError("prune_visual_tokens: needs input_ids to find the visual tokens")
-            return None
-        changed = None
-        if pruned is not None:
-            inputs = only_new(inputs, ids, pruned.length + pruned.since(cache))
-            changed = None if inputs["input_ids"] is ids else ((), inputs)
-        ids = inputs["input_ids"]
-        if ids.shape[1] > 1:
-            self._prompt = Prompt(inputs, self._is_visual(ids))
-        return changed
+    def _before_core(self, takes: Arguments, inputs: Inputs) -> None:
+        call = ModelCall(None)
+        self._calls.models.append(call)
+        self._follow()
+        features = sorted((inputs.get("mm_encoder_outputs") or {}).items())  # the tower runs over images first
+        for pictures in self._calls.encoded_as([encoded for _, encoded in features]):
+            call.pictures.add(pictures)
+        ids, cache = inputs.get("input_ids"), takes.cache(inputs)
+        if ids is not None:
+            if ids.shape[1] > 1:
+                call.prompt = Prompt(inputs, self._is_visual(ids))
+            return
+        embeds = inputs.get("inputs_embeds")
+        if embeds is not None and embeds.shape[1] > 1 and (cache is None or not cache.get_seq_length()):
+            raise NotImplementedError("prune_visual_tokens: needs input_ids to find the visual tokens")
 
-    def _after_core(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self._prompt = None
+    def _after_core(self, ended: bool) -> None:
+        if not self._calls.models:  # another hook raised in front of ours
+            return
+        call = self._calls.models.pop()
+        if ended and call.prompt is not None and bool(call.prompt.is_visual.any()):
+            raise RuntimeError(
+                f"prune_visual_tokens: {type(self._core).__name__} did not call its {type(self._decoder).__name__}; "
+                "this version of transformers is not supported"
+            )
 
     # --- the decoder -----------------------------------------------------------------------------------------------
 
-    def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._now = None
-        prompt, self._prompt = self._prompt, None
-        inputs = _bound(module, args, kwargs)
-        embeds, cache = inputs.get("inputs_embeds"), inputs.get("past_key_values")
-        if embeds is None:
-            return None
+    def _before_decoder(self, takes: Arguments, inputs: Inputs) -> Inputs | None:
+        calls = self._calls
+        calls.decoders.append(None)
+        call = calls.models[-1] if calls.models else None
+        prompt = None
+        if call is not None:
+            prompt, call.prompt = call.prompt, None
+        cache = takes.cache(inputs)
         pruned = pruned_of(cache)
         if pruned is not None:
             if prompt is not None and bool(prompt.is_visual.any()):
-                raise NotImplementedError(_PICTURE_LATER)
-            pruned, queries = pruned.of_batch(embeds.shape[0]), embeds.shape[1]
-            self._now = Decode(pruned, queries, inputs.get("attention_mask"))
-            # Behind the prompt's last position, whatever the caches' lengths are.
-            step = torch.arange(queries, device=pruned.next_position.device) + pruned.since(cache)
-            inputs["position_ids"] = pruned.next_position.unsqueeze(-1) + step
-            if "cache_position" in inputs:  # of the first layer, which may be shorter than the caller knows
-                inputs["cache_position"] = None
-            return (), inputs
-        if prompt is None or embeds.shape[1] < 2:
-            return None
-        return (), self._begin(prompt, inputs)
-
-    def _begin(self, prompt: Prompt, inputs: Inputs) -> Inputs:
-        """A prefill; without visual tokens it is none of ours."""
-        mask, cache = inputs.get("attention_mask"), inputs.get("past_key_values")
-        fits = isinstance(mask, Tensor) and mask.shape == prompt.is_visual.shape
-        tokens = read_prompt(prompt.is_visual, mask.bool() if isinstance(mask, Tensor) and fits else None)
-        if not any(tokens.counts):
+                raise NotImplementedError(PICTURE_LATER)
+            calls.decoders[-1], inputs = begin_decode(pruned, inputs, cache)
             return inputs
-        check_cache(cache, compact=self._compact_cache)
-        if layer_length(cache, 0):
-            raise NotImplementedError(_PICTURE_LATER)
-        if mask is not None and not fits:
-            got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise NotImplementedError(f"prune_visual_tokens: the attention_mask must be [B, L] or absent, got {got}")
-        check_one_sequence(inputs.get("position_ids"), mask)
-        modules = (self._decoder, *self._decoder.layers)
-        if any(getattr(m, "gradient_checkpointing", False) and m.training for m in modules):
-            raise NotImplementedError("prune_visual_tokens: gradient checkpointing; switch it off or call model.eval()")
-        prompt.inputs = {**prompt.inputs, **{watch.name: watch.last for watch in self._watches}}
-        layout = self._family.layout(self._core, prompt.inputs, tokens.counts)
-        self.report.begin(tokens.slot.device, tokens.counts, layout)
-        deepstack = DeepStack.take(inputs, tokens)
-        counted = prompt.inputs.get("position_ids") is not None
-        self._now = Prefill(tokens, tokens, _next_position(inputs, tokens, counted), prompt, deepstack)
-        if deepstack is not None:
-            inputs = {**inputs, "deepstack_visual_embeds": None, "visual_pos_masks": None}
+        if call is None or prompt is None:
+            return None
+        takes.given(inputs, "inputs_embeds", "attention_mask", "position_ids", "cache")
+        asked = calls.asked[-1] if calls.asked else None
+        calls.decoders[-1], inputs = begin_prefill(self._plan, call, prompt, inputs, cache, asked)
         return inputs
 
-    def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        now, self._now = self._now, None
-        if self._saliency is not None:
-            self._saliency.seen.clear()
-        for watch in self._watches:
-            watch.last = None
-        if not isinstance(now, Prefill) or output is None:  # None: the forward raised
-            return
-        if not now.segments:
-            self.report.untouched(now.original.origin)
-            return
-        cache = getattr(output, "past_key_values", None)
-        if isinstance(output, tuple):  # return_dict=False
-            cache = next((part for part in output if isinstance(part, Cache)), None)
-        if cache is None:
-            return
-        last = now.segments[-1]
-        if self._compact_cache and last.first > 0 and now.columns is not None:
-            with self.report.clock("compact_ms"):
-                compact_layers(cache, range(last.first), now.columns)
-            now.segments = [Segment(0, last.tokens)]
-        remember(cache, Pruned(now.original.length, now.segments, now.next_position))
+    def _after_decoder(self, ended: bool) -> None:
+        now = self._calls.decoders.pop() if self._calls.decoders else None
+        if ended and isinstance(now, Prefill):
+            end_prefill(self._plan, now)
+            with self._reporting:
+                now.report.prefills = self.report.prefills + 1
+                self.report = now.report
 
     # --- the layers ------------------------------------------------------------------------------------------------
 
     def _see(self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None, keywords: dict[str, Any]) -> None:
-        if isinstance(self._now, Prefill):
-            self._now.shown = Shown(query, key, scale, lse)
+        now = self._calls.decoder
+        if isinstance(now, Prefill):
+            now.shown = Shown(query, key, scale, lse)
 
-    def _before_layer(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        now = self._now
+    def _see_tower(
+        self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None, keywords: dict[str, Any]
+    ) -> None:
+        """Not when the tower runs for another model that shares it."""
+        if self._calls.pictures is not None and self._plan.saliency is not None:
+            self._plan.saliency.see(query, key, scale, lse, keywords)
+
+    def _seen_of_pictures(self) -> list[Any]:
+        pictures = self._calls.pictures
+        return [] if pictures is None else pictures.saliency
+
+    def _before_layer(self, index: int, takes: Arguments, inputs: Inputs) -> Inputs | None:
+        now = self._calls.decoder
         if isinstance(now, Decode):
-            segment = now.pruned.segment_of(index)
-            if segment is None:
-                return None
-            if segment.first not in now.masks:
-                now.masks[segment.first] = self._decode_mask(now, segment, args, kwargs)
-            return args, {**kwargs, "attention_mask": now.masks[segment.first], "position_ids": None}
-        if not isinstance(now, Prefill):
-            return None
-        if index in self._stages:
-            args, kwargs = self._prune(now, self._stages[index], module, args, kwargs)
-        return args, {**kwargs, **now.replaced}
+            return decode_layer(self._decoder.config, now, index, takes, inputs)
+        if isinstance(now, Prefill):
+            return prefill_layer(self._plan, now, index, self._decoder.layers[index], takes, inputs)
+        return None
 
-    def _after_layer(self, index: int, output: Any) -> Any:
-        now = self._now
+    def _before_norm(self, takes: Arguments, inputs: Inputs) -> Inputs | None:
+        """Behind the last layer."""
+        now = self._calls.decoder
         if not isinstance(now, Prefill) or now.deepstack is None:
             return None
-        if isinstance(output, tuple):
-            return now.deepstack.added(index, output[0], now.tokens), *output[1:]
-        return now.deepstack.added(index, output, now.tokens)
-
-    def _prune(
-        self, now: Prefill, stage: Stage, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        tokens = now.tokens
-        budgets = [min(stage.budget(n), left) for n, left in zip(now.original.counts, tokens.counts, strict=True)]
-        if budgets == tokens.counts:
-            return args, kwargs
-        if stage.method in ON_ATTENTION and now.shown is None:
-            raise RuntimeError(
-                "prune_visual_tokens: the attention before the pruning layer was not seen; the attention "
-                "implementation must not change inside the block"
-            )
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        with torch.no_grad(), self.report.clock("select_ms"):
-            selected = choose(stage.method, self._moment(now, hidden.detach(), layer), budgets)
-            after, columns = keep(tokens, selected, budgets)
-        now.shown = None
-        with self.report.clock("compact_ms"):
-            hidden = self._compact(now, after, columns, hidden, kwargs)
-        now.tokens, now.columns = after, columns
-        now.segments.append(Segment(stage.layer, after))
-        self.report.pruned(stage.layer, after.counts, after.origin, served_by(hidden))
-        if args:
-            return (hidden, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": hidden}
-
-    def _moment(self, now: Prefill, hidden: Tensor, layer: nn.Module) -> Moment:
-        layout = self.report.layout
-        if layout is not None:
-            layout = Layout(*(t.to(hidden.device, non_blocking=True) for t in vars(layout).values()))
-        saliency = None
-        if self._saliency is not None:
-            saliency = self._saliency.of_prompt(self._core, now.prompt.inputs, now.original.counts).to(hidden.device)
-        return Moment(now.tokens, hidden, layer, layout, now.shown, saliency, self._generator, self._options)
-
-    def _compact(self, now: Prefill, after: Tokens, columns: Tensor, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """The hidden states without the dropped columns; what the layers get besides is left in `now.replaced`."""
-        given = {**kwargs, **now.replaced}
-        batch = hidden.shape[0]
-        rotary = [_with_batch(t, batch) for t in given["position_embeddings"]]
-        batch_dims = [t.dim() - 3 for t in rotary]  # [B, L, D] or, one for each axis of the image, [3, B, L, D]
-        hidden, *rotary = gather_compact(
-            [hidden, *rotary], columns, dims=[1, *(d + 1 for d in batch_dims)], batch_dims=[0, *batch_dims]
-        )
-        if self._renumber:
-            number = torch.arange(after.length, device=hidden.device).expand(batch, -1)
-            if after.real is not None:
-                number = (after.real.cumsum(1) - 1).clamp_min(0)
-            rotary = list(self._decoder.rotary_emb(hidden, position_ids=number))
-            now.next_position = number[:, -1] + 1
-        now.replaced = {
-            "position_embeddings": tuple(rotary),
-            # FlashAttention would take gaps in the positions for borders between packed sequences.
-            "position_ids": None,
-            "attention_mask": causal_mask(
-                self._decoder.config, batch=batch, queries=after.length, keys=after.length, padding=after.real,
-                dtype=hidden.dtype, device=hidden.device,
-            ),
-        }  # fmt: skip
-        if kwargs.get("cache_position") is not None:
-            now.replaced["cache_position"] = torch.arange(after.length, device=hidden.device)
-        return hidden
-
-    def _decode_mask(self, now: Decode, segment: Segment, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        tokens = segment.tokens
-        keys = layer_length(kwargs["past_key_values"], segment.first) + now.queries
-        batch, given, new = hidden.shape[0], now.given_mask, keys - tokens.length
-        real, after, padding = tokens.real, None, None
-        if isinstance(given, Tensor) and given.dim() == 2 and given.shape[1] >= new:
-            after = given[:, given.shape[1] - new :].bool()
-        if real is not None or after is not None:
-            flags = hidden.new_ones((batch, keys), dtype=torch.bool)
-            parts = (flags[:, : tokens.length] if real is None else real, flags[:, :new] if after is None else after)
-            padding = torch.cat(parts, 1)
-        return causal_mask(
-            self._decoder.config, batch=batch, queries=now.queries, keys=keys, padding=padding,
-            dtype=hidden.dtype, device=hidden.device,
-        )  # fmt: skip
+        name, last = takes.names[0], len(self._decoder.layers) - 1
+        return {**inputs, name: now.deepstack.added(last, inputs[name], now.tokens)}
 
 
 def _uncompiled(hook: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compile leaves hooks to Python: what they remember must not become part of a graph."""
-    kept_out: Callable[..., Any] = torch.compiler.disable(hook)
-    return kept_out
 
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return hook(*args, **kwargs)
 
-def _bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-    """All arguments by name."""
-    if not args:
-        return dict(kwargs)
-    names = [p for p in inspect.signature(module.forward).parameters if p != "self"]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def _with_batch(t: Tensor, batch: int) -> Tensor:
-    """Rotary embeddings are [1, L, D] when every sample has the same positions."""
-    return t.expand(*t.shape[:-3], batch, *t.shape[-2:])
-
-
-def _next_position(inputs: Inputs, tokens: Tokens, counted: bool) -> Tensor:
-    """Behind the prompt, as the model goes on.
-
-    generate counts positions itself (`counted`), on from the last column. Else the model adds its rope_deltas, behind
-    the largest position, which may be an image's. Of several rows, the first of four counts text; the others share it.
-    """
-    positions = inputs.get("position_ids")
-    batch = tokens.slot.shape[0]
-    if positions is None:
-        return torch.full((batch,), tokens.length, device=tokens.slot.device)
-    if counted:
-        last: Tensor = positions[..., -1] + 1
-        return last.expand(*last.shape[:-1], batch)
-    highest: Tensor = positions.amax(-1) + 1
-    if highest.dim() == 1:
-        return highest.expand(batch)
-    axes = highest[-3:].amax(0, keepdim=True).expand(3, -1)
-    return (torch.cat([highest[:-3], axes]) if len(highest) > 3 else axes).expand(-1, batch)
+    return ours(torch.compiler.disable(run))

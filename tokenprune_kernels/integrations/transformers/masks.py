@@ -52,10 +52,16 @@ def causal_mask(
         return None
     function = ALL_MASK_ATTENTION_FUNCTIONS[name]
     places: dict[str, Any]
-    if "cache_position" in inspect.signature(function).parameters:  # until transformers 5.11 or so
+    takes = inspect.signature(function).parameters
+    if "cache_position" in takes:  # until transformers 5.11 or so
         places = {"cache_position": torch.arange(keys - queries, keys, device=device)}
-    else:
+    elif "q_offset" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values()):
         places = {"q_length": queries, "q_offset": keys - queries, "device": device}
+    else:
+        raise NotImplementedError(
+            f"prune_visual_tokens: the mask function of {name!r} takes neither cache_position nor q_offset, only "
+            f"{', '.join(takes)}; this version of transformers is not supported"
+        )
     return function(
         batch_size=batch,
         kv_length=keys,

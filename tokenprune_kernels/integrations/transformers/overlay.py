@@ -14,6 +14,11 @@ def boxes_of(layout: Layout, kept: Tensor, sample: int, picture: int) -> Tensor:
     chosen = chosen[chosen >= 0]
     boxes = layout.boxes[sample].cpu()[chosen]
     boxes = boxes[layout.images[sample].cpu()[chosen] == picture]
+    if bool(boxes.isnan().any()):
+        raise NotImplementedError(
+            f"prune_visual_tokens: picture {picture} of sample {sample} came in tiles, and how they were arranged "
+            "cannot be told from them and their thumbnail"
+        )
     return boxes[(boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])]  # a newline token sees nothing
 
 

@@ -7,15 +7,23 @@ from typing import Any
 from torch import Tensor, nn
 
 from ... import methods
-from .families import Family, family_of
-from .hooks import Hooks, Stage
+from .choose import check_layer
+from .families import Family, family_of, unwrapped
+from .hooks import Hooks
+from .prefill import Stage
 
 METHODS = ("coast", "sts", "adafv", "zspaprune", "adaptprune", "fastv", "divprune", "random")
 IN_MODEL = ("coast", "sts", "adaptprune", "fastv")
 
 
+def as_python(number: Any) -> Any:
+    """The scalars of NumPy and torch as Python's numbers; anything else as it is."""
+    return number.item() if getattr(number, "shape", None) == () else number
+
+
 def budget_of(keep: int | float) -> Callable[[int], int]:
     """How many of a sample's visual tokens stay: a count, or a ratio of what there is, rounded, at least one."""
+    keep = as_python(keep)
     if isinstance(keep, bool) or not isinstance(keep, (int, float)):
         raise TypeError(f"prune_visual_tokens: keep must be an int (tokens) or a float (ratio), got {keep!r}")
     if isinstance(keep, int):
@@ -36,6 +44,7 @@ def stages_of(method: str, keep: int | float, layer: int | None, family: Family,
         if layer is not None:
             raise ValueError(f"prune_visual_tokens: {method} works before the language model and takes no layer")
         return [Stage(0, method, budget)]
+    layer = as_python(layer)
     if layer is None:
         # The papers' layer, on a model that is deep enough for it.
         layer = min(family.layers[method], depth - 1)
@@ -89,7 +98,7 @@ class Pruning:
         options: dict[str, Any] | None = None,
     ) -> None:
         family = family_of(model)
-        core = family.core(model)
+        core = family.core(unwrapped(model))
         decoder: Any = family.decoder(core)
         if positions not in (None, "original", "renumber"):
             raise ValueError(f"prune_visual_tokens: positions must be original or renumber, got {positions!r}")
@@ -108,6 +117,11 @@ class Pruning:
             )
         if method == "adafv" and family.saliency is None:
             raise NotImplementedError(f"prune_visual_tokens: adafv has no saliency for {family.name}")
+        seed = as_python(seed)
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+            raise TypeError(f"prune_visual_tokens: seed must be an int or None, got {seed!r}")
+        for stage in stages:
+            check_layer(stage.method, decoder.layers[stage.layer])
         self.method, self.model = method, model
         self._hooks = Hooks(
             model, family, core, decoder, stages,
@@ -153,7 +167,7 @@ class Pruning:
         report = self._hooks.report
         if report.kept is None or report.layout is None:
             raise RuntimeError("prune_visual_tokens: nothing was pruned yet")
-        return boxes_of(report.layout, report.kept, sample, picture)
+        return boxes_of(report.layout(), report.kept, sample, picture)
 
     def overlay(self, image: Any, *, sample: int = 0, picture: int = 0) -> Any:
         """The picture with everything darkened that no kept token sees (`boxes`); a PIL image. Needs Pillow.
@@ -182,13 +196,14 @@ def prune_visual_tokens(
         model: a transformers vision-language model (docs/transformers.md lists the families), with its language
             modelling head or without.
         method: coast, sts, adafv, zspaprune, adaptprune, fastv, divprune or random.
-        keep: visual tokens to keep per sample, an int, or the share of them, a float in (0, 1].
+        keep: visual tokens to keep per sample, an int, or the share of them, a float in (0, 1]; scalars of NumPy and
+            torch are as good.
         layer: for coast, sts, adaptprune and fastv: the decoder layer in front of which tokens are dropped, by the
             attention of the layer before it. Default: the paper's.
         positions: `original` keeps the rotary positions of what stays, `renumber` numbers it anew (before the language
             model, one-dimensional positions only). Default: as the method's paper has it.
         compact_cache: drop the same tokens from the key/value cache of the layers before the pruning layer too.
-        seed: of method random.
+        seed: of method random; prefills draw from it one after the other, those of several threads in any order.
         options: further keywords of the method's function in `tokenprune_kernels.methods`.
 
     Returns:

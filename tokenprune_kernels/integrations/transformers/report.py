@@ -1,6 +1,7 @@
 """What a prefill leaves behind for the user: the kept tokens, their layout, counts and times."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,19 +39,23 @@ class Clock:
 
 
 class Report:
-    def __init__(self) -> None:
+    """Of one prefill; without arguments, of none yet."""
+
+    def __init__(
+        self,
+        device: torch.device | None = None,
+        tokens: list[int] | None = None,
+        layout: Callable[[], Layout] | None = None,
+    ) -> None:
         self.kept: Tensor | None = None
         self.kept_at: dict[int, Tensor] = {}
-        self.layout: Layout | None = None
-        self.prefills = 0
+        self.layout = layout  # made when it is asked for
+        self.prefills = 0  # of the block, with this one
         self._facts: dict[str, Any] = {}
         self._clocks: dict[str, Clock] = {}
-
-    def begin(self, device: torch.device, tokens: list[int], layout: Layout | None) -> None:
-        self.layout, self.kept, self.kept_at = layout, None, {}
-        self.prefills += 1
-        self._clocks = {"select_ms": Clock(device), "compact_ms": Clock(device)}
-        self._facts = {"before": tokens, "after": tokens, "layers": [], "backend": None}
+        if device is not None:
+            self._facts = {"before": tokens, "after": tokens, "layers": [], "backend": None}
+            self._clocks = {"select_ms": Clock(device), "compact_ms": Clock(device)}
 
     def pruned(self, layer: int, after: list[int], kept: Tensor, backend: str) -> None:
         self.kept = self.kept_at[layer] = kept

@@ -1,13 +1,12 @@
-"""LLaVA-1.5: one grid of patches per image, a CLIP tower with a class token."""
+"""LLaVA-1.5: a grid of patches per image. The tower is CLIP or SigLIP, for images of one size, or Pixtral, for any."""
 
-import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ....ops import cross_attention_scores
-from ..families import Family, Inputs, Layout, Model, Saliency, by_sample, grid_patches, layout_of, register_family
+from ..families import Family, Inputs, Layout, Model, grid_patches, register_family
+from .pictures import Picture, encoded_with, layout_of_pictures, values_of_pictures
+from .towers import TowerSaliency, check_grid, received_attention
 
 PAPER_LAYERS = {"coast": 2, "sts": 2, "adaptprune": 2, "fastv": 2}
 
@@ -22,41 +21,44 @@ def decoder_of(core: Model) -> Model:
     return decoder.model if hasattr(decoder, "lm_head") else decoder
 
 
+def sizes_seen(arguments: dict[str, Any]) -> Any:
+    """Height and width of each picture, in pixels. Pixtral's pictures are padded to the largest of a batch."""
+    sizes = arguments.get("image_sizes")
+    pixels = arguments.get("pixel_values")
+    if sizes is None and pixels is not None:
+        return [tuple(pixels.shape[-2:])] * len(pixels)
+    return sizes
+
+
+def grids_of(core: Model, inputs: Inputs) -> list[tuple[int, int]]:
+    """Height and width of each picture, in patches."""
+    (sizes,) = encoded_with(inputs, "get_image_features")
+    if hasattr(sizes, "tolist"):
+        sizes = sizes.tolist()
+    patch = core.config.vision_config.patch_size
+    return [(height // patch, width // patch) for height, width in sizes]
+
+
 def layout(core: Model, inputs: Inputs, counts: list[int]) -> Layout:
-    """Every image has the same square grid."""
-    vision = core.config.vision_config
-    side = vision.image_size // vision.patch_size
-    samples = []
-    for count in counts:
-        images, rest = divmod(count, side * side)
-        if rest:  # the tower was given pictures of another size
-            side = math.isqrt(count)
-            images, rest = divmod(count, side * side)
-        if rest:
-            raise NotImplementedError(f"prune_visual_tokens: {count} visual tokens are no number of square grids")
-        samples.append([grid_patches(side, side, image) for image in range(images)])
-    return layout_of(samples, max(counts, default=0))
+    check_grid(core)
+    pictures = [Picture([grid_patches(height, width, 0)]) for height, width in grids_of(core, inputs)]
+    return layout_of_pictures({core.config.image_token_id: pictures}, inputs, counts)
 
 
-class ClassTokenSaliency(Saliency):
-    """The class token's attention in the layer whose features the model takes, averaged over heads (AdaFV)."""
-
-    def __init__(self, core: Model) -> None:
-        tower = core.vision_tower
-        layers: Any = getattr(tower, "vision_model", tower).encoder.layers
-        chosen = core.config.vision_feature_layer
-        last = chosen if isinstance(chosen, int) else chosen[-1]
-        # hidden_states[i] is what layer i - 1 gives; the attention of that layer is meant, as hidden_states[-2] is
-        # named together with attentions[-2].
-        super().__init__(core.config.vision_config, layers[last if last < 0 else last - 1].self_attn)
-
+class PictureSaliency(TowerSaliency):
     def see(self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None, keywords: dict[str, Any]) -> None:
-        with torch.no_grad():
-            scores, _, _ = cross_attention_scores(query[:, :, :1], key, scale=scale, query_reduction="last")
-        self.seen.append(scores[:, 1:].flatten())
+        # Which tokens of a sequence are one picture's is known when the prompt comes.
+        self.seen.append((query.detach(), key.detach(), scale))
 
     def read(self, core: Model, inputs: Inputs, counts: list[int]) -> Tensor:
-        return by_sample(torch.cat(self.seen), counts)
+        grids = grids_of(core, inputs)
+        query, key, scale = self.seen[-1]
+        if len(query) == len(grids):
+            values = list(self.scores(query, key, scale))
+        else:  # Pixtral: the pictures are one sequence, and see only themselves
+            lengths = [height * width for height, width in grids]
+            values = list(received_attention(query, key, scale, lengths).split(lengths))
+        return values_of_pictures({core.config.image_token_id: values}, inputs, counts)
 
 
 register_family(
@@ -66,8 +68,9 @@ register_family(
         decoder=decoder_of,
         visual_ids=lambda config: (config.image_token_id,),
         layout=layout,
-        saliency=ClassTokenSaliency,
+        saliency=PictureSaliency,
         layers=PAPER_LAYERS,
+        watched={"get_image_features": sizes_seen},
     ),
     "llava",
 )

@@ -1,26 +1,26 @@
-"""LLaVA-NeXT: a thumbnail and crops of each image, unpadded, with newline tokens; a CLIP tower with a class token."""
+"""LLaVA-NeXT: a thumbnail and crops of each image, unpadded, with newline tokens; a CLIP tower, or SigLIP."""
 
-import torch
 from torch import Tensor
 
 from ..families import Family, Inputs, Layout, Model, register_family
-from .llava import PAPER_LAYERS, ClassTokenSaliency, core_of, decoder_of
-from .packing import Pack, pack_of, packed_pictures, packed_scores
-from .pictures import layout_of_pictures, values_of_pictures
+from .llava import PAPER_LAYERS, core_of, decoder_of
+from .packing import Pack, packed_pictures, packed_scores
+from .pictures import encoded_with, layout_of_pictures, values_of_pictures
+from .towers import TowerSaliency
 
 
 def layout(core: Model, inputs: Inputs, counts: list[int]) -> Layout:
-    return layout_of_pictures({core.config.image_token_id: packed_pictures(core, pack_of(inputs))}, inputs, counts)
+    (pack,) = encoded_with(inputs, "pack_image_features")
+    return layout_of_pictures({core.config.image_token_id: packed_pictures(core, pack)}, inputs, counts)
 
 
-class PackedClassTokenSaliency(ClassTokenSaliency):
-    """The class token's attention of each crop, packed as the crops are; newline tokens have none."""
+class PackedSaliency(TowerSaliency):
+    """Of each crop, packed as the crops are; newline tokens have none."""
 
     def read(self, core: Model, inputs: Inputs, counts: list[int]) -> Tensor:
-        pack = pack_of(inputs)
-        crops = sum(crops for crops, _ in pack.crops)
-        scores = torch.cat(self.seen).unflatten(0, (-1, pack.crops[0][1]))[-crops:]
-        return values_of_pictures({core.config.image_token_id: packed_scores(core, pack, scores)}, inputs, counts)
+        (pack,) = encoded_with(inputs, "pack_image_features")
+        values = packed_scores(core, pack, self.seen[-1])
+        return values_of_pictures({core.config.image_token_id: values}, inputs, counts)
 
 
 register_family(
@@ -30,7 +30,7 @@ register_family(
         decoder=decoder_of,
         visual_ids=lambda config: (config.image_token_id,),
         layout=layout,
-        saliency=PackedClassTokenSaliency,
+        saliency=PackedSaliency,
         layers=PAPER_LAYERS,
         watched={"pack_image_features": Pack.seen},
     ),

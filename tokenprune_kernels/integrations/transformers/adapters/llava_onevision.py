@@ -1,15 +1,16 @@
 """LLaVA-OneVision: crops of images as in LLaVA-NeXT, shrunk when they are many, and pooled frames; no class token."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ....ops import cross_attention_scores
-from ..families import Family, Inputs, Layout, Model, Patches, Saliency, grid_patches, register_family
+from ..families import Family, Inputs, Layout, Model, Patches, grid_patches, register_family
 from .llava import PAPER_LAYERS, core_of, decoder_of
 from .packing import Pack, packed_pictures, packed_scores
-from .pictures import Picture, layout_of_pictures, values_of_pictures
+from .pictures import Picture, encoded_with, layout_of_pictures, values_of_pictures
+from .towers import TowerSaliency
 
 
 def frames_seen(arguments: dict[str, Any]) -> tuple[int, int]:
@@ -20,16 +21,14 @@ def frames_seen(arguments: dict[str, Any]) -> tuple[int, int]:
     return int(pixels.shape[0]), int(pixels.shape[1])
 
 
-def encoded(inputs: Inputs) -> tuple[Pack | None, tuple[int, int] | None]:
-    pack, videos = inputs.get("pack_image_features"), inputs.get("get_video_features")
-    if pack is None and videos is None:
-        raise NotImplementedError("prune_visual_tokens: encode the pictures inside the block, their sizes are needed")
-    return pack, videos
+WATCHED: dict[str, Callable[[Inputs], Any]] = {
+    "pack_image_features": Pack.seen, "get_video_features": frames_seen,
+}  # fmt: skip
 
 
 def layout(core: Model, inputs: Inputs, counts: list[int]) -> Layout:
     """Every crop and every frame is a group of its own."""
-    pack, videos = encoded(inputs)
+    pack, videos = encoded_with(inputs, *WATCHED)
     pictures: dict[int, list[Picture]] = {}
     if pack is not None:
         pictures[core.config.image_token_id] = packed_pictures(core, pack)
@@ -42,6 +41,7 @@ def _video(core: Model, frames: int) -> Picture:
     """The frames on their pooled grids, and one newline, beside the last row of the last frame."""
     vision = core.config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
+    # Frames are squares to the model's code, before and after.
     side = round(core.apply_pooling(torch.zeros(1, patches, 1)).shape[1] ** 0.5)
     parts = [grid_patches(side, side, frame) for frame in range(frames)]
     last = parts[-1]
@@ -50,25 +50,11 @@ def _video(core: Model, frames: int) -> Picture:
     return Picture([*parts[:-1], Patches(positions, last.grid, boxes, last.image)])
 
 
-class ReceivedAttention(Saliency):
-    """The attention a patch receives in the layer whose features the model takes, averaged over heads and queries.
-
-    Shrunk and pooled like the features; newline tokens have none.
-    """
-
-    def __init__(self, core: Model) -> None:
-        tower = core.vision_tower
-        layers: Any = getattr(tower, "vision_model", tower).encoder.layers
-        chosen = core.config.vision_feature_layer
-        last = chosen if isinstance(chosen, int) else chosen[-1]
-        super().__init__(core.config.vision_config, layers[last if last < 0 else last - 1].self_attn)
-
-    def see(self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None, keywords: dict[str, Any]) -> None:
-        with torch.no_grad():
-            self.seen.append(cross_attention_scores(query, key, scale=scale, query_reduction="mean")[0])
+class PackedSaliency(TowerSaliency):
+    """Of each crop and frame, shrunk and pooled like the features; newline tokens have none."""
 
     def read(self, core: Model, inputs: Inputs, counts: list[int]) -> Tensor:
-        pack, videos = encoded(inputs)
+        pack, videos = encoded_with(inputs, *WATCHED)
         # Images are encoded first.
         runs = self.seen[-((pack is not None) + (videos is not None)) :]
         values: dict[int, list[Tensor]] = {}
@@ -88,9 +74,9 @@ register_family(
         decoder=decoder_of,
         visual_ids=lambda config: (config.image_token_id, config.video_token_id),
         layout=layout,
-        saliency=ReceivedAttention,
+        saliency=PackedSaliency,
         layers=PAPER_LAYERS,
-        watched={"pack_image_features": Pack.seen, "get_video_features": frames_seen},
+        watched=WATCHED,
     ),
     "llava_onevision",
 )

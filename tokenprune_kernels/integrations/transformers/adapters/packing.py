@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
-from ..families import Inputs, Model, Patches, grid_patches
+from ..families import Model, Patches, grid_patches
 from .pictures import Picture
 
 
@@ -41,13 +41,6 @@ class Pack:
         packed, _ = method(core, image_features=features, image_sizes=self.sizes, image_newline=filled, **others)
         found: list[Tensor] = list(packed)
         return found
-
-
-def pack_of(inputs: Inputs) -> Pack:
-    pack: Pack | None = inputs.get("pack_image_features")
-    if pack is None:
-        raise NotImplementedError("prune_visual_tokens: encode the pictures inside the block, their sizes are needed")
-    return pack
 
 
 def packed_pictures(core: Model, pack: Pack) -> list[Picture]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,14 @@ class Picture:
     @property
     def tokens(self) -> int:
         return sum(len(part.positions) for part in self.parts)
+
+
+def encoded_with(inputs: Inputs, *methods: str) -> list[Any]:
+    """What is remembered of each of these methods of the core (`Family.watched`): that of one was called at least."""
+    seen = [inputs.get(method) for method in methods]
+    if all(value is None for value in seen):
+        raise NotImplementedError("prune_visual_tokens: encode the pictures inside the block, their sizes are needed")
+    return seen
 
 
 def prompt_order(

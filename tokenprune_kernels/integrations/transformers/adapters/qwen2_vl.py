@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....ops import cross_attention_scores
 from ..families import (
     Family,
     Inputs,
@@ -21,6 +20,7 @@ from ..families import (
     register_family,
 )
 from .llava import core_of, decoder_of
+from .towers import received_attention
 
 # COAST's layer is meant for the 28 layers of the 7B model; the other papers name none for this family.
 PAPER_LAYERS = {"coast": 14, "sts": 2, "adaptprune": 2, "fastv": 2}
@@ -156,13 +156,7 @@ class ReceivedAttention(Saliency):
     def see(self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None, keywords: dict[str, Any]) -> None:
         ends = keywords.get("cu_seq_lens_q")  # FlashAttention takes all frames at once
         lengths = [query.shape[2]] if ends is None else ends.diff().tolist()
-        with torch.no_grad():
-            if len(set(lengths)) == 1:
-                chunks = [tuple(_frames_apart(t, len(lengths)) for t in (query, key))]
-            else:
-                chunks = list(zip(query.split(lengths, 2), key.split(lengths, 2), strict=True))
-            for q, k in chunks:
-                self.seen.append(cross_attention_scores(q, k, scale=scale)[0].flatten())
+        self.seen.append(received_attention(query, key, scale, lengths))
 
     def read(self, core: Model, inputs: Inputs, counts: list[int]) -> Tensor:
         tower = core.visual
@@ -180,11 +174,6 @@ class ReceivedAttention(Saliency):
         stretches = values.split([frame.tokens for frame in seen])
         by_place = dict(zip(order, stretches, strict=True))
         return by_sample(torch.cat([by_place[place] for place in range(len(prompt))]), counts)
-
-
-def _frames_apart(t: Tensor, frames: int) -> Tensor:
-    """[frames, H, S / frames, D] from [1, H, S, D]: one call for frames of one length."""
-    return t if frames == 1 else t.squeeze(0).unflatten(1, (frames, -1)).transpose(0, 1)
 
 
 def _window_index(tower: Model, frames: list[Frame]) -> Tensor | None:

@@ -1,0 +1,89 @@
+"""Vision towers: their attention in the layer whose features the model takes, and how salient it makes each patch."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ....ops import cross_attention_scores
+from ..families import Model, Saliency
+
+
+def _body(tower: Model) -> Any:
+    return getattr(tower, "vision_model", tower)  # until transformers 5.11 or so, one module further down
+
+
+def attention_of(core: Model) -> nn.Module:
+    """The attention of the layer whose features the model takes; of several layers, of the last."""
+    body = _body(core.vision_tower)
+    stack = getattr(body, "encoder", None) or getattr(body, "transformer", None)
+    layers: Any = getattr(stack, "layers", None) or getattr(stack, "layer", None)
+    chosen = core.config.vision_feature_layer
+    last = chosen if isinstance(chosen, int) else chosen[-1]
+    if layers is not None:
+        # hidden_states[i] is what layer i - 1 gives; the attention of that layer is meant, as hidden_states[-2] is
+        # named together with attentions[-2].
+        layer = layers[last if last < 0 else last - 1]
+        for name in ("self_attn", "attention"):
+            attention: nn.Module | None = getattr(layer, name, None)
+            # One that makes its queries and keys itself is what calls the registered attention function.
+            if attention is not None and hasattr(attention, "q_proj") and hasattr(attention, "k_proj"):
+                return attention
+    raise NotImplementedError(
+        f"prune_visual_tokens: adafv needs the attention of the vision tower, and {type(core.vision_tower).__name__} "
+        "has no layers with self_attn or attention that has q_proj and k_proj"
+    )
+
+
+def has_class_token(core: Model) -> bool:
+    embeddings = getattr(_body(core.vision_tower), "embeddings", None)
+    return any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token"))
+
+
+def cut_in_front(core: Model) -> int:
+    """Of the tower's tokens of a picture, the model leaves out so many in front."""
+    return int(core.config.vision_feature_select_strategy == "default")
+
+
+def check_grid(core: Model) -> None:
+    """The visual tokens of a picture are its patches, no more and no less."""
+    if has_class_token(core) != bool(cut_in_front(core)):
+        whether = "with" if has_class_token(core) else "without"
+        raise NotImplementedError(
+            f"prune_visual_tokens: vision_feature_select_strategy {core.config.vision_feature_select_strategy!r} and a "
+            f"vision tower {whether} a class token: the visual tokens are no grid of patches"
+        )
+
+
+def received_attention(query: Tensor, key: Tensor, scale: float, lengths: list[int]) -> Tensor:
+    """[tokens]: what each token receives from those of its own picture, the mean over heads and queries.
+
+    query, key [1, H, tokens, D]: the pictures one after the other, `lengths` tokens each.
+    """
+    if len(set(lengths)) == 1:  # one call for all of them
+        chunks = [tuple(t.squeeze(0).unflatten(1, (len(lengths), -1)).transpose(0, 1) for t in (query, key))]
+    else:
+        chunks = list(zip(query.split(lengths, 2), key.split(lengths, 2), strict=True))
+    with torch.no_grad():
+        return torch.cat([cross_attention_scores(q, k, scale=scale)[0].flatten() for q, k in chunks])
+
+
+class TowerSaliency(Saliency):
+    """The class token's attention in the layer whose features the model takes, averaged over heads (AdaFV); in a tower
+    without one, the attention that a patch receives, averaged over heads and queries."""
+
+    def __init__(self, core: Model) -> None:
+        attention: Any = attention_of(core)
+        super().__init__(attention.config, attention)
+        self._class_token, self._cut = has_class_token(core), cut_in_front(core)
+
+    def scores(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
+        """[pictures or crops, tokens that the model takes of each]."""
+        if self._class_token:
+            query = query[:, :, :1]
+        with torch.no_grad():
+            scores, _, _ = cross_attention_scores(query, key, scale=scale)
+        return scores[:, self._cut :]
+
+    def see(self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None, keywords: dict[str, Any]) -> None:
+        self.seen.append(self.scores(query, key, scale))

@@ -1,0 +1,70 @@
+"""Decoding on the cache of a pruned prompt: where new tokens stand, and which keys each layer's cache has for them."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache import Pruned, Segment, layer_length
+from .families import Inputs
+from .interface import Arguments
+from .masks import causal_mask
+
+
+@dataclass
+class Decode:
+    pruned: Pruned
+    queries: int
+    given_mask: Tensor | None  # [B, L], at least as long as what came after the prompt
+    masks: dict[int, Any] = field(default_factory=dict)  # by a segment's first layer
+
+
+def begin_decode(pruned: Pruned, inputs: Inputs, cache: Any) -> tuple[Decode, Inputs]:
+    """And the arguments that the decoder gets."""
+    new = inputs.get("inputs_embeds")
+    new = inputs.get("input_ids") if new is None else new
+    if new is None:
+        raise RuntimeError("prune_visual_tokens: the decoder was called without inputs_embeds or input_ids")
+    batch, queries = new.shape[:2]
+    pruned, since, mask = pruned.of_batch(batch), pruned.since(cache), inputs.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= since + queries):
+        got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise NotImplementedError(
+            f"prune_visual_tokens: on the cache of a pruned prompt the attention_mask must be absent or [B, L] with L "
+            f"at least {since + queries}, the tokens since then; got {got}"
+        )
+    # Behind the prompt's last position, whatever the caches' lengths are.
+    step = torch.arange(queries, device=pruned.next_position.device) + since
+    inputs = {**inputs, "position_ids": pruned.next_position.unsqueeze(-1) + step}
+    if "cache_position" in inputs:  # of the first layer, which may be shorter than the caller knows
+        inputs["cache_position"] = None
+    return Decode(pruned, queries, mask), inputs
+
+
+def decode_layer(config: Any, now: Decode, index: int, takes: Arguments, inputs: Inputs) -> Inputs:
+    """The arguments that a decoder layer gets."""
+    segment = now.pruned.segment_of(index)
+    if segment is None:
+        return inputs
+    if segment.first not in now.masks:
+        takes.given(inputs, "hidden_states", "attention_mask", "cache")
+        now.masks[segment.first] = _mask(config, now, segment, takes.cache(inputs), inputs["hidden_states"])
+    return {**inputs, "attention_mask": now.masks[segment.first], "position_ids": None}
+
+
+def _mask(config: Any, now: Decode, segment: Segment, cache: Any, hidden: Tensor) -> Any:
+    tokens = segment.tokens
+    keys = layer_length(cache, segment.first) + now.queries
+    batch, given, new = hidden.shape[0], now.given_mask, keys - tokens.length
+    real, padding = tokens.real, None
+    if real is not None or given is not None:
+        flags = hidden.new_ones((batch, keys), dtype=torch.bool)
+        parts = (
+            flags[:, : tokens.length] if real is None else real,
+            flags[:, :new] if given is None else given[:, given.shape[1] - new :].bool(),
+        )
+        padding = torch.cat(parts, 1)
+    return causal_mask(
+        config, batch=batch, queries=now.queries, keys=keys, padding=padding, dtype=hidden.dtype, device=hidden.device
+    )

@@ -1,0 +1,246 @@
+"""One prefill of a block: a call of the decoder with visual tokens and an empty cache.
+
+In front of a pruning layer the hidden states, the rotary embeddings and the padding lose the dropped columns; every
+later layer gets the shortened ones in place of what the model's loop hands it.
+"""
+
+import functools
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import gather_compact
+from ..._backend import served_by
+from .cache import Pruned, Segment, check_cache, compact_layers, layer_length, remember
+from .calls import Asked, ModelCall, Prompt
+from .choose import ON_ATTENTION, ON_LAYOUT, Moment, Shown, choose
+from .deepstack import DeepStack
+from .families import LAYOUT_INPUTS, Family, Inputs, Layout, Saliency
+from .interface import Arguments
+from .masks import causal_mask, check_one_sequence
+from .report import Report
+from .tokens import Tokens, keep, read_prompt
+
+PICTURE_LATER = (
+    "prune_visual_tokens: pictures must come in the first forward on an empty cache, not in a later turn or chunk"
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Tokens are chosen in front of decoder layer `layer`; `budget` maps a prompt's visual tokens to how many stay."""
+
+    layer: int
+    method: str
+    budget: Callable[[int], int]
+
+
+@dataclass
+class Draws:
+    """Of method random, from entering the block on. A prefill draws all it needs while it holds the lock: of prefills
+    in several threads, each gets what some order of them, one after the other, would have given it."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    generator: torch.Generator | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a block does to every prefill."""
+
+    family: Family
+    core: nn.Module
+    decoder: Any  # a module whose attributes depend on the family
+    stages: dict[int, Stage]  # by their layer
+    renumber: bool
+    compact_cache: bool
+    seed: int | None
+    options: dict[str, Any]
+    saliency: Saliency | None = None
+    draws: Draws = field(default_factory=Draws)
+
+
+@dataclass
+class Prefill:
+    tokens: Tokens  # in front of the current layer
+    original: Tokens
+    next_position: Tensor
+    prompt: Prompt
+    deepstack: DeepStack | None
+    report: Report
+    cache: Any = None  # that the layers fill
+    segments: list[Segment] = field(default_factory=list)
+    shown: Shown | None = None
+    columns: Tensor | None = None  # of the last pruning, into the sequence before it
+    # What the layers get instead of the model's, after the first pruning.
+    replaced: dict[str, Any] = field(default_factory=dict)
+
+
+def begin_prefill(
+    plan: Plan, call: ModelCall, prompt: Prompt, inputs: Inputs, cache: Any, asked: Asked | None
+) -> tuple[Prefill | None, Inputs]:
+    """And the arguments that the decoder gets. None: without visual tokens it is none of ours."""
+    mask = inputs.get("attention_mask")
+    fits = isinstance(mask, Tensor) and mask.shape == prompt.is_visual.shape
+    tokens = read_prompt(prompt.is_visual, mask.bool() if isinstance(mask, Tensor) and fits else None)
+    if not any(tokens.counts):
+        return None, inputs
+    if asked is not None:
+        _check_asked(asked)
+    check_cache(cache, compact=plan.compact_cache)
+    if layer_length(cache, 0):
+        raise NotImplementedError(PICTURE_LATER)
+    if mask is not None and not fits:
+        got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise NotImplementedError(f"prune_visual_tokens: the attention_mask must be [B, L] or absent, got {got}")
+    check_one_sequence(inputs.get("position_ids"), mask)
+    modules = (plan.decoder, *plan.decoder.layers)
+    if any(getattr(m, "gradient_checkpointing", False) and m.training for m in modules):
+        raise NotImplementedError("prune_visual_tokens: gradient checkpointing; switch it off or call model.eval()")
+    prompt.inputs = {**prompt.inputs, **call.pictures.arguments}
+    places = {name: prompt.inputs.get(name) for name in (*LAYOUT_INPUTS, *plan.family.watched)}
+    layout = functools.cache(lambda: plan.family.layout(plan.core, places, tokens.counts))
+    deepstack = DeepStack.take(inputs, tokens)
+    counted = prompt.inputs.get("position_ids") is not None
+    report = Report(tokens.slot.device, tokens.counts, layout)
+    now = Prefill(tokens, tokens, _next_position(inputs, tokens, counted), prompt, deepstack, report)
+    if deepstack is not None:
+        inputs = {**inputs, "deepstack_visual_embeds": None, "visual_pos_masks": None}
+    return now, inputs
+
+
+def _check_asked(asked: Asked) -> None:
+    if asked.assisted:
+        raise NotImplementedError(
+            "prune_visual_tokens: assisted decoding puts guesses behind the prompt before it is pruned; switch it off"
+        )
+    if asked.chunk is not None:
+        raise NotImplementedError(
+            f"prune_visual_tokens: prefill_chunk_size={asked.chunk} takes apart what has to come in one forward, the "
+            "pictures and the question about them; generate without prefill_chunk_size"
+        )
+
+
+def prefill_layer(plan: Plan, now: Prefill, index: int, layer: nn.Module, takes: Arguments, inputs: Inputs) -> Inputs:
+    """The arguments that a decoder layer gets."""
+    if index == 0:
+        takes.given(inputs, "hidden_states", "attention_mask", "position_embeddings", "cache")
+        now.cache = takes.cache(inputs)
+        check_cache(now.cache, compact=plan.compact_cache)  # the decoder may have made it itself
+    if now.deepstack is not None:
+        inputs = {**inputs, "hidden_states": now.deepstack.added(index - 1, inputs["hidden_states"], now.tokens)}
+    if index in plan.stages:
+        inputs = _prune(plan, now, plan.stages[index], layer, inputs)
+    return {**inputs, **now.replaced}
+
+
+def end_prefill(plan: Plan, now: Prefill) -> None:
+    """What decoding and the user find."""
+    if not now.segments:
+        now.report.untouched(now.original.origin)
+        return
+    if now.cache is None:
+        return
+    last = now.segments[-1]
+    if plan.compact_cache and last.first > 0 and now.columns is not None:
+        with now.report.clock("compact_ms"):
+            compact_layers(now.cache, range(last.first), now.columns)
+        now.segments = [Segment(0, last.tokens)]
+    remember(now.cache, Pruned(now.original.length, now.segments, now.next_position))
+
+
+def _prune(plan: Plan, now: Prefill, stage: Stage, layer: nn.Module, inputs: Inputs) -> Inputs:
+    tokens = now.tokens
+    budgets = [min(stage.budget(n), left) for n, left in zip(now.original.counts, tokens.counts, strict=True)]
+    if budgets == tokens.counts:
+        return inputs
+    if stage.method in ON_ATTENTION and now.shown is None:
+        raise RuntimeError(
+            "prune_visual_tokens: the attention before the pruning layer was not seen: it was not called through the "
+            "attention function that the configuration names"
+        )
+    hidden: Tensor = inputs["hidden_states"]
+    with torch.no_grad(), now.report.clock("select_ms"):
+        with plan.draws.lock if stage.method == "random" else nullcontext():
+            selected = choose(stage.method, _moment(plan, now, stage.method, hidden.detach(), layer), budgets)
+        after, columns = keep(tokens, selected, budgets)
+    now.shown = None
+    with now.report.clock("compact_ms"):
+        hidden = _compact(plan, now, after, columns, inputs)
+    now.tokens, now.columns = after, columns
+    now.segments.append(Segment(stage.layer, after))
+    now.report.pruned(stage.layer, after.counts, after.origin, served_by(hidden))
+    return {**inputs, "hidden_states": hidden}
+
+
+def _moment(plan: Plan, now: Prefill, method: str, hidden: Tensor, layer: nn.Module) -> Moment:
+    layout = None
+    if method in ON_LAYOUT and now.report.layout is not None:
+        layout = Layout(*(t.to(hidden.device, non_blocking=True) for t in vars(now.report.layout()).values()))
+    saliency = None
+    if plan.saliency is not None:
+        saliency = plan.saliency.of_prompt(plan.core, now.prompt.inputs, now.original.counts).to(hidden.device)
+    if method == "random" and plan.seed is not None and plan.draws.generator is None:
+        # The device of the work: with offloaded weights it is not that of a parameter.
+        plan.draws.generator = torch.Generator(hidden.device).manual_seed(plan.seed)
+    return Moment(now.tokens, hidden, layer, layout, now.shown, saliency, plan.draws.generator, plan.options)
+
+
+def _compact(plan: Plan, now: Prefill, after: Tokens, columns: Tensor, inputs: Inputs) -> Tensor:
+    """The hidden states without the dropped columns; what the layers get besides is left in `now.replaced`."""
+    given = {**inputs, **now.replaced}
+    hidden: Tensor = given["hidden_states"]
+    batch = hidden.shape[0]
+    rotary = [_with_batch(t, batch) for t in given["position_embeddings"]]
+    batch_dims = [t.dim() - 3 for t in rotary]  # [B, L, D] or, one for each axis of the image, [3, B, L, D]
+    hidden, *rotary = gather_compact(
+        [hidden, *rotary], columns, dims=[1, *(d + 1 for d in batch_dims)], batch_dims=[0, *batch_dims]
+    )
+    if plan.renumber:
+        number = torch.arange(after.length, device=hidden.device).expand(batch, -1)
+        if after.real is not None:
+            number = (after.real.cumsum(1) - 1).clamp_min(0)
+        rotary = list(plan.decoder.rotary_emb(hidden, position_ids=number))
+        now.next_position = number[:, -1] + 1
+    now.replaced = {
+        "position_embeddings": tuple(rotary),
+        # FlashAttention would take gaps in the positions for borders between packed sequences.
+        "position_ids": None,
+        "attention_mask": causal_mask(
+            plan.decoder.config, batch=batch, queries=after.length, keys=after.length, padding=after.real,
+            dtype=hidden.dtype, device=hidden.device,
+        ),
+    }  # fmt: skip
+    if inputs.get("cache_position") is not None:
+        now.replaced["cache_position"] = torch.arange(after.length, device=hidden.device)
+    return hidden
+
+
+def _with_batch(t: Tensor, batch: int) -> Tensor:
+    """Rotary embeddings are [1, L, D] when every sample has the same positions."""
+    return t.expand(*t.shape[:-3], batch, *t.shape[-2:])
+
+
+def _next_position(inputs: Inputs, tokens: Tokens, counted: bool) -> Tensor:
+    """Behind the prompt, as the model goes on.
+
+    generate counts positions itself (`counted`), on from the last column. Else the model adds its rope_deltas, behind
+    the largest position, which may be an image's. Of several rows, the first of four counts text; the others share it.
+    """
+    positions = inputs.get("position_ids")
+    batch = tokens.slot.shape[0]
+    if positions is None:
+        return torch.full((batch,), tokens.length, device=tokens.slot.device)
+    if counted:
+        last: Tensor = positions[..., -1] + 1
+        return last.expand(*last.shape[:-1], batch)
+    highest: Tensor = positions.amax(-1) + 1
+    if highest.dim() == 1:
+        return highest.expand(batch)
+    axes = highest[-3:].amax(0, keepdim=True).expand(3, -1)
+    return (torch.cat([highest[:-3], axes]) if len(highest) > 3 else axes).expand(-1, batch)
