@@ -1,6 +1,7 @@
 """Running models whose pictures differ in size inside a block, and how salient their tokens are, computed by hand."""
 
 import functools
+import inspect
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -68,6 +69,9 @@ def vision_weights(prompts: Prompts, attention: str, layer: int) -> list[Tensor]
     seen: list[Tensor] = []
     module = getattr(list(getattr(encoder, "layers", None) or encoder.layer)[layer], attention)
     module.register_forward_hook(lambda m, a, output: seen.append(output[1]))
+    if "output_attentions" in inspect.signature(module.forward).parameters:  # Pixtral until transformers 5.11 or so
+        asked = {"output_attentions": True}
+        module.register_forward_pre_hook(lambda m, args, given: (args, {**given, **asked}), with_kwargs=True)
     with torch.no_grad():
         exact.model(**exact.inputs)
     return seen

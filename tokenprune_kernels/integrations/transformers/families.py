@@ -174,7 +174,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def family_of(model: nn.Module) -> Family:
     """The family of a model, or an error that names what is supported."""
-    return family_of_type(getattr(getattr(model, "config", None), "model_type", None), type(model).__name__)
+    config = getattr(unwrapped(model), "config", None)
+    return family_of_type(getattr(config, "model_type", None), type(model).__name__)
 
 
 def family_of_type(model_type: str | None, called: str) -> Family:

@@ -92,12 +92,13 @@ def _arrangement(tiles: Tensor) -> tuple[int, int] | None:
     candidates = [(rows, count // rows) for rows in range(1, count + 1) if count % rows == 0]
     if len(candidates) == 1:
         return candidates[0]
-    differences = []
+    found = []
     for rows, columns in candidates:
         whole = tiles[:-1].unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
-        differences.append((adaptive_avg_pool2d(whole, (tiles.shape[-2], tiles.shape[-1])) - tiles[-1]).square().mean())
-    best, second = torch.stack(differences).sort().values[:2].tolist()
-    return candidates[int(torch.stack(differences).argmin())] if best < second / 2 else None
+        small = adaptive_avg_pool2d(whole, (tiles.shape[-2], tiles.shape[-1]))
+        found.append((float((small - tiles[-1]).square().mean()), (rows, columns)))
+    (best, arrangement), (second, _), *_ = sorted(found)
+    return arrangement if best < second / 2 else None
 
 
 class ShuffledSaliency(TowerSaliency):

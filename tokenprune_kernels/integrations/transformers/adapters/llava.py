@@ -1,5 +1,4 @@
-"""LLaVA-1.5: one grid of patches per image. The tower is CLIP or SigLIP, with square pictures of one size, or Pixtral,
-which takes pictures of any size one after the other."""
+"""LLaVA-1.5: a grid of patches per image. The tower is CLIP or SigLIP, for images of one size, or Pixtral, for any."""
 
 from typing import Any
 
@@ -34,8 +33,10 @@ def sizes_seen(arguments: dict[str, Any]) -> Any:
 def grids_of(core: Model, inputs: Inputs) -> list[tuple[int, int]]:
     """Height and width of each picture, in patches."""
     (sizes,) = encoded_with(inputs, "get_image_features")
+    if hasattr(sizes, "tolist"):
+        sizes = sizes.tolist()
     patch = core.config.vision_config.patch_size
-    return [(int(height) // patch, int(width) // patch) for height, width in sizes]
+    return [(height // patch, width // patch) for height, width in sizes]
 
 
 def layout(core: Model, inputs: Inputs, counts: list[int]) -> Layout:
@@ -47,7 +48,7 @@ def layout(core: Model, inputs: Inputs, counts: list[int]) -> Layout:
 class PictureSaliency(TowerSaliency):
     def see(self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None, keywords: dict[str, Any]) -> None:
         # Which tokens of a sequence are one picture's is known when the prompt comes.
-        self.seen.append((query, key, scale))
+        self.seen.append((query.detach(), key.detach(), scale))
 
     def read(self, core: Model, inputs: Inputs, counts: list[int]) -> Tensor:
         grids = grids_of(core, inputs)
