@@ -186,13 +186,24 @@ def test_a_pruned_cache_is_cropped_by_the_lengths_of_the_conversation(method: st
             again.crop(crop)
             assert again.get_seq_length() == length
             assert torch.equal(prompts.model(input_ids=other, past_key_values=again).logits, want)
-        again.reset()
-        assert again.get_seq_length() == 0
-        prompts.model(**prompts.inputs, past_key_values=again)  # and is filled once more
-        assert again.get_seq_length() == length
         again.crop(-2)
         with pytest.raises(RuntimeError, match="cropped, into its pruned prompt"):
             prompts.model(input_ids=other, past_key_values=again)
+
+
+@over_compact
+def test_a_pruned_cache_that_was_reset_is_filled_anew(compact: bool) -> None:
+    prompts, other = llava(2), llava(3, ragged=True)
+    with torch.no_grad(), prune_visual_tokens(prompts.model, "coast", 9, layer=LAYER, compact_cache=compact) as pruning:
+        want = prompts.model(**prompts.inputs).logits
+        cache = prompts.model(**other.inputs).past_key_values
+        cache.reset()
+        if cache.layers[0].get_seq_length():
+            pytest.skip("this transformers only zeroes what a cache holds")
+        assert cache.get_seq_length() == 0
+        assert torch.equal(prompts.model(**prompts.inputs, past_key_values=cache).logits, want)
+        assert cache.get_seq_length() == prompts.inputs["input_ids"].shape[1]
+        assert pruning.stats["prefills"] == 3
 
 
 def test_padding_in_a_later_turn_is_masked() -> None:

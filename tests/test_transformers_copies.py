@@ -115,10 +115,11 @@ def test_copies_of_models_with_watched_methods_and_deepstack(make: Any) -> None:
 def test_copies_of_parts_and_of_configurations() -> None:
     prompts = llava()
     core = prompts.model.model
+    parts = [core.vision_tower, core.language_model, core.language_model.layers, core.language_model.layers[1]]
+    clean = [traces_in(part) for part in parts]
     with prune_visual_tokens(prompts.model, "adafv", 9):
-        parts = [core.vision_tower, core.language_model, core.language_model.layers, core.language_model.layers[1]]
-        for part in parts:
-            assert traces_in(copy.deepcopy(part)) == []
+        assert [traces_in(part) for part in parts] != clean
+        assert [traces_in(copy.deepcopy(part)) for part in parts] == clean
         for config in (prompts.model.config, core.vision_tower.config, core.language_model.config):
             for copied in (copy.deepcopy(config), copy.copy(config), pickled(config)):
                 assert copied._attn_implementation == "sdpa"

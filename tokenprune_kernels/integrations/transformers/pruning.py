@@ -82,7 +82,7 @@ class Pruning:
     """The handle of a `with prune_visual_tokens(...)` block; see there.
 
     kept: [B, K] int64, the places of the kept tokens among each sample's visual tokens in the prompt, ascending, -1
-    after the last; None before the first picture. Of the last prefill.
+    after the last; None before the first picture. Of the prefill that was finished last.
     """
 
     def __init__(
@@ -151,7 +151,8 @@ class Pruning:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """Of the last prefill: tokens before and after per sample, pruning layers, milliseconds, the backend.
+        """Of the prefill that was finished last: tokens before and after per sample, pruning layers, milliseconds, the
+        backend.
 
         The times are those of the device; reading them waits for it.
         """
@@ -211,7 +212,7 @@ def prune_visual_tokens(
 
     The model's attention function (sdpa, FlashAttention, flex, eager) goes on doing the attention. Prompts are pruned
     in their prefill, once; outputs then have fewer columns, padded on the left where samples differ, so read logits
-    from the right end, as generate does.
+    from the right end, as generate does. One block serves several threads.
 
     Raises:
         NotImplementedError: a model, cache or mask that is not supported, with what is.
