@@ -4,11 +4,11 @@
 // as the contract says.
 #include "cpu/repulsion.h"
 
-#include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
 #include "cpu/capability.h"
+#include "op.h"
 #include "dispatch.h"
 
 namespace tokenprune {
@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor> repulsion_sample(const Tensor& features_in, int64_t k
   OptionalTensor seeds, mask, positions, energy;
   if (seeds_in) {
     seeds = contiguous_as(*seeds_in, ScalarType::Long);
-    check_index_values("repulsion_sample", "seed_indices", seeds->const_data_ptr<int64_t>(), seeds->numel(), n);
+    check_index_values("repulsion_sample", "seed_indices", *seeds, n);
   }
   if (mask_in) mask = contiguous_as(*mask_in, ScalarType::Bool);
   if (positions_in) positions = contiguous_as(*positions_in, wide_type(features));
@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor> repulsion_sample(const Tensor& features_in, int64_t k
                                positions ? positions->const_data_ptr<A>() + b * n * axes : nullptr,
                                axes,
                                energy ? energy->const_data_ptr<A>() + b * n : nullptr,
-                               mask ? mask->const_data_ptr<bool>() + b * n : nullptr,
+                               mask ? mask_bytes(*mask) + b * n : nullptr,
                                seeds ? seeds->const_data_ptr<int64_t>() + b * n_seeds : nullptr,
                                n_seeds,
                                choice.potential,
@@ -107,6 +107,6 @@ std::tuple<Tensor, Tensor> repulsion_sample(const Tensor& features_in, int64_t k
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) { m.impl("repulsion_sample", TORCH_BOX(&repulsion_sample)); }
+STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) { TOKENPRUNE_IMPL(m, "repulsion_sample", repulsion_sample); }
 
 }  // namespace tokenprune
