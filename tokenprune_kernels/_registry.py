@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import _autograd, _fakes, _triton, _vmap, reference
+from . import _autograd, _checks, _fakes, _triton, _vmap, reference
 from ._schemas import PRIVATE_SCHEMAS, SCHEMAS
 
 _library: torch.library.Library | None = None  # keeps the registrations alive
@@ -87,7 +87,7 @@ def as_runtime_error(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _fallback(name: str) -> Callable[..., Any]:
     """The reference behind the op: checked, without gradients, and with the op's [B, R, ...] scores."""
-    compute = getattr(reference, name)
+    compute = _checks.on_dense(name, getattr(reference, name))
     check = getattr(_fakes, name)
 
     def run(*args: Any, **kwargs: Any) -> Any:

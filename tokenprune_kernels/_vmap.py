@@ -5,7 +5,7 @@ torch.library.register_vmap refuses keyword-only tensors, so the rule is registe
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -72,8 +72,20 @@ def _gather_rule(
         return [_unfold(k, level, size, b) for k, b in zip(kept, batch_dims, strict=True)]
 
 
+def _refuse_nested(name: str) -> Callable[..., Any]:
+    """torch loops over the components of a nested tensor itself, and divides by their number, 0 too."""
+
+    def rule(*args: Any, **kwargs: Any) -> NoReturn:
+        raise RuntimeError(
+            f"tokenprune::{name}: tensors must be dense, got a nested one under vmap; pad it, and mask the padding"
+        )
+
+    return rule
+
+
 def register(library: torch.library.Library, ops: Any) -> None:
     """The vmap rules of all ops of a library; `ops` is its namespace below torch.ops."""
     for name in SCHEMAS | PRIVATE_SCHEMAS:
         rule = partial(_gather_rule, ops) if name == "gather_compact" else _rule(ops, name)
         library.impl(name, rule, "FuncTorchBatched", with_keyset=True)
+        library.impl(name, _refuse_nested(name), "BatchedNestedTensor")

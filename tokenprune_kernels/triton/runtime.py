@@ -109,7 +109,7 @@ def rows(t: Tensor) -> Tensor:
 
 def mask_rows(mask: Tensor | None) -> Tensor | None:
     """A bool mask as the bytes it is stored in, with contiguous rows; None stays None."""
-    return None if mask is None else rows(mask).view(torch.uint8)
+    return None if mask is None else rows(mask.view(torch.uint8))
 
 
 def check_not_float64(op: str, **tensors: Tensor | None) -> None:
