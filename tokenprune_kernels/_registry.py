@@ -87,9 +87,10 @@ def as_runtime_error(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _fallback(name: str) -> Callable[..., Any]:
     """The reference behind the op: checked, without gradients, and with the op's [B, R, ...] scores."""
-    compute = _checks.on_dense(name, getattr(reference, name))
+    compute = getattr(reference, name)
     check = getattr(_fakes, name)
 
+    @functools.wraps(compute)
     def run(*args: Any, **kwargs: Any) -> Any:
         check(*args, **kwargs)
         with torch.no_grad():
@@ -100,7 +101,7 @@ def _fallback(name: str) -> Callable[..., Any]:
             return result[0].unsqueeze(1), result[1], result[2]
         return result
 
-    return as_runtime_error(run)
+    return as_runtime_error(_checks.on_dense(name, run))
 
 
 def load() -> None:
