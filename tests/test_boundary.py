@@ -183,6 +183,19 @@ def test_nested_tensors_under_vmap_are_refused(op: str, components: int) -> None
             torch.vmap(apply)(many)
 
 
+@over_ops
+def test_scalars_under_vmap_are_refused(op: str) -> None:
+    """The place of the batch is taken modulo the number of dimensions, of which they have none."""
+    call = _rich(op)
+    for which, t, _ in list(samples.tensors(call)):
+
+        def apply(x: Tensor, which: str = which) -> Any:
+            return samples.run_op(map_tensors(call, lambda n, shared: x if n == which else shared))
+
+        with pytest.raises(RuntimeError, match=f"tokenprune::{op}: tensors must have a batch dimension"):
+            torch.vmap(apply)(torch.zeros(3, dtype=t.dtype))
+
+
 KINDS = {
     "nested": lambda t: _nested(t[0], torch.strided, len(t)),
     "jagged": lambda t: _nested(t[0], torch.jagged, len(t)),
