@@ -40,8 +40,8 @@ inline void check_size(const char* op, const char* name, const Tensor& t) {
        shape_text(t));
 }
 
-// A tensor of zeros that forward-mode differentiation makes has none. The dispatcher replaces it on the way here, unless
-// the caller has turned that off.
+// A tensor of zeros that forward-mode differentiation makes has none. The dispatcher replaces it on the way here,
+// unless the caller has turned that off.
 inline void check_memory(const char* op, const char* name, const Tensor& t) {
   if (t.numel() > 0 && t.const_data_ptr() == nullptr) fail(op, name, "have memory", "a tensor without");
 }
@@ -99,7 +99,8 @@ inline void check_beside(const char* op, const char* name, const OptionalTensor&
 inline void check_count(const char* op, const char* name, int64_t k, int64_t batch) {
   if (k < 0) fail(op, name, "be non-negative", k);
   if (!product_is_below(kElementBits, std::initializer_list<int64_t>{batch, k}))
-    fail(op, name, "keep B * " + std::string(name) + " below 2^" + std::to_string(kElementBits), shape_text({batch, k}));
+    fail(op, name, "keep B * " + std::string(name) + " below 2^" + std::to_string(kElementBits),
+         shape_text({batch, k}));
 }
 
 inline void check_real(const char* op, const char* name, double value, double low, bool above = false,

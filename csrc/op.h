@@ -47,10 +47,10 @@ struct NamedOp<Name, Result(Arguments...), function> {
 }  // namespace tokenprune
 
 // The name of an op reaches its error messages as a type, because what torch registers is a function without state.
-#define TOKENPRUNE_IMPL(m, op, function)                                                             \
-  do {                                                                                               \
-    struct Name {                                                                                    \
-      static const char* text() { return op; }                                                       \
-    };                                                                                               \
-    (m).impl(op, TORCH_BOX((&::tokenprune::NamedOp<Name, decltype(function), &function>::call)));  \
+#define TOKENPRUNE_IMPL(m, op, function)                                                          \
+  do {                                                                                            \
+    struct Name {                                                                                 \
+      static const char* text() { return op; }                                                    \
+    };                                                                                            \
+    (m).impl(op, TORCH_BOX((&::tokenprune::NamedOp<Name, decltype(function), &function>::call))); \
   } while (false)

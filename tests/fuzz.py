@@ -17,6 +17,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import op_samples as samples
@@ -197,10 +198,13 @@ def _mapped(rng: random.Random, call: Call, function: Callable[[Call], Any]) -> 
     which, dim = rng.choice(names), rng.choice((0, 0, 0, -1))
     t = next(t for n, t, _ in samples.tensors(call) if n == which)
     many = torch.nested.nested_tensor([t] * rng.randrange(3)) if rng.random() < 0.2 else torch.stack([t, t], dim)
-    inner = function
-    if rng.random() < 0.2:
-        inner = lambda changed: torch.vmap(lambda i: function(changed), in_dims=0)(torch.arange(2))  # noqa: E731
-    return torch.vmap(lambda x: inner(samples.map_tensors(call, lambda n, t: x if n == which else t)), in_dims=dim)(many)
+    twice = rng.random() < 0.2
+
+    def one(x: Tensor) -> Any:
+        changed = samples.map_tensors(call, lambda n, t: x if n == which else t)
+        return torch.vmap(lambda _: function(changed))(torch.arange(2)) if twice else function(changed)
+
+    return torch.vmap(one, in_dims=dim)(many)
 
 
 def _dual(rng: random.Random, call: Call, function: Callable[[Call], Any]) -> Any:
@@ -272,9 +276,9 @@ def assert_good_calls_work(op: str) -> None:
     for name in samples.FACTORIES[op]:
         args, kwargs = positional(make(op, name, Sizes(tokens=11, channels=8, k=4)))
         function = getattr(tp, op)
-        pairs = zip(outputs(function(*args, **kwargs)), outputs(function(*args, **kwargs, backend="reference")))
-        for got, want in pairs:
-            torch.testing.assert_close(got, want, equal_nan=True)
+        got, want = (outputs(function(*args, **kwargs, backend=backend)) for backend in (None, "reference"))
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w, equal_nan=True)
 
 
 def _numbered(first: int, count: int, file: str | None) -> Iterator[int]:
@@ -292,9 +296,9 @@ def main(first: int, count: int, file: str | None = None) -> None:
     warnings.simplefilter("ignore")
     faulthandler.enable()
     if "libasan" not in os.environ.get("LD_PRELOAD", ""):  # which maps terabytes
-        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 30), -1))
-    returned: Counter[str] = Counter({op: 0 for op in OPS})
+    returned: Counter[str] = Counter(dict.fromkeys(OPS, 0))
     for seed in _numbered(first, count, file):
         rng = random.Random(seed)
         call = (garbage if rng.random() < 0.3 else spoiled)(rng)

@@ -5,8 +5,8 @@
 #include <tuple>
 
 #include "cpu/attention_run.h"
-#include "op.h"
 #include "cpu/capability.h"
+#include "op.h"
 
 namespace tokenprune {
 

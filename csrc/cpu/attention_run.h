@@ -237,8 +237,7 @@ class AttentionRun {
     head.keys = keys();
     head.dim = shape_.dim;
     head.scale = static_cast<A>(call_.scale);
-    if (call_.key_mask)
-      head.key_mask = mask_bytes(*call_.key_mask) + sample * call_.key_mask->stride(0);
+    if (call_.key_mask) head.key_mask = mask_bytes(*call_.key_mask) + sample * call_.key_mask->stride(0);
     if (call_.causal) {
       const int64_t* given =
           call_.query_positions ? call_.query_positions->template const_data_ptr<int64_t>() : nullptr;

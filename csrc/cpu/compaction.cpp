@@ -2,12 +2,11 @@
 // list, with which the same gather computes the gradient.
 #include "args/compaction.h"
 
-
 #include <algorithm>
 #include <cstring>
 
-#include "parallel.h"
 #include "op.h"
+#include "parallel.h"
 #include "tokenprune/compact_view.h"
 
 namespace tokenprune {
@@ -103,8 +102,8 @@ void copy_rows(const Plan& plan, const CompactLoop* loops, const int64_t* indice
   }
 }
 
-// Raises before anything is copied: every index must be a token of every tensor. After the outputs were allocated, which
-// fails at once when there are more indices than anyone could read.
+// Raises before anything is copied: every index must be a token of every tensor. After the outputs were allocated,
+// which fails at once when there are more indices than anyone could read.
 void check_values(const std::vector<CompactSource>& sources, const Tensor& indices, const CompactIndices& rows) {
   int64_t low = -1, high = -1;
   const int64_t batch = rows.kept > 0 ? indices.size(0) : 0;

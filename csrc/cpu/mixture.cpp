@@ -5,8 +5,8 @@
 
 #include "args/selection.h"
 #include "cpu/choose.h"
-#include "op.h"
 #include "dispatch.h"
+#include "op.h"
 
 namespace tokenprune {
 

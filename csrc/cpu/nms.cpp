@@ -13,9 +13,9 @@
 #include "args/nms.h"
 #include "cpu/simd/similarity.h"
 #include "dispatch.h"
+#include "op.h"
 #include "parallel.h"
 #include "tokenprune/math.h"
-#include "op.h"
 #include "tokenprune/order.h"
 
 namespace tokenprune {

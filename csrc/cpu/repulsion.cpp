@@ -4,12 +4,11 @@
 // as the contract says.
 #include "cpu/repulsion.h"
 
-
 #include <tuple>
 
 #include "cpu/capability.h"
-#include "op.h"
 #include "dispatch.h"
+#include "op.h"
 
 namespace tokenprune {
 

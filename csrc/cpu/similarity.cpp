@@ -15,8 +15,8 @@
 #include "cpu/simd/rows.h"
 #include "cpu/simd/similarity.h"
 #include "dispatch.h"
-#include "parallel.h"
 #include "op.h"
+#include "parallel.h"
 #include "tokenprune/math.h"
 
 namespace tokenprune {
