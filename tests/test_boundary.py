@@ -112,7 +112,7 @@ WORK = {
     },
     "repulsion_sample": {"features": _far(1, LONG, 1), "k": 1},
     "spatial_semantic_nms": {
-        "scores": _far(1, LONG), "features": _far(1, LONG, 1), "positions": _far(1, LONG, 2), "k": 1
+        "scores": _far(1, LONG), "features": _far(1, LONG, 1), "positions": _far(1, LONG, 2), "k": LONG
     },
 }  # fmt: skip
 

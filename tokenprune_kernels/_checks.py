@@ -172,6 +172,8 @@ def attention(
     _beside(op, "key_mask", key_mask, query, "[B, N]", (batch, keys), torch.bool)
     _beside(op, "query_positions", query_positions, query, "[B, M]", (batch, rows), torch.int64)
     _option(op, "head_reduction", head_reduction, HEAD_REDUCTIONS)
+    if not isinstance(query_reduction, str):
+        _fail(TypeError, op, "query_reduction", "be a string", type(query_reduction).__name__)
     for reduction in query_reduction.split("+"):
         if reduction not in QUERY_REDUCTIONS:
             expected = f"be one of {', '.join(QUERY_REDUCTIONS)}, or several joined by +"

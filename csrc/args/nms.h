@@ -1,6 +1,8 @@
 // Checked arguments of spatial_semantic_nms, shared by the CPU and the CUDA bindings.
 #pragma once
 
+#include <algorithm>
+
 #include "checks.h"
 
 namespace tokenprune {
@@ -20,7 +22,7 @@ inline bool check_spatial_semantic_nms(const Tensor& scores, const Tensor& featu
   check_count(op, "k", k, batch);
   check_beside(op, "groups", groups, scores, "[B, N]", {batch, n}, ScalarType::Long);
   check_beside(op, "mask", mask, scores, "[B, N]", {batch, n}, ScalarType::Bool);
-  check_work(op, "features", "B * N * N * C", {batch, n, n, features.size(2)});
+  check_work(op, "features", "B * min(k, N) * N * C", {batch, std::min(k, n), n, features.size(2)});
   check_real(op, "radius", radius, 0);
   check_real(op, "sigma_spatial", sigma_spatial, 0, true);
   check_real(op, "sigma_semantic", sigma_semantic, 0, true);
