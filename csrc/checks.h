@@ -14,6 +14,38 @@ inline bool is_floating(ScalarType t) {
   return t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::Half || t == ScalarType::BFloat16;
 }
 
+// Stride 0 makes dimensions of any size, which no loop gets through and whose products overflow. No argument may have
+// more elements than this, which is beyond every memory, and no call needs that many multiplications.
+constexpr int kElementBits = 40, kWorkBits = 56;
+
+// Is the product of the sizes below 2^bits? A size of 0 counts as 1: it ends no loop over the other dimensions.
+template <class Sizes>
+bool product_is_below(int bits, const Sizes& sizes) {
+  int64_t product = 1;
+  for (const int64_t size : sizes)
+    if (size > 0 && __builtin_mul_overflow(product, size, &product)) return false;
+  return product < int64_t(1) << bits;
+}
+
+// `product` says which sizes are multiplied, as "B * N * C".
+inline void check_work(const char* op, const char* name, const char* product, std::initializer_list<int64_t> sizes) {
+  if (product_is_below(kWorkBits, sizes)) return;
+  fail(op, name, std::string("keep ") + product + " below 2^" + std::to_string(kWorkBits), shape_text(sizes));
+}
+
+// Every tensor of every op passes here, before any loop and any allocation.
+inline void check_size(const char* op, const char* name, const Tensor& t) {
+  if (product_is_below(kElementBits, t.sizes())) return;
+  fail(op, name, "have fewer than 2^" + std::to_string(kElementBits) + " elements (a size of 0 counts as 1)",
+       shape_text(t));
+}
+
+// A tensor of zeros that forward-mode differentiation makes has none. The dispatcher replaces it on the way here,
+// unless the caller has turned that off.
+inline void check_memory(const char* op, const char* name, const Tensor& t) {
+  if (t.numel() > 0 && t.const_data_ptr() == nullptr) fail(op, name, "have memory", "a tensor without");
+}
+
 // Python's None for a required tensor arrives as an undefined one.
 inline void check_defined(const char* op, const char* name, const Tensor& t) {
   if (!t.defined()) fail(op, name, "be a tensor", "None");
@@ -25,6 +57,8 @@ inline void check_floating(const char* op, const char* name, const Tensor& t, co
   if (!is_floating(t.scalar_type()))
     fail(op, name, "be float16, bfloat16, float32 or float64", dtype_name(t.scalar_type()));
   if (t.dim() != rank) fail(op, name, std::string("have shape ") + layout, shape_text(t));
+  check_size(op, name, t);
+  check_memory(op, name, t);
 }
 
 // A tensor on the device of `first`; -1 in `shape` leaves that size free; no dtype means any floating one.
@@ -51,7 +85,9 @@ inline void check_beside(const char* op, const char* name, const Tensor& t, cons
     }
     fail(op, name, text.str() + "]", shape_text(t));
   }
+  check_size(op, name, t);
   if (device_text(t) != device_text(first)) fail(op, name, "be on " + device_text(first), device_text(t));
+  check_memory(op, name, t);
 }
 
 inline void check_beside(const char* op, const char* name, const OptionalTensor& t, const Tensor& first,
@@ -59,8 +95,12 @@ inline void check_beside(const char* op, const char* name, const OptionalTensor&
   if (t) check_beside(op, name, *t, first, layout, shape, dtype);
 }
 
-inline void check_count(const char* op, const char* name, int64_t k) {
+// How many entries to return for each of `batch` samples.
+inline void check_count(const char* op, const char* name, int64_t k, int64_t batch) {
   if (k < 0) fail(op, name, "be non-negative", k);
+  if (!product_is_below(kElementBits, std::initializer_list<int64_t>{batch, k}))
+    fail(op, name, "keep B * " + std::string(name) + " below 2^" + std::to_string(kElementBits),
+         shape_text({batch, k}));
 }
 
 inline void check_real(const char* op, const char* name, double value, double low, bool above = false,
@@ -91,6 +131,13 @@ inline void check_index_values(const char* op, const char* name, const int64_t* 
     text << "tokenprune::" << op << ": " << name << " must lie in [-1, " << size << "), got " << values[i];
     throw std::out_of_range(text.str());
   }
+}
+
+// All values of an index tensor [B, V] in CPU memory whose last dimension is contiguous.
+inline void check_index_values(const char* op, const char* name, const Tensor& indices, int64_t size) {
+  const int64_t batch = indices.size(1) > 0 ? indices.size(0) : 0;
+  for (int64_t b = 0; b < batch; ++b)
+    check_index_values(op, name, indices.const_data_ptr<int64_t>() + b * indices.stride(0), indices.size(1), size);
 }
 
 }  // namespace tokenprune

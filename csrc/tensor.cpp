@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <iomanip>
 
 namespace tokenprune {
 
@@ -16,20 +17,32 @@ bool poisoning() {
 }
 
 // `code` is the C interface's number of the dtype.
+[[noreturn]] void out_of_memory(const Tensor& like, const Shape& shape, int32_t code) {
+  std::ostringstream text;
+  text << "cannot allocate " << dtype_name(static_cast<ScalarType>(code)) << ' ' << shape_text(shape);
+  double bytes = aoti_torch_dtype_element_size(code);
+  for (const int64_t size : shape) bytes *= static_cast<double>(size);
+  text << " (" << std::fixed << std::setprecision(0) << bytes << " bytes) on " << device_text(like);
+  throw OutOfMemory(text.str());
+}
+
+int32_t code_of(ScalarType dtype) { return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)); }
+
 Tensor new_empty_of_code(const Tensor& like, const Shape& shape, int32_t code, bool floating) {
   Shape strides(shape.size());
   int64_t stride = 1;
   for (size_t d = shape.size(); d-- > 0;) {
     strides[d] = stride;
     const int64_t size = shape[d] > 0 ? shape[d] : 1;
-    if (__builtin_mul_overflow(stride, size, &stride)) throw std::runtime_error("tokenprune: output size overflows");
+    if (__builtin_mul_overflow(stride, size, &stride)) out_of_memory(like, shape, code);
   }
   int32_t device_type, device_index;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-                                                  code, device_type, device_index, &handle));
+  if (aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), code, device_type,
+                               device_index, &handle) != AOTI_TORCH_SUCCESS)
+    out_of_memory(like, shape, code);
   Tensor fresh(handle);
   if (poisoning() && fresh.numel() > 0) {
     // All ones is a NaN in every floating dtype; 0x5A.. is no index anyone could mistake for a real one.
@@ -43,6 +56,15 @@ Tensor new_empty_of_code(const Tensor& like, const Shape& shape, int32_t code, b
   return fresh;
 }
 
+// A contiguous copy. The only thing that can go wrong is that there is no memory for it.
+Tensor copied(const Tensor& t, ScalarType dtype) {
+  try {
+    return torch::stable::contiguous(t.scalar_type() == dtype ? t : torch::stable::to(t, dtype));
+  } catch (const std::exception&) {
+    out_of_memory(t, Shape(t.sizes().begin(), t.sizes().end()), code_of(dtype));
+  }
+}
+
 }  // namespace
 
 void (*fill_cuda_bytes)(const Tensor& t, int byte) = nullptr;
@@ -50,8 +72,7 @@ void (*fill_cuda_bytes)(const Tensor& t, int byte) = nullptr;
 Tensor new_empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
   const bool floating = dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
                         dtype == ScalarType::BFloat16;
-  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  return new_empty_of_code(like, shape, code, floating);
+  return new_empty_of_code(like, shape, code_of(dtype), floating);
 }
 
 Tensor new_empty_of_same_dtype(const Tensor& like, const Shape& shape) {
@@ -62,12 +83,11 @@ Tensor new_empty_of_same_dtype(const Tensor& like, const Shape& shape) {
 
 Tensor with_contiguous_rows(const Tensor& t) {
   const int64_t last = t.dim() - 1;
-  return t.size(last) <= 1 || t.stride(last) == 1 ? t : torch::stable::contiguous(t);
+  return t.size(last) <= 1 || t.stride(last) == 1 ? t : copied(t, t.scalar_type());
 }
 
 Tensor contiguous_as(const Tensor& t, ScalarType dtype) {
-  const Tensor same = t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
-  return same.is_contiguous() ? same : torch::stable::contiguous(same);
+  return t.scalar_type() == dtype && t.is_contiguous() ? t : copied(t, dtype);
 }
 
 std::string dtype_name(ScalarType dtype) {
@@ -92,13 +112,15 @@ std::string dtype_name(ScalarType dtype) {
   }
 }
 
-std::string shape_text(const Tensor& t) {
+std::string shape_text(torch::headeronly::IntHeaderOnlyArrayRef sizes) {
   std::ostringstream text;
   text << '[';
-  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
+  for (size_t d = 0; d < sizes.size(); ++d) text << (d ? ", " : "") << sizes[d];
   text << ']';
   return text.str();
 }
+
+std::string shape_text(const Tensor& t) { return shape_text(t.sizes()); }
 
 std::string device_text(const Tensor& t) {
   if (t.is_cpu()) return "cpu";

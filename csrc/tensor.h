@@ -19,6 +19,11 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Shape = std::vector<int64_t>;
 
+// Memory that could not be had. The registration of an op (op.h) catches it and adds the op's name.
+struct OutOfMemory : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 // Fresh output or workspace on the device of `like`. TOKENPRUNE_POISON=1 fills it with NaN or a poison integer, which
 // shows elements that a kernel forgot to write.
 Tensor new_empty(const Tensor& like, const Shape& shape, ScalarType dtype);
@@ -35,11 +40,17 @@ Tensor with_contiguous_rows(const Tensor& t);
 // A contiguous copy in another dtype, or `t` itself when nothing has to change.
 Tensor contiguous_as(const Tensor& t, ScalarType dtype);
 
+// The bytes of a bool tensor. A view of other data as bool may hold any of the 256 values, and all but 0 mean True;
+// loaded as C++ bool, a value other than 0 and 1 would be undefined behaviour.
+inline const uint8_t* mask_bytes(const Tensor& mask) { return static_cast<const uint8_t*>(mask.const_data_ptr()); }
+inline const uint8_t* mask_bytes(const OptionalTensor& mask) { return mask ? mask_bytes(*mask) : nullptr; }
+
 inline bool is_float64(const Tensor& t) { return t.scalar_type() == ScalarType::Double; }
 // float64 inputs are computed and returned in float64, all others in float32.
 inline ScalarType wide_type(const Tensor& t) { return is_float64(t) ? ScalarType::Double : ScalarType::Float; }
 
 std::string dtype_name(ScalarType dtype);
+std::string shape_text(torch::headeronly::IntHeaderOnlyArrayRef sizes);
 std::string shape_text(const Tensor& t);
 std::string device_text(const Tensor& t);
 

@@ -7,8 +7,18 @@ from torch import Tensor
 
 from ._common import entries
 
+# Those that torch gathers, with a gradient. All others, Float8, unsigned integers and half-precision complex numbers
+# among them, are moved as the integers of their size.
+_DIFFERENTIABLE = frozenset(
+    {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
+)
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def _gather(tensor: Tensor, indices: Tensor, dim: int, batch_dim: int) -> Tensor:
+    if tensor.dtype not in _DIFFERENTIABLE and tensor.dtype not in _INTEGERS.values():
+        integers = tensor.resolve_conj().view(_INTEGERS[tensor.element_size()])
+        return _gather(integers, indices, dim, batch_dim).view(tensor.dtype)
     front = tensor.movedim((batch_dim, dim), (0, 1))  # [B, T, ...]
     index, valid = entries(indices, front.shape[1])
     shape = indices.shape + (1,) * (front.dim() - 2)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer into a throw-away copy of the repository
-# and runs the tests that reach into every corner of them: contract, errors and fuzz, once per CPU capability. Then all
-# tests of the CUDA kernels, on an emulator built with AddressSanitizer.
+# and runs the tests that reach into every corner of them: contract, errors, boundary and fuzz (100,000 malformed calls
+# in all), once per CPU capability. Then all tests of the CUDA kernels, on an emulator built with AddressSanitizer.
 #
 #   bash scripts/sanitize.sh [pytest arguments]     PYTHON=python  CAPABILITIES="avx512 avx2 baseline"
 set -euo pipefail
@@ -23,15 +23,18 @@ library() { "${CXX:-g++}" -print-file-name="$1"; }
 # An allocation that is too large returns null, as it does without the sanitizer: the fuzz tests ask for some.
 # libstdc++ comes along, because the runtime looks for its __cxa_throw when it starts.
 export LD_PRELOAD="$(library libasan.so) $(library libstdc++.so.6)"
-export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:detect_odr_violation=1:strict_init_order=1
+export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=16384:detect_odr_violation=1:strict_init_order=1
 export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 export PYTHONPATH=$copy PYTHONMALLOC=malloc TOKENPRUNE_POISON=1
 
+export TOKENPRUNE_FUZZ_CALLS=${TOKENPRUNE_FUZZ_CALLS:-100000}
 for capability in ${CAPABILITIES:-avx512 avx2 baseline}; do
   echo "== sanitized tests, TOKENPRUNE_CPU_CAPABILITY=$capability"
   # The CUDA kernels have their own turn below. Without capturing file descriptors: a sanitizer report goes to stderr of a process that then ends.
   TOKENPRUNE_CPU_CAPABILITY=$capability "$python" -m pytest -q -p no:cacheprovider --capture=sys \
-    tests/test_contract.py tests/test_contract_memory.py tests/test_errors.py tests/test_fuzz.py -k "not emulator" "$@"
+    tests/test_contract.py tests/test_contract_memory.py tests/test_errors.py tests/test_boundary.py tests/test_fuzz.py \
+    -k "not emulator" "$@"
+  export TOKENPRUNE_FUZZ_CALLS=5000  # the first capability had them all
 done
 
 echo "== sanitized tests of the CUDA kernels on the emulator"

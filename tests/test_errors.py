@@ -165,6 +165,15 @@ def test_index_values_out_of_range_raise_index_errors(op: str, backend: str) -> 
 
 
 @over_backends
+@pytest.mark.parametrize("op", OPTIONS)
+def test_options_must_be_strings(op: str, backend: str) -> None:
+    for name in OPTIONS[op]:
+        for value in (None, 3, ["mean"]):
+            with pytest.raises((ValueError, TypeError), match=rf"tokenprune::{op}: {name} must be "):
+                run(with_arguments(make(op), **{name: value}), backend)
+
+
+@over_backends
 def test_attention_names_sizes_that_do_not_fit(backend: str) -> None:
     for op in ("cross_attention_scores", "attention_entropy"):
         good = make(op).arguments

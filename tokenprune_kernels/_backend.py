@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _registry, _triton, reference
+from . import _checks, _registry, _triton, reference
 from ._schemas import SCHEMAS
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
@@ -30,8 +30,9 @@ _from_environment = os.environ.get("TOKENPRUNE_BACKEND") or "auto"
 # Called through the package, references carry no gradient either; gather_compact is differentiable everywhere.
 _references = SimpleNamespace(
     **{
-        name: getattr(reference, name) if name == "gather_compact" else torch.no_grad()(getattr(reference, name))
+        name: _checks.on_dense(name, function if name == "gather_compact" else torch.no_grad()(function))
         for name in SCHEMAS
+        for function in (getattr(reference, name),)
     }
 )
 

@@ -4,8 +4,11 @@ The Python functions raise what these raise (ValueError, TypeError); the fakes a
 RuntimeError that torch.ops promises; the compiled ops check the same conditions in C++ (csrc/args).
 """
 
-from collections.abc import Sequence
-from typing import NoReturn
+import functools
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -13,6 +16,9 @@ from torch import Tensor
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 HEAD_REDUCTIONS = ("mean", "sum", "max", "none")
 QUERY_REDUCTIONS = ("mean", "sum", "max", "last")
+# Stride 0 makes dimensions of any size, which no loop gets through. No argument may have more elements than this, which
+# is beyond every memory.
+ELEMENT_BITS = 40
 
 
 def _fail(error: type[Exception], op: str, argument: str, expected: str, got: object) -> NoReturn:
@@ -23,14 +29,66 @@ def _shape(t: Tensor) -> str:
     return str(list(t.shape))
 
 
+def _too_many(sizes: Sequence[int]) -> bool:
+    """Is the product of the sizes 2^40 or more? A size of 0 counts as 1: it ends no loop over the other dimensions.
+
+    What is symbolic passes without leaving a guard; the op checks the real sizes when it runs.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    product = math.prod(sizes)
+    if type(product) is not int or 0 < product < 1 << ELEMENT_BITS:
+        return False
+    return math.prod(s for s in sizes if s) >= 1 << ELEMENT_BITS
+
+
+def _size(op: str, name: str, t: Tensor) -> None:
+    if _too_many(t.shape):
+        _fail(ValueError, op, name, f"have fewer than 2^{ELEMENT_BITS} elements (a size of 0 counts as 1)", _shape(t))
+
+
+def _dense(op: str, name: str, t: Tensor) -> None:
+    if t.layout != torch.strided or t.is_nested or t.is_quantized:
+        got = "a nested one" if t.is_nested else "a quantized one" if t.is_quantized else f"one of {t.layout}"
+        _fail(TypeError, op, name, "be a dense tensor", got)
+    # The dispatcher makes zeros in memory out of a tensor without any, unless the caller has turned that off.
+    if t._is_zerotensor() and torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.ZeroTensor):
+        _fail(TypeError, op, name, "have memory", "a tensor without")
+
+
+def on_dense(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, given dense tensors only.
+
+    The dispatcher sees to it for compiled kernels. What is not compiled serves everything else, and has to look.
+    """
+    names = tuple(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+                if isinstance(value, Tensor):
+                    _dense(op, name, value)
+                elif isinstance(value, (list, tuple)):
+                    for i, t in enumerate(value):
+                        if isinstance(t, Tensor):
+                            _dense(op, f"{name}[{i}]", t)
+        return function(*args, **kwargs)
+
+    return run
+
+
 def _floating(op: str, name: str, t: Tensor, layout: str, rank: int) -> None:
     """A required floating-point tensor of the given rank; `layout` is its shape in words, as [B, N, C]."""
     if not isinstance(t, Tensor):
         _fail(TypeError, op, name, "be a tensor", type(t).__name__)
     if t.dtype not in FLOATS:
         _fail(TypeError, op, name, "be float16, bfloat16, float32 or float64", t.dtype)
+    if t.is_nested:
+        _fail(TypeError, op, name, "be a dense tensor", "a nested one")
     if t.dim() != rank:
         _fail(ValueError, op, name, f"have shape {layout}", _shape(t))
+    _size(op, name, t)
 
 
 def _beside(
@@ -41,6 +99,8 @@ def _beside(
         return
     if not isinstance(t, Tensor):
         _fail(TypeError, op, name, "be a tensor or None", type(t).__name__)
+    if t.is_nested:
+        _fail(TypeError, op, name, "be a dense tensor", "a nested one")
     if (t.dtype not in FLOATS) if dtype is None else (t.dtype != dtype):
         _fail(TypeError, op, name, "be floating point" if dtype is None else f"be {dtype}", t.dtype)
     fits = len(t.shape) == len(shape)
@@ -49,15 +109,20 @@ def _beside(
     if not fits:
         sizes = ", ".join("any" if s == -1 else str(s) for s in shape)
         _fail(ValueError, op, name, f"have shape {layout} = [{sizes}]", _shape(t))
+    if -1 in shape:  # else it is no larger than an argument that was checked
+        _size(op, name, t)
     if t is not first and t.device != first.device:
         _fail(ValueError, op, name, f"be on {first.device}", t.device)
 
 
-def _count(op: str, name: str, k: int) -> None:
+def _count(op: str, name: str, k: int, batch: int) -> None:
+    """How many entries to return for each of `batch` samples."""
     if not isinstance(k, (int, torch.SymInt)):
         _fail(TypeError, op, name, "be an int", type(k).__name__)
     if k < 0:
         _fail(ValueError, op, name, "be non-negative", k)
+    if _too_many((batch, k)):
+        _fail(ValueError, op, name, f"keep B * {name} below 2^{ELEMENT_BITS}", [batch, k])
 
 
 def _option(op: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -107,6 +172,8 @@ def attention(
     _beside(op, "key_mask", key_mask, query, "[B, N]", (batch, keys), torch.bool)
     _beside(op, "query_positions", query_positions, query, "[B, M]", (batch, rows), torch.int64)
     _option(op, "head_reduction", head_reduction, HEAD_REDUCTIONS)
+    if not isinstance(query_reduction, str):
+        _fail(TypeError, op, "query_reduction", "be a string", type(query_reduction).__name__)
     for reduction in query_reduction.split("+"):
         if reduction not in QUERY_REDUCTIONS:
             expected = f"be one of {', '.join(QUERY_REDUCTIONS)}, or several joined by +"
@@ -140,7 +207,7 @@ def contrastive_scores(features: Tensor, anchor_indices: Tensor, reference_indic
 
 def select_topk(scores: Tensor, k: int, mask: Tensor | None) -> None:
     _floating("select_topk", "scores", scores, "[B, N]", 2)
-    _count("select_topk", "k", k)
+    _count("select_topk", "k", k, scores.shape[0])
     _beside("select_topk", "mask", mask, scores, "[B, N]", tuple(scores.shape), torch.bool)
 
 
@@ -150,7 +217,7 @@ def select_two_tailed(scores: Tensor, num_low: Tensor, k: int, mask: Tensor | No
     if num_low is None:
         _fail(TypeError, op, "num_low", "be a tensor", None)
     _beside(op, "num_low", num_low, scores, "[B]", (scores.shape[0],), torch.int64)
-    _count(op, "k", k)
+    _count(op, "k", k, scores.shape[0])
     _beside(op, "mask", mask, scores, "[B, N]", tuple(scores.shape), torch.bool)
 
 
@@ -160,7 +227,7 @@ def select_mixture(text_scores: Tensor, visual_scores: Tensor, k: int, floor: fl
     _floating(op, "visual_scores", visual_scores, "[B, N]", 2)
     shape = tuple(text_scores.shape)
     _beside(op, "visual_scores", visual_scores, text_scores, "[B, N]", shape, None)
-    _count(op, "k", k)
+    _count(op, "k", k, shape[0])
     _real(op, "floor", floor, 0.0, high=0.5)
     _beside(op, "mask", mask, text_scores, "[B, N]", shape, torch.bool)
 
@@ -170,7 +237,7 @@ def mask_to_indices(mask: Tensor, capacity: int) -> None:
     if mask is None:
         _fail(TypeError, op, "mask", "be a tensor", None)
     _beside(op, "mask", mask, mask, "[B, N]", (-1, -1), torch.bool)
-    _count(op, "capacity", capacity)
+    _count(op, "capacity", capacity, mask.shape[0])
 
 
 def repulsion_sample(
@@ -191,8 +258,8 @@ def repulsion_sample(
 ) -> None:
     op = "repulsion_sample"
     _floating(op, "features", features, "[B, N, C]", 3)
-    _count(op, "k", k)
     batch, n, _ = features.shape
+    _count(op, "k", k, batch)
     _beside(op, "positions", positions, features, "[B, N, P]", (batch, n, -1), None)
     _beside(op, "seed_indices", seed_indices, features, "[B, S]", (batch, -1), torch.int64)
     _beside(op, "energy", energy, features, "[B, N]", (batch, n), None)
@@ -227,7 +294,7 @@ def spatial_semantic_nms(
     batch, n = scores.shape
     _beside(op, "features", features, scores, "[B, N, C]", (batch, n, -1), None)
     _beside(op, "positions", positions, scores, "[B, N, 2]", (batch, n, 2), None)
-    _count(op, "k", k)
+    _count(op, "k", k, batch)
     _beside(op, "groups", groups, scores, "[B, N]", (batch, n), torch.int64)
     _beside(op, "mask", mask, scores, "[B, N]", (batch, n), torch.bool)
     _real(op, "radius", radius, 0.0)
@@ -255,6 +322,8 @@ def gather_compact(
     for i, t in enumerate(tensors):
         if not isinstance(t, Tensor):
             _fail(TypeError, op, f"tensors[{i}]", "be a tensor", type(t).__name__)
+        if t.is_nested:
+            _fail(TypeError, op, f"tensors[{i}]", "be a dense tensor", "a nested one")
         rank, dim, batch_dim = t.dim(), dims[i], 0 if batch_dims is None else batch_dims[i]
         if not -rank <= dim < rank:
             _fail(ValueError, op, f"dims[{i}]", f"lie in [{-rank}, {rank})", dim)
@@ -264,10 +333,11 @@ def gather_compact(
             _fail(ValueError, op, f"dims[{i}]", f"differ from batch_dims[{i}] = {batch_dim}", dim)
         if t.shape[batch_dim] != batch:
             _fail(ValueError, op, f"tensors[{i}]", f"have size B = {batch} in dimension {batch_dim}", _shape(t))
+        _size(op, f"tensors[{i}]", t)
         if t.device != device:
             _fail(ValueError, op, f"tensors[{i}]", f"be on {device}", t.device)
 
 
 def invert_indices(indices: Tensor, size: int) -> None:
     _beside("_invert_indices", "indices", indices, indices, "[B, K]", (-1, -1), torch.int64)
-    _count("_invert_indices", "size", size)
+    _count("_invert_indices", "size", size, indices.shape[0])

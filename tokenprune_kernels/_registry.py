@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import _autograd, _fakes, _triton, _vmap, reference
+from . import _autograd, _checks, _fakes, _triton, _vmap, reference
 from ._schemas import PRIVATE_SCHEMAS, SCHEMAS
 
 _library: torch.library.Library | None = None  # keeps the registrations alive
@@ -90,6 +90,7 @@ def _fallback(name: str) -> Callable[..., Any]:
     compute = getattr(reference, name)
     check = getattr(_fakes, name)
 
+    @functools.wraps(compute)
     def run(*args: Any, **kwargs: Any) -> Any:
         check(*args, **kwargs)
         with torch.no_grad():
@@ -100,7 +101,7 @@ def _fallback(name: str) -> Callable[..., Any]:
             return result[0].unsqueeze(1), result[1], result[2]
         return result
 
-    return as_runtime_error(run)
+    return as_runtime_error(_checks.on_dense(name, run))
 
 
 def load() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import _autograd, _fakes, _vmap
+from . import _autograd, _checks, _fakes, _vmap
 from ._schemas import PRIVATE_SCHEMAS, SCHEMAS
 
 OLDEST = (3, 6)  # pairs with torch 2.10
@@ -70,7 +70,7 @@ def _wrapper(name: str) -> Callable[..., Any]:
     def loaded() -> Callable[..., Any]:
         from . import triton
 
-        return as_runtime_error(getattr(triton, name))
+        return as_runtime_error(_checks.on_dense(name, getattr(triton, name)))
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return loaded()(*args, **kwargs)

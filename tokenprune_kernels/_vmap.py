@@ -5,7 +5,7 @@ torch.library.register_vmap refuses keyword-only tensors, so the rule is registe
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -22,8 +22,10 @@ def _level_and_size() -> tuple[int, int]:
     return interpreter.level(), interpreter.batch_size()
 
 
-def _fold(value: Tensor, level: int, size: int, batch_dim: int) -> Tensor:
+def _fold(op: str, value: Tensor, level: int, size: int, batch_dim: int) -> Tensor:
     """[.., B, ..] mapped over a hidden dimension -> [.., V * B, ..]; a tensor that is not mapped is repeated."""
+    if value.dim() == 0:
+        raise RuntimeError(f"tokenprune::{op}: tensors must have a batch dimension, got one of shape [] under vmap")
     batch_dim %= value.dim()
     plain, mapped_dim = torch._C._functorch._unwrap_batched(value, level)
     moved = plain.unsqueeze(batch_dim) if mapped_dim is None else plain.movedim(mapped_dim, batch_dim)
@@ -44,7 +46,7 @@ def _rule(ops: Any, name: str) -> Callable[..., Any]:
         op = getattr(ops, name).default
 
         def fold(value: Any) -> Any:
-            return _fold(value, level, size, 0) if isinstance(value, Tensor) else value
+            return _fold(name, value, level, size, 0) if isinstance(value, Tensor) else value
 
         with torch._C._ExcludeDispatchKeyGuard(_KEY):
             result = op(*map(fold, args), **{key: fold(value) for key, value in kwargs.items()})
@@ -67,9 +69,22 @@ def _gather_rule(
     level, size = _level_and_size()
     batch_dims = [0] * len(tensors) if batch_dims is None else batch_dims
     with torch._C._ExcludeDispatchKeyGuard(_KEY):
-        folded = [_fold(t, level, size, b) for t, b in zip(tensors, batch_dims, strict=True)]
-        kept = ops.gather_compact.default(folded, _fold(indices, level, size, 0), dims=dims, batch_dims=batch_dims)
+        folded = [_fold("gather_compact", t, level, size, b) for t, b in zip(tensors, batch_dims, strict=True)]
+        kept = ops.gather_compact.default(
+            folded, _fold("gather_compact", indices, level, size, 0), dims=dims, batch_dims=batch_dims
+        )
         return [_unfold(k, level, size, b) for k, b in zip(kept, batch_dims, strict=True)]
+
+
+def _refuse_nested(name: str) -> Callable[..., Any]:
+    """torch loops over the components of a nested tensor itself, and divides by their number, 0 too."""
+
+    def rule(*args: Any, **kwargs: Any) -> NoReturn:
+        raise RuntimeError(
+            f"tokenprune::{name}: tensors must be dense, got a nested one under vmap; pad it, and mask the padding"
+        )
+
+    return rule
 
 
 def register(library: torch.library.Library, ops: Any) -> None:
@@ -77,3 +92,4 @@ def register(library: torch.library.Library, ops: Any) -> None:
     for name in SCHEMAS | PRIVATE_SCHEMAS:
         rule = partial(_gather_rule, ops) if name == "gather_compact" else _rule(ops, name)
         library.impl(name, rule, "FuncTorchBatched", with_keyset=True)
+        library.impl(name, _refuse_nested(name), "BatchedNestedTensor")

@@ -1,6 +1,7 @@
 // Checked arguments of the attention ops, shared by the CPU and the CUDA bindings.
 #pragma once
 
+#include <algorithm>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -55,6 +56,8 @@ inline void check_attention(const char* op, const Tensor& query, const Tensor& k
   check_beside(op, "query_mask", query_mask, query, "[B, M]", {batch, rows}, ScalarType::Bool);
   check_beside(op, "key_mask", key_mask, query, "[B, N]", {batch, key.size(2)}, ScalarType::Bool);
   check_beside(op, "query_positions", query_positions, query, "[B, M]", {batch, rows}, ScalarType::Long);
+  const int64_t columns = key_indices ? key_indices->size(1) : 0;
+  check_work(op, "key", "B * Hq * M * max(N, V) * D", {batch, heads, rows, std::max(key.size(2), columns), dim});
 }
 
 }  // namespace tokenprune

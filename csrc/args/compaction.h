@@ -46,7 +46,9 @@ inline std::vector<CompactSource> check_gather_compact(const std::vector<Tensor>
     if (t.size(batch_dim) != batch)
       fail(op, list_entry("tensors", i).c_str(),
            "have size B = " + std::to_string(batch) + " in dimension " + std::to_string(batch_dim), shape_text(t));
+    check_size(op, list_entry("tensors", i).c_str(), t);
     if (device_text(t) != device) fail(op, list_entry("tensors", i).c_str(), "be on " + device, device_text(t));
+    check_memory(op, list_entry("tensors", i).c_str(), t);
     sources.push_back({t, dim, batch_dim});
   }
   return sources;
@@ -54,7 +56,7 @@ inline std::vector<CompactSource> check_gather_compact(const std::vector<Tensor>
 
 inline void check_invert_indices(const Tensor& indices, int64_t size) {
   check_beside("_invert_indices", "indices", indices, indices, "[B, K]", {-1, -1}, ScalarType::Long);
-  check_count("_invert_indices", "size", size);
+  check_count("_invert_indices", "size", size, indices.size(0));
 }
 
 }  // namespace tokenprune

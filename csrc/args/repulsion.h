@@ -1,6 +1,7 @@
 // Checked arguments of repulsion_sample, shared by the CPU and the CUDA bindings.
 #pragma once
 
+#include <algorithm>
 #include <string>
 
 #include "checks.h"
@@ -26,12 +27,15 @@ inline RepulsionChoice check_repulsion_sample(const Tensor& features, int64_t k,
                                               const OptionalTensor& mask, const RepulsionKeywords& words) {
   const char* op = "repulsion_sample";
   check_floating(op, "features", features, "[B, N, C]", 3);
-  check_count(op, "k", k);
   const int64_t batch = features.size(0), n = features.size(1);
+  check_count(op, "k", k, batch);
   check_beside(op, "positions", positions, features, "[B, N, P]", {batch, n, -1}, std::nullopt);
   check_beside(op, "seed_indices", seed_indices, features, "[B, S]", {batch, -1}, ScalarType::Long);
   check_beside(op, "energy", energy, features, "[B, N]", {batch, n}, std::nullopt);
   check_beside(op, "mask", mask, features, "[B, N]", {batch, n}, ScalarType::Bool);
+  const int64_t listed = seed_indices ? seed_indices->size(1) : 0, places = positions ? positions->size(2) : 0;
+  check_work(op, "features", "B * N * max(N, S) * max(C, P)",
+             {batch, n, std::max(n, listed), std::max(features.size(2), places)});
   RepulsionChoice choice;
   choice.potential =
       static_cast<Potential>(check_option(op, "potential", words.potential, {"cosine", "riesz", "gaussian"}));

@@ -8,7 +8,7 @@ namespace tokenprune {
 // Scores [B, N], a count, and the optional mask of every selecting op.
 inline void check_scored(const char* op, const Tensor& scores, int64_t k, const OptionalTensor& mask) {
   check_floating(op, "scores", scores, "[B, N]", 2);
-  check_count(op, "k", k);
+  check_count(op, "k", k, scores.size(0));
   if (mask) check_beside(op, "mask", *mask, scores, "[B, N]", {scores.size(0), scores.size(1)}, ScalarType::Bool);
 }
 
@@ -30,14 +30,14 @@ inline void check_select_mixture(const Tensor& text, const Tensor& visual, int64
   const int64_t batch = text.size(0), n = text.size(1);
   check_floating(op, "visual_scores", visual, "[B, N]", 2);
   check_beside(op, "visual_scores", visual, text, "[B, N]", {batch, n}, std::nullopt);
-  check_count(op, "k", k);
+  check_count(op, "k", k, batch);
   check_real(op, "floor", floor, 0.0, false, 0.5);
   if (mask) check_beside(op, "mask", *mask, text, "[B, N]", {batch, n}, ScalarType::Bool);
 }
 
 inline void check_mask_to_indices(const Tensor& mask, int64_t capacity) {
   check_beside("mask_to_indices", "mask", mask, mask, "[B, N]", {-1, -1}, ScalarType::Bool);
-  check_count("mask_to_indices", "capacity", capacity);
+  check_count("mask_to_indices", "capacity", capacity, mask.size(0));
 }
 
 inline void check_score_entropy(const Tensor& scores, const OptionalTensor& mask) {

@@ -1,6 +1,8 @@
 // Checked arguments of cosine_scores and contrastive_scores, shared by the CPU and the CUDA bindings.
 #pragma once
 
+#include <algorithm>
+
 #include "checks.h"
 
 namespace tokenprune {
@@ -14,6 +16,7 @@ inline bool check_cosine_scores(const Tensor& features, const Tensor& queries, c
   const int64_t batch = features.size(0);
   check_beside(op, "queries", queries, features, "[B, M, C]", {batch, -1, features.size(2)}, features.scalar_type());
   check_beside(op, "query_mask", query_mask, features, "[B, M]", {batch, queries.size(1)}, ScalarType::Bool);
+  check_work(op, "queries", "B * N * M * C", {batch, features.size(1), queries.size(1), features.size(2)});
   return check_option(op, "reduction", reduction, {"max", "mean"}) == 1;
 }
 
@@ -24,6 +27,8 @@ inline void check_contrastive_scores(const Tensor& features, const Tensor& ancho
   const int64_t batch = features.size(0);
   check_beside(op, "anchor_indices", anchor_indices, features, "[B, A]", {batch, -1}, ScalarType::Long);
   check_beside(op, "reference_indices", reference_indices, features, "[B, R]", {batch, -1}, ScalarType::Long);
+  const int64_t listed = std::max(anchor_indices.size(1), reference_indices.size(1));
+  check_work(op, "features", "B * N * max(A, R) * C", {batch, features.size(1), listed, features.size(2)});
 }
 
 }  // namespace tokenprune

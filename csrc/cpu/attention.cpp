@@ -1,5 +1,4 @@
 // CPU kernels of the attention ops.
-#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <cmath>
@@ -7,6 +6,7 @@
 
 #include "cpu/attention_run.h"
 #include "cpu/capability.h"
+#include "op.h"
 
 namespace tokenprune {
 
@@ -94,11 +94,7 @@ AttentionCall prepare(const char* op, const Tensor& query, const Tensor& key, co
                      parse_reductions(op, head_reduction, query_reduction)};
   call.scale = scale ? *scale : cosine ? 1.0 : 1 / std::sqrt(static_cast<double>(query.size(3)));
   if (lse) call.lse_in = contiguous_as(*lse, wide_type(query));
-  if (call.key_indices)
-    for (int64_t b = 0; b < call.key_indices->size(0); ++b)
-      check_index_values(op, "key_indices",
-                         call.key_indices->const_data_ptr<int64_t>() + b * call.key_indices->stride(0),
-                         call.key_indices->size(1), key.size(2));
+  if (call.key_indices) check_index_values(op, "key_indices", *call.key_indices, key.size(2));
   return call;
 }
 
@@ -134,9 +130,9 @@ Tensor attention_scores(const Tensor& query, const Tensor& key, const Tensor& ls
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) {
-  m.impl("cross_attention_scores", TORCH_BOX(&cross_attention_scores));
-  m.impl("attention_entropy", TORCH_BOX(&attention_entropy));
-  m.impl("attention_scores", TORCH_BOX(&attention_scores));
+  TOKENPRUNE_IMPL(m, "cross_attention_scores", cross_attention_scores);
+  TOKENPRUNE_IMPL(m, "attention_entropy", attention_entropy);
+  TOKENPRUNE_IMPL(m, "attention_scores", attention_scores);
 }
 
 }  // namespace tokenprune

@@ -27,7 +27,7 @@ class Workspace {
   void allocate() {
     if (size_ == 0) return;
     memory_.reset(static_cast<char*>(std::aligned_alloc(64, size_)));
-    if (!memory_) throw std::bad_alloc();
+    if (!memory_) throw OutOfMemory("cannot allocate " + std::to_string(size_) + " bytes of working memory");
   }
   template <class A>
   A* at(int64_t offset) const {
@@ -121,7 +121,7 @@ class AttentionRun {
 
   void read_query_mask() {
     int64_t* counts = shared_.at<int64_t>(counts_);
-    const bool* mask = call_.query_mask ? call_.query_mask->template const_data_ptr<bool>() : nullptr;
+    const uint8_t* mask = mask_bytes(call_.query_mask);
     const int64_t stride = mask ? call_.query_mask->stride(0) : 0;
     for (int64_t b = 0; b < shape_.batch; ++b) {
       A* valid = shared_.at<A>(valid_) + b * plan_.blocks * padded_rows_;
@@ -237,8 +237,7 @@ class AttentionRun {
     head.keys = keys();
     head.dim = shape_.dim;
     head.scale = static_cast<A>(call_.scale);
-    if (call_.key_mask)
-      head.key_mask = call_.key_mask->template const_data_ptr<bool>() + sample * call_.key_mask->stride(0);
+    if (call_.key_mask) head.key_mask = mask_bytes(*call_.key_mask) + sample * call_.key_mask->stride(0);
     if (call_.causal) {
       const int64_t* given =
           call_.query_positions ? call_.query_positions->template const_data_ptr<int64_t>() : nullptr;

@@ -126,7 +126,7 @@ struct MaskRows {
   explicit MaskRows(const OptionalTensor& mask) : present(mask.has_value()) {
     if (!present) return;
     held = with_contiguous_rows(*mask);
-    data = static_cast<const uint8_t*>(held->const_data_ptr());
+    data = mask_bytes(*held);
     stride = held->stride(0);
   }
   // Element i of the result is nonzero where token i of the sample counts, or the result is null: all count.

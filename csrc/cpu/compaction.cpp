@@ -2,11 +2,10 @@
 // list, with which the same gather computes the gradient.
 #include "args/compaction.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <algorithm>
 #include <cstring>
 
+#include "op.h"
 #include "parallel.h"
 #include "tokenprune/compact_view.h"
 
@@ -103,11 +102,13 @@ void copy_rows(const Plan& plan, const CompactLoop* loops, const int64_t* indice
   }
 }
 
-// Raises before anything is copied: every index must be a token of every tensor.
+// Raises before anything is copied: every index must be a token of every tensor. After the outputs were allocated,
+// which fails at once when there are more indices than anyone could read.
 void check_values(const std::vector<CompactSource>& sources, const Tensor& indices, const CompactIndices& rows) {
   int64_t low = -1, high = -1;
-  for (int64_t b = 0; b < indices.size(0); ++b)
-    for (int64_t k = 0; k < indices.size(1); ++k) {
+  const int64_t batch = rows.kept > 0 ? indices.size(0) : 0;
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t k = 0; k < rows.kept; ++k) {
       const int64_t value = rows.data[b * rows.batch_stride + k * rows.token_stride];
       low = std::min(low, value);
       high = std::max(high, value);
@@ -125,7 +126,6 @@ std::vector<Tensor> gather_compact(const std::vector<Tensor>& tensors, const Ten
   const std::vector<CompactSource> sources = check_gather_compact(tensors, indices, dims, batch_dims);
   const int64_t kept = indices.size(1);
   const CompactIndices rows{indices.const_data_ptr<int64_t>(), indices.stride(0), indices.stride(1), kept};
-  check_values(sources, indices, rows);
 
   std::vector<Tensor> outputs;
   std::vector<CompactLoop> loops;
@@ -148,6 +148,8 @@ std::vector<Tensor> gather_compact(const std::vector<Tensor>& tensors, const Ten
     work += plans.back().view.rows * (plans.back().view.run + kRowCost);
     ends.push_back(work);
   }
+
+  check_values(sources, indices, rows);
 
   // A row belongs to the piece of work in which it starts.
   parallel_for(work, kWorthAThread, [&](int64_t begin, int64_t end) {
@@ -181,8 +183,8 @@ Tensor invert_indices(const Tensor& indices, int64_t size) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) {
-  m.impl("gather_compact", TORCH_BOX(&gather_compact));
-  m.impl("_invert_indices", TORCH_BOX(&invert_indices));
+  TOKENPRUNE_IMPL(m, "gather_compact", gather_compact);
+  TOKENPRUNE_IMPL(m, "_invert_indices", invert_indices);
 }
 
 }  // namespace tokenprune

@@ -1,5 +1,4 @@
 // AdaFV's adaptive mixture of a text-guided and a visual ranking on the CPU.
-#include <torch/csrc/stable/library.h>
 
 #include <cmath>
 #include <tuple>
@@ -7,6 +6,7 @@
 #include "args/selection.h"
 #include "cpu/choose.h"
 #include "dispatch.h"
+#include "op.h"
 
 namespace tokenprune {
 
@@ -134,6 +134,6 @@ std::tuple<Tensor, Tensor, Tensor> select_mixture(const Tensor& text_in, const T
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) { m.impl("select_mixture", TORCH_BOX(&select_mixture)); }
+STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) { TOKENPRUNE_IMPL(m, "select_mixture", select_mixture); }
 
 }  // namespace tokenprune

@@ -5,7 +5,6 @@
 // score that has not yet met the latest picks is an upper bound of the true one. The best bound is settled, that is
 // brought up to date, and either stays best and is picked, or falls back. A token meets every pick at most once and in
 // order, so each score is the same product that the plain loop computes.
-#include <torch/csrc/stable/library.h>
 
 #include <cmath>
 #include <tuple>
@@ -14,6 +13,7 @@
 #include "args/nms.h"
 #include "cpu/simd/similarity.h"
 #include "dispatch.h"
+#include "op.h"
 #include "parallel.h"
 #include "tokenprune/math.h"
 #include "tokenprune/order.h"
@@ -182,7 +182,7 @@ void run(const Tensor& scores, const Tensor& features, const Tensor& positions, 
   std::vector<int64_t> seen(batch * n, 0);
   std::vector<Rank> tree(batch * 2 * leaves, 0);
   const T* rows = static_cast<const T*>(features.const_data_ptr());
-  const bool* allowed = mask ? mask->const_data_ptr<bool>() : nullptr;
+  const uint8_t* allowed = mask_bytes(mask);
   const int64_t* group = groups ? groups->const_data_ptr<int64_t>() : nullptr;
 
   const auto sample = [&](int64_t b) {
@@ -258,6 +258,6 @@ std::tuple<Tensor, Tensor, Tensor> spatial_semantic_nms(const Tensor& scores, co
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) { m.impl("spatial_semantic_nms", TORCH_BOX(&spatial_semantic_nms)); }
+STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) { TOKENPRUNE_IMPL(m, "spatial_semantic_nms", spatial_semantic_nms); }
 
 }  // namespace tokenprune

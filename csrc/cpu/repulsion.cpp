@@ -4,12 +4,11 @@
 // as the contract says.
 #include "cpu/repulsion.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <tuple>
 
 #include "cpu/capability.h"
 #include "dispatch.h"
+#include "op.h"
 
 namespace tokenprune {
 
@@ -55,7 +54,7 @@ std::tuple<Tensor, Tensor> repulsion_sample(const Tensor& features_in, int64_t k
   OptionalTensor seeds, mask, positions, energy;
   if (seeds_in) {
     seeds = contiguous_as(*seeds_in, ScalarType::Long);
-    check_index_values("repulsion_sample", "seed_indices", seeds->const_data_ptr<int64_t>(), seeds->numel(), n);
+    check_index_values("repulsion_sample", "seed_indices", *seeds, n);
   }
   if (mask_in) mask = contiguous_as(*mask_in, ScalarType::Bool);
   if (positions_in) positions = contiguous_as(*positions_in, wide_type(features));
@@ -86,7 +85,7 @@ std::tuple<Tensor, Tensor> repulsion_sample(const Tensor& features_in, int64_t k
                              positions ? positions->const_data_ptr<A>() + b * n * axes : nullptr,
                              axes,
                              energy ? energy->const_data_ptr<A>() + b * n : nullptr,
-                             mask ? mask->const_data_ptr<bool>() + b * n : nullptr,
+                             mask ? mask_bytes(*mask) + b * n : nullptr,
                              seeds ? seeds->const_data_ptr<int64_t>() + b * n_seeds : nullptr,
                              n_seeds,
                              choice.potential,
@@ -103,7 +102,7 @@ std::tuple<Tensor, Tensor> repulsion_sample(const Tensor& features_in, int64_t k
         for (int64_t b = begin; b < end; ++b) run(b, alone);
       });
     } else {
-      with_team(batch * n * dim * (std::min(k, n) + (seeds ? seeds->size(1) : 0)), [&](Team& team) {
+      with_team(double(batch * n) * dim * (std::min(k, n) + (seeds ? seeds->size(1) : 0)), [&](Team& team) {
         for (int64_t b = 0; b < batch; ++b) run(b, team);
       });
     }
@@ -113,6 +112,6 @@ std::tuple<Tensor, Tensor> repulsion_sample(const Tensor& features_in, int64_t k
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) { m.impl("repulsion_sample", TORCH_BOX(&repulsion_sample)); }
+STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) { TOKENPRUNE_IMPL(m, "repulsion_sample", repulsion_sample); }
 
 }  // namespace tokenprune

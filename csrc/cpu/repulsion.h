@@ -30,8 +30,8 @@ struct Sample {
   int64_t n, dim, stride;
   const A* positions;  // [n, axes] or null
   int64_t axes;
-  const A* energy;   // or null
-  const bool* mask;  // or null
+  const A* energy;      // or null
+  const uint8_t* mask;  // bytes of a bool tensor, or null
   const int64_t* seeds;
   int64_t n_seeds;
   Potential potential;

@@ -1,5 +1,4 @@
 // CPU kernels of the selection ops.
-#include <torch/csrc/stable/library.h>
 
 #include <cmath>
 #include <cstring>
@@ -8,6 +7,7 @@
 #include "args/selection.h"
 #include "cpu/choose.h"
 #include "dispatch.h"
+#include "op.h"
 #include "tokenprune/math.h"
 
 namespace tokenprune {
@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor> mask_to_indices(const Tensor& mask_in, int64_t capaci
   const Tensor mask = with_contiguous_rows(mask_in);
   const int64_t batch = mask.size(0), n = mask.size(1), stride = mask.stride(0);
   const Selected selected(mask, batch, capacity);
-  const auto* flags = static_cast<const uint8_t*>(mask.const_data_ptr());
+  const uint8_t* flags = mask_bytes(mask);
   parallel_for(batch, 1 + 16384 / (n + 1), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) selected.list(b, flags + b * stride, n);
   });
@@ -158,10 +158,10 @@ Tensor score_entropy(const Tensor& scores_in, const OptionalTensor& mask_in, boo
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) {
-  m.impl("select_topk", TORCH_BOX(&select_topk));
-  m.impl("select_two_tailed", TORCH_BOX(&select_two_tailed));
-  m.impl("mask_to_indices", TORCH_BOX(&mask_to_indices));
-  m.impl("score_entropy", TORCH_BOX(&score_entropy));
+  TOKENPRUNE_IMPL(m, "select_topk", select_topk);
+  TOKENPRUNE_IMPL(m, "select_two_tailed", select_two_tailed);
+  TOKENPRUNE_IMPL(m, "mask_to_indices", mask_to_indices);
+  TOKENPRUNE_IMPL(m, "score_entropy", score_entropy);
 }
 
 }  // namespace tokenprune

@@ -6,7 +6,6 @@
 // * max: full panels of rows go through the panel kernel, the last few rows through dot products of their own.
 // Features are read in their own dtype and never normalised: a cosine is a dot product with a unit row, divided by the
 // feature's norm, and the division waits until after the reduction.
-#include <torch/csrc/stable/library.h>
 
 #include <cmath>
 #include <limits>
@@ -16,6 +15,7 @@
 #include "cpu/simd/rows.h"
 #include "cpu/simd/similarity.h"
 #include "dispatch.h"
+#include "op.h"
 #include "parallel.h"
 #include "tokenprune/math.h"
 
@@ -28,8 +28,15 @@ constexpr int64_t kTile = 48;  // features that meet a panel together: a multipl
 // Rows of every sample, sample b's at [begin[b], begin[b + 1]).
 template <class T>
 struct Lists {
+  // Whatever memory the rows may need is asked for at once: growing would fill what there is before it failed.
+  Lists(int64_t batch, int64_t most) {
+    begin.reserve(batch + 1);
+    begin.push_back(0);
+    rows.reserve(most);
+  }
+
   std::vector<const T*> rows;
-  std::vector<int64_t> begin = {0};
+  std::vector<int64_t> begin;
 
   int64_t size(int64_t b) const { return begin[b + 1] - begin[b]; }
   void end_of_sample() { begin.push_back(static_cast<int64_t>(rows.size())); }
@@ -231,11 +238,11 @@ Tensor cosine_scores(const Tensor& features_in, const Tensor& queries_in, const 
   const bool mean = check_cosine_scores(features_in, queries_in, query_mask, reduction);
   const Tensor features = with_contiguous_rows(features_in), queries = with_contiguous_rows(queries_in);
   const int64_t batch = queries.size(0), m = queries.size(1);
-  const bool* valid = query_mask ? query_mask->const_data_ptr<bool>() : nullptr;
+  const uint8_t* valid = mask_bytes(query_mask);
   return dispatch_floating(features.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     const T* rows = static_cast<const T*>(queries.const_data_ptr());
-    Lists<T> listed, none;
+    Lists<T> listed(batch, batch * m), none(batch, 0);
     for (int64_t b = 0; b < batch; ++b) {
       for (int64_t i = 0; i < m; ++i)
         if (!valid || valid[b * query_mask->stride(0) + i * query_mask->stride(1)])
@@ -250,7 +257,7 @@ Tensor cosine_scores(const Tensor& features_in, const Tensor& queries_in, const 
 template <class T>
 Lists<T> rows_at(const Tensor& features, const Tensor& indices) {
   const T* rows = static_cast<const T*>(features.const_data_ptr());
-  Lists<T> listed;
+  Lists<T> listed(indices.size(0), indices.numel());
   for (int64_t b = 0; b < indices.size(0); ++b) {
     const int64_t* index = indices.const_data_ptr<int64_t>() + b * indices.stride(0);
     for (int64_t i = 0; i < indices.size(1); ++i)
@@ -264,12 +271,8 @@ Tensor contrastive_scores(const Tensor& features_in, const Tensor& anchors_in, c
   check_contrastive_scores(features_in, anchors_in, references_in);
   const Tensor features = with_contiguous_rows(features_in);
   const Tensor anchors = with_contiguous_rows(anchors_in), references = with_contiguous_rows(references_in);
-  for (const bool of_anchors : {true, false}) {
-    const Tensor& indices = of_anchors ? anchors : references;
-    for (int64_t b = 0; b < indices.size(0); ++b)
-      check_index_values("contrastive_scores", of_anchors ? "anchor_indices" : "reference_indices",
-                         indices.const_data_ptr<int64_t>() + b * indices.stride(0), indices.size(1), features.size(1));
-  }
+  check_index_values("contrastive_scores", "anchor_indices", anchors, features.size(1));
+  check_index_values("contrastive_scores", "reference_indices", references, features.size(1));
   return dispatch_floating(features.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     return score(features, rows_at<T>(features, anchors), rows_at<T>(features, references), Wide<T>(-1));
@@ -279,8 +282,8 @@ Tensor contrastive_scores(const Tensor& features_in, const Tensor& anchors_in, c
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) {
-  m.impl("cosine_scores", TORCH_BOX(&cosine_scores));
-  m.impl("contrastive_scores", TORCH_BOX(&contrastive_scores));
+  TOKENPRUNE_IMPL(m, "cosine_scores", cosine_scores);
+  TOKENPRUNE_IMPL(m, "contrastive_scores", contrastive_scores);
 }
 
 }  // namespace tokenprune

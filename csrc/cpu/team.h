@@ -23,6 +23,8 @@ class Team {
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
 
+  int64_t threads() const { return threads_; }
+
   // f(begin, end) over pieces of [0, n), at least `grain` each, by the leader and whoever else has time. An exception
   // of f is thrown here once no piece runs any more.
   template <class F>
@@ -48,6 +50,7 @@ class Team {
       if (!help()) sched_yield();
   }
 
+  // What the leader calls last, whatever happens: followers wait for it.
   void end() { over_.store(true, std::memory_order_release); }
 
  private:
@@ -82,21 +85,19 @@ class Team {
 
 // lead(team) on this thread with as many helpers as `work` multiply-adds are worth.
 template <class F>
-void with_team(int64_t work, const F& lead) {
-  constexpr int64_t kWorthAThread = 1 << 27;  // some 8 ms: under load the end waits about as long for all threads
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), 1 + work / kWorthAThread);
-  Team team(threads);
-  std::exception_ptr failed;
-  parallel_for(threads, 1, [&](int64_t begin, int64_t) {
+void with_team(double work, const F& lead) {
+  constexpr double kWorthAThread = 1 << 27;  // some 8 ms: under load the end waits about as long for all threads
+  Team team(1 + static_cast<int64_t>(std::min(work / kWorthAThread, torch::stable::get_num_threads() - 1.0)));
+  parallel_for(team.threads(), 1, [&](int64_t begin, int64_t) {
     if (begin != 0) return team.follow();
     try {
       lead(team);
     } catch (...) {
-      failed = std::current_exception();
+      team.end();
+      throw;
     }
     team.end();
   });
-  if (failed) std::rethrow_exception(failed);
 }
 
 }  // namespace tokenprune

@@ -101,8 +101,8 @@ Tensor attention_scores(const Tensor& query, const Tensor& key, const Tensor& ls
 }  // namespace
 
 TOKENPRUNE_CUDA_OPS(m) {
-  m.impl("cross_attention_scores", TORCH_BOX(&cross_attention_scores));
-  m.impl("attention_scores", TORCH_BOX(&attention_scores));
+  TOKENPRUNE_IMPL(m, "cross_attention_scores", cross_attention_scores);
+  TOKENPRUNE_IMPL(m, "attention_scores", attention_scores);
 }
 
 }  // namespace tokenprune

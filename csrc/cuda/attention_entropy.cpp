@@ -19,6 +19,6 @@ std::tuple<Tensor, Tensor> attention_entropy(const Tensor& query, const Tensor& 
 
 }  // namespace
 
-TOKENPRUNE_CUDA_OPS(m) { m.impl("attention_entropy", TORCH_BOX(&attention_entropy)); }
+TOKENPRUNE_CUDA_OPS(m) { TOKENPRUNE_IMPL(m, "attention_entropy", attention_entropy); }
 
 }  // namespace tokenprune

@@ -5,12 +5,12 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 
 #include <initializer_list>
 #include <optional>
 
 #include "checks.h"
+#include "op.h"
 #include "tokenprune/limits.h"
 
 // The emulator (tests/emulator) compiles the same bindings for CPU tensors, as torch.ops.tokenprune_emulated.
@@ -52,12 +52,12 @@ void check_not_float64(const char* op, std::initializer_list<NamedTensor> inputs
 // it the kernels take such a value for -1.
 void check_indices(const char* op, const char* name, const Tensor& indices, int64_t size);
 
-// bool tensors with last stride 1, as the kernels take masks; null without one.
+// The bytes of a bool tensor with last stride 1, as the kernels take masks; null without one.
 struct MaskArgument {
   explicit MaskArgument(const OptionalTensor& mask) {
     if (mask) tensor = with_contiguous_rows(*mask);
   }
-  const bool* data() const { return tensor ? static_cast<const bool*>(tensor->const_data_ptr()) : nullptr; }
+  const uint8_t* data() const { return mask_bytes(tensor); }
   int64_t stride() const { return tensor ? tensor->stride(0) : 0; }
   OptionalTensor tensor;
 };

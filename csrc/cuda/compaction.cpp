@@ -55,8 +55,8 @@ Tensor invert_indices(const Tensor& indices, int64_t size) {
 }  // namespace
 
 TOKENPRUNE_CUDA_OPS(m) {
-  m.impl("gather_compact", TORCH_BOX(&gather_compact));
-  m.impl("_invert_indices", TORCH_BOX(&invert_indices));
+  TOKENPRUNE_IMPL(m, "gather_compact", gather_compact);
+  TOKENPRUNE_IMPL(m, "_invert_indices", invert_indices);
 }
 
 }  // namespace tokenprune

@@ -54,6 +54,6 @@ std::tuple<Tensor, Tensor, Tensor> select_mixture(const Tensor& text_in, const T
 
 }  // namespace
 
-TOKENPRUNE_CUDA_OPS(m) { m.impl("select_mixture", TORCH_BOX(&select_mixture)); }
+TOKENPRUNE_CUDA_OPS(m) { TOKENPRUNE_IMPL(m, "select_mixture", select_mixture); }
 
 }  // namespace tokenprune

@@ -66,6 +66,6 @@ std::tuple<Tensor, Tensor, Tensor> spatial_semantic_nms(const Tensor& scores_in,
 
 }  // namespace
 
-TOKENPRUNE_CUDA_OPS(m) { m.impl("spatial_semantic_nms", TORCH_BOX(&spatial_semantic_nms)); }
+TOKENPRUNE_CUDA_OPS(m) { TOKENPRUNE_IMPL(m, "spatial_semantic_nms", spatial_semantic_nms); }
 
 }  // namespace tokenprune

@@ -74,6 +74,6 @@ std::tuple<Tensor, Tensor> repulsion_sample(const Tensor& features_in, int64_t k
 
 }  // namespace
 
-TOKENPRUNE_CUDA_OPS(m) { m.impl("repulsion_sample", TORCH_BOX(&repulsion_sample)); }
+TOKENPRUNE_CUDA_OPS(m) { TOKENPRUNE_IMPL(m, "repulsion_sample", repulsion_sample); }
 
 }  // namespace tokenprune

@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor> mask_to_indices(const Tensor& mask_in, int64_t capaci
   const Tensor mask = with_contiguous_rows(mask_in);
   const int64_t batch = mask.size(0), n = mask.size(1);
   const Selected selected(mask, capacity);
-  const MaskProblem problem{static_cast<const bool*>(mask.const_data_ptr()),
+  const MaskProblem problem{mask_bytes(mask),
                             mask.stride(0),
                             selected.indices.mutable_data_ptr<int64_t>(),
                             selected.counts.mutable_data_ptr<int64_t>(),
@@ -109,10 +109,10 @@ Tensor score_entropy(const Tensor& scores_in, const OptionalTensor& mask_in, boo
 }  // namespace
 
 TOKENPRUNE_CUDA_OPS(m) {
-  m.impl("select_topk", TORCH_BOX(&select_topk));
-  m.impl("select_two_tailed", TORCH_BOX(&select_two_tailed));
-  m.impl("mask_to_indices", TORCH_BOX(&mask_to_indices));
-  m.impl("score_entropy", TORCH_BOX(&score_entropy));
+  TOKENPRUNE_IMPL(m, "select_topk", select_topk);
+  TOKENPRUNE_IMPL(m, "select_two_tailed", select_two_tailed);
+  TOKENPRUNE_IMPL(m, "mask_to_indices", mask_to_indices);
+  TOKENPRUNE_IMPL(m, "score_entropy", score_entropy);
 }
 
 }  // namespace tokenprune

@@ -98,8 +98,8 @@ Tensor contrastive_scores(const Tensor& features_in, const Tensor& anchors_in, c
 }  // namespace
 
 TOKENPRUNE_CUDA_OPS(m) {
-  m.impl("cosine_scores", TORCH_BOX(&cosine_scores));
-  m.impl("contrastive_scores", TORCH_BOX(&contrastive_scores));
+  TOKENPRUNE_IMPL(m, "cosine_scores", cosine_scores);
+  TOKENPRUNE_IMPL(m, "contrastive_scores", contrastive_scores);
 }
 
 }  // namespace tokenprune

@@ -29,7 +29,7 @@ int run(const Inputs& in, const NmsSuppression& by, const NmsPlan& plan, const O
                            in.dim,
                            reinterpret_cast<const int64_t*>(in.groups),
                            in.n,
-                           reinterpret_cast<const bool*>(in.mask),
+                           reinterpret_cast<const uint8_t*>(in.mask),
                            in.n,
                            in.batch,
                            in.n,

@@ -16,7 +16,7 @@ using tokenprune::with_team;
 
 namespace {
 
-constexpr int64_t kMuch = int64_t(1) << 40;  // multiply-adds: worth every thread
+constexpr double kMuch = 1e12;  // multiply-adds: worth every thread
 
 // Steps of many sizes, each of which reads what the step before it wrote: 1 for every element and step.
 void steps(int64_t count) {

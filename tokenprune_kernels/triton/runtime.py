@@ -91,8 +91,8 @@ def fresh(*tensors: Tensor) -> Any:
         for t in tensors:
             if t.dtype == torch.bool or t.is_meta:
                 continue
-            whole = int.from_bytes(b"\x5a" * t.element_size(), "little")  # what the compiled library fills with
-            t.fill_(torch.nan if t.is_floating_point() or t.is_complex() else whole)
+            # What the compiled library fills with, by bytes because torch fills few dtypes. All ones is a NaN.
+            t.view(torch.uint8).fill_(0xFF if t.is_floating_point() or t.is_complex() else 0x5A)
     return tensors if len(tensors) > 1 else tensors[0]
 
 
@@ -109,7 +109,7 @@ def rows(t: Tensor) -> Tensor:
 
 def mask_rows(mask: Tensor | None) -> Tensor | None:
     """A bool mask as the bytes it is stored in, with contiguous rows; None stays None."""
-    return None if mask is None else rows(mask).view(torch.uint8)
+    return None if mask is None else rows(mask.view(torch.uint8))
 
 
 def check_not_float64(op: str, **tensors: Tensor | None) -> None:

@@ -29,7 +29,7 @@ struct AttentionHead {
   int64_t group, rows, keys, dim;  // query heads per key head, query rows of this block
   A scale;
   const A* key_norms;        // with cosine, else null
-  const bool* key_mask;      // or null
+  const uint8_t* key_mask;   // bytes of a bool tensor, or null
   const int64_t* positions;  // of the rows when causal, else null
   const A* lse_in;           // given, or null: computed
   A* lse;                    // computed ones, and their entropy; may be null when lse_in is not

@@ -25,7 +25,7 @@ struct AttentionProblem {
   VectorStrides query_strides, key_strides;
   bool query_aligned, key_aligned;  // every vector starts at a multiple of 16 bytes and has whole 16-byte units
   int64_t batch, query_heads, key_heads, rows, keys, dim;
-  const bool* key_mask;  // [batch, keys] with last stride 1, or null: all visible
+  const uint8_t* key_mask;  // bytes [batch, keys] with last stride 1, or null: all visible
   int64_t key_mask_stride;
   const int64_t* query_positions;  // [batch, rows] with last stride 1, or null: keys - rows + row. Read when causal
   int64_t query_positions_stride;

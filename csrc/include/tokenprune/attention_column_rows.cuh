@@ -26,7 +26,7 @@ __device__ __forceinline__ CountedRows counted_rows(const ColumnProblem& c, int6
                                                     int64_t limit, int64_t lowest) {
   const AttentionProblem& p = c.attention;
   if (c.query_mask == nullptr && !p.causal) return {p.rows, p.rows - 1, begin, limit};
-  const bool* mask = c.query_mask == nullptr ? nullptr : c.query_mask + sample * c.query_mask_stride;
+  const uint8_t* mask = c.query_mask == nullptr ? nullptr : c.query_mask + sample * c.query_mask_stride;
   long long count = 0, last = -1, first = limit, end = begin;
   for (int64_t row = threadIdx.x; row < p.rows; row += blockDim.x) {
     if (mask != nullptr && !mask[row]) continue;
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads)
   if (c.query_mask != nullptr) {
     count = 0;
     for (int64_t row = threadIdx.x; row < c.attention.rows; row += kThreads)
-      count += c.query_mask[sample * c.query_mask_stride + row];
+      count += c.query_mask[sample * c.query_mask_stride + row] != 0;
     count = block_reduce(count, Sum(), 0ll);
   }
   if (i >= size) return;

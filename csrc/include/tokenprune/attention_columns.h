@@ -21,7 +21,7 @@ struct ColumnProblem {
   const int64_t* key_indices;  // [batch, columns] with last stride 1, or null: column j is key j
   int64_t key_indices_stride;
   int64_t columns;
-  const bool* query_mask;  // [batch, rows] with last stride 1, or null: every row counts
+  const uint8_t* query_mask;  // bytes [batch, rows] with last stride 1, or null: every row counts
   int64_t query_mask_stride;
   ColumnHeads heads;
   bool last_only;       // no row reduction but kLast: one row is computed

@@ -43,7 +43,7 @@ __device__ __forceinline__ float score_at(const void* data, ScoreType type, int6
 struct MixtureKeys {
   const void* scores;
   ScoreType type;
-  const bool* mask;
+  const uint8_t* mask;
   const uint32_t* kept;  // the keys themselves, or null
 
   __device__ __forceinline__ uint32_t fresh(uint32_t i) const {
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kMixtureMaxThreads, 1)
   double *text_mass = reinterpret_cast<double*>(place), *visual_mass = text_mass + plan.summed + 1;
   uint32_t *text_sorted = reinterpret_cast<uint32_t*>(visual_mass + plan.summed + 1),
            *visual_sorted = text_sorted + plan.sorted;
-  const bool* mask = p.mask == nullptr ? nullptr : p.mask + sample * p.mask_stride;
+  const uint8_t* mask = p.mask == nullptr ? nullptr : p.mask + sample * p.mask_stride;
   const auto keys_of = [&](const ScoreRows& rows) -> MixtureKeys {
     const int bytes = rows.type == ScoreType::kFloat ? 4 : 2;
     return {static_cast<const unsigned char*>(rows.data) + sample * rows.stride * bytes, rows.type, mask, nullptr};

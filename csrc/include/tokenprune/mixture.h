@@ -23,7 +23,7 @@ struct ScoreRows {
 
 struct MixtureProblem {
   ScoreRows text, visual;
-  const bool* mask;  // [batch, n] with last stride 1, or null
+  const uint8_t* mask;  // bytes [batch, n] with last stride 1, or null
   int64_t mask_stride;
   int64_t* indices;            // [batch, k]
   int64_t *counts, *num_text;  // [batch]

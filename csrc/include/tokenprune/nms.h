@@ -37,7 +37,7 @@ struct NmsProblem {
   int64_t feature_batch_stride, feature_row_stride;
   const int64_t* groups;  // [batch, n] with last stride 1, or null
   int64_t group_stride;
-  const bool* mask;  // [batch, n] with last stride 1, or null
+  const uint8_t* mask;  // bytes [batch, n] with last stride 1, or null
   int64_t mask_stride;
   int64_t batch, n, dim, k;
   NmsSuppression by;

@@ -25,7 +25,7 @@ struct RepulsionProblem {
   const int64_t* seeds;  // [batch, n_seeds] contiguous, or null
   int64_t n_seeds;
   const float* energy;  // [batch, n] contiguous, or null
-  const bool* mask;     // [batch, n] with last stride 1, or null
+  const uint8_t* mask;  // bytes [batch, n] with last stride 1, or null
   int64_t mask_stride;
   Potential potential;
   PotentialWeights<float> weights;

@@ -19,8 +19,7 @@ template <class T>
 __global__ void __launch_bounds__(kSelectMaxThreads) score_entropy_kernel(const EntropyProblem p) {
   const int64_t sample = blockIdx.x;
   const T* scores = static_cast<const T*>(p.scores) + sample * p.score_stride;
-  const auto* mask =
-      p.mask == nullptr ? nullptr : reinterpret_cast<const unsigned char*>(p.mask) + sample * p.mask_stride;
+  const uint8_t* mask = p.mask == nullptr ? nullptr : p.mask + sample * p.mask_stride;
   const Stretch of_warp = stretch_of_warp({0, static_cast<uint32_t>(p.n)});
   struct Token {
     float mass;

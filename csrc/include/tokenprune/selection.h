@@ -16,7 +16,7 @@ namespace tokenprune {
 struct EntropyProblem {
   const void* scores;  // [batch, n], last stride 1
   int64_t score_stride;
-  const bool* mask;  // [batch, n] with last stride 1, or null
+  const uint8_t* mask;  // bytes [batch, n] with last stride 1, or null
   int64_t mask_stride;
   float* entropy;  // [batch]
   int64_t batch, n;
@@ -27,7 +27,7 @@ struct EntropyProblem {
 struct SelectProblem {
   const void* scores;  // [batch, n], last stride 1
   int64_t score_stride;
-  const bool* mask;  // [batch, n] with last stride 1, or null
+  const uint8_t* mask;  // bytes [batch, n] with last stride 1, or null
   int64_t mask_stride;
   const int64_t* num_low;  // [batch], or null: none
   int64_t num_low_stride;
@@ -38,7 +38,7 @@ struct SelectProblem {
 };
 
 struct MaskProblem {
-  const bool* mask;  // [batch, n], last stride 1
+  const uint8_t* mask;  // bytes [batch, n], last stride 1
   int64_t mask_stride;
   int64_t* indices;  // [batch, capacity]
   int64_t* counts;   // [batch]

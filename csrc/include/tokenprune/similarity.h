@@ -20,7 +20,7 @@ struct RowList {
   int64_t sample_stride, row_stride, available;
   const int64_t* indices;  // [batch, length] with last stride 1, or null
   int64_t index_stride;
-  const bool* mask;  // [batch, length] with last stride 1, or null
+  const uint8_t* mask;  // bytes [batch, length] with last stride 1, or null
   int64_t mask_stride;
   int64_t length;
 };

@@ -49,7 +49,7 @@ struct ScoreKey {
 template <class T>
 struct RowKeys {
   const T* scores;
-  const unsigned char* mask;
+  const uint8_t* mask;
   bool largest;
 
   __device__ __forceinline__ uint32_t operator()(uint32_t i) const {
@@ -120,9 +120,8 @@ __global__ void __launch_bounds__(kSelectMaxThreads) select_kernel(const SelectP
   TOKENPRUNE_SHARED(Scratch, scratch);
   const int64_t sample = blockIdx.x / cluster_size();
   const Stretch of_block = stretch_of_block(static_cast<uint32_t>(p.n)), of_warp = stretch_of_warp(of_block);
-  const RowKeys<T> row = {
-      static_cast<const T*>(p.scores) + sample * p.score_stride,
-      p.mask == nullptr ? nullptr : reinterpret_cast<const unsigned char*>(p.mask) + sample * p.mask_stride, p.largest};
+  const RowKeys<T> row = {static_cast<const T*>(p.scores) + sample * p.score_stride,
+                          p.mask == nullptr ? nullptr : p.mask + sample * p.mask_stride, p.largest};
   if constexpr (kept) {
     auto* keys = reinterpret_cast<uint32_t*>(dynamic_shared());
     each_token(of_warp, row, [&](uint32_t i, uint32_t key) { keys[i - of_block.begin] = key; });
@@ -138,7 +137,7 @@ __global__ void __launch_bounds__(kSelectMaxThreads) mask_kernel(const MaskProbl
   TOKENPRUNE_SHARED(Scratch, scratch);
   const int64_t sample = blockIdx.x / cluster_size();
   const Stretch of_warp = stretch_of_warp(stretch_of_block(static_cast<uint32_t>(p.n)));
-  const auto* mask = reinterpret_cast<const unsigned char*>(p.mask + sample * p.mask_stride);
+  const uint8_t* mask = p.mask + sample * p.mask_stride;
   int64_t* out = p.indices + sample * p.capacity;
   const MarkCounts found = ranked<1>(
       of_warp, [&](uint32_t i) -> uint32_t { return __ldg(mask + i) != 0; },
