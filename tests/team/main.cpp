@@ -70,7 +70,7 @@ void few_threads_for_little_work() {
 
 int main(int argc, char**) {
   torch::stable::late = argc > 1;
-  steps(torch::stable::late ? 500 : 5000);
+  steps(500);
   exceptions();
   few_threads_for_little_work();
 }
