@@ -91,7 +91,7 @@ sanitize: $(STAMP)  ## run the tests under AddressSanitizer (and UndefinedBehavi
 check-abi: $(STAMP)  ## load one wheel in the oldest and the newest torch (downloads gigabytes)
 	$(BIN)/python scripts/check_abi.py $(ARGS)
 
-check-triton: build  ## the Triton kernels under every supported release of Triton (ARGS=--all: all their tests)
+check-triton: build  ## the Triton kernels under every supported release of Triton (ARGS=--all: every test and specialisation)
 	$(BIN)/python scripts/check_triton.py $(ARGS)
 
 check-transformers: build  ## run the integration's tests with the oldest, a middle and the newest transformers (downloads)

@@ -34,7 +34,7 @@ def race(benchmark: Any) -> Callable[..., dict[str, float]]:
     `check(results)` receives {name: result} and must raise when they disagree: an op whose result is wrong is not
     timed. Contestants then take turns, round by round, so that a drift of the machine hits all alike; the best round
     counts. With `busy` other processes want all cores meanwhile and the median counts, since what is asked is how long
-    a call usually takes there. The ratios go into the benchmark's extra_info, which bench/report.py turns into the table.
+    a call usually takes there. The ratios go into the benchmark's extra_info, of which bench/report.py makes the table.
     """
 
     def run(
