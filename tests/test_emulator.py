@@ -150,6 +150,9 @@ def test_stacks_that_an_error_leaves_behind_are_clean_again(program):
         ("shuffle_from_outside", {}, "shuffle reads from a lane outside its mask"),
         ("copy_misaligned", {"shared": 64}, "asynchronous copy at an address that is not 16-byte aligned"),
         ("copy_misaligned", {"shared": 64, "variant": 1}, "copy at an address that is not 16-byte aligned"),
+        ("copy_from_null", {"shared": 64}, "asynchronous copy from a null pointer"),
+        ("copy_from_null", {"shared": 64, "variant": 16368}, "asynchronous copy from a null pointer"),
+        ("cluster_neighbours", {"shared": 227 * 1024}, "more static and dynamic shared memory than a block has"),
         ("copy_without_wait", {"shared": 64}, "ends with asynchronous copies that nobody waited for"),
         ("load_matrices", {"shared": 2048, "variant": 1}, "ldmatrix: misaligned row"),
         ("cluster_misuse", {"grid": (2, 1, 1), "cluster": 2}, "a block that its cluster does not have"),
@@ -276,35 +279,6 @@ def test_a_refused_launch_of_an_op_is_reported_and_the_next_call_works(op):
 
 
 # --- twins ------------------------------------------------------------------------------------------------------------
-
-
-def lanes_of_mma() -> tuple[list, list, list]:
-    """(row, column) of the elements that each lane holds, after the PTX ISA's figures for m16n8k16."""
-    a, b, d = [], [], []
-    for lane in range(32):
-        group, thread = lane >> 2, lane % 4
-        a.append([
-            (group if i < 2 or 4 <= i < 6 else group + 8, thread * 2 + (i & 1) + (0 if i < 4 else 8)) for i in range(8)
-        ])  # fmt: skip
-        b.append([(thread * 2 + (i & 1) + (0 if i < 2 else 8), group) for i in range(4)])
-        d.append([(group if i < 2 else group + 8, thread * 2 + (i & 1)) for i in range(4)])
-    return a, b, d
-
-
-@pytest.mark.parametrize(("name", "dtype"), [("multiply_half", torch.half), ("multiply_bfloat16", torch.bfloat16)])
-def test_mma_is_the_matrix_product_in_the_layout_of_the_isa(broken, name, dtype):
-    a, b, c = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype), torch.randn(16, 8)
-    lanes_a, lanes_b, lanes_d = lanes_of_mma()
-
-    def held(matrix: Tensor, lanes: list) -> Tensor:
-        rows, columns = torch.tensor(lanes).unbind(-1)
-        return matrix[rows, columns]
-
-    registers = torch.cat([held(m, lanes).contiguous().view(torch.int32)
-                           for m, lanes in ((a, lanes_a), (b, lanes_b), (c, lanes_d))], dim=1)  # fmt: skip
-    for got in in_all_schedules(broken, name, registers.contiguous(), out=torch.empty(32, 4)):
-        want = held(a.double() @ b.double() + c.double(), lanes_d)
-        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
 def test_ldmatrix_hands_out_four_matrices(broken):

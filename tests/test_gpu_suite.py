@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,19 @@ def test_real_rows_have_names_of_their_own_and_floors() -> None:
         floor = floor_seconds(row, predicted_rates())
         assert 0 <= floor["memory"] < 1e-3, row.name
         assert floor["floor"] < 1e-3, row.name
+
+
+def test_rows_promise_no_fewer_launches_than_there_are() -> None:
+    device = Host()
+    if device.no_emulator is not None:
+        pytest.skip(f"launches are counted on the emulator: {device.no_emulator}")
+    made = {}
+    for row in all_rows(device, toy=True):
+        if row.max_launches is not None:
+            kernels = device.launches(partial(row.ours, row.make(device.torch_device, 0)))["kernels"]
+            made[row.name] = (kernels, row.max_launches)
+    assert len(made) > 8
+    assert not {name: counts for name, counts in made.items() if counts[0] > counts[1]}
 
 
 def test_the_notes_have_the_predictions_of_every_row() -> None:

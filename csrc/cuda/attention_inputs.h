@@ -35,6 +35,7 @@ struct AttentionInputs {
     if (p.group() > 1 && p.group_rows() >= int64_t(1) << 31)
       fail("attention", "query", "have fewer than 2^31 rows per key head", p.group_rows());
     const int64_t element = query.element_size();
+    if (p.keys == 0) p.key = p.query;  // without memory of its own; copies of zeros name an address all the same
     p.query_aligned = vectors_are_aligned(p.query, p.query_strides, p.dim, element);
     p.key_aligned = vectors_are_aligned(p.key, p.key_strides, p.dim, element);
     p.key_mask = key_mask.data();

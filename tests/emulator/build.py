@@ -19,7 +19,7 @@ CSRC = ROOT / "csrc"
 MODULE = sysconfig.get_config_var("EXT_SUFFIX")
 SOURCES = [*sorted(HERE.glob("*.cpp")), *sorted((CSRC / "cuda").glob("*.c*")), CSRC / "tensor.cpp"]
 # The emulator alone, with kernels of its own that make mistakes: for the tests of the emulator.
-RUNTIME = [HERE / name for name in ("fiber.cpp", "grid.cpp", "runtime.cpp")]
+RUNTIME = [HERE / name for name in ("fiber.cpp", "grid.cpp", "mma.cpp", "runtime.cpp")]
 BROKEN = HERE / "broken"
 
 

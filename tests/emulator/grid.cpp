@@ -26,7 +26,7 @@ enum class State { kReady, kBlockBarrier, kClusterBarrier, kCollective, kDone };
 
 struct Copy {
   void* to;
-  const void* from;
+  const void* from;  // null: zeros
   size_t bytes;
   int group;
 };
@@ -262,6 +262,11 @@ void* static_shared_bytes(const void* key, size_t bytes) {
   Block& block = *current().block;
   for (Block::Static& s : block.statics)
     if (s.key == key) return s.memory.get();
+  size_t all = block.dynamic_bytes + bytes;
+  for (const Block::Static& s : block.statics) all += s.bytes;
+  constexpr int kUnasked = 48 * 1024;  // every device has that much
+  if (all > size_t(std::max(kUnasked, settings().shared_per_block)))
+    fail(current(), "more static and dynamic shared memory than a block has");
   block.statics.push_back({key, bytes, poisoned(bytes)});
   return block.statics.back().memory.get();
 }
@@ -307,11 +312,13 @@ void warp_collective(const char* name, uint32_t mask, void* request, Complete co
   wait(State::kReady);
 }
 
-void enqueue_copy(void* to, const void* from, size_t bytes) {
+void enqueue_copy(void* to, const void* from, size_t bytes, bool valid) {
   Thread& t = current();
+  constexpr uintptr_t kLowest = 64 * 1024;  // no memory lies below: a null pointer, or an offset from one
+  if (reinterpret_cast<uintptr_t>(from) < kLowest) fail(t, "asynchronous copy from a null pointer");
   const auto misaligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 != 0; };
   if (misaligned(to) || misaligned(from)) fail(t, "asynchronous copy at an address that is not 16-byte aligned");
-  t.copies.push_back({to, from, bytes, t.copy_group});
+  t.copies.push_back({to, valid ? from : nullptr, bytes, t.copy_group});
 }
 
 void commit_copies() { ++current().copy_group; }

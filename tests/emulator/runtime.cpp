@@ -4,7 +4,7 @@
 #include <dlfcn.h>
 
 #include <cstdlib>
-#include <unordered_map>
+#include <map>
 
 #include "emulator/log.h"
 
@@ -12,7 +12,13 @@ namespace tokenprune::emulator {
 
 namespace {
 
-std::unordered_map<const void*, size_t> shared_limits;
+std::map<std::pair<const void*, int>, size_t> shared_limits;  // by kernel and device
+
+std::pair<const void*, int> on_this_device(const void* kernel) {
+  int device = 0;
+  cudaGetDevice(&device);
+  return {kernel, device};
+}
 
 }  // namespace
 
@@ -21,7 +27,15 @@ std::vector<LaunchRecord>& launch_log() {
   return log;
 }
 
-void allow_shared(const void* kernel, size_t bytes) { shared_limits[kernel] = bytes; }
+std::mutex& launch_mutex() {
+  static std::mutex mutex;
+  return mutex;
+}
+
+void allow_shared(const void* kernel, size_t bytes) {
+  const std::lock_guard<std::mutex> lock(launch_mutex());
+  shared_limits[on_this_device(kernel)] = bytes;
+}
 
 // The demangled name without its parameter list. The dynamic symbol table knows it: the module exports its symbols.
 std::string kernel_name(const void* kernel) {
@@ -47,7 +61,7 @@ cudaError_t check_configuration(const LaunchRecord& launch, const void* kernel) 
   const bool clusters = now.architecture >= 90;
   if (launch.cluster == 0 || launch.cluster > (clusters ? 8 : 1) || g.x % launch.cluster != 0)
     return cudaErrorInvalidConfiguration;
-  const auto limit = shared_limits.find(kernel);
+  const auto limit = shared_limits.find(on_this_device(kernel));
   if (launch.shared > std::max<size_t>(48 * 1024, limit == shared_limits.end() ? 0 : limit->second))
     return cudaErrorInvalidValue;
   launch_log().push_back(launch);
@@ -55,6 +69,11 @@ cudaError_t check_configuration(const LaunchRecord& launch, const void* kernel) 
 }
 
 }  // namespace tokenprune::emulator
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = tokenprune::emulator::settings().shared_per_block;
+  return cudaSuccess;
+}
 
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 

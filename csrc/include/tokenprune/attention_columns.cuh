@@ -33,10 +33,10 @@ struct ColumnKeys {
   int64_t count;
   bool aligned;
 
-  __device__ __forceinline__ const T* vector(int64_t v) const {
-    if (v >= count) return nullptr;
-    const int64_t key = indices[v];
-    return key < 0 ? nullptr : keys.data + key * keys.row_stride;
+  __device__ __forceinline__ const T* vector(int64_t v, bool& exists) const {
+    const int64_t key = v < count ? indices[v] : -1;
+    exists = key >= 0;
+    return exists ? keys.data + key * keys.row_stride : keys.data;
   }
 };
 

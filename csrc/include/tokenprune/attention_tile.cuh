@@ -30,8 +30,10 @@ struct VectorList {
   int64_t count, per_head, head_stride, row_stride;
   bool aligned;
 
-  __device__ __forceinline__ const T* vector(int64_t v) const {
-    if (v >= count) return nullptr;
+  // Where a vector does not exist, some address all the same: copies of zeros name one too.
+  __device__ __forceinline__ const T* vector(int64_t v, bool& exists) const {
+    exists = v < count;
+    if (!exists) return data;
     if (count <= per_head) return data + v * row_stride;
     const uint32_t each = static_cast<uint32_t>(per_head), head = static_cast<uint32_t>(v) / each;
     return data + head * head_stride + (static_cast<uint32_t>(v) - head * each) * row_stride;
@@ -113,35 +115,36 @@ struct DotTile {
   }
 
   // Adds the products of one chunk, of which `left` elements exist (the others are zeros), for the first b_left vectors
-  // of B, at most 16 kBlocks. All lanes of a warp call it.
+  // of B, at most 16 kBlocks. All lanes of a warp call it. Tensor cores truncate what they add, so 32 products start at
+  // zero in them, and the ordinary units add those to the sums (docs/kernels.md has the bound). The branches between
+  // blocks of B vectors keep the compiler from loading more than the registers hold.
   template <int kBlocks>
-  __device__ __forceinline__ void multiply(const unsigned char* a_chunk, const unsigned char* b_chunk, int left,
-                                           int b_left) {
-    // Without a branch, loads run ahead of products. In float32 there are products enough between two branches.
-    if (kMma && left >= kChunk && b_left > 16 * (kBlocks - 1))
-      multiply<kBlocks, kMma>(a_chunk, b_chunk, left, b_left);
-    else
-      multiply<kBlocks, false>(a_chunk, b_chunk, left, b_left);
-  }
-
-  template <int kBlocks, bool kFull>
   __device__ __forceinline__ void multiply(const unsigned char* a_chunk, const unsigned char* b_chunk, int left,
                                            int b_left) {
     if constexpr (kMma) {
       const int lane = lane_id(), a_row = 16 * tile_warp() + lane % 16, b_row = lane / 16 * 8 + lane % 8;
+      constexpr int kSteps = 2;  // of 16 products
 #pragma unroll
-      for (int k = 0; k < kChunk / 16; ++k) {
-        if (!kFull && 16 * k >= left) break;
-        uint32_t x[4];
-        ldmatrix_x4(x, unit(a_chunk, a_row, 2 * k + lane / 16));
+      for (int k = 0; k < kChunk / 16; k += kSteps) {
+        if (16 * k >= left) break;
+        uint32_t x[kSteps][4];
+#pragma unroll
+        for (int i = 0; i < kSteps; ++i) ldmatrix_x4(x[i], unit(a_chunk, a_row, 2 * (k + i) + lane / 16));
 #pragma unroll
         for (int n = 0; n < kBlocks; ++n) {
-          if (!kFull && 16 * n >= b_left) break;
-          uint32_t y[4];
-          ldmatrix_x4(y, unit(b_chunk, 16 * n + b_row, 2 * k + lane / 8 % 2));
-          const uint32_t low[2] = {y[0], y[1]}, high[2] = {y[2], y[3]};
-          mma_m16n8k16<T>(sums[2 * n], x, low);
-          mma_m16n8k16<T>(sums[2 * n + 1], x, high);
+          if (16 * n >= b_left) break;
+          float part[2][4] = {};
+#pragma unroll
+          for (int i = 0; i < kSteps; ++i) {
+            if (16 * (k + i) >= left) break;
+            uint32_t y[4];
+            ldmatrix_x4(y, unit(b_chunk, 16 * n + b_row, 2 * (k + i) + lane / 8 % 2));
+            const uint32_t low[2] = {y[0], y[1]}, high[2] = {y[2], y[3]};
+            mma_m16n8k16<T>(part[0], x[i], low);
+            mma_m16n8k16<T>(part[1], x[i], high);
+          }
+#pragma unroll
+          for (int e = 0; e < 8; ++e) sums[2 * n + e / 4][e % 4] += part[e / 4][e % 4];
         }
       }
     } else {
@@ -172,7 +175,7 @@ struct DotTile {
   }
 };
 
-// Which 64 vectors of a list a tile takes. A list has a count, vector(v) (null: zeros) and aligned.
+// Which 64 vectors of a list a tile takes. A list has a count, vector(v, exists) and aligned.
 template <class T, class List = VectorList<T>>
 struct TileVectors {
   List list;
@@ -188,8 +191,7 @@ struct TileVectors {
 template <class T>
 __device__ __forceinline__ void copy_elements(T* to, const T* vector, int element, int dim) {
 #pragma unroll
-  for (int e = 0; e < DotTile<T>::kUnit; ++e)
-    to[e] = vector != nullptr && element + e < dim ? vector[element + e] : from_float<T>(0.0f);
+  for (int e = 0; e < DotTile<T>::kUnit; ++e) to[e] = element + e < dim ? vector[element + e] : from_float<T>(0.0f);
 }
 
 // Starts (or, unaligned, makes) the copy of chunk `c` of a tile's vectors to `to`. A thread copies, of the vectors
@@ -199,7 +201,9 @@ __device__ __forceinline__ void copy_elements(T* to, const T* vector, int elemen
 template <class T, class List>
 __device__ __forceinline__ void copy_chunk(unsigned char* to, const TileVectors<T, List>& tile, int c, int dim) {
   const int row = tile_thread() / 4;
-  const T* const vectors[2] = {tile.list.vector(tile.first + row), tile.list.vector(tile.first + row + 32)};
+  bool exists[2];
+  const T* const vectors[2] = {tile.list.vector(tile.first + row, exists[0]),
+                               tile.list.vector(tile.first + row + 32, exists[1])};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int u = tile_thread() % 4 + 4 * ((half + row) % 2);
@@ -208,9 +212,9 @@ __device__ __forceinline__ void copy_chunk(unsigned char* to, const TileVectors<
     for (int i = 0; i < 2; ++i) {
       unsigned char* at = to + (row + 32 * i) * kChunkBytes + ((u ^ (row & 7)) << 4);
       if (tile.list.aligned)
-        cp_async_16(at, vectors[i] + element, vectors[i] != nullptr && element < dim);
+        cp_async_16(at, vectors[i] + element, exists[i] && element < dim);
       else
-        copy_elements(reinterpret_cast<T*>(at), vectors[i], element, dim);
+        copy_elements(reinterpret_cast<T*>(at), vectors[i], element, exists[i] ? dim : 0);
     }
   }
 }

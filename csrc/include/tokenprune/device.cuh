@@ -7,7 +7,10 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <mutex>
+#include <set>
 #include <type_traits>
+#include <utility>
 
 #include "tokenprune/limits.h"
 #include "tokenprune/macros.h"
@@ -61,14 +64,34 @@ struct Launch {
   unsigned cluster = 1;
 };
 
+// Blocks of `kernel` may have all the dynamic shared memory of the current device from now on. The limit is one per
+// kernel and device, for all threads: were it what each launch needs, the smaller launch of one thread would lower it
+// under the larger one of another.
+inline cudaError_t raise_shared_limit(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> raised;
+  int device = 0, most = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (raised.count({kernel, device}) != 0) return cudaSuccess;
+  cudaFuncAttributes of_kernel{};
+  status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status == cudaSuccess) status = cudaFuncGetAttributes(&of_kernel, kernel);
+  if (status == cudaSuccess)
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  most - static_cast<int>(of_kernel.sharedSizeBytes));
+  if (status == cudaSuccess) raised.insert({kernel, device});
+  return status;
+}
+
 // One kernel launch that reports its error; an empty grid is no launch. Arguments convert to the kernel's types.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(const Launch& where, void (*kernel)(Parameters...), Arguments... arguments) {
   static_assert(sizeof...(Parameters) == sizeof...(Arguments), "one argument per kernel parameter");
   if (where.grid.x == 0 || where.grid.y == 0 || where.grid.z == 0) return cudaSuccess;
   if (where.shared > 32 * 1024) {  // a block has 48 KB unasked, for its static shared memory too
-    const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(where.shared));
+    const cudaError_t status = raise_shared_limit(reinterpret_cast<const void*>(kernel));
     if (status != cudaSuccess) return status;
   }
   cudaLaunchAttribute attribute{};

@@ -27,7 +27,7 @@ constexpr int kNoRow = -1;                 // a row of zeros
 template <int kTile>
 struct GramTile {
   static constexpr int kThreads = 2 * kTile;          // that compute; a larger block helps with the copies
-  static constexpr int kBlocks = kTile > 64 ? 1 : 4;  // per multiprocessor at least: up to 255 or 128 registers
+  static constexpr int kBlocks = kTile > 64 ? 2 : 4;  // per multiprocessor at least: up to 128 registers
   static constexpr int kStages = kTile > 64 ? 2 : 3;
   static constexpr int kStageBytes = 2 * kTile * kRowPitch;
   static constexpr int kOutPitch = kTile + 1;  // floats; odd, so that rows and columns are free of bank conflicts
@@ -40,6 +40,7 @@ template <class T, int kTile>
 __device__ __forceinline__ void load_rows(const TokenRows& rows, const int* tokens, int64_t begin,
                                           unsigned char* stage) {
   constexpr int kChunk = 16 / static_cast<int>(sizeof(T)), kChunks = kRowBytes / 16;
+#pragma unroll 1  // the sums need the registers
   for (int q = threadIdx.x; q < kTile * kChunks; q += blockDim.x) {
     const int token = tokens[q / kChunks];
     const int64_t channel = begin + q % kChunks * kChunk, left = token == kNoRow ? 0 : rows.channels - channel;
@@ -61,25 +62,36 @@ struct TileProduct {  // tensor cores: a warp owns kTile / 2 rows and 32 columns
   static constexpr int kM = kTile / 32, kN = 4;
   float sum[kM][kN][4] = {};
 
+  // Tensor cores truncate what they add, so 32 products start at zero in them, and the ordinary units add those up.
   __device__ __forceinline__ void add(const unsigned char* stage, int columns) {
     const int lane = lane_id(), row0 = warp_id() % 2 * (kTile / 2), column0 = warp_id() / 2 * 32;
     const unsigned char* left = stage + (row0 + lane % 16) * kRowPitch + lane / 16 * 16;
     const unsigned char* right = stage + (kTile + column0 + lane / 16 * 8 + lane % 8) * kRowPitch + lane / 8 % 2 * 16;
+#pragma unroll 1  // unrolled, and with the left side loaded first, this would spill
+    for (int k = 0; k < kRowBytes; k += 64) {
+      uint32_t b[kN / 2][2][4];
 #pragma unroll
-    for (int k = 0; k < kRowBytes; k += 32) {
-      uint32_t a[kM][4];
+      for (int n = 0; n < kN / 2; ++n)
 #pragma unroll
-      for (int m = 0; m < kM; ++m) ldmatrix_x4(a[m], left + m * 16 * kRowPitch + k);
+        for (int i = 0; i < 2; ++i)
+          if (column0 + 16 * n < columns) ldmatrix_x4(b[n][i], right + n * 16 * kRowPitch + k + 32 * i);
 #pragma unroll
-      for (int n = 0; n < kN; n += 2) {
-        if (column0 + 8 * n >= columns) continue;
-        uint32_t b[4];
-        ldmatrix_x4(b, right + n * 8 * kRowPitch + k);
-        const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+      for (int m = 0; m < kM; ++m) {
+        uint32_t a[2][4];
 #pragma unroll
-        for (int m = 0; m < kM; ++m) {
-          mma_m16n8k16<T>(sum[m][n], a[m], low);
-          mma_m16n8k16<T>(sum[m][n + 1], a[m], high);
+        for (int i = 0; i < 2; ++i) ldmatrix_x4(a[i], left + m * 16 * kRowPitch + k + 32 * i);
+#pragma unroll
+        for (int n = 0; n < kN / 2; ++n) {
+          if (column0 + 16 * n >= columns) continue;
+          float part[2][4] = {};
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const uint32_t low[2] = {b[n][i][0], b[n][i][1]}, high[2] = {b[n][i][2], b[n][i][3]};
+            mma_m16n8k16<T>(part[0], a[i], low);
+            mma_m16n8k16<T>(part[1], a[i], high);
+          }
+#pragma unroll
+          for (int e = 0; e < 8; ++e) sum[m][2 * n + e / 4][e % 4] += part[e / 4][e % 4];
         }
       }
     }

@@ -3,8 +3,8 @@
 // Every product of two rows is summed in the same order, whichever kernel asks, so that rows with equal bits get equal
 // weights and a pick's weights do not depend on whether its list was made in advance. The order: the row is cut into
 // kSegments segments for as many warps; a segment's sum is the sum of its chunks of kChunk elements, each accumulated
-// from zero. Short chunks matter for float16 and bfloat16: tensor cores truncate where they accumulate, and the chunks
-// keep that error at a few units in the last place of a chunk. float32 rows use plain FMAs.
+// from zero. Short chunks matter for float16 and bfloat16: tensor cores truncate where they accumulate, and a narrow
+// sigma_semantic magnifies the error of a cosine. float32 rows use plain FMAs.
 #pragma once
 
 #include "tokenprune/ptx.cuh"
@@ -12,7 +12,7 @@
 
 namespace tokenprune {
 
-constexpr int kSegments = 4, kChunk = 128, kStep = 32;
+constexpr int kSegments = 4, kChunk = 32, kStep = 32;
 constexpr int kDotColumns = 32;  // columns of one warp
 
 // Elements in 16 bytes.

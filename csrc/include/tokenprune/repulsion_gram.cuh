@@ -22,10 +22,9 @@ __device__ __forceinline__ int2 tile_of(int64_t index) {
   return {static_cast<int>(index - int64_t(column) * (column + 1) / 2), column};
 }
 
-// The inner products of tile `at` of the pairs of a sample's n tokens.
+// The inner products of tile `at` of the pairs of a sample's n tokens; `tokens`, in shared memory, gets which they are.
 template <class T, int kTile>
-__device__ __forceinline__ const float* pair_tile(const TokenRows& rows, int64_t n, int2 at) {
-  TOKENPRUNE_SHARED(int[2][kTile], tokens);
+__device__ __forceinline__ const float* pair_tile(const TokenRows& rows, int64_t n, int2 at, int (&tokens)[2][kTile]) {
   for (int r = threadIdx.x; r < kTile; r += blockDim.x) {
     tokens[0][r] = at.x * kTile + r < n ? at.x * kTile + r : kNoRow;
     tokens[1][r] = at.y * kTile + r < n ? at.y * kTile + r : kNoRow;
@@ -36,20 +35,21 @@ __device__ __forceinline__ const float* pair_tile(const TokenRows& rows, int64_t
 
 template <class T, int kTile>
 __global__ void __launch_bounds__(GramTile<kTile>::kThreads, GramTile<kTile>::kBlocks)
-    gram_kernel(const RepulsionProblem p, int64_t tiles, float* gram, float* inverse) {
+    gram_kernel(const RepulsionProblem p, uint32_t tiles, float* gram, float* inverse) {
   using Tile = GramTile<kTile>;
-  const int64_t sample = blockIdx.x / tiles, n = p.n;
-  const int2 at = tile_of(blockIdx.x % tiles);
-  const float* dots = pair_tile<T, kTile>(rows_of(p, sample, sizeof(T)), n, at);
+  const uint32_t sample = blockIdx.x / tiles;
+  const int64_t n = p.n;
+  TOKENPRUNE_SHARED(int[2][kTile], tokens);
+  const float* dots = pair_tile<T>(rows_of(p, sample, sizeof(T)), n, tile_of(blockIdx.x % tiles), tokens);
+  const int row0 = tokens[0][0], column0 = tokens[1][0];  // kept in registers meanwhile, they would spill
   gram += sample * n * n;
-  const int row0 = at.x * kTile, column0 = at.y * kTile;
   for (int q = threadIdx.x; q < kTile * kTile; q += Tile::kThreads) {
     const int r = q / kTile, c = q % kTile;
     if (row0 + r < n && column0 + c < n) gram[(row0 + r) * n + column0 + c] = dots[r * Tile::kOutPitch + c];
-    if (at.x != at.y && column0 + r < n && row0 + c < n)
+    if (row0 != column0 && column0 + r < n && row0 + c < n)
       gram[(column0 + r) * n + row0 + c] = dots[c * Tile::kOutPitch + r];
   }
-  if (at.x == at.y)
+  if (row0 == column0)
     for (int r = threadIdx.x; r < kTile && row0 + r < n; r += Tile::kThreads)
       inverse[sample * n + row0 + r] = inverse_norm(dots[r * (Tile::kOutPitch + 1)]);
 }

@@ -134,7 +134,8 @@ __global__ void __launch_bounds__(GramTile<128>::kThreads, GramTile<128>::kBlock
   using Tile = GramTile<128>;
   const int64_t sample = blockIdx.x / tiles, n = p.n;
   const int2 at = tile_of(blockIdx.x % tiles);
-  const float* dots = pair_tile<T, 128>(rows_of(p, sample, sizeof(T)), n, at);
+  TOKENPRUNE_SHARED(int[2][128], tokens);
+  const float* dots = pair_tile<T>(rows_of(p, sample, sizeof(T)), n, at, tokens);
   // The first half of the threads own a row each, the second half a column.
   const bool row = threadIdx.x < 128;
   const int mine = threadIdx.x % 128, step = row ? 1 : Tile::kOutPitch;

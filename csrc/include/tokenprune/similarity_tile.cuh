@@ -12,8 +12,8 @@
 // from everybody's sums, in the order of the blocks. Bytes: the features once per 64 listed rows and those rows once
 // per 64 features, from L2 after the first time; the minimum is each once.
 //
-// Tensor cores round sums towards zero, in every step: over thousands of channels that would be an error of many units
-// in the last place. So the sums of each chunk start at zero and are added to the totals by the ordinary units.
+// In float32 the sums of each chunk start at zero and are added to the totals: over thousands of channels they would
+// round too often. On tensor cores DotTile does so anyway.
 #pragma once
 
 #include "tokenprune/attention_tile.cuh"
@@ -67,7 +67,8 @@ __device__ __forceinline__ void copy_chunk(const SimilarityTileShared& s, unsign
     const T* from = static_cast<const T*>(s.rows[row]);
     unsigned char* to = const_cast<unsigned char*>(DotTile<T>::unit(stage, row, u));
     if (aligned) {
-      cp_async_16(to, from + element, from != nullptr && element < dim);
+      const bool exists = from != nullptr && element < dim;
+      cp_async_16(to, exists ? from + element : s.rows[0], exists);  // the tile's first feature always exists
       continue;
     }
 #pragma unroll
@@ -114,13 +115,17 @@ __device__ __forceinline__ void multiply_tile(const SimilarityProblem& p, const 
     load(c + 2);
     const float next = unit_sum(c + 1);  // on its way while the chunk is multiplied
     const unsigned char *a = stage_of(c), *b = a + kChunkTileBytes;
-    DotTile<T> part;
-    part.clear();
-    part.template multiply<kSimilarityTile / 16>(a, b, dim - c * kChunk, columns);
+    if constexpr (DotTile<T>::kMma) {
+      mine.products.template multiply<kSimilarityTile / 16>(a, b, dim - c * kChunk, columns);
+    } else {
+      DotTile<T> part;
+      part.clear();
+      part.template multiply<kSimilarityTile / 16>(a, b, dim - c * kChunk, columns);
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
+      for (int i = 0; i < 8; ++i)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) mine.products.sums[i][j] += part.sums[i][j];
+        for (int j = 0; j < 4; ++j) mine.products.sums[i][j] += part.sums[i][j];
+    }
     add_squares<T>(b, nullptr, mine.row_squares, mine.with_sum);
     if (first_rows)
       add_squares<T>(a, summed ? s.unit_sum[(c - begin) % 2] : nullptr, mine.feature_squares, mine.with_sum);

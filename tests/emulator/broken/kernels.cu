@@ -32,6 +32,7 @@ const std::map<std::string, Kernel>& kernels() {
       {"write_global", write_global},
       {"copies", copies},
       {"copy_misaligned", copy_misaligned},
+      {"copy_from_null", copy_from_null},
       {"copy_without_wait", copy_without_wait},
       {"cluster_neighbours", cluster_neighbours},
       {"cluster_misuse", cluster_misuse},

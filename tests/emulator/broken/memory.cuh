@@ -41,8 +41,7 @@ __global__ void write_global(const Arguments p) { static_cast<float*>(p.out)[thr
 // --- asynchronous copies
 // ----------------------------------------------------------------------------------------------
 
-// What a thread sees of two groups of copies: before any wait, after the first, and after both; and of a copy without
-// a source.
+// What a thread sees of two groups of copies: before any wait, after the first, and after both; and of a copy of zeros.
 __global__ void copies(const Arguments p) {
   auto* shared = reinterpret_cast<uint32_t*>(dynamic_shared()) + 12 * threadIdx.x;
   const auto* in = static_cast<const uint32_t*>(p.in) + 8 * threadIdx.x;
@@ -50,7 +49,7 @@ __global__ void copies(const Arguments p) {
   cp_async_16(shared, in, true);
   cp_async_commit();
   cp_async_16(shared + 4, in + 4, true);
-  cp_async_16(shared + 8, nullptr, false);
+  cp_async_16(shared + 8, in, false);
   cp_async_commit();
   const auto look = [&](int row) {
     for (int i = 0; i < 3; ++i) out[3 * row + i] = shared[4 * i + 3];
@@ -68,6 +67,13 @@ __global__ void copy_misaligned(const Arguments p) {
     cp_async_16(dynamic_shared() + 8, in, true);
   else
     cp_async_16(dynamic_shared(), in + 8, true);
+}
+
+// Of zeros, but an offset from null is no address; variant: the offset.
+__global__ void copy_from_null(const Arguments p) {
+  cp_async_16(dynamic_shared(), static_cast<const unsigned char*>(nullptr) + p.variant, false);
+  cp_async_commit();
+  cp_async_wait<0>();
 }
 
 __global__ void copy_without_wait(const Arguments p) {

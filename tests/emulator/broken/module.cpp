@@ -51,11 +51,17 @@ PYBIND11_MODULE(_broken, m) {
       .value("forward", emulator::Schedule::kForward)
       .value("reversed", emulator::Schedule::kReversed)
       .value("shuffled", emulator::Schedule::kShuffled);
+  py::enum_<emulator::MmaRounding>(m, "MmaRounding", py::module_local())
+      .value("truncate", emulator::MmaRounding::kTruncate)
+      .value("nearest", emulator::MmaRounding::kNearest);
   py::class_<emulator::Settings>(m, "Settings", py::module_local())
       .def_readwrite("schedule", &emulator::Settings::schedule)
       .def_readwrite("seed", &emulator::Settings::seed)
       .def_readwrite("shared_per_block", &emulator::Settings::shared_per_block)
       .def_readwrite("architecture", &emulator::Settings::architecture)
+      .def_readwrite("mma_rounding", &emulator::Settings::mma_rounding)
+      .def_readwrite("mma_extra_bits", &emulator::Settings::mma_extra_bits)
+      .def_readwrite("mma_group", &emulator::Settings::mma_group)
       .def("reset", [](emulator::Settings& s) { s = emulator::Settings(); });
   m.def("settings", &emulator::settings, py::return_value_policy::reference);
   m.def("run", [](const std::string& name, const Size& grid, const Size& block, size_t shared, unsigned cluster,

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <mutex>
 #include <tuple>
 #include <typeinfo>
 #include <utility>
@@ -299,7 +300,10 @@ struct cudaLaunchConfig_t {
 
 namespace tokenprune::emulator {
 
+// One grid runs at a time, whichever threads launch them.
+std::mutex& launch_mutex();
 cudaError_t check_configuration(const LaunchRecord& launch, const void* kernel);
+// The limit of dynamic shared memory, of the kernel on the current device, for every thread.
 void allow_shared(const void* kernel, size_t bytes);
 std::string kernel_name(const void* kernel);
 
@@ -311,12 +315,16 @@ const char* cudaGetErrorString(cudaError_t status);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream);
 
+// Tests change the device by changing the settings; what differs in shared memory counts as another device.
+cudaError_t cudaGetDevice(int* device);
+
 struct cudaFuncAttributes {
+  size_t sharedSizeBytes;  // 0: static shared memory shows when a kernel runs
   int ptxVersion;
 };
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
-  attributes->ptxVersion = ::tokenprune::emulator::settings().architecture;
+  *attributes = {0, ::tokenprune::emulator::settings().architecture};
   return cudaSuccess;
 }
 
@@ -331,6 +339,8 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   namespace emulator = ::tokenprune::emulator;
+  if (const auto before = std::exchange(emulator::settings().before_launch, nullptr)) before();
+  const std::lock_guard<std::mutex> lock(emulator::launch_mutex());
   const auto* address = reinterpret_cast<const void*>(kernel);
   const emulator::LaunchRecord launch{emulator::kernel_name(address), config->gridDim, config->blockDim,
                                       config->numAttrs ? config->attrs->val.clusterDim.x : 1, config->dynamicSmemBytes};

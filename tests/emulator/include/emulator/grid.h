@@ -27,14 +27,22 @@ struct KernelError : std::runtime_error {
 // The order in which the threads of a block (and the blocks of a grid) take their turns.
 enum class Schedule { kForward, kReversed, kShuffled };
 
+// What a tensor core does with the bits of a sum that float32 does not have.
+enum class MmaRounding { kTruncate, kNearest };
+
 struct Settings {
   Schedule schedule = Schedule::kForward;
   uint64_t seed = 0;  // of kShuffled
   int sm_count = 132;
   int shared_per_block = 227 * 1024;
   int architecture = 90;
-  int fail_launch = 0;  // the n-th launch from now returns an error; 0: none does
-  int fail_status = 1;  // that error: cudaErrorInvalidValue
+  // The worst tensor core there is: it adds four products at a time to the accumulator, in as many bits as the largest
+  // of the five has in float32. Others keep up to three more and add 8 or 16 products at a time.
+  MmaRounding mma_rounding = MmaRounding::kTruncate;
+  int mma_extra_bits = 0, mma_group = 4;
+  int fail_launch = 0;                  // the n-th launch from now returns an error; 0: none does
+  int fail_status = 1;                  // that error: cudaErrorInvalidValue
+  std::function<void()> before_launch;  // called once, by the next launch, before the device has seen it
 };
 Settings& settings();
 
@@ -70,8 +78,9 @@ using Complete = void (*)(void* const* requests, uint32_t mask);
 void warp_collective(const char* name, uint32_t mask, void* request, Complete complete);
 int lane();
 
-// Copies that are only made when the thread waits for them, as late as the hardware could.
-void enqueue_copy(void* to, const void* from, size_t bytes);  // from null: zeros
+// Copies that are only made when the thread waits for them, as late as the hardware could. Not valid: zeros, but
+// `from` is an address all the same.
+void enqueue_copy(void* to, const void* from, size_t bytes, bool valid);
 void commit_copies();
 void wait_for_copies(int pending_groups);
 

@@ -8,6 +8,13 @@
 
 namespace tokenprune {
 
+namespace emulator {
+
+// sums += left * right, as the tensor core of the settings rounds it (mma.cpp).
+void multiply_accumulate(const float (&left)[16][16], const float (&right)[16][8], float (&sums)[16][8]);
+
+}  // namespace emulator
+
 // See ptx.cuh for which lane holds which element.
 template <class T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -23,7 +30,11 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
       std::memcpy(&element, &bits, sizeof bits);
       return to_float(element);
     };
-    float left[16][16], right[16][8];
+    float left[16][16], right[16][8], sums[16][8];
+    const auto each_sum = [&](auto&& visit) {
+      for (int lane = 0; lane < 32; ++lane)
+        for (int r = 0; r < 4; ++r) visit(of(lane)->d[r], sums[lane / 4 + r / 2 * 8][lane % 4 * 2 + r % 2]);
+    };
     for (int lane = 0; lane < 32; ++lane) {
       const int group = lane / 4, pair = lane % 4 * 2;
       for (int e = 0; e < 2; ++e) {
@@ -31,13 +42,9 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
         for (int r = 0; r < 2; ++r) right[pair + r * 8 + e][group] = half(of(lane)->b[r], e);
       }
     }
-    for (int lane = 0; lane < 32; ++lane)
-      for (int r = 0; r < 4; ++r) {
-        const int row = lane / 4 + r / 2 * 8, column = lane % 4 * 2 + r % 2;
-        float sum = of(lane)->d[r];
-        for (int k = 0; k < 16; ++k) sum += left[row][k] * right[k][column];
-        of(lane)->d[r] = sum;
-      }
+    each_sum([](float& held, float& sum) { sum = held; });
+    emulator::multiply_accumulate(left, right, sums);
+    each_sum([](float& held, float& sum) { held = sum; });
   });
 }
 
@@ -62,7 +69,7 @@ inline float exp2_approx(float x) {
 }
 
 inline void cp_async_16(void* shared, const void* source, bool valid) {
-  emulator::enqueue_copy(shared, valid ? source : nullptr, 16);
+  emulator::enqueue_copy(shared, source, 16, valid);
 }
 inline void cp_async_commit() { emulator::commit_copies(); }
 template <int pending>
