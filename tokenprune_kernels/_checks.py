@@ -30,8 +30,8 @@ def _shape(t: Tensor) -> str:
     return str(list(t.shape))
 
 
-def _bounded(op: str, batch: int = 0, counted: str = "", k: int = 0, **tensors: Tensor | None) -> None:
-    """No tensor has 2^40 elements, nor has the result of `k` entries for each of `batch` samples.
+def _bounded(op: str, counted: str, k: int, **tensors: Tensor | None) -> None:
+    """No tensor has 2^40 elements, nor is that many results of each sample asked for.
 
     One call for all arguments of an op, because every call pays for it. A size of 0 counts as 1: it ends no loop over
     the other dimensions. What is symbolic passes without leaving a guard; the op checks the real sizes when it runs.
@@ -41,13 +41,16 @@ def _bounded(op: str, batch: int = 0, counted: str = "", k: int = 0, **tensors: 
     for name, t in tensors.items():
         if t is None:
             continue
-        elements = math.prod(t.shape)
+        try:
+            elements = t.numel()
+        except RuntimeError:  # the product overflows
+            elements = 0
         if type(elements) is not int or 0 < elements < MOST_ELEMENTS:
             continue
         if math.prod(filter(None, t.shape)) >= MOST_ELEMENTS:
             _fail(ValueError, op, name, f"have fewer than {_MOST} elements (a size of 0 counts as 1)", _shape(t))
-    if type(k) is int and type(batch) is int and k * (batch or 1) >= MOST_ELEMENTS:
-        _fail(ValueError, op, counted, f"keep B * {counted} below {_MOST}", [batch, k])
+    if type(k) is int and k >= MOST_ELEMENTS:
+        _fail(ValueError, op, counted, f"keep B * {counted} below {_MOST}", k)
 
 
 def _dense(op: str, name: str, t: Tensor) -> None:
@@ -175,13 +178,13 @@ def attention(
         if reduction not in QUERY_REDUCTIONS:
             expected = f"be one of {', '.join(QUERY_REDUCTIONS)}, or several joined by +"
             _fail(ValueError, op, "query_reduction", expected, repr(query_reduction))
-    _bounded(op, query=query, key=key, key_indices=key_indices)
+    _bounded(op, "", 0, query=query, key=key, key_indices=key_indices)
 
 
 def score_entropy(scores: Tensor, mask: Tensor | None) -> None:
     _floating("score_entropy", "scores", scores, "[B, N]", 2)
     _beside("score_entropy", "mask", mask, scores, "[B, N]", tuple(scores.shape), torch.bool)
-    _bounded("score_entropy", scores=scores)
+    _bounded("score_entropy", "", 0, scores=scores)
 
 
 def cosine_scores(features: Tensor, queries: Tensor, query_mask: Tensor | None, reduction: str) -> None:
@@ -192,7 +195,7 @@ def cosine_scores(features: Tensor, queries: Tensor, query_mask: Tensor | None, 
     _beside(op, "queries", queries, features, "[B, M, C]", (batch, -1, channels), features.dtype)
     _beside(op, "query_mask", query_mask, features, "[B, M]", (batch, queries.shape[1]), torch.bool)
     _option(op, "reduction", reduction, ("max", "mean"))
-    _bounded(op, features=features, queries=queries)
+    _bounded(op, "", 0, features=features, queries=queries)
 
 
 def contrastive_scores(features: Tensor, anchor_indices: Tensor, reference_indices: Tensor) -> None:
@@ -203,14 +206,14 @@ def contrastive_scores(features: Tensor, anchor_indices: Tensor, reference_indic
         if indices is None:
             _fail(TypeError, op, name, "be a tensor", None)
         _beside(op, name, indices, features, "[B, A]" if name == "anchor_indices" else "[B, R]", shape, torch.int64)
-    _bounded(op, features=features, anchor_indices=anchor_indices, reference_indices=reference_indices)
+    _bounded(op, "", 0, features=features, anchor_indices=anchor_indices, reference_indices=reference_indices)
 
 
 def select_topk(scores: Tensor, k: int, mask: Tensor | None) -> None:
     _floating("select_topk", "scores", scores, "[B, N]", 2)
     _count("select_topk", "k", k)
     _beside("select_topk", "mask", mask, scores, "[B, N]", tuple(scores.shape), torch.bool)
-    _bounded("select_topk", scores.shape[0], "k", k, scores=scores)
+    _bounded("select_topk", "k", k, scores=scores)
 
 
 def select_two_tailed(scores: Tensor, num_low: Tensor, k: int, mask: Tensor | None) -> None:
@@ -221,7 +224,7 @@ def select_two_tailed(scores: Tensor, num_low: Tensor, k: int, mask: Tensor | No
     _beside(op, "num_low", num_low, scores, "[B]", (scores.shape[0],), torch.int64)
     _count(op, "k", k)
     _beside(op, "mask", mask, scores, "[B, N]", tuple(scores.shape), torch.bool)
-    _bounded(op, scores.shape[0], "k", k, scores=scores)
+    _bounded(op, "k", k, scores=scores)
 
 
 def select_mixture(text_scores: Tensor, visual_scores: Tensor, k: int, floor: float, mask: Tensor | None) -> None:
@@ -233,7 +236,7 @@ def select_mixture(text_scores: Tensor, visual_scores: Tensor, k: int, floor: fl
     _count(op, "k", k)
     _real(op, "floor", floor, 0.0, high=0.5)
     _beside(op, "mask", mask, text_scores, "[B, N]", shape, torch.bool)
-    _bounded(op, shape[0], "k", k, text_scores=text_scores)
+    _bounded(op, "k", k, text_scores=text_scores)
 
 
 def mask_to_indices(mask: Tensor, capacity: int) -> None:
@@ -242,7 +245,7 @@ def mask_to_indices(mask: Tensor, capacity: int) -> None:
         _fail(TypeError, op, "mask", "be a tensor", None)
     _beside(op, "mask", mask, mask, "[B, N]", (-1, -1), torch.bool)
     _count(op, "capacity", capacity)
-    _bounded(op, mask.shape[0], "capacity", capacity, mask=mask)
+    _bounded(op, "capacity", capacity, mask=mask)
 
 
 def repulsion_sample(
@@ -277,7 +280,7 @@ def repulsion_sample(
     _real(op, "exponent", exponent, 0.0, above=True)
     _real(op, "sigma", sigma, 0.0, above=True)
     _real(op, "epsilon", epsilon, 0.0)
-    _bounded(op, batch, "k", k, features=features, positions=positions, seed_indices=seed_indices)
+    _bounded(op, "k", k, features=features, positions=positions, seed_indices=seed_indices)
 
 
 def spatial_semantic_nms(
@@ -308,7 +311,7 @@ def spatial_semantic_nms(
     _real(op, "sigma_semantic", sigma_semantic, 0.0, above=True)
     _option(op, "mode", mode, ("soft", "hard"))
     _real(op, "threshold", threshold, float("-inf"))
-    _bounded(op, batch, "k", k, features=features, positions=positions)
+    _bounded(op, "k", k, features=features, positions=positions)
 
 
 def gather_compact(
@@ -342,10 +345,10 @@ def gather_compact(
             _fail(ValueError, op, f"tensors[{i}]", f"have size B = {batch} in dimension {batch_dim}", _shape(t))
         if t.device != device:
             _fail(ValueError, op, f"tensors[{i}]", f"be on {device}", t.device)
-    _bounded(op, indices=indices, **{f"tensors[{i}]": t for i, t in enumerate(tensors)})
+    _bounded(op, "", 0, indices=indices, **{f"tensors[{i}]": t for i, t in enumerate(tensors)})
 
 
 def invert_indices(indices: Tensor, size: int) -> None:
     _beside("_invert_indices", "indices", indices, indices, "[B, K]", (-1, -1), torch.int64)
     _count("_invert_indices", "size", size)
-    _bounded("_invert_indices", indices.shape[0], "size", size, indices=indices)
+    _bounded("_invert_indices", "size", size, indices=indices)
