@@ -86,6 +86,12 @@ Tensor with_contiguous_rows(const Tensor& t) {
   return t.size(last) <= 1 || t.stride(last) == 1 ? t : copied(t, t.scalar_type());
 }
 
+OptionalTensor with_contiguous_rows(const OptionalTensor& t) {
+  OptionalTensor result;
+  if (t) result = with_contiguous_rows(*t);
+  return result;
+}
+
 Tensor contiguous_as(const Tensor& t, ScalarType dtype) {
   return t.scalar_type() == dtype && t.is_contiguous() ? t : copied(t, dtype);
 }

@@ -36,6 +36,7 @@ extern void (*fill_cuda_bytes)(const Tensor& t, int byte);
 
 // `t` itself when its last dimension has stride 1 (or at most one element), a contiguous copy otherwise.
 Tensor with_contiguous_rows(const Tensor& t);
+OptionalTensor with_contiguous_rows(const OptionalTensor& t);
 
 // A contiguous copy in another dtype, or `t` itself when nothing has to change.
 Tensor contiguous_as(const Tensor& t, ScalarType dtype);

@@ -18,7 +18,8 @@ HEAD_REDUCTIONS = ("mean", "sum", "max", "none")
 QUERY_REDUCTIONS = ("mean", "sum", "max", "last")
 # Stride 0 makes dimensions of any size, which no loop gets through. No argument may have more elements than this, which
 # is beyond every memory.
-ELEMENT_BITS = 40
+MOST_ELEMENTS, _MOST = 1 << 40, "2^40"
+_is_compiling = torch.compiler.is_compiling
 
 
 def _fail(error: type[Exception], op: str, argument: str, expected: str, got: object) -> NoReturn:
@@ -29,22 +30,27 @@ def _shape(t: Tensor) -> str:
     return str(list(t.shape))
 
 
-def _too_many(sizes: Sequence[int]) -> bool:
-    """Is the product of the sizes 2^40 or more? A size of 0 counts as 1: it ends no loop over the other dimensions.
+def _bounded(op: str, counted: str, k: int, **tensors: Tensor | None) -> None:
+    """No tensor has 2^40 elements, nor is that many results of each sample asked for.
 
-    What is symbolic passes without leaving a guard; the op checks the real sizes when it runs.
+    One call for all arguments of an op, because every call pays for it. A size of 0 counts as 1: it ends no loop over
+    the other dimensions. What is symbolic passes without leaving a guard; the op checks the real sizes when it runs.
     """
-    if torch.compiler.is_compiling():
-        return False
-    product = math.prod(sizes)
-    if type(product) is not int or 0 < product < 1 << ELEMENT_BITS:
-        return False
-    return math.prod(s for s in sizes if s) >= 1 << ELEMENT_BITS
-
-
-def _size(op: str, name: str, t: Tensor) -> None:
-    if _too_many(t.shape):
-        _fail(ValueError, op, name, f"have fewer than 2^{ELEMENT_BITS} elements (a size of 0 counts as 1)", _shape(t))
+    if _is_compiling():
+        return
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        try:
+            elements = t.numel()
+        except RuntimeError:  # the product overflows
+            elements = 0
+        if type(elements) is not int or 0 < elements < MOST_ELEMENTS:
+            continue
+        if math.prod(filter(None, t.shape)) >= MOST_ELEMENTS:
+            _fail(ValueError, op, name, f"have fewer than {_MOST} elements (a size of 0 counts as 1)", _shape(t))
+    if type(k) is int and k >= MOST_ELEMENTS:
+        _fail(ValueError, op, counted, f"keep B * {counted} below {_MOST}", k)
 
 
 def _dense(op: str, name: str, t: Tensor) -> None:
@@ -88,7 +94,6 @@ def _floating(op: str, name: str, t: Tensor, layout: str, rank: int) -> None:
         _fail(TypeError, op, name, "be a dense tensor", "a nested one")
     if t.dim() != rank:
         _fail(ValueError, op, name, f"have shape {layout}", _shape(t))
-    _size(op, name, t)
 
 
 def _beside(
@@ -109,20 +114,15 @@ def _beside(
     if not fits:
         sizes = ", ".join("any" if s == -1 else str(s) for s in shape)
         _fail(ValueError, op, name, f"have shape {layout} = [{sizes}]", _shape(t))
-    if -1 in shape:  # else it is no larger than an argument that was checked
-        _size(op, name, t)
     if t is not first and t.device != first.device:
         _fail(ValueError, op, name, f"be on {first.device}", t.device)
 
 
-def _count(op: str, name: str, k: int, batch: int) -> None:
-    """How many entries to return for each of `batch` samples."""
+def _count(op: str, name: str, k: int) -> None:
     if not isinstance(k, (int, torch.SymInt)):
         _fail(TypeError, op, name, "be an int", type(k).__name__)
     if k < 0:
         _fail(ValueError, op, name, "be non-negative", k)
-    if _too_many((batch, k)):
-        _fail(ValueError, op, name, f"keep B * {name} below 2^{ELEMENT_BITS}", [batch, k])
 
 
 def _option(op: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -178,11 +178,13 @@ def attention(
         if reduction not in QUERY_REDUCTIONS:
             expected = f"be one of {', '.join(QUERY_REDUCTIONS)}, or several joined by +"
             _fail(ValueError, op, "query_reduction", expected, repr(query_reduction))
+    _bounded(op, "", 0, query=query, key=key, key_indices=key_indices)
 
 
 def score_entropy(scores: Tensor, mask: Tensor | None) -> None:
     _floating("score_entropy", "scores", scores, "[B, N]", 2)
     _beside("score_entropy", "mask", mask, scores, "[B, N]", tuple(scores.shape), torch.bool)
+    _bounded("score_entropy", "", 0, scores=scores)
 
 
 def cosine_scores(features: Tensor, queries: Tensor, query_mask: Tensor | None, reduction: str) -> None:
@@ -193,6 +195,7 @@ def cosine_scores(features: Tensor, queries: Tensor, query_mask: Tensor | None, 
     _beside(op, "queries", queries, features, "[B, M, C]", (batch, -1, channels), features.dtype)
     _beside(op, "query_mask", query_mask, features, "[B, M]", (batch, queries.shape[1]), torch.bool)
     _option(op, "reduction", reduction, ("max", "mean"))
+    _bounded(op, "", 0, features=features, queries=queries)
 
 
 def contrastive_scores(features: Tensor, anchor_indices: Tensor, reference_indices: Tensor) -> None:
@@ -203,12 +206,14 @@ def contrastive_scores(features: Tensor, anchor_indices: Tensor, reference_indic
         if indices is None:
             _fail(TypeError, op, name, "be a tensor", None)
         _beside(op, name, indices, features, "[B, A]" if name == "anchor_indices" else "[B, R]", shape, torch.int64)
+    _bounded(op, "", 0, features=features, anchor_indices=anchor_indices, reference_indices=reference_indices)
 
 
 def select_topk(scores: Tensor, k: int, mask: Tensor | None) -> None:
     _floating("select_topk", "scores", scores, "[B, N]", 2)
-    _count("select_topk", "k", k, scores.shape[0])
+    _count("select_topk", "k", k)
     _beside("select_topk", "mask", mask, scores, "[B, N]", tuple(scores.shape), torch.bool)
+    _bounded("select_topk", "k", k, scores=scores)
 
 
 def select_two_tailed(scores: Tensor, num_low: Tensor, k: int, mask: Tensor | None) -> None:
@@ -217,8 +222,9 @@ def select_two_tailed(scores: Tensor, num_low: Tensor, k: int, mask: Tensor | No
     if num_low is None:
         _fail(TypeError, op, "num_low", "be a tensor", None)
     _beside(op, "num_low", num_low, scores, "[B]", (scores.shape[0],), torch.int64)
-    _count(op, "k", k, scores.shape[0])
+    _count(op, "k", k)
     _beside(op, "mask", mask, scores, "[B, N]", tuple(scores.shape), torch.bool)
+    _bounded(op, "k", k, scores=scores)
 
 
 def select_mixture(text_scores: Tensor, visual_scores: Tensor, k: int, floor: float, mask: Tensor | None) -> None:
@@ -227,9 +233,10 @@ def select_mixture(text_scores: Tensor, visual_scores: Tensor, k: int, floor: fl
     _floating(op, "visual_scores", visual_scores, "[B, N]", 2)
     shape = tuple(text_scores.shape)
     _beside(op, "visual_scores", visual_scores, text_scores, "[B, N]", shape, None)
-    _count(op, "k", k, shape[0])
+    _count(op, "k", k)
     _real(op, "floor", floor, 0.0, high=0.5)
     _beside(op, "mask", mask, text_scores, "[B, N]", shape, torch.bool)
+    _bounded(op, "k", k, text_scores=text_scores)
 
 
 def mask_to_indices(mask: Tensor, capacity: int) -> None:
@@ -237,7 +244,8 @@ def mask_to_indices(mask: Tensor, capacity: int) -> None:
     if mask is None:
         _fail(TypeError, op, "mask", "be a tensor", None)
     _beside(op, "mask", mask, mask, "[B, N]", (-1, -1), torch.bool)
-    _count(op, "capacity", capacity, mask.shape[0])
+    _count(op, "capacity", capacity)
+    _bounded(op, "capacity", capacity, mask=mask)
 
 
 def repulsion_sample(
@@ -259,7 +267,7 @@ def repulsion_sample(
     op = "repulsion_sample"
     _floating(op, "features", features, "[B, N, C]", 3)
     batch, n, _ = features.shape
-    _count(op, "k", k, batch)
+    _count(op, "k", k)
     _beside(op, "positions", positions, features, "[B, N, P]", (batch, n, -1), None)
     _beside(op, "seed_indices", seed_indices, features, "[B, S]", (batch, -1), torch.int64)
     _beside(op, "energy", energy, features, "[B, N]", (batch, n), None)
@@ -272,6 +280,7 @@ def repulsion_sample(
     _real(op, "exponent", exponent, 0.0, above=True)
     _real(op, "sigma", sigma, 0.0, above=True)
     _real(op, "epsilon", epsilon, 0.0)
+    _bounded(op, "k", k, features=features, positions=positions, seed_indices=seed_indices)
 
 
 def spatial_semantic_nms(
@@ -294,7 +303,7 @@ def spatial_semantic_nms(
     batch, n = scores.shape
     _beside(op, "features", features, scores, "[B, N, C]", (batch, n, -1), None)
     _beside(op, "positions", positions, scores, "[B, N, 2]", (batch, n, 2), None)
-    _count(op, "k", k, batch)
+    _count(op, "k", k)
     _beside(op, "groups", groups, scores, "[B, N]", (batch, n), torch.int64)
     _beside(op, "mask", mask, scores, "[B, N]", (batch, n), torch.bool)
     _real(op, "radius", radius, 0.0)
@@ -302,6 +311,7 @@ def spatial_semantic_nms(
     _real(op, "sigma_semantic", sigma_semantic, 0.0, above=True)
     _option(op, "mode", mode, ("soft", "hard"))
     _real(op, "threshold", threshold, float("-inf"))
+    _bounded(op, "k", k, features=features, positions=positions)
 
 
 def gather_compact(
@@ -333,11 +343,12 @@ def gather_compact(
             _fail(ValueError, op, f"dims[{i}]", f"differ from batch_dims[{i}] = {batch_dim}", dim)
         if t.shape[batch_dim] != batch:
             _fail(ValueError, op, f"tensors[{i}]", f"have size B = {batch} in dimension {batch_dim}", _shape(t))
-        _size(op, f"tensors[{i}]", t)
         if t.device != device:
             _fail(ValueError, op, f"tensors[{i}]", f"be on {device}", t.device)
+    _bounded(op, "", 0, indices=indices, **{f"tensors[{i}]": t for i, t in enumerate(tensors)})
 
 
 def invert_indices(indices: Tensor, size: int) -> None:
     _beside("_invert_indices", "indices", indices, indices, "[B, K]", (-1, -1), torch.int64)
-    _count("_invert_indices", "size", size, indices.shape[0])
+    _count("_invert_indices", "size", size)
+    _bounded("_invert_indices", "size", size, indices=indices)

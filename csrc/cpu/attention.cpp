@@ -25,10 +25,6 @@ const AttentionKernels<T>& attention_kernels() {
 
 namespace {
 
-OptionalTensor with_contiguous_rows(const OptionalTensor& t) {
-  return t ? OptionalTensor(tokenprune::with_contiguous_rows(*t)) : t;
-}
-
 template <class A>
 void fill(const std::optional<Tensor>& t, A value) {
   if (t) std::fill_n(static_cast<A*>(t->mutable_data_ptr()), t->numel(), value);
@@ -78,8 +74,8 @@ AttentionCall prepare(const char* op, const Tensor& query, const Tensor& key, co
                       std::optional<double> scale, bool causal, bool cosine, const std::string& head_reduction,
                       const std::string& query_reduction) {
   check_attention(op, query, key, lse, key_indices, query_mask, key_mask, query_positions);
-  AttentionCall call{tokenprune::with_contiguous_rows(query),
-                     tokenprune::with_contiguous_rows(key),
+  AttentionCall call{with_contiguous_rows(query),
+                     with_contiguous_rows(key),
                      with_contiguous_rows(key_indices),
                      with_contiguous_rows(query_mask),
                      with_contiguous_rows(key_mask),

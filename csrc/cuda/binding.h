@@ -54,9 +54,7 @@ void check_indices(const char* op, const char* name, const Tensor& indices, int6
 
 // The bytes of a bool tensor with last stride 1, as the kernels take masks; null without one.
 struct MaskArgument {
-  explicit MaskArgument(const OptionalTensor& mask) {
-    if (mask) tensor = with_contiguous_rows(*mask);
-  }
+  explicit MaskArgument(const OptionalTensor& mask) : tensor(with_contiguous_rows(mask)) {}
   const uint8_t* data() const { return mask_bytes(tensor); }
   int64_t stride() const { return tensor ? tensor->stride(0) : 0; }
   OptionalTensor tensor;

@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor> spatial_semantic_nms(const Tensor& scores_in,
   const CudaScope cuda(scores_in);
   const Tensor scores = with_contiguous_rows(scores_in), features = with_contiguous_rows(features_in);
   const Tensor positions = with_contiguous_rows(positions_in);
-  const OptionalTensor groups = groups_in ? OptionalTensor(with_contiguous_rows(*groups_in)) : std::nullopt;
+  const OptionalTensor groups = with_contiguous_rows(groups_in);
   const MaskArgument mask(mask_in);
   Tensor indices = new_empty(scores, {batch, k}, ScalarType::Long);
   Tensor selected = new_empty(scores, {batch, k}, ScalarType::Float);
