@@ -27,6 +27,9 @@ export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_si
 export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 export PYTHONPATH=$copy PYTHONMALLOC=malloc TOKENPRUNE_POISON=1
 
+# A library that does not load would leave everything to the references, which nobody wants to sanitize.
+"$python" -c "import tokenprune_kernels._C"
+
 export TOKENPRUNE_FUZZ_CALLS=${TOKENPRUNE_FUZZ_CALLS:-100000}
 for capability in ${CAPABILITIES:-avx512 avx2 baseline}; do
   echo "== sanitized tests, TOKENPRUNE_CPU_CAPABILITY=$capability"
