@@ -1,7 +1,7 @@
 """The arguments of a module's forward, under the names that this version of transformers gives them."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,23 +38,29 @@ class Arguments:
 
     def given(self, inputs: Inputs, *needed: str) -> None:
         """Raises for a call that lacks one of the needed arguments; "cache" stands for all of its names."""
-        for name in needed:
-            spellings = CACHE_NAMES if name == "cache" else (name,)
-            if not any(spelling in inputs for spelling in spellings):
-                raise RuntimeError(
-                    f"prune_visual_tokens: {self.module} was called without {' or '.join(spellings)}; it got "
-                    f"{', '.join(sorted(inputs))}"
-                )
+        lacking = _lacking(inputs, needed)
+        if lacking:
+            raise RuntimeError(
+                f"prune_visual_tokens: {self.module} was called without {lacking}; it got {', '.join(sorted(inputs))}"
+            )
+
+
+def _lacking(names: Collection[str], needed: Iterable[str]) -> str | None:
+    """What is needed and there under none of its names; the first of several."""
+    for name in needed:
+        spellings = CACHE_NAMES if name == "cache" else (name,)
+        if not any(spelling in names for spelling in spellings):
+            return " or ".join(spellings)
+    return None
 
 
 def arguments_of(module: nn.Module, *needed: str) -> Arguments:
     """Raises when forward lacks one of the needed arguments; "cache" stands for all of its names."""
     names = tuple(name for name in inspect.signature(module.forward).parameters if name != "self")
-    for name in needed:
-        spellings = CACHE_NAMES if name == "cache" else (name,)
-        if not any(spelling in names for spelling in spellings):
-            raise NotImplementedError(
-                f"prune_visual_tokens: the forward of {type(module).__name__} takes no {' or '.join(spellings)}, only "
-                f"{', '.join(names)}; this version of transformers is not supported"
-            )
+    lacking = _lacking(names, needed)
+    if lacking:
+        raise NotImplementedError(
+            f"prune_visual_tokens: the forward of {type(module).__name__} takes no {lacking}, only {', '.join(names)}; "
+            "this version of transformers is not supported"
+        )
     return Arguments(type(module).__name__, names)
