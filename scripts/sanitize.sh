@@ -35,9 +35,9 @@ for capability in ${CAPABILITIES:-avx512 avx2 baseline}; do
   echo "== sanitized tests, TOKENPRUNE_CPU_CAPABILITY=$capability"
   # The CUDA kernels have their own turn below, and Triton's interpreter is not sanitized. Without capturing file
   # descriptors: a sanitizer report goes to stderr of a process that then ends.
-  TOKENPRUNE_TEST_BACKENDS=cpu,reference TOKENPRUNE_CPU_CAPABILITY=$capability "$python" -m pytest -q -p no:cacheprovider --capture=sys \
-    tests/test_contract.py tests/test_contract_memory.py tests/test_errors.py tests/test_boundary.py tests/test_fuzz.py \
-    tests/test_cpu_threads.py "$@"
+  TOKENPRUNE_TEST_BACKENDS=cpu,reference TOKENPRUNE_CPU_CAPABILITY=$capability \
+    "$python" -m pytest -q -p no:cacheprovider --capture=sys \
+    tests/test_contract.py tests/test_contract_memory.py tests/test_errors.py tests/test_boundary.py tests/test_fuzz.py "$@"
   export TOKENPRUNE_FUZZ_CALLS=5000  # the first capability had them all
 done
 
