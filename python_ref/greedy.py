@@ -52,7 +52,7 @@ def repulsion_sample(
     elif potential == "riesz":
         phi = 1 / (r2.clamp_min(0) ** (exponent / 2) + epsilon)
     else:
-        phi = torch.exp(-r2 / (2 * sigma**2))
+        phi = torch.exp(-r2 / (2.0 * sigma * sigma))  # a huge sigma ** 2 raises, the product is inf
 
     valid = ones_like_mask(features.new_empty(batch, n), mask)
     selected = torch.zeros_like(valid)
@@ -106,8 +106,8 @@ def spatial_semantic_nms(
         selected_scores[:, step] = torch.where(pick >= 0, score.gather(1, m), 0.0).squeeze(-1)
         d2 = (place - place.take_along_dim(m.unsqueeze(-1), dim=1)).square().sum(-1)
         cosine = (unit @ unit.take_along_dim(m.unsqueeze(-1), dim=1).mT).squeeze(-1)
-        spatial = torch.exp(-d2 / (2 * sigma_spatial * sigma_spatial))  # a huge sigma ** 2 raises, the product is inf
-        w = spatial * torch.exp(-((1 - cosine) ** 2) / (2 * sigma_semantic * sigma_semantic))
+        spatial = torch.exp(-d2 / (2.0 * sigma_spatial * sigma_spatial))
+        w = spatial * torch.exp(-((1 - cosine) ** 2) / (2.0 * sigma_semantic * sigma_semantic))
         near = d2.sqrt() <= radius
         if groups is not None:
             near = near & (groups == groups.gather(1, m))

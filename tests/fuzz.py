@@ -187,7 +187,9 @@ def _each_tensor(call: Call, f: Callable[[Tensor], Tensor]) -> Call:
 
 def _well_typed(call: Call) -> bool:
     listed = call.arguments.get("tensors", [])
-    return isinstance(listed, list) and len(call.arguments.get("batch_dims") or listed) >= len(listed)
+    if not isinstance(listed, list) or len(call.arguments.get("batch_dims") or listed) < len(listed):
+        return False
+    return all(isinstance(t, Tensor) for t in listed)
 
 
 def _mapped(rng: random.Random, call: Call, function: Callable[[Call], Any]) -> Any:

@@ -219,6 +219,14 @@ def test_large_riesz_exponent_is_max_min(backend: str) -> None:
 
 
 @over_backends
+@over_aggregates
+def test_a_sigma_whose_square_overflows_makes_all_tokens_equal(backend: str, aggregate: str) -> None:
+    options = {"potential": "gaussian", "sigma": 1e200, "first": "index", "aggregate": aggregate}
+    indices, _ = tp.repulsion_sample(torch.randn(1, 9, 4), 5, backend=backend, **options)
+    assert indices.tolist() == [[0, 1, 2, 3, 4]]
+
+
+@over_backends
 def test_maximal_marginal_relevance(backend: str) -> None:
     dtype = dtypes_of(backend)[-1]
     features, relevance, trade = torch.randn(1, 50, 16, dtype=dtype), torch.rand(50, dtype=dtype), 0.5
