@@ -198,6 +198,16 @@ def test_scalars_under_vmap_are_refused(op: str) -> None:
             torch.vmap(apply)(torch.zeros(3, dtype=t.dtype))
 
 
+@pytest.mark.filterwarnings("ignore")  # torch says that quantised tensors are old
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_quantised_tensors_under_vmap_are_refused(backend: str) -> None:
+    """There `is_quantized` is False, and moving a dimension of one ends the process."""
+    many = torch.quantize_per_tensor(torch.randn(2, 3, 4, 5), 0.1, 0, torch.quint8)
+    indices = torch.zeros(3, 2, dtype=torch.int64)
+    with pytest.raises((TypeError, RuntimeError), match=r"gather_compact: tensors\[0\] must be a dense tensor"):
+        torch.vmap(lambda t: tp.gather_compact([t], indices, dims=[1], backend=backend))(many)
+
+
 KINDS = {
     "nested": lambda t: _nested(t[0], torch.strided, len(t)),
     "jagged": lambda t: _nested(t[0], torch.jagged, len(t)),

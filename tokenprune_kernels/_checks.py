@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+QUANTIZED = frozenset(
+    getattr(torch, name) for name in ("qint8", "quint8", "qint32", "quint4x2", "quint2x4") if hasattr(torch, name)
+)
 HEAD_REDUCTIONS = ("mean", "sum", "max", "none")
 QUERY_REDUCTIONS = ("mean", "sum", "max", "last")
 # Stride 0 makes dimensions of any size, which no loop gets through. No argument may have more elements than this, which
@@ -54,8 +57,9 @@ def _bounded(op: str, counted: str, k: int, **tensors: Tensor | None) -> None:
 
 
 def _dense(op: str, name: str, t: Tensor) -> None:
-    if t.layout != torch.strided or t.is_nested or t.is_quantized:
-        got = "a nested one" if t.is_nested else "a quantized one" if t.is_quantized else f"one of {t.layout}"
+    quantized = t.dtype in QUANTIZED  # under vmap is_quantized is False, and torch ends the process
+    if t.layout != torch.strided or t.is_nested or quantized:
+        got = "a nested one" if t.is_nested else "a quantized one" if quantized else f"one of {t.layout}"
         _fail(TypeError, op, name, "be a dense tensor", got)
     # The dispatcher makes zeros in memory out of a tensor without any, unless the caller has turned that off.
     if t._is_zerotensor() and torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.ZeroTensor):
