@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import gather_compact, methods
-from .families import Layout
+from .layout import Layout
 from .tokens import Tokens
 
 BEFORE_THE_MODEL = ("adafv", "zspaprune", "divprune", "random", "sts_structure")

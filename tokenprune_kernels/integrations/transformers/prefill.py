@@ -1,7 +1,7 @@
 """One prefill of a block: a call of the decoder with visual tokens and an empty cache.
 
 In front of a pruning layer the hidden states, the rotary embeddings and the padding lose the dropped columns; every
-later layer gets the shortened ones in place of what the model's loop hands it.
+later layer gets the shortened ones instead of what the model's loop hands it.
 """
 
 import functools
@@ -17,17 +17,18 @@ from torch import Tensor, nn
 from ... import gather_compact
 from ..._backend import served_by
 from .cache import Pruned, Segment, check_cache, compact_layers, layer_length, remember
-from .calls import Asked, ModelCall, Prompt
 from .choose import ON_ATTENTION, ON_LAYOUT, Moment, Shown, choose
-from .deepstack import DeepStack
-from .families import LAYOUT_INPUTS, Family, Inputs, Layout, Saliency
+from .deepstack import DeepStack, take_deepstack
+from .encoding import Asked, ModelCall, Prompt
+from .families import Family, Inputs, Model, Saliency
 from .interface import Arguments
-from .masks import causal_mask, check_one_sequence
+from .layout import Layout
+from .masks import check_one_sequence, decoder_mask
 from .report import Report
 from .tokens import Tokens, keep, read_prompt
 
-PICTURE_LATER = (
-    "prune_visual_tokens: pictures must come in the first forward on an empty cache, not in a later turn or chunk"
+IMAGES_LATER = (
+    "prune_visual_tokens: images must come in the first forward on an empty cache, not in a later turn or chunk"
 )
 
 
@@ -42,8 +43,8 @@ class Stage:
 
 @dataclass
 class Draws:
-    """Of method random, from entering the block on. A prefill draws all it needs while it holds the lock: of prefills
-    in several threads, each gets what some order of them, one after the other, would have given it."""
+    """The generator of method random, from entering the block on. A prefill draws all it needs while it holds the lock:
+    of prefills in several threads, each gets what some order of them, one after the other, would have given it."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     generator: torch.Generator | None = None
@@ -54,14 +55,14 @@ class Plan:
     """What a block does to every prefill."""
 
     family: Family
-    core: nn.Module
-    decoder: Any  # a module whose attributes depend on the family
+    core: Model
+    decoder: Model
     stages: dict[int, Stage]  # by their layer
+    saliency: Saliency | None  # for the methods that need one
     renumber: bool
     compact_cache: bool
     seed: int | None
     options: dict[str, Any]
-    saliency: Saliency | None = None
     draws: Draws = field(default_factory=Draws)
 
 
@@ -71,6 +72,7 @@ class Prefill:
     original: Tokens
     next_position: Tensor
     prompt: Prompt
+    seen: list[Any]  # of the vision tower, for the saliency
     deepstack: DeepStack | None
     report: Report
     cache: Any = None  # that the layers fill
@@ -84,7 +86,7 @@ class Prefill:
 def begin_prefill(
     plan: Plan, call: ModelCall, prompt: Prompt, inputs: Inputs, cache: Any, asked: Asked | None
 ) -> tuple[Prefill | None, Inputs]:
-    """And the arguments that the decoder gets. None: without visual tokens it is none of ours."""
+    """The prefill and the arguments that the decoder gets: without visual tokens, None and the inputs unchanged."""
     mask = inputs.get("attention_mask")
     fits = isinstance(mask, Tensor) and mask.shape == prompt.is_visual.shape
     tokens = read_prompt(prompt.is_visual, mask.bool() if isinstance(mask, Tensor) and fits else None)
@@ -92,26 +94,30 @@ def begin_prefill(
         return None, inputs
     if asked is not None:
         _check_asked(asked)
-    check_cache(cache, compact=plan.compact_cache)
+    check_cache(cache, plan.family, compact=plan.compact_cache)
     if layer_length(cache, 0):
-        raise NotImplementedError(PICTURE_LATER)
+        raise NotImplementedError(IMAGES_LATER)
     if mask is not None and not fits:
         got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise NotImplementedError(f"prune_visual_tokens: the attention_mask must be [B, L] or absent, got {got}")
     check_one_sequence(inputs.get("position_ids"), mask)
     modules = (plan.decoder, *plan.decoder.layers)
     if any(getattr(m, "gradient_checkpointing", False) and m.training for m in modules):
-        raise NotImplementedError("prune_visual_tokens: gradient checkpointing; switch it off or call model.eval()")
-    prompt.inputs = {**prompt.inputs, **call.pictures.arguments}
-    places = {name: prompt.inputs.get(name) for name in (*LAYOUT_INPUTS, *plan.family.watched)}
-    layout = functools.cache(lambda: plan.family.layout(plan.core, places, tokens.counts))
-    deepstack = DeepStack.take(inputs, tokens)
+        raise NotImplementedError(
+            "prune_visual_tokens: gradient checkpointing is not supported; disable it, call model.eval() or leave the "
+            "block"
+        )
+    family = plan.family
+    prompt.inputs = {**prompt.inputs, **call.encoding.arguments}
+    read = {name: prompt.inputs.get(name) for name in (*family.layout_inputs, *family.watched)}
+    layout = functools.cache(lambda: family.layout(plan.core, read, tokens.counts))
     counted = prompt.inputs.get("position_ids") is not None
     report = Report(tokens.slot.device, tokens.counts, layout)
-    now = Prefill(tokens, tokens, _next_position(inputs, tokens, counted), prompt, deepstack, report)
-    if deepstack is not None:
-        inputs = {**inputs, "deepstack_visual_embeds": None, "visual_pos_masks": None}
-    return now, inputs
+    position = _next_position(inputs, tokens, counted)
+    deepstack = None
+    if family.deepstack:
+        deepstack, inputs = take_deepstack(inputs, tokens)
+    return Prefill(tokens, tokens, position, prompt, call.encoding.saliency, deepstack, report), inputs
 
 
 def _check_asked(asked: Asked) -> None:
@@ -122,7 +128,7 @@ def _check_asked(asked: Asked) -> None:
     if asked.chunk is not None:
         raise NotImplementedError(
             f"prune_visual_tokens: prefill_chunk_size={asked.chunk} takes apart what has to come in one forward, the "
-            "pictures and the question about them; generate without prefill_chunk_size"
+            "images and the question about them; generate without prefill_chunk_size"
         )
 
 
@@ -131,7 +137,7 @@ def prefill_layer(plan: Plan, now: Prefill, index: int, layer: nn.Module, takes:
     if index == 0:
         takes.given(inputs, "hidden_states", "attention_mask", "position_embeddings", "cache")
         now.cache = takes.cache(inputs)
-        check_cache(now.cache, compact=plan.compact_cache)  # the decoder may have made it itself
+        check_cache(now.cache, plan.family, compact=plan.compact_cache)  # the decoder may have made it itself
     if now.deepstack is not None:
         inputs = {**inputs, "hidden_states": now.deepstack.added(index - 1, inputs["hidden_states"], now.tokens)}
     if index in plan.stages:
@@ -140,7 +146,7 @@ def prefill_layer(plan: Plan, now: Prefill, index: int, layer: nn.Module, takes:
 
 
 def end_prefill(plan: Plan, now: Prefill) -> None:
-    """What decoding and the user find."""
+    """Leaves what decoding and the user will ask for."""
     if not now.segments:
         now.report.untouched(now.original.origin)
         return
@@ -184,7 +190,9 @@ def _moment(plan: Plan, now: Prefill, method: str, hidden: Tensor, layer: nn.Mod
         layout = Layout(*(t.to(hidden.device, non_blocking=True) for t in vars(now.report.layout()).values()))
     saliency = None
     if plan.saliency is not None:
-        saliency = plan.saliency.of_prompt(plan.core, now.prompt.inputs, now.original.counts).to(hidden.device)
+        if not now.seen:
+            raise RuntimeError("prune_visual_tokens: adafv needs the vision tower to run inside the block")
+        saliency = plan.saliency.read(plan.core, now.prompt.inputs, now.original.counts, now.seen).to(hidden.device)
     if method == "random" and plan.seed is not None and plan.draws.generator is None:
         # The device of the work: with offloaded weights it is not that of a parameter.
         plan.draws.generator = torch.Generator(hidden.device).manual_seed(plan.seed)
@@ -211,8 +219,8 @@ def _compact(plan: Plan, now: Prefill, after: Tokens, columns: Tensor, inputs: I
         "position_embeddings": tuple(rotary),
         # FlashAttention would take gaps in the positions for borders between packed sequences.
         "position_ids": None,
-        "attention_mask": causal_mask(
-            plan.decoder.config, batch=batch, queries=after.length, keys=after.length, padding=after.real,
+        "attention_mask": decoder_mask(
+            plan.family, plan.decoder.config, batch=batch, queries=after.length, keys=after.length, padding=after.real,
             dtype=hidden.dtype, device=hidden.device,
         ),
     }  # fmt: skip
