@@ -91,10 +91,8 @@ class Family:
     visual_ids: Callable[[Any], tuple[int, ...]]
     # (core, inputs, visual tokens per sample) -> layout; of the forward's arguments, it may read LAYOUT_INPUTS
     layout: Callable[[Model, Inputs, list[int]], Layout]
-    # what AdaFV's saliency needs of the vision tower; None: unsupported
+    # what the saliency of methods such as AdaFV needs of the vision tower; None: unsupported
     saliency: "Callable[[Model], Saliency] | None"
-    # the decoder layers of the papers' in-model methods: a share of the depth is no use, the papers name layers
-    layers: dict[str, int]
     # mRoPE positions carry the image's geometry: they are never renumbered
     renumber: bool = True
     # Methods of the core, and what is remembered of the arguments of their last call: the layout and the saliency find
@@ -125,11 +123,6 @@ class Saliency:
     def read(self, core: Model, inputs: Inputs, counts: list[int]) -> Tensor:
         """[B, V] float32 in the order of the prompt, 0 in the padding."""
         raise NotImplementedError
-
-    def of_prompt(self, core: Model, inputs: Inputs, counts: list[int]) -> Tensor:
-        if not self.seen:
-            raise RuntimeError("prune_visual_tokens: adafv needs the vision tower to run inside the block")
-        return self.read(core, inputs, counts)
 
 
 def beam_copies(shown: int, counts: list[int]) -> int:

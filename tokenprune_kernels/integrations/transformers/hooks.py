@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...methods._method import ATTENTION
 from .attention import ShownAttention
 from .cache import pruned_of
 from .calls import Calls, ModelCall, Prompt
-from .choose import ON_ATTENTION, Shown
+from .choose import AttentionInputs
 from .copies import leave_out_of_copies, ours
 from .decode import Decode, begin_decode, decode_layer
 from .families import Family, Inputs, unwrapped
 from .interface import Arguments, arguments_of
 from .masks import check_full_attention
-from .prefill import PICTURE_LATER, Draws, Plan, Prefill, Stage, begin_prefill, end_prefill, prefill_layer
+from .prefill import PICTURE_LATER, Draws, Plan, PlannedStage, Prefill, begin_prefill, end_prefill, prefill_layer
 from .report import Report
 from .watch import watches_of
 
@@ -32,8 +33,8 @@ Hook = Callable[[Inputs], Inputs | None]
 
 class Hooks:
     def __init__(
-        self, model: nn.Module, family: Family, core: nn.Module, decoder: nn.Module, stages: list[Stage], *,
-        renumber: bool, compact_cache: bool, seed: int | None, options: dict[str, Any],
+        self, model: nn.Module, family: Family, core: nn.Module, decoder: nn.Module, method: str,
+        stages: list[PlannedStage], *, renumber: bool, compact_cache: bool, seed: int | None, options: dict[str, Any],
     ) -> None:  # fmt: skip
         self.report = Report()  # of the prefill that was finished last
         # Each may be what is called: a PEFT model skips the hooks of the model that it wraps, generate those of PEFT.
@@ -41,7 +42,7 @@ class Hooks:
         self._model, self._core = unwrapped(model), core
         self._decoder: Any = decoder  # a module whose attributes depend on the family
         self._plan = Plan(
-            family, core, decoder, {stage.layer: stage for stage in stages},
+            family, core, decoder, method, {planned.layer: planned for planned in stages},
             renumber=renumber, compact_cache=compact_cache, seed=seed, options=options,
         )  # fmt: skip
         self._calls = Calls()
@@ -65,12 +66,15 @@ class Hooks:
         takes = arguments_of(layers[0], "hidden_states", "attention_mask", "position_embeddings", "cache")
         of_decoder = arguments_of(self._decoder, "inputs_embeds", "attention_mask", "position_ids", "cache")
         of_core = arguments_of(self._core, "input_ids", "attention_mask", "position_ids", "cache")
-        probed = {s.layer - 1 for s in plan.stages.values() if s.method in ON_ATTENTION}
+        probed = {planned.layer - 1 for planned in plan.stages.values() if planned.stage.uses & ATTENTION}
         see = _uncompiled(self._see)
         self._show(ShownAttention(self._decoder.config, {layers[index].self_attn: see for index in probed}))
-        if any(stage.method == "adafv" for stage in plan.stages.values()):
+        if any("saliency" in planned.stage.uses for planned in plan.stages.values()):
             assert plan.family.saliency is not None
-            saliency = plan.family.saliency(self._core)
+            try:
+                saliency = plan.family.saliency(self._core)
+            except NotImplementedError as lacking:
+                raise NotImplementedError(f"prune_visual_tokens: {plan.method} needs {lacking}") from None
             saliency.written_down = self._seen_of_pictures
             self._plan = plan = replace(plan, saliency=saliency)
             probe = _uncompiled(self._see_tower)
@@ -203,7 +207,7 @@ class Hooks:
     def _see(self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None, keywords: dict[str, Any]) -> None:
         now = self._calls.decoder
         if isinstance(now, Prefill):
-            now.shown = Shown(query, key, scale, lse)
+            now.attention = AttentionInputs(query, key, scale, lse)
 
     def _see_tower(
         self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None, keywords: dict[str, Any]

@@ -19,7 +19,7 @@ from ..families import (
     layout_of,
     register_family,
 )
-from .llava import PAPER_LAYERS, core_of, decoder_of
+from .llava import core_of, decoder_of
 from .pictures import encoded_with
 from .towers import TowerSaliency
 
@@ -127,7 +127,6 @@ register_family(
         visual_ids=lambda config: (config.image_token_id,),
         layout=layout,
         saliency=ShuffledSaliency,
-        layers=PAPER_LAYERS,
         watched={"get_image_features": Tiles.seen},
     ),
     "internvl",

@@ -8,8 +8,6 @@ from ..families import Family, Inputs, Layout, Model, grid_patches, register_fam
 from .pictures import Picture, encoded_with, layout_of_pictures, values_of_pictures
 from .towers import TowerSaliency, check_grid, received_attention
 
-PAPER_LAYERS = {"coast": 2, "sts": 2, "adaptprune": 2, "fastv": 2}
-
 
 def core_of(model: Model) -> Model:
     """The multimodal model below a language-modelling head, or the model itself."""
@@ -69,7 +67,6 @@ register_family(
         visual_ids=lambda config: (config.image_token_id,),
         layout=layout,
         saliency=PictureSaliency,
-        layers=PAPER_LAYERS,
         watched={"get_image_features": sizes_seen},
     ),
     "llava",

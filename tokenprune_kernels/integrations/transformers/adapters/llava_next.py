@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..families import Family, Inputs, Layout, Model, register_family
-from .llava import PAPER_LAYERS, core_of, decoder_of
+from .llava import core_of, decoder_of
 from .packing import Pack, packed_pictures, packed_scores
 from .pictures import encoded_with, layout_of_pictures, values_of_pictures
 from .towers import TowerSaliency
@@ -31,7 +31,6 @@ register_family(
         visual_ids=lambda config: (config.image_token_id,),
         layout=layout,
         saliency=PackedSaliency,
-        layers=PAPER_LAYERS,
         watched={"pack_image_features": Pack.seen},
     ),
     "llava_next",

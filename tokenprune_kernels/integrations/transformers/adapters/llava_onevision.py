@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..families import Family, Inputs, Layout, Model, Patches, grid_patches, register_family
-from .llava import PAPER_LAYERS, core_of, decoder_of
+from .llava import core_of, decoder_of
 from .packing import Pack, packed_pictures, packed_scores
 from .pictures import Picture, encoded_with, layout_of_pictures, values_of_pictures
 from .towers import TowerSaliency
@@ -75,7 +75,6 @@ register_family(
         visual_ids=lambda config: (config.image_token_id, config.video_token_id),
         layout=layout,
         saliency=PackedSaliency,
-        layers=PAPER_LAYERS,
         watched=WATCHED,
     ),
     "llava_onevision",

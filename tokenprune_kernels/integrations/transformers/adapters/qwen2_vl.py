@@ -23,7 +23,6 @@ from .llava import core_of, decoder_of
 from .towers import received_attention
 
 # COAST's layer is meant for the 28 layers of the 7B model; the other papers name none for this family.
-PAPER_LAYERS = {"coast": 14, "sts": 2, "adaptprune": 2, "fastv": 2}
 
 
 @dataclass(frozen=True)
@@ -198,7 +197,6 @@ register_family(
         visual_ids=visual_ids,
         layout=layout,
         saliency=ReceivedAttention,
-        layers=PAPER_LAYERS,
         renumber=False,
     ),
     "qwen2_vl",

@@ -2,7 +2,7 @@
 
 from ..families import Family, register_family
 from .llava import core_of, decoder_of
-from .qwen2_vl import PAPER_LAYERS, ReceivedAttention, layout, visual_ids
+from .qwen2_vl import ReceivedAttention, layout, visual_ids
 
 register_family(
     Family(
@@ -12,7 +12,6 @@ register_family(
         visual_ids=visual_ids,
         layout=layout,
         saliency=ReceivedAttention,
-        layers=PAPER_LAYERS,
         renumber=False,
     ),
     "qwen3_vl",
