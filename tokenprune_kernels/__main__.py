@@ -43,6 +43,8 @@ def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from .methods import method_names
+
     parser = _Parser(prog="tokenprune", description="Visual-token pruning kernels.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{info,demo}")
 
@@ -68,8 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         "--method",
         default="all",
         metavar="NAME",
-        help="all, or some of coast, sts, adafv, zspaprune, adaptprune, fastv, divprune, random, joined by commas "
-        "(default: all)",
+        help=f"all, or some of {', '.join(method_names())}, joined by commas (default: all)",
     )
     demo.add_argument(
         "--keep",

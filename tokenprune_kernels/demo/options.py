@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from tokenprune_kernels.integrations.transformers.pruning import METHODS, budget_of
+from tokenprune_kernels.integrations.transformers.pruning import budget_of
+from tokenprune_kernels.methods import method_names
 
 from . import DemoError
 
@@ -46,10 +47,11 @@ def kept_of(keep: int | float, visual: int) -> int:
 
 def parse_methods(text: str) -> list[str]:
     """`all`, or names joined by commas."""
-    names = list(METHODS) if text == "all" else list(dict.fromkeys(text.split(",")))
+    known = method_names()
+    names = list(known) if text == "all" else list(dict.fromkeys(text.split(",")))
     for name in names:
-        if name not in METHODS:
-            raise DemoError(f"--method: unknown method {name!r}, choose from all, {', '.join(METHODS)}")
+        if name not in known:
+            raise DemoError(f"--method: unknown method {name!r}, choose from all, {', '.join(known)}")
     return names
 
 

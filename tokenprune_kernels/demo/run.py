@@ -7,6 +7,8 @@ from pathlib import Path
 from PIL import Image
 from rich.console import Console
 
+from tokenprune_kernels.methods import get_method
+
 from . import DemoError, example, panel
 from .answers import Row, ask_and_time, count_visual, rows
 from .checkpoint import load as load_checkpoint
@@ -15,26 +17,15 @@ from .options import check, kept_of
 from .photo import load as load_picture
 from .report import caption, progress, table
 
-TITLES = {
-    "coast": ("COAST", "what the question attends to, and both ends of the contrast"),
-    "sts": ("STS-style", "spread over the picture, then by attention"),
-    "adafv": ("AdaFV", "likeness to the question, mixed with the vision tower's saliency"),
-    "zspaprune": ("ZSPAPrune", "a core like the question, then what is least like the rest"),
-    "adaptprune": ("AdaptPrune", "attention, weakened near kept look-alikes"),
-    "fastv": ("FastV", "baseline: attention of the last question token"),
-    "divprune": ("DivPrune", "baseline: diversity alone, no question"),
-    "random": ("Random", "baseline: chance"),
-}
-
 
 def tiles(results: Sequence[Row]) -> list[panel.Tile]:
     """The picture with the full answer, then a tile for each method."""
     full, *pruned = results
     out = [panel.Tile("All tokens", _spoken(full), f"{full.before} visual tokens", None)]
     for row in pruned:
-        title, note = TITLES[row.name]
-        kept = f"{title}: {row.after} kept"
-        out.append(panel.Tile(kept, _spoken(row), note, row.boxes, row.answer != full.answer))
+        method = get_method(row.name)
+        kept = f"{method.title}: {row.after} kept"
+        out.append(panel.Tile(kept, _spoken(row), method.summary, row.boxes, row.answer != full.answer))
     return out
 
 

@@ -1,22 +1,36 @@
-"""Five published token-pruning methods and three baselines as functions from tensors to a `Selection`."""
+"""Published token-pruning methods and baselines as functions from tensors to a `Selection`, and their descriptions."""
 
 from ._common import Selection
-from .adafv import adafv
-from .adaptprune import adaptprune
-from .baselines import divprune, fastv, random
-from .coast import coast
-from .sts import sts_semantics, sts_structure
-from .zspaprune import zspaprune
+from ._method import ARGUMENTS, Method, Stage
+from ._registry import add, get_method, method_names, register_method, unregister_method
+from .adafv import ADAFV, adafv
+from .adaptprune import ADAPTPRUNE, adaptprune
+from .baselines import DIVPRUNE, FASTV, RANDOM, divprune, fastv, random
+from .coast import COAST, coast
+from .sts import STS, sts_semantics, sts_structure
+from .zspaprune import ZSPAPRUNE, zspaprune
 
 __all__ = [
+    "ARGUMENTS",
+    "Method",
     "Selection",
+    "Stage",
     "adafv",
     "adaptprune",
     "coast",
     "divprune",
     "fastv",
+    "get_method",
+    "method_names",
     "random",
+    "register_method",
     "sts_semantics",
     "sts_structure",
+    "unregister_method",
     "zspaprune",
 ]
+
+# The order of every table.
+for _method in (COAST, STS, ADAFV, ZSPAPRUNE, ADAPTPRUNE, FASTV, DIVPRUNE, RANDOM):
+    add(_method)
+del _method, add

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..ops import cross_attention_scores, select_mixture
 from ._common import Selection, check_visual
+from ._method import Method, Stage
 
 
 @torch.no_grad()
@@ -57,3 +58,14 @@ def adafv(
     )  # fmt: skip
     indices, counts, num_text = select_mixture(text, saliency, k, floor=floor, mask=mask, backend=backend)
     return Selection(indices, counts, {"text": text, "saliency": saliency, "num_text": num_text})
+
+
+ADAFV = Method(
+    "adafv",
+    (Stage(adafv, "model"),),
+    title="AdaFV",
+    summary="likeness to the question, mixed with the vision tower's saliency",
+    paper="2501.09532",
+    source="the code of its successor AdaV",
+    positions="renumber",  # AdaV's code shortens the embeddings and lets the model number them anew
+)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..ops import spatial_semantic_nms
 from ._common import Selection, ascending, check_count, check_visual, visual_attention, visual_mask
+from ._method import Method, Stage
 
 Grid = tuple[int, int] | Tensor
 
@@ -98,3 +99,14 @@ def _offset(place: Tensor, size: int | Tensor) -> Tensor:
     span = last.clamp_min(1) if isinstance(last, Tensor) else max(last, 1)
     middle = last // 2
     return (place * (2 / span) - 1) ** 2 - (middle * (2 / span) - 1) ** 2
+
+
+ADAPTPRUNE = Method(
+    "adaptprune",
+    # The authors compare keys before RoPE, projected from hidden states that the layer has not normalised.
+    (Stage(adaptprune, "layer", needs={"features": "unrotated_key"}),),
+    title="AdaptPrune",
+    summary="attention, weakened near kept look-alikes",
+    paper="2503.08019",
+    source="the authors' code for LLaVA-1.5",
+)

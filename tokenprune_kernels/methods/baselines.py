@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..ops import repulsion_sample, select_topk
 from ._common import Selection, ascending, check_count, visual_attention, visual_mask
+from ._method import Method, Stage
 
 
 @torch.no_grad()
@@ -99,3 +100,33 @@ def random(
     keys = torch.empty(batch, n, dtype=torch.float32, device=device).uniform_(generator=generator)
     indices, counts = select_topk(keys, k, mask=mask, backend=backend)
     return Selection(indices, counts, {"keys": keys})
+
+
+FASTV = Method(
+    "fastv",
+    (Stage(fastv, "layer"),),
+    title="FastV",
+    summary="baseline: attention of the last question token",
+    paper="2403.06764",
+    source="the row that the authors' code reads",
+    baseline=True,
+)
+
+DIVPRUNE = Method(
+    "divprune",
+    (Stage(divprune, "model"),),
+    title="DivPrune",
+    summary="baseline: diversity alone, no question",
+    paper="2503.02175",
+    source="its max-min objective, greedily",
+    baseline=True,
+)
+
+RANDOM = Method(
+    "random",
+    # The mask, which is always given, says what batch and device are.
+    (Stage(random, "model", needs={"mask": "present", "batch": None, "device": None}),),
+    title="Random",
+    summary="baseline: chance",
+    baseline=True,
+)

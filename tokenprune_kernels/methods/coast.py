@@ -8,6 +8,7 @@ from torch.nn.functional import pad
 
 from ..ops import contrastive_scores, score_entropy, select_topk, select_two_tailed
 from ._common import Selection, check_count, check_ratio, check_visual, visual_attention, visual_mask
+from ._method import Method, Stage
 
 
 @torch.no_grad()
@@ -123,3 +124,15 @@ def _lowest(scores: Tensor, ratio: float, valid: Tensor | None, backend: str | N
     scores, valid = pad(scores, (0, most - 1), value=-math.inf), torch.cat([valid, fillers], 1)
     lowest, _ = select_topk(scores, most, mask=valid, largest=False, backend=backend)
     return torch.where(lowest < tokens, lowest, -1)
+
+
+COAST = Method(
+    "coast",
+    (Stage(coast, "layer"),),
+    title="COAST",
+    summary="what the question attends to, and both ends of the contrast",
+    paper="2605.09429",
+    source="public descriptions; no code of the authors was found",
+    # For the 28 layers of the 7B model.
+    layers={"Qwen2-VL": 14, "Qwen2.5-VL": 14, "Qwen3-VL": 14},
+)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..ops import repulsion_sample, select_topk
 from ._common import Selection, ascending, check_count, check_visual, visual_attention, visual_mask
+from ._method import Method, Stage
 
 
 @torch.no_grad()
@@ -113,3 +114,17 @@ def sts_semantics(
     )  # fmt: skip
     indices, counts = select_topk(attention, k, mask=visual_mask(key_indices, key_mask, backend), backend=backend)
     return Selection(indices, counts, {"attention": attention})
+
+
+STS = Method(
+    "sts",
+    # Twice the final number out of stage 1 is our choice: the paper's split is not known.
+    (
+        Stage(sts_structure, "model", needs={"positions": "stacked_positions", "energy": None}, share=2),
+        Stage(sts_semantics, "layer"),
+    ),
+    title="STS-style",
+    summary="spread over the picture, then by attention",
+    paper="2606.03569",
+    source="the idea only: the potential, the split and the layers are ours",
+)

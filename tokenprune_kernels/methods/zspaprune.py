@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..ops import cosine_scores, repulsion_sample, select_topk
 from ._common import Selection, ascending, check_count, check_ratio
+from ._method import Method, Stage
 
 
 @torch.no_grad()
@@ -66,3 +67,13 @@ def _mean(embeddings: Tensor, mask: Tensor | None) -> Tensor:
         return wide.sum(1, keepdim=True) / max(embeddings.shape[1], 1)
     valid = mask.unsqueeze(-1)
     return torch.where(valid, wide, 0).sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp_min(1)
+
+
+ZSPAPRUNE = Method(
+    "zspaprune",
+    (Stage(zspaprune, "model"),),
+    title="ZSPAPrune",
+    summary="a core like the question, then what is least like the rest",
+    paper="2510.17197",
+    source="public descriptions; ratio and aggregate are our reading",
+)

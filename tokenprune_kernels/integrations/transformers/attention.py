@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ...methods import get_method, method_names
+from ...methods._method import ATTENTION
+
 # probe(query [B, H, M, D], key [B, Hkv, N, D], scale, lse [B, H, M] or None, keyword arguments of the attention)
 Probe = Callable[[Tensor, Tensor, float, Tensor | None, dict[str, Any]], None]
 
@@ -55,8 +58,13 @@ def _check_all_heads(module: nn.Module, query: Tensor, config: Any) -> None:
         raise NotImplementedError(
             f"prune_visual_tokens: {type(module).__name__} gives its attention {query.shape[1]} of {heads} heads, so "
             "this model is tensor-parallel: its ranks would keep different tokens. Methods that work before the "
-            "language model and read no attention (divprune, zspaprune, random) do not have to see all heads"
+            f"language model and read no attention ({', '.join(_blind())}) do not have to see all heads"
         )
+
+
+def _blind() -> list[str]:
+    """The methods that read the attention of neither the decoder nor the vision tower."""
+    return [name for name in method_names() if not get_method(name).uses & (ATTENTION | {"saliency"})]
 
 
 def _with_config(module: nn.Module, config: Any) -> nn.Module:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .attention import ProbedAttention
 from .cache import pruned_of
 from .calls import Calls
-from .choose import Shown
+from .choose import AttentionInputs
 from .decode import Decode, begin_decode, decode_layer
 from .encoding import Prompt
 from .families import Inputs
@@ -118,7 +118,7 @@ class Block:
         """A probe of the attention before a pruning layer."""
         now = self.calls.decoder
         if isinstance(now, Prefill):
-            now.shown = Shown(query, key, scale, lse)
+            now.attention = AttentionInputs(query, key, scale, lse)
 
     def see_tower(self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None, keywords: Inputs) -> None:
         """A probe of the vision tower's. Nothing is seen when the tower runs for another model that shares it."""

@@ -1,23 +1,24 @@
-"""What each method is given at its place in the model, and the visual tokens it keeps."""
+"""What the functions of a method are given in front of a decoder layer, and the visual tokens that they choose."""
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ... import gather_compact, methods
+from ... import gather_compact, mask_to_indices
+from ...methods import Selection, Stage
 from .layout import Layout
 from .tokens import Tokens
 
-BEFORE_THE_MODEL = ("adafv", "zspaprune", "divprune", "random", "sts_structure")
-ON_ATTENTION = ("coast", "sts_semantics", "adaptprune", "fastv")
-ON_LAYOUT = ("adaptprune", "sts_structure")
+_CHECK_INDICES = os.environ.get("TOKENPRUNE_CHECK_INDICES") == "1"
 
 
 @dataclass(frozen=True)
-class Shown:
+class AttentionInputs:
     """Query and key of the attention before the pruning layer, of all rows and keys."""
 
     query: Tensor
@@ -27,168 +28,154 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Moment:
-    """All that is known in front of the decoder layer where tokens are chosen."""
+class LayerContext:
+    """All that is known in front of the decoder layer where tokens are chosen. Callables: made when asked for."""
 
     tokens: Tokens
     hidden: Tensor  # [B, L, C]
     layer: Any  # the decoder layer, a module
-    layout: Layout | None  # of the unpruned visual tokens, on the device; for the methods of ON_LAYOUT
-    shown: Shown | None
-    saliency: Tensor | None  # [B, V] of the unpruned visual tokens
-    generator: torch.Generator | None
-    options: dict[str, Any]
+    attention: AttentionInputs | None
+    layout: Callable[[], Layout]  # of the unpruned visual tokens, on the device
+    saliency: Callable[[], Tensor]  # [B, V] of the unpruned visual tokens
+    generator: Callable[[], torch.Generator | None]
 
-    def rows(self, which: list[int]) -> "Moment":
-        """The same moment of some samples."""
-
-        def part(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value[which]
-
-        t = self.tokens
-        tokens = replace(
-            t, slot=t.slot[which], visual=t.visual[which], counts=[t.counts[b] for b in which], real=part(t.real),
-            lengths=[t.lengths[b] for b in which], origin=t.origin[which],
-        )  # fmt: skip
-        shown = self.shown
-        if shown is not None:
-            shown = replace(shown, query=shown.query[which], key=shown.key[which], lse=part(shown.lse))
-        layout = self.layout
-        if layout is not None:
-            layout = Layout(*(t[which] for t in vars(layout).values()))
-        return replace(
-            self, tokens=tokens, hidden=self.hidden[which], shown=shown, layout=layout, saliency=part(self.saliency)
-        )
-
-    # --- what the methods take -------------------------------------------------------------------------------------
-
+    @cached_property
     def features(self) -> Tensor:
         """[B, V, C]: the hidden states of the visual tokens."""
         return gather_compact([self.hidden], self.tokens.visual, dims=[1])[0]
 
     def by_origin(self, values: Tensor) -> Tensor:
-        """Something known of every unpruned visual token, of those that are left."""
+        """Of something known of every unpruned visual token, the part of those that are left."""
         return gather_compact([values], self.tokens.origin, dims=[1])[0]
 
-    def text_rows(self) -> tuple[int, Tensor]:
-        """The first row of the text behind the pictures, and [B, M] which rows from there on are such text.
+    def stacked_positions(self) -> Tensor:
+        """[B, V, 3]. Crops and frames lie along the third axis, the largest grid's diagonal apart: tokens of equal
+        positions in two of them are no neighbours."""
+        grids, groups = self.by_origin(self.layout().grids), self.by_origin(self.layout().groups)
+        depth = groups.unsqueeze(-1) * grids.norm(dim=-1, keepdim=True).amax(1, keepdim=True)
+        return torch.cat([self.by_origin(self.layout().positions), depth], -1)
 
-        The last real row always is: a prompt may end with a picture.
+    @property
+    def first_text(self) -> int:
+        """The first column behind the images, of the sample whose images end first."""
+        return self.tokens.length - self.tokens.suffix
+
+    @cached_property
+    def text_mask(self) -> Tensor:
+        """[B, T]: which columns from `first_text` on are text behind the images.
+
+        The last real column always is: a prompt may end with an image.
         """
         t = self.tokens
-        first = t.length - t.suffix
-        column = torch.arange(first, t.length, device=t.slot.device)
+        column = torch.arange(self.first_text, t.length, device=t.slot.device)
         last = t.visual.amax(1, keepdim=True) if t.visual.shape[1] else t.slot.new_full((len(t.counts), 1), -1)
         if t.real is None:
-            return first, (column > last) | (column == t.length - 1)
-        real = t.real[:, first:]
-        return first, (column > last) & real | (column == torch.where(real, column, -1).amax(1, keepdim=True))
+            return (column > last) | (column == t.length - 1)
+        real = t.real[:, self.first_text :]
+        return (column > last) & real | (column == torch.where(real, column, -1).amax(1, keepdim=True))
 
-    def text(self) -> tuple[Tensor, Tensor]:
-        """Embeddings of the text behind the pictures [B, M, C], and which of them count [B, M]."""
-        first, mask = self.text_rows()
-        return self.hidden[:, first:], mask
+    def query_positions(self) -> Tensor:
+        """[B, T]: the columns of the text rows."""
+        t = self.tokens
+        return torch.arange(self.first_text, t.length, device=t.slot.device).expand(len(t.counts), -1)
 
-    def attention(self) -> dict[str, Any]:
-        """Query and key, and the keywords that say which rows and keys are meant."""
-        assert self.shown is not None
-        first, mask = self.text_rows()
-        shown, batch = self.shown, len(self.tokens.counts)
-        places = torch.arange(first, self.tokens.length, device=mask.device).expand(batch, -1)
-        return {
-            "query": shown.query[:, :, first:],
-            "key": shown.key,
-            "key_indices": self.tokens.visual,
-            "query_positions": places,
-            "query_mask": mask,
-            "key_mask": self.tokens.real,
-            "scale": shown.scale,
-            "lse": None if shown.lse is None else shown.lse[:, :, first:],
-        }
+    def lse(self) -> Tensor | None:
+        """[B, H, T]: the log-sum-exp of the text rows."""
+        lse = _seen(self).lse
+        return None if lse is None else lse[:, :, self.first_text :]
 
 
-def _coast(m: Moment, k: int) -> Tensor:
-    return methods.coast(features=m.features(), k=k, **m.attention(), **m.options).indices
+def _seen(context: LayerContext) -> AttentionInputs:
+    if context.attention is None:
+        raise RuntimeError(
+            "prune_visual_tokens: the attention before the pruning layer was not seen: it was not called through the "
+            "attention function that the configuration names"
+        )
+    return context.attention
 
 
-def _fastv(m: Moment, k: int) -> Tensor:
-    return methods.fastv(k=k, **m.attention(), **m.options).indices
+# How each of `methods.ARGUMENTS` is made; tensors begin with the batch.
+ARGUMENTS: dict[str, Callable[[LayerContext], Any]] = {
+    "query": lambda c: _seen(c).query[:, :, c.first_text :],
+    "key": lambda c: _seen(c).key,
+    "scale": lambda c: _seen(c).scale,
+    "lse": LayerContext.lse,
+    "causal": lambda c: True,
+    "key_indices": lambda c: c.tokens.visual,
+    "key_mask": lambda c: c.tokens.real,
+    "query_positions": LayerContext.query_positions,
+    "query_mask": lambda c: c.text_mask,
+    "features": lambda c: c.features,
+    "visual_embeddings": lambda c: c.features,
+    "unrotated_key": lambda c: c.layer.self_attn.k_proj(c.features),
+    "text_embeddings": lambda c: c.hidden[:, c.first_text :],
+    "text_mask": lambda c: c.text_mask,
+    "saliency": lambda c: c.by_origin(c.saliency()),
+    "positions": lambda c: c.by_origin(c.layout().positions),
+    "grid": lambda c: c.by_origin(c.layout().grids),
+    "groups": lambda c: c.by_origin(c.layout().groups),
+    "stacked_positions": LayerContext.stacked_positions,
+    "mask": lambda c: c.tokens.visual_mask(),
+    "present": lambda c: c.tokens.visual >= 0,
+    "n": lambda c: c.tokens.visual.shape[1],
+    "generator": lambda c: c.generator(),
+}
 
 
-def _sts_semantics(m: Moment, k: int) -> Tensor:
-    return methods.sts_semantics(k=k, **m.attention(), backend=m.options.get("backend")).indices
-
-
-def _adaptprune(m: Moment, k: int) -> Tensor:
-    assert m.layout is not None
-    # The authors compare keys before RoPE, projected from hidden states that the layer has not normalised.
-    keys: Tensor = m.layer.self_attn.k_proj(m.features())
-    return methods.adaptprune(
-        features=keys, positions=m.by_origin(m.layout.positions), k=k, grid=m.by_origin(m.layout.grids),
-        groups=m.by_origin(m.layout.groups), **m.attention(), **m.options,
-    ).indices  # fmt: skip
-
-
-def _sts_structure(m: Moment, k: int) -> Tensor:
-    assert m.layout is not None
-    # Crops and frames lie along a third axis, the largest grid's diagonal apart: equal places in two do not repel.
-    grids, groups = m.by_origin(m.layout.grids), m.by_origin(m.layout.groups)
-    depth = groups.unsqueeze(-1) * grids.norm(dim=-1, keepdim=True).amax(1, keepdim=True)
-    places = torch.cat([m.by_origin(m.layout.positions), depth], -1)
-    return methods.sts_structure(
-        m.features(), k, positions=places, mask=m.tokens.visual_mask(), **m.options
-    ).indices  # fmt: skip
-
-
-def _adafv(m: Moment, k: int) -> Tensor:
-    assert m.saliency is not None
-    text, mask = m.text()
-    return methods.adafv(
-        text, m.features(), m.by_origin(m.saliency), k, text_mask=mask, mask=m.tokens.visual_mask(), **m.options
-    ).indices
-
-
-def _zspaprune(m: Moment, k: int) -> Tensor:
-    text, mask = m.text()
-    return methods.zspaprune(
-        text, m.features(), k, text_mask=mask, mask=m.tokens.visual_mask(), **m.options
-    ).indices  # fmt: skip
-
-
-def _divprune(m: Moment, k: int) -> Tensor:
-    return methods.divprune(m.features(), k, mask=m.tokens.visual_mask(), **m.options).indices
-
-
-def _random(m: Moment, k: int) -> Tensor:
-    return methods.random(m.tokens.visual.shape[1], k, m.generator, mask=m.tokens.visual >= 0, **m.options).indices
-
-
-_METHODS: dict[str, Callable[[Moment, int], Tensor]] = {
-    "coast": _coast, "fastv": _fastv, "sts_semantics": _sts_semantics, "adaptprune": _adaptprune,
-    "sts_structure": _sts_structure, "adafv": _adafv, "zspaprune": _zspaprune, "divprune": _divprune,
-    "random": _random,
-}  # fmt: skip
-
-
-def check_layer(method: str, layer: Any) -> None:
-    """Whether a decoder layer has what a method asks of it."""
-    if method == "adaptprune" and not hasattr(layer.self_attn, "k_proj"):
+def check_layer(method: str, stage: Stage, layer: Any) -> None:
+    """Whether a decoder layer has what a function asks of it."""
+    if "unrotated_key" in stage.uses and not hasattr(layer.self_attn, "k_proj"):
         raise NotImplementedError(
-            f"prune_visual_tokens: adaptprune compares keys before RoPE, and {type(layer.self_attn).__name__} has no "
+            f"prune_visual_tokens: {method} compares keys before RoPE, and {type(layer.self_attn).__name__} has no "
             "k_proj that makes them alone"
         )
 
 
-def choose(method: str, moment: Moment, budgets: list[int]) -> Tensor:
-    """[B, K]: places among the visual tokens, ascending, -1 after the last; K is the largest budget of a sample.
+def choose(stage: Stage, context: LayerContext, budgets: list[int], options: dict[str, Any]) -> Tensor:
+    """[B, K]: indices among the visual tokens, ascending, -1 after the last; K is the largest budget of a sample.
 
     Samples with the same budget are one batched call.
     """
-    run = _METHODS[method]
+    given = {name: ARGUMENTS[source](context) for name, source in stage.arguments.items()}
+    options = {name: value for name, value in options.items() if name in stage.options}
+    present = context.tokens.visual >= 0
     if len(set(budgets)) == 1:
-        return run(moment, budgets[0])
-    selected = moment.tokens.visual.new_full((len(budgets), max(budgets)), -1)
+        return _indices(stage.name, stage.function(k=budgets[0], **given, **options), budgets[0], present)
+    selected = present.new_full((len(budgets), max(budgets)), -1, dtype=torch.int64)
     for k in sorted(set(budgets) - {0}):
-        which = [b for b, budget in enumerate(budgets) if budget == k]
-        selected[which, :k] = run(moment.rows(which), k)
+        rows = [b for b, budget in enumerate(budgets) if budget == k]
+        part = {name: value[rows] if isinstance(value, Tensor) else value for name, value in given.items()}
+        selected[rows, :k] = _indices(stage.name, stage.function(k=k, **part, **options), k, present[rows])
     return selected
+
+
+def _indices(name: str, result: Any, k: int, present: Tensor) -> Tensor:
+    """[B, k] ascending of what a function returned, whose type, shape and device are checked.
+
+    Values are checked where that waits for no device, or with TOKENPRUNE_CHECK_INDICES=1: k distinct tokens of each
+    sample, ascending in a `Selection`.
+    """
+    ordered = isinstance(result, Selection)
+    indices = result.indices if ordered else result
+    if not isinstance(indices, Tensor):
+        raise TypeError(
+            f"prune_visual_tokens: {name} must return indices [B, k] or a Selection, got {type(result).__name__}"
+        )
+    batch, tokens = present.shape
+    if indices.shape != (batch, k) or indices.dtype != torch.int64 or indices.device != present.device:
+        raise ValueError(
+            f"prune_visual_tokens: {name} must return int64 indices [B, k] = [{batch}, {k}] on {present.device}, got "
+            f"{indices.dtype} {list(indices.shape)} on {indices.device}"
+        )
+    check = indices.device.type == "cpu" or _CHECK_INDICES
+    if ordered and not check:
+        return indices
+    chosen = present.new_zeros((batch, tokens + 1))
+    chosen.scatter_(1, torch.where((indices >= 0) & (indices < tokens), indices, tokens), True)
+    ascending, counts = mask_to_indices(chosen[:, :tokens] & present, k)
+    if check and (bool((counts < k).any()) or (ordered and not torch.equal(ascending, indices))):
+        raise ValueError(
+            f"prune_visual_tokens: {name} must return k = {k} distinct indices of each sample's visual tokens"
+            f"{', ascending in a Selection' if ordered else ''}, got {indices.tolist()}"
+        )
+    return ascending

@@ -13,8 +13,6 @@ from .layout import Layout
 Model = Any  # a module whose attributes depend on the family
 Inputs = dict[str, Any]  # the keyword arguments of the multimodal model's forward
 
-PAPER_LAYERS: Mapping[str, int] = {"coast": 2, "sts": 2, "adaptprune": 2, "fastv": 2}
-
 
 def core_of(model: Model) -> Model:
     """The multimodal model below a language-modelling head, or the model itself."""
@@ -33,7 +31,7 @@ class Saliency:
     # A sentence for the table in docs/transformers.md.
     kind: str
     # core -> the probed attention, which has a config and calls the attention function that is named there. Raises
-    # NotImplementedError for a tower without one.
+    # NotImplementedError that says what is needed, for a tower that lacks it.
     attention: Callable[[Model], Model]
     # (core, query [N, H, M, D], key [N, H, M, D], scale, keyword arguments of the attention) -> what `read` needs of
     # one call.
@@ -60,7 +58,7 @@ class Family:
     layout: Callable[[Model, Inputs, list[int]], Layout]
     # The layout in a sentence, for the table in docs/transformers.md.
     grid: str
-    # What AdaFV needs of the vision tower; None: unsupported.
+    # What methods such as AdaFV read of the vision tower; None: unsupported.
     saliency: Saliency | None
 
     # --- modules ---
@@ -91,8 +89,6 @@ class Family:
     mask_function: Callable[..., Any] = causal_mask_function
     # The layers of a DynamicCache. They must be free to have different lengths, and hold keys and values as they are.
     cache_layers: tuple[type, ...] = (DynamicLayer,)
-    # In front of which decoder layer the papers' in-model methods prune. No share of the depth: the papers name layers.
-    layers: Mapping[str, int] = field(default_factory=lambda: PAPER_LAYERS)
 
     def visual_ids(self, config: Any) -> tuple[int, ...]:
         return tuple(getattr(config, name) for name in self.visual_tokens)

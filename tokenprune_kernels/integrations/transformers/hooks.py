@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...methods._method import ATTENTION
 from .attention import ProbedAttention
 from .block import Block
-from .choose import ON_ATTENTION
 from .copies import leave_out_of_copies, ours
 from .families import Inputs
 from .interface import Arguments, arguments_of
@@ -38,10 +38,13 @@ def _install(block: Block, model: nn.Module, installed: ExitStack) -> None:
     before, after = partial(_before, installed), partial(_after, installed)
 
     see = _uncompiled(block.see)
-    probed = {stage.layer - 1 for stage in plan.stages.values() if stage.method in ON_ATTENTION}
+    probed = {planned.layer - 1 for planned in plan.stages.values() if planned.stage.uses & ATTENTION}
     block.attention = [ProbedAttention(decoder.config, {layers[index].self_attn: see for index in probed})]
     if plan.saliency is not None:
-        attention = plan.saliency.attention(core)
+        try:
+            attention = plan.saliency.attention(core)
+        except NotImplementedError as lacking:
+            raise NotImplementedError(f"prune_visual_tokens: {plan.method} needs {lacking}") from None
         probes = {attention: _uncompiled(block.see_tower)}
         block.attention.append(ProbedAttention(attention.config, probes, shared=True))
     for probe in block.attention:

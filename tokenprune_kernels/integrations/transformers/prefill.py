@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ... import gather_compact
 from ..._backend import served_by
+from ...methods import Stage
 from .cache import Pruned, Segment, check_cache, compact_layers, layer_length, remember
-from .choose import ON_ATTENTION, ON_LAYOUT, Moment, Shown, choose
+from .choose import AttentionInputs, LayerContext, choose
 from .deepstack import DeepStack, take_deepstack
 from .encoding import Asked, ModelCall, Prompt
 from .families import Family, Inputs, Model, Saliency
@@ -33,21 +34,28 @@ IMAGES_LATER = (
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Tokens are chosen in front of decoder layer `layer`; `budget` maps a prompt's visual tokens to how many stay."""
+class PlannedStage:
+    """A stage of a method in front of decoder layer `layer`; `budget`: of so many visual tokens keep how many."""
 
     layer: int
-    method: str
+    stage: Stage
     budget: Callable[[int], int]
 
 
 @dataclass
 class Draws:
-    """The generator of method random, from entering the block on. A prefill draws all it needs while it holds the lock:
-    of prefills in several threads, each gets what some order of them, one after the other, would have given it."""
+    """The generator of a block's seed, from entering the block on. A prefill draws all it needs while it holds the
+    lock: of prefills in several threads, each gets what some order of them, one after the other, would have given it.
+    """
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     generator: torch.Generator | None = None
+
+    def of(self, seed: int | None, device: torch.device) -> torch.Generator | None:
+        """device: that of the work; with offloaded weights it is not that of a parameter."""
+        if seed is not None and self.generator is None:
+            self.generator = torch.Generator(device).manual_seed(seed)
+        return self.generator
 
 
 @dataclass(frozen=True)
@@ -57,8 +65,9 @@ class Plan:
     family: Family
     core: Model
     decoder: Model
-    stages: dict[int, Stage]  # by their layer
-    saliency: Saliency | None  # for the methods that need one
+    method: str  # for messages
+    stages: dict[int, PlannedStage]  # by their layer
+    saliency: Saliency | None  # for the methods that ask for it
     renumber: bool
     compact_cache: bool
     seed: int | None
@@ -77,7 +86,7 @@ class Prefill:
     report: Report
     cache: Any = None  # that the layers fill
     segments: list[Segment] = field(default_factory=list)
-    shown: Shown | None = None
+    attention: AttentionInputs | None = None  # of the layer before a pruning layer
     columns: Tensor | None = None  # of the last pruning, into the sequence before it
     # What the layers get instead of the model's, after the first pruning.
     replaced: dict[str, Any] = field(default_factory=dict)
@@ -160,43 +169,39 @@ def end_prefill(plan: Plan, now: Prefill) -> None:
     remember(now.cache, Pruned(now.original.length, now.segments, now.next_position))
 
 
-def _prune(plan: Plan, now: Prefill, stage: Stage, layer: nn.Module, inputs: Inputs) -> Inputs:
+def _prune(plan: Plan, now: Prefill, planned: PlannedStage, layer: nn.Module, inputs: Inputs) -> Inputs:
     tokens = now.tokens
-    budgets = [min(stage.budget(n), left) for n, left in zip(now.original.counts, tokens.counts, strict=True)]
+    budgets = [min(planned.budget(n), left) for n, left in zip(now.original.counts, tokens.counts, strict=True)]
     if budgets == tokens.counts:
         return inputs
-    if stage.method in ON_ATTENTION and now.shown is None:
-        raise RuntimeError(
-            "prune_visual_tokens: the attention before the pruning layer was not seen: it was not called through the "
-            "attention function that the configuration names"
-        )
     hidden: Tensor = inputs["hidden_states"]
     with torch.no_grad(), now.report.clock("select_ms"):
-        with plan.draws.lock if stage.method == "random" else nullcontext():
-            selected = choose(stage.method, _moment(plan, now, stage.method, hidden.detach(), layer), budgets)
+        with plan.draws.lock if "generator" in planned.stage.uses else nullcontext():
+            selected = choose(planned.stage, _context(plan, now, hidden.detach(), layer), budgets, plan.options)
         after, columns = keep(tokens, selected, budgets)
-    now.shown = None
+    now.attention = None
     with now.report.clock("compact_ms"):
         hidden = _compact(plan, now, after, columns, inputs)
     now.tokens, now.columns = after, columns
-    now.segments.append(Segment(stage.layer, after))
-    now.report.pruned(stage.layer, after.counts, after.origin, served_by(hidden))
+    now.segments.append(Segment(planned.layer, after))
+    now.report.pruned(planned.layer, after.counts, after.origin, served_by(hidden))
     return {**inputs, "hidden_states": hidden}
 
 
-def _moment(plan: Plan, now: Prefill, method: str, hidden: Tensor, layer: nn.Module) -> Moment:
-    layout = None
-    if method in ON_LAYOUT and now.report.layout is not None:
-        layout = Layout(*(t.to(hidden.device, non_blocking=True) for t in vars(now.report.layout()).values()))
-    saliency = None
-    if plan.saliency is not None:
+def _context(plan: Plan, now: Prefill, hidden: Tensor, layer: nn.Module) -> LayerContext:
+    @functools.cache
+    def layout() -> Layout:
+        assert now.report.layout is not None
+        return Layout(*(t.to(hidden.device, non_blocking=True) for t in vars(now.report.layout()).values()))
+
+    def saliency() -> Tensor:
+        assert plan.saliency is not None
         if not now.seen:
-            raise RuntimeError("prune_visual_tokens: adafv needs the vision tower to run inside the block")
-        saliency = plan.saliency.read(plan.core, now.prompt.inputs, now.original.counts, now.seen).to(hidden.device)
-    if method == "random" and plan.seed is not None and plan.draws.generator is None:
-        # The device of the work: with offloaded weights it is not that of a parameter.
-        plan.draws.generator = torch.Generator(hidden.device).manual_seed(plan.seed)
-    return Moment(now.tokens, hidden, layer, layout, now.shown, saliency, plan.draws.generator, plan.options)
+            raise RuntimeError(f"prune_visual_tokens: {plan.method} needs the vision tower to run inside the block")
+        return plan.saliency.read(plan.core, now.prompt.inputs, now.original.counts, now.seen).to(hidden.device)
+
+    generator = functools.partial(plan.draws.of, plan.seed, hidden.device)
+    return LayerContext(now.tokens, hidden, layer, now.attention, layout, saliency, generator)
 
 
 def _compact(plan: Plan, now: Prefill, after: Tokens, columns: Tensor, inputs: Inputs) -> Tensor:

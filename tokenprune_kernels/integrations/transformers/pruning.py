@@ -1,22 +1,22 @@
 """`prune_visual_tokens`: the block inside which a model drops visual tokens, and what it tells afterwards."""
 
-import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
 
-from ... import methods
+from ...methods import ARGUMENTS, Method, Stage, get_method, method_names
+from ...methods._method import Choose
 from .block import Block
 from .choose import check_layer
 from .families import Family
 from .hooks import install
-from .prefill import Plan, Stage
+from .prefill import Plan, PlannedStage
 from .registry import family_of, unwrapped
 
-METHODS = ("coast", "sts", "adafv", "zspaprune", "adaptprune", "fastv", "divprune", "random")
-IN_MODEL = ("coast", "sts", "adaptprune", "fastv")
+METHODS = method_names()  # of this package; users may register others
+IN_MODEL = tuple(name for name in METHODS if get_method(name).in_model)
 
 
 def as_python(number: Any) -> Any:
@@ -38,47 +38,44 @@ def budget_of(keep: int | float) -> Callable[[int], int]:
     return lambda tokens: min(tokens, max(1, round(keep * tokens)))
 
 
-def stages_of(method: str, keep: int | float, layer: int | None, family: Family, depth: int) -> list[Stage]:
+def stages_of(
+    method: Method, budget: Callable[[int], int], layer: int | None, family: Family, depth: int
+) -> list[PlannedStage]:
     """Where the method chooses, and how many."""
-    budget = budget_of(keep)
-    if method not in METHODS:
-        raise ValueError(f"prune_visual_tokens: method must be one of {', '.join(METHODS)}, got {method!r}")
-    if method not in IN_MODEL:
+    inside = [stage.at_layer(layer) for stage in method.stages]
+    if not any(inside):
         if layer is not None:
-            raise ValueError(f"prune_visual_tokens: {method} works before the language model and takes no layer")
-        return [Stage(0, method, budget)]
-    layer = as_python(layer)
-    if layer is None:
-        # The papers' layer, on a model that is deep enough for it.
-        layer = min(family.layers[method], depth - 1)
-    if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer < depth:
-        raise ValueError(f"prune_visual_tokens: layer must lie in [1, {depth - 1}] for this model, got {layer!r}")
-    if method != "sts":
-        return [Stage(layer, method, budget)]
-    # Twice the final number out of stage 1 is our choice: the paper's split is not known.
-    return [
-        Stage(0, "sts_structure", lambda tokens: min(tokens, 2 * budget(tokens))),
-        Stage(layer, "sts_semantics", budget),
-    ]
+            raise ValueError(f"prune_visual_tokens: {method.name} works before the language model and takes no layer")
+        layer = 0
+    else:
+        layer = as_python(layer)
+        if layer is None:
+            # The paper's layer, on a model that is deep enough for it.
+            layer = min(method.layers.get(family.name, method.layer), depth - 1)
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer < depth:
+            raise ValueError(f"prune_visual_tokens: layer must lie in [1, {depth - 1}] for this model, got {layer!r}")
+
+    def planned(stage: Stage, there: bool) -> PlannedStage:
+        return PlannedStage(layer if there else 0, stage, lambda tokens: min(tokens, stage.share * budget(tokens)))
+
+    return [planned(*each) for each in zip(method.stages, inside, strict=True)]
 
 
-# What the hooks give to the methods.
-_GIVEN = {
-    "query", "key", "features", "text_embeddings", "visual_embeddings", "saliency", "energy", "k", "n", "key_indices",
-    "query_positions", "query_mask", "key_mask", "causal", "lse", "scale", "mask", "text_mask", "positions", "grid",
-    "groups", "generator", "batch", "device",
-}  # fmt: skip
-
-
-def check_options(method: str, options: dict[str, Any]) -> None:
-    """Of the keywords of the method's function, only those are options that it is not given here."""
-    function = getattr(methods, "sts_structure" if method == "sts" else method)
-    known = [name for name in inspect.signature(function).parameters if name not in _GIVEN]
+def check_options(method: Method, options: dict[str, Any]) -> None:
+    """Options are those parameters of the method's functions that they are not given here."""
+    known = dict.fromkeys(name for stage in method.stages for name in stage.options)
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise TypeError(
-            f"prune_visual_tokens: {method} takes no option {unknown[0]!r}; its options are {', '.join(known)}"
+            f"prune_visual_tokens: {method.name} takes no option {unknown[0]!r}; its options are {', '.join(known)}"
         )
+    for stage in method.stages:
+        for name, has_default in stage.options.items():
+            if not has_default and name not in options:
+                raise TypeError(
+                    f"prune_visual_tokens: {stage.name} needs {name!r}, which is no option that was given and none of "
+                    f"{', '.join(ARGUMENTS)}"
+                )
 
 
 class Pruning:
@@ -91,7 +88,7 @@ class Pruning:
     def __init__(
         self,
         model: nn.Module,
-        method: str,
+        method: str | Method | Choose,
         keep: int | float,
         *,
         layer: int | None = None,
@@ -109,26 +106,27 @@ class Pruning:
             raise ValueError(
                 f"prune_visual_tokens: the positions of {family.name} carry the image's geometry: original"
             )
-        stages = stages_of(method, keep, layer, family, len(decoder.layers))
+        budget = budget_of(keep)
+        method = get_method(method, caller="prune_visual_tokens")
+        stages = stages_of(method, budget, layer, family, len(decoder.layers))
         check_options(method, options or {})
         if positions is None:
-            # AdaFV's code shortens the embeddings and lets the model number them anew; all others keep their positions.
-            positions = "renumber" if method == "adafv" and not family.mrope else "original"
-        if positions == "renumber" and any(stage.layer > 0 for stage in stages):
+            positions = "original" if family.mrope else method.positions
+        if positions == "renumber" and any(planned.layer > 0 for planned in stages):
             raise ValueError(
-                f"prune_visual_tokens: {method} prunes inside the model, where positions are fixed already"
+                f"prune_visual_tokens: {method.name} prunes inside the model, where positions are fixed already"
             )
-        if method == "adafv" and family.saliency is None:
-            raise NotImplementedError(f"prune_visual_tokens: adafv has no saliency for {family.name}")
+        if "saliency" in method.uses and family.saliency is None:
+            raise NotImplementedError(f"prune_visual_tokens: {method.name} has no saliency for {family.name}")
         seed = as_python(seed)
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise TypeError(f"prune_visual_tokens: seed must be an int or None, got {seed!r}")
-        for stage in stages:
-            check_layer(stage.method, decoder.layers[stage.layer])
-        self.method, self.model = method, model
+        for planned in stages:
+            check_layer(method.name, planned.stage, decoder.layers[planned.layer])
+        self.method, self.model = method.name, model
         self._block = Block(Plan(
-            family, core, decoder, {stage.layer: stage for stage in stages},
-            saliency=family.saliency if method == "adafv" else None,
+            family, core, decoder, method.name, {planned.layer: planned for planned in stages},
+            saliency=family.saliency if "saliency" in method.uses else None,
             renumber=positions == "renumber", compact_cache=compact_cache, seed=seed, options=options or {},
         ))  # fmt: skip
         self._installed: ExitStack | None = None
@@ -186,7 +184,7 @@ class Pruning:
 
 def prune_visual_tokens(
     model: nn.Module,
-    method: str = "coast",
+    method: str | Method | Choose = "coast",
     keep: int | float = 0.222,
     *,
     layer: int | None = None,
@@ -200,16 +198,20 @@ def prune_visual_tokens(
     Args:
         model: a transformers vision-language model (docs/transformers.md lists the families), with its language
             modelling head or without.
-        method: coast, sts, adafv, zspaprune, adaptprune, fastv, divprune or random.
+        method: the name of a method (`METHODS`, or one of `tokenprune_kernels.methods.register_method`), or a function:
+            it takes `k` and, by the names of its parameters, what it asks for of
+            `tokenprune_kernels.methods.ARGUMENTS`, and returns indices [B, k] of visual tokens or a `Selection`.
         keep: visual tokens to keep per sample, an int, or the share of them, a float in (0, 1]; scalars of NumPy and
             torch are as good.
-        layer: for coast, sts, adaptprune and fastv: the decoder layer in front of which tokens are dropped, by the
-            attention of the layer before it. Default: the paper's.
+        layer: for methods that work inside the model: the decoder layer in front of which tokens are dropped, by the
+            attention of the layer before it. Default: the paper's, or 2. A function that asks for no attention works in
+            front of the language model unless a layer is given.
         positions: `original` keeps the rotary positions of what stays, `renumber` numbers it anew (before the language
             model, one-dimensional positions only). Default: as the method's paper has it.
         compact_cache: drop the same tokens from the key/value cache of the layers before the pruning layer too.
-        seed: of method random; prefills draw from it one after the other, those of several threads in any order.
-        options: further keywords of the method's function in `tokenprune_kernels.methods`.
+        seed: of methods that draw, as random does; prefills draw from it one after the other, those of several threads
+            in any order.
+        options: further keywords of the method's function, for instance of those in `tokenprune_kernels.methods`.
 
     Returns:
         a context manager; what it yields has `kept`, `stats`, `boxes()` and `overlay(image)`.

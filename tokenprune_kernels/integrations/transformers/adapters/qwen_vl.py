@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..families import PAPER_LAYERS, Family, Inputs, Model, Saliency
+from ..families import Family, Inputs, Model, Saliency
 from ..layout import Layout, grid_patches, layout_of
 from .images import beam_copies, by_sample
 from .towers import received_attention
@@ -181,8 +181,6 @@ _QWEN2_VL = Family(
     encoders=("get_image_features", "get_video_features"),
     layout_inputs=("input_ids", "attention_mask", "position_ids", "image_grid_thw", "video_grid_thw"),
     mrope=True,
-    # COAST's layer is meant for the 28 layers of the 7B model; the other papers name none for this family.
-    layers={**PAPER_LAYERS, "coast": 14},
 )  # fmt: skip
 
 _WINDOWED = Saliency(

@@ -30,8 +30,8 @@ def attention_of(core: Model) -> nn.Module:
             if attention is not None and hasattr(attention, "q_proj") and hasattr(attention, "k_proj"):
                 return attention
     raise NotImplementedError(
-        f"prune_visual_tokens: adafv needs the attention of the vision tower, and {type(core.vision_tower).__name__} "
-        "has no layers with self_attn or attention that has q_proj and k_proj"
+        f"the attention of the vision tower, and {type(core.vision_tower).__name__} has no layers with self_attn or "
+        "attention that has q_proj and k_proj"
     )
 
 
