@@ -8,13 +8,10 @@ import torch
 
 import tokenprune_kernels as tp
 
-from .method_calls import calls, inputs
+from .method_calls import STAGES, calls, inputs
 from .shapes import MODELS
 
 CASES = ("LLaVA-1.5-7B", "Qwen2.5-VL-7B@4096")
-
-
-METHODS = ("coast", "sts_structure", "sts_semantics", "adafv", "zspaprune", "adaptprune", "fastv", "divprune")
 
 
 def same_selection(results: dict[str, Any]) -> None:
@@ -22,7 +19,7 @@ def same_selection(results: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", STAGES)
 def test_method(race: Callable[..., Any], name: str, method: str) -> None:
     model = MODELS[name]
     call = calls(model, inputs(model))[method]

@@ -1,12 +1,13 @@
 """Whole methods on inputs of a model's size, for the benchmarks on every device."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenprune_kernels import methods
+from tokenprune_kernels.methods import get_method, method_names
 
 from .shapes import Model
 
@@ -36,17 +37,19 @@ def inputs(model: Model, seed: int = 0) -> dict[str, Tensor]:
     }
 
 
+# A method that draws gives other tokens on every backend: nothing to compare.
+STAGES = {
+    stage.name: stage for name in method_names() for stage in get_method(name).stages if "generator" not in stage.uses
+}
+
+
 def calls(model: Model, x: dict[str, Tensor]) -> dict[str, Callable[[], Any]]:
-    k = model.keep
+    """Each function of a method on what it asks for, as far as a prompt of visual tokens and a question has it."""
+    given = {
+        **x, "causal": False, "grid": model.grid, "visual_embeddings": x["features"], "unrotated_key": x["features"],
+        "text_embeddings": x["text"], "stacked_positions": x["positions"],
+    }  # fmt: skip
     return {
-        "coast": lambda: methods.coast(x["query"], x["key"], x["features"], k, causal=False),
-        "sts_structure": lambda: methods.sts_structure(x["features"], k, positions=x["positions"]),
-        "sts_semantics": lambda: methods.sts_semantics(x["query"], x["key"], k, causal=False),
-        "adafv": lambda: methods.adafv(x["text"], x["features"], x["saliency"], k),
-        "zspaprune": lambda: methods.zspaprune(x["text"], x["features"], k),
-        "adaptprune": lambda: methods.adaptprune(
-            x["query"], x["key"], x["features"], x["positions"], k, grid=model.grid, causal=False
-        ),
-        "fastv": lambda: methods.fastv(x["query"], x["key"], k, causal=False),
-        "divprune": lambda: methods.divprune(x["features"], k),
+        name: partial(stage.function, k=model.keep, **{p: given[s] for p, s in stage.arguments.items() if s in given})
+        for name, stage in STAGES.items()
     }

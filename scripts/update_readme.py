@@ -22,7 +22,8 @@ from op_samples import OPS, make, run  # noqa: E402
 from bench.pages import fill  # noqa: E402
 from bench.report import HEADER, Row, cells, duration  # noqa: E402
 from bench.retention import results  # noqa: E402
-from bench.retention.measure import METHODS, UNPRUNED  # noqa: E402
+from bench.retention.measure import UNPRUNED  # noqa: E402
+from tokenprune_kernels.methods import get_method, method_names  # noqa: E402
 
 FLOATS = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 # Each column with the test backends that can fill it: the CUDA kernels run on a GPU or on the host emulator.
@@ -38,8 +39,10 @@ SHOWN = (
     ("NMS 576x4096 K57 float32 patches", "published loop"),
     ("28 layers of KV [B,H,T,D], Qwen2.5-VL-7B@4096, 4096 -> 910", "index_select"),
     *(
-        (f"{method}, {LLAVA}, 128 of 576", "eager reference")
-        for method in ("coast", "sts_structure", "sts_semantics", "adafv", "zspaprune", "adaptprune")
+        (f"{stage.name}, {LLAVA}, 128 of 576", "eager reference")
+        for method in map(get_method, method_names())
+        for stage in method.stages
+        if not method.baseline
     ),
 )
 
@@ -76,12 +79,14 @@ def where(results: dict[str, Any]) -> str:
 
 
 def retained() -> dict[str, str]:
-    """By method: the share of the unpruned model's accuracy that is left at 22.2% of the visual tokens."""
+    """By function of a method: the share of the unpruned model's accuracy that is left at 22.2% of the tokens."""
     table = results.load(ROOT / "bench" / "results" / "retention.json")
     full = table.right[UNPRUNED].double().mean()
-    shares = {method: f"{(table.of(method, 128).double().mean() / full).item():.1%}" for method in METHODS}
-    # sts prunes twice, by one function each.
-    return shares | {"sts_structure": shares["sts"], "sts_semantics": shares["sts"]}
+    return {
+        stage.name: f"{(table.of(method, 128).double().mean() / full).item():.1%}"
+        for method in table.methods()
+        for stage in get_method(method).stages
+    }
 
 
 def bench_table(measured: dict[str, Any]) -> str:
@@ -89,6 +94,8 @@ def bench_table(measured: dict[str, Any]) -> str:
     rows = {(r["case"], r["baseline"]): Row(**r) for r in measured["rows"]}
     kept = retained()
     for case, baseline in SHOWN:
+        if (case, baseline) not in rows:  # a method that came after the last run
+            continue
         row = rows[case, baseline]
         share = kept.get(case.split(",")[0], "")
         lines.append(f"| {case} | {duration(row.ours)} | {baseline} | **{row.ratio:.1f}x** | {share} |")

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from tokenprune_kernels.__main__ import EXTRAS, main
+from tokenprune_kernels.methods import method_names
 
-NAMES = ("coast", "sts", "adafv", "zspaprune", "adaptprune", "fastv", "divprune", "random")
+NAMES = method_names()
 MISSING = [package for module, package in EXTRAS.items() if importlib.util.find_spec(module) is None]
 
 

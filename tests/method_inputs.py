@@ -119,6 +119,17 @@ def batch(prompts: list[Prompt]) -> Batch:
     )
 
 
+def arguments(b: Batch) -> dict[str, Any]:
+    """Everything that a method may ask for, with stand-ins for what only a decoder layer or several crops have."""
+    return {
+        "query": b.query, "key": b.key, "scale": None, "lse": None, "causal": True, **b.attention,
+        "features": b.features, "visual_embeddings": b.features, "unrotated_key": b.features,
+        "text_embeddings": b.text, "text_mask": b.text_mask, "saliency": b.saliency,
+        "positions": b.positions, "stacked_positions": b.positions, "grid": b.grid, "groups": b.groups,
+        "mask": b.mask, "present": b.mask, "n": b.mask.shape[1], "generator": None,
+    }  # fmt: skip
+
+
 def ragged(seed: int, dtype: torch.dtype) -> list[Prompt]:
     return [prompt(seed + i, dtype, grid, rows=2 if i == 1 else 4) for i, grid in enumerate(GRIDS)]
 

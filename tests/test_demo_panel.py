@@ -12,7 +12,8 @@ if MISSING:
 import numpy as np
 from PIL import Image
 
-from tokenprune_kernels.demo import panel, photo, run
+from tokenprune_kernels.demo import panel, photo
+from tokenprune_kernels.methods import get_method
 
 COLOUR = (200, 60, 20)
 
@@ -95,10 +96,12 @@ def test_answers_that_differ_have_another_colour() -> None:
 
 
 def test_titles_and_notes_fit_their_column() -> None:
-    assert tuple(run.TITLES) == NAMES
-    for title, note in run.TITLES.values():
-        assert panel.text_width(note, panel.NOTE_SIZE) <= panel.TILE
-        assert panel.text_width(f"{title}: 2880 kept", panel.TITLE_SIZE) <= panel.TILE
+    described = [get_method(name) for name in NAMES]
+    assert len({method.title for method in described}) == len(NAMES)
+    for method in described:
+        assert method.summary
+        assert panel.text_width(method.summary, panel.NOTE_SIZE) <= panel.TILE
+        assert panel.text_width(f"{method.title}: 2880 kept", panel.TITLE_SIZE) <= panel.TILE
 
 
 def test_deep_grey_picture_is_not_clipped(tmp_path: Path) -> None:

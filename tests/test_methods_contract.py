@@ -1,38 +1,33 @@
 """What every method promises: legal sizes, no gradient, no host synchronisation, one graph under torch.compile."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from cases import BACKENDS, over_backends
-from method_inputs import Batch, batch, prompt, ragged
+from method_inputs import Batch, arguments, batch, prompt, ragged
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenprune_kernels import methods
-from tokenprune_kernels.methods import Selection
+from tokenprune_kernels.methods import Selection, Stage
 
 Method = Callable[[Batch, int, str | None], Selection]
 
-METHODS: dict[str, Method] = {
-    "coast": lambda b, k, on: methods.coast(b.query, b.key, b.features, k, **b.attention, backend=on),
-    "sts_structure": lambda b, k, on: methods.sts_structure(
-        b.features, k, positions=b.positions, mask=b.mask, backend=on
-    ),
-    "sts_semantics": lambda b, k, on: methods.sts_semantics(b.query, b.key, k, **b.attention, backend=on),
-    "adafv": lambda b, k, on: methods.adafv(
-        b.text, b.features, b.saliency, k, text_mask=b.text_mask, mask=b.mask, backend=on
-    ),
-    "zspaprune": lambda b, k, on: methods.zspaprune(
-        b.text, b.features, k, text_mask=b.text_mask, mask=b.mask, backend=on
-    ),
-    "adaptprune": lambda b, k, on: methods.adaptprune(
-        b.query, b.key, b.features, b.positions, k, grid=b.grid, groups=b.groups, **b.attention, backend=on
-    ),
-    "fastv": lambda b, k, on: methods.fastv(b.query, b.key, k, **b.attention, backend=on),
-    "divprune": lambda b, k, on: methods.divprune(b.features, k, mask=b.mask, backend=on),
-    "random": lambda b, k, on: methods.random(b.mask.shape[1], k, mask=b.mask, backend=on),
-}
+
+def _call(stage: Stage) -> Method:
+    function, names = stage.function, stage.arguments
+
+    def call(b: Batch, k: int, on: str | None) -> Selection:
+        given = arguments(b)
+        return function(k=k, backend=on, **{name: given[source] for name, source in names.items()})
+
+    return call
+
+
+STAGES = [stage for name in methods.method_names() for stage in methods.get_method(name).stages]
+METHODS = {stage.name: _call(stage) for stage in STAGES}
 
 over_methods = pytest.mark.parametrize("name", METHODS)
 
@@ -43,7 +38,9 @@ def _without_visual_tokens() -> Batch:
 
 
 def test_every_method_is_covered():
-    assert {n for n in methods.__all__ if n != "Selection"} == set(METHODS)
+    registry = {"get_method", "method_names", "register_method", "unregister_method"}
+    assert {n for n in methods.__all__ if inspect.isfunction(getattr(methods, n))} - registry == set(METHODS)
+    assert set(arguments(batch([prompt(0, torch.float32)]))) == set(methods.ARGUMENTS)
 
 
 @over_methods

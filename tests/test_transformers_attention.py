@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from vlm import oracle
-from vlm.checks import CLOSE, IN_MODEL, LAYER, assert_decoded_like_the_oracle, drops_of, generate, layer_of
+from vlm.checks import CLOSE, IN_MODEL, LAYER, assert_decoded_like_the_oracle, drops_of, generate, layer_of, spy_on
 from vlm.models import Prompts, llava
 
 from tokenprune_kernels import methods
@@ -94,13 +94,13 @@ def test_a_log_sum_exp_that_the_attention_gives_is_used(
     name = "sts_semantics" if method == "sts" else method
     real = getattr(methods, name)
 
-    def spied(*args: Any, **kwargs: Any) -> Any:
+    def spied(**kwargs: Any) -> Any:
         given.append((kwargs["lse"], kwargs["query"], kwargs["key"], kwargs["scale"]))
-        return real(*args, **kwargs)
+        return real(**kwargs)
 
     with prune_visual_tokens(prompts.model, method, 9, layer=LAYER) as without:
         logits_of(prompts)
-    monkeypatch.setattr(methods, name, spied)
+    spy_on(monkeypatch, method, name, spied)
     for dtype, used in ((torch.float32, True), (torch.bfloat16, False)):
 
         def rounded(*args: Any, to: torch.dtype = dtype, **kwargs: Any) -> Any:

@@ -12,8 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from vlm.checks import LAYER, assert_decoded_like_the_oracle, drops_of, generate, layer_of
 from vlm.models import TEXT, Prompts, llava
 
-from tokenprune_kernels import methods
-from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_tokens
+from tokenprune_kernels.integrations.transformers import METHODS, prefill, prune_visual_tokens
 
 over_methods = pytest.mark.parametrize("method", METHODS)
 
@@ -80,7 +79,7 @@ def test_after_an_exception_the_model_is_as_before(method: str, where: str, monk
             raise BrokenError
         with monkeypatch.context() as patch:
             if where == "selection":
-                patch.setattr(methods, method, failing)
+                patch.setattr(prefill, "choose", failing)
             handle = modules[where].register_forward_pre_hook(failing) if where in modules else None
             with pytest.raises(BrokenError):
                 logits_of(prompts)

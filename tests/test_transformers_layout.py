@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from vlm.checks import layer_of
+from vlm.checks import ON_LAYOUT, layer_of
 from vlm.models import Prompts, llava
 from vlm.models_crops import internvl
 from vlm.models_towers import pixtral
 from vlm.runs_crops import FAMILIES, generate, prompts_of, pruned
 
 from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_tokens, registry
-
-ON_LAYOUT = ("sts", "adaptprune")
 
 
 class NobodyAskedError(Exception):

@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from vlm import models_qwen as qwen
 from vlm import oracle
+from vlm.checks import spy_on
 from vlm.models import Prompts
 
 from tokenprune_kernels import methods
@@ -328,13 +329,12 @@ def test_saliency_is_the_attention_received(name: str, attention: str, monkeypat
     prompts = batch(name)
     ALL_ATTENTION_FUNCTIONS.register("flash_by_chunks", flash_by_chunks)
     seen: list[Tensor] = []
-    real = methods.adafv
 
-    def adafv(text: Tensor, features: Tensor, saliency: Tensor, *args: Any, **kw: Any) -> Any:
-        seen.append(saliency)
-        return real(text, features, saliency, *args, **kw)
+    def adafv(**given: Any) -> Any:
+        seen.append(given["saliency"])
+        return methods.adafv(**given)
 
-    monkeypatch.setattr(methods, "adafv", adafv)
+    spy_on(monkeypatch, "adafv", "adafv", adafv)
     config = prompts.model.model.visual.config
     monkeypatch.setattr(config, "_attn_implementation_internal", attention)
     with torch.no_grad(), prune_visual_tokens(prompts.model, "adafv", KEEP):

@@ -1,12 +1,13 @@
 """Vision towers other than CLIP, and decoders with other projections, in the LLaVA families."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from vlm import models_towers, oracle
-from vlm.checks import drops_of, renumbered
+from vlm.checks import ON_LAYOUT, drops_of, renumbered, spy_on
 from vlm.models import Prompts, llava
 from vlm.models_crops import RAGGED
 from vlm.runs_crops import IN_MODEL, generate, layout_in, pruned, vision_weights
@@ -38,13 +39,13 @@ def assert_pruned_logits(prompts: Prompts, method: str, steps: int) -> None:
 
 
 def saliency_given(prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    adafv, given = methods.adafv, []
+    given = []
 
-    def spy(text: Tensor, features: Tensor, saliency: Tensor, k: int, **more: object) -> methods.Selection:
-        given.append(saliency)
-        return adafv(text, features, saliency, k, **more)
+    def spy(**arguments: Any) -> methods.Selection:
+        given.append(arguments["saliency"])
+        return methods.adafv(**arguments)
 
-    monkeypatch.setattr(methods, "adafv", spy)
+    spy_on(monkeypatch, "adafv", "adafv", spy)
     with pruned(prompts, "adafv", 7):
         generate(prompts, 1)
     (saliency,) = given
@@ -99,7 +100,7 @@ def test_a_class_token_among_the_visual_tokens_lies_on_no_grid(method: str) -> N
     prompts = models_towers.clip_with_its_class_token()
     refused = pytest.raises(NotImplementedError, match="with a class token: the visual tokens are no grid")
     with pruned(prompts, method, 9) as pruning:
-        if method in ("sts", "adaptprune"):
+        if method in ON_LAYOUT:
             with refused:
                 generate(prompts, 1)
             return

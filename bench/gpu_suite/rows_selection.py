@@ -1,10 +1,12 @@
 """Timing rows of selection, compaction and whole methods."""
 
+import functools
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenprune_kernels as tp
 from bench import method_calls
@@ -14,16 +16,6 @@ from .checks import Function, Inputs, close
 from .device import Device, flat
 from .rows import Row, Scale, normal, on
 
-METHODS = {  # the ops that each method calls on a plain prompt
-    "coast": ("cross_attention_scores", "select_topk", "contrastive_scores", "score_entropy", "select_two_tailed"),
-    "sts_structure": ("repulsion_sample", "mask_to_indices"),
-    "sts_semantics": ("cross_attention_scores", "select_topk"),
-    "adafv": ("cross_attention_scores", "select_mixture"),
-    "zspaprune": ("cosine_scores", "select_topk", "repulsion_sample", "mask_to_indices"),
-    "adaptprune": ("cross_attention_scores", "spatial_semantic_nms", "mask_to_indices"),
-    "fastv": ("cross_attention_scores", "select_topk"),
-    "divprune": ("repulsion_sample", "mask_to_indices"),
-}
 MIN_OVERLAP = 0.9  # of a method's tokens with the reference's: a near tie of a greedy pick changes the picks after it
 
 
@@ -158,6 +150,29 @@ def gather_rows(device: Device, model: Model, eager: float | None, share: float 
     return [row]
 
 
+class _Calls(TorchDispatchMode):
+    """Remembers which of our ops are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: dict[str, None] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, name = func.name().split("::")
+        if namespace == "tokenprune":
+            self.ops[name] = None
+        return func(*args, **(kwargs or {}))
+
+
+@functools.cache
+def ops_of(method: str) -> tuple[str, ...]:
+    """The ops that a method calls on a plain prompt; which they are does not depend on sizes."""
+    toy = Scale(toy=True).model("LLaVA-1.5-7B")
+    with tp.use_backend("auto"), _Calls() as seen:
+        method_calls.calls(toy, method_calls.inputs(toy))[method]()
+    return tuple(seen.ops)
+
+
 def method_row(device: Device, model: Model, name: str) -> Row:
     def make(where: torch.device, seed: int) -> Inputs:
         x = on(where, dict(method_calls.inputs(model, seed)))
@@ -183,7 +198,7 @@ def method_row(device: Device, model: Model, name: str) -> Row:
 
     return Row(
         f"method {name}, {model.name}, {model.keep} of {model.tokens}",
-        METHODS[name],
+        ops_of(name),
         make,
         ours,
         check,
@@ -207,5 +222,5 @@ def rows(device: Device, scale: Scale) -> list[Row]:
         *selection_rows(device, llava),
         *gather_rows(device, compacted, 5.0, None),
         *gather_rows(device, large, None, 0.9),
-        *(method_row(device, llava, name) for name in METHODS),
+        *(method_row(device, llava, name) for name in method_calls.STAGES),
     ]

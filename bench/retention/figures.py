@@ -17,7 +17,7 @@ from bench.vqa.model import SIDE
 from bench.vqa.scene import CELL, PATCH, scene
 from tokenprune_kernels.integrations.transformers.overlay import overlay
 
-from .measure import METHODS, TOKENS, UNPRUNED
+from .measure import TOKENS, UNPRUNED
 from .page import keeps
 from .results import Table
 from .statistics import mean_share, share
@@ -41,7 +41,7 @@ def plot(table: Table, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 5), dpi=110)
     colours = plt.get_cmap("tab10")
     shares = [keep / TOKENS for keep in keeps(table)]
-    for number, method in enumerate(METHODS):
+    for number, method in enumerate(table.methods()):
         values = [mean_share(table.of(method, keep)) for keep in keeps(table)]
         middle = np.array([v.value for v in values]) * 100
         error = np.array([[v.value - v.low, v.high - v.value] for v in values]).T * 100

@@ -13,6 +13,7 @@ from bench.vqa.evaluate import Batch, Item, answered, batches, needed
 from bench.vqa.model import SIDE
 from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_tokens
 from tokenprune_kernels.integrations.transformers.pruning import IN_MODEL
+from tokenprune_kernels.methods import get_method
 
 TOKENS = SIDE * SIDE
 KEEPS = (192, 128, 64, 32)  # 33.3%, 22.2%, 11.1%, 5.6% of 576
@@ -20,7 +21,7 @@ SEEDS = (0, 1, 2)
 
 
 class Run(NamedTuple):
-    """A method at a budget; `layer` other than the method's own, or None; `seed` of random."""
+    """A method at a budget; `layer` other than the method's own, or None; `seed` of one that draws."""
 
     method: str
     keep: int
@@ -50,12 +51,12 @@ UNPRUNED = Run("none", TOKENS)
 
 
 def runs(methods: tuple[str, ...] = METHODS, keeps: tuple[int, ...] = KEEPS, layer: int | None = None) -> list[Run]:
-    """All of a table; random once per seed."""
+    """All of a table; a method that draws once per seed."""
     table = []
     for method in methods:
         for keep in keeps:
             where = layer if method in IN_MODEL else None
-            seeds: tuple[int | None, ...] = SEEDS if method == "random" else (None,)
+            seeds: tuple[int | None, ...] = SEEDS if "generator" in get_method(method).uses else (None,)
             table += [Run(method, keep, where, seed) for seed in seeds]
     return table
 
@@ -95,8 +96,9 @@ def ask(model: Any, run: Run, inputs: dict[str, Tensor], place: int = 0) -> tupl
 def measure(model: Any, split: str, asked: list[Item], table: list[Run], size: int = 32) -> dict[Run, Outcome]:
     """All runs on all items; a batch goes through every run before the next one is drawn."""
     outcomes = {run: Outcome.empty(len(asked), run.keep) for run in (UNPRUNED, *table)}
-    # AdaFV reads the tower's attention: for it the tower has to run.
-    groups = [[r for r in outcomes if (r.method == "adafv") is reads] for reads in (False, True)]
+    # For a method that reads the tower's attention the tower has to run.
+    reading = {run for run in table if "saliency" in get_method(run.method).uses}
+    groups = [[run for run in outcomes if (run in reading) is reads] for reads in (False, True)]
     with tqdm(total=len(asked), desc="questions", mininterval=5) as bar:
         for batch in batches(split, asked, size):
             pairs = zip(batch.pictures, batch.places, strict=True)

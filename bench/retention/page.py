@@ -4,7 +4,7 @@ import numpy as np
 
 from bench.vqa.questions import FAMILIES
 
-from .measure import IN_MODEL, METHODS, TOKENS, UNPRUNED
+from .measure import TOKENS, UNPRUNED
 from .results import Table
 from .statistics import Change, change, mean_share, share
 
@@ -67,11 +67,10 @@ def budget_table(table: Table, keep: int) -> str:
     """All methods at one budget."""
     heads = ("method", "accuracy", "of unpruned", "change, points", *FAMILIES, "needed tokens kept", "prefill")
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    lines += [_row(table, method, keep, None, f"`{method}`") for method in METHODS if table.of_runs(method, keep)]
-    for layer in layers(table):
-        lines += [
-            _row(table, m, keep, layer, f"`{m}`, layer {layer}") for m in IN_MODEL if table.of_runs(m, keep, layer)
-        ]
+    for layer in (None, *layers(table)):
+        measured = [method for method in table.methods() if table.of_runs(method, keep, layer)]
+        at = "" if layer is None else f", layer {layer}"
+        lines += [_row(table, method, keep, layer, f"`{method}`{at}") for method in measured]
     return "\n".join(lines)
 
 
@@ -79,7 +78,7 @@ def against_random(table: Table) -> str:
     """Accuracy minus random's on the same questions, in points."""
     heads = ("method", *(budget(keep) for keep in keeps(table)))
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for method in METHODS:
+    for method in table.methods():
         if method == "random":
             continue
         cells = []

@@ -23,6 +23,10 @@ class Table(NamedTuple):
     covered: dict[Run, float]
     seconds: dict[Run, float]
 
+    def methods(self) -> list[str]:
+        """Those that were measured, in the order of the runs."""
+        return list(dict.fromkeys(run.method for run in self.right if run != UNPRUNED))
+
     def of_runs(self, method: str, keep: int, layer: int | None = None) -> list[Run]:
         """The runs of a method at a budget: one, or one per seed."""
         return [run for run in self.right if run[:3] == (method, keep, layer)]

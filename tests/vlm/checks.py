@@ -1,17 +1,22 @@
 """What the tests of pruned models share: greedy generation, what was dropped, and equality with the float64 path."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tokenprune_kernels.integrations.transformers.pruning import IN_MODEL, METHODS
+from tokenprune_kernels.methods import _registry, get_method
+
 from . import oracle
 from .models import IMAGE, Prompts
 
 LAYER = 2  # of 4
-IN_MODEL = ("coast", "sts", "adaptprune", "fastv")
+ON_LAYOUT = [name for name in METHODS if get_method(name).uses & {"positions", "grid", "groups", "stacked_positions"}]
 # In the model, twice, before it with renumbered positions, and before it with the original ones.
 FOUR = ("coast", "sts", "adafv", "divprune")
 over_four = pytest.mark.parametrize("method", FOUR)
@@ -21,6 +26,17 @@ over_four_and_compact = pytest.mark.parametrize(
 )
 # Logits are below 1; some roundings of float32, whatever is pruned.
 CLOSE = {"rtol": 0.0, "atol": 1e-6}
+
+
+def spy_on(patch: pytest.MonkeyPatch, method: str, function: str, spy: Callable[..., Any]) -> None:
+    """Blocks that are made from now on call `spy` in place of a function of the method, with the same arguments."""
+
+    def spied(stage: Any) -> Any:
+        return replace(stage, function=wraps(stage.function)(spy)) if stage.name == function else stage
+
+    described = get_method(method)
+    assert function in {stage.name for stage in described.stages}
+    patch.setitem(_registry._METHODS, method, replace(described, stages=tuple(map(spied, described.stages))))
 
 
 def layer_of(method: str) -> dict[str, int]:

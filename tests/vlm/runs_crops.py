@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenprune_kernels.integrations.transformers import prune_visual_tokens
+from tokenprune_kernels.integrations.transformers.pruning import IN_MODEL
 
 from . import oracle
 from .models import Prompts
@@ -30,7 +31,6 @@ FAMILIES: dict[str, Callable[..., Prompts]] = {
 }  # fmt: skip
 VIDEOS: dict[str, Callable[..., Prompts]] = {"llava_onevision": llava_onevision_video, "internvl": internvl_video}
 BATCHES = {"single": SINGLE, "ragged": RAGGED, "several": SEVERAL, "beside text alone": [[], [(20, 44)]]}
-IN_MODEL = ("coast", "sts", "adaptprune", "fastv")
 
 
 @functools.cache
