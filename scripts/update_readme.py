@@ -23,6 +23,7 @@ from bench.pages import fill  # noqa: E402
 from bench.report import HEADER, Row, cells, duration  # noqa: E402
 from bench.retention import results  # noqa: E402
 from bench.retention.measure import UNPRUNED  # noqa: E402
+from tokenprune_kernels.integrations.transformers.registry import families  # noqa: E402
 from tokenprune_kernels.methods import get_method, method_names  # noqa: E402
 
 FLOATS = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
@@ -121,6 +122,23 @@ def prefill_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", where(results)])
 
 
+def families_table() -> str:
+    """What the descriptions of the model families say."""
+    heads = ("model_type", "visual tokens", "grid and groups", "saliency of the vision tower", "decoder")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for family in families():
+        decoder = [*(kind.replace("_", " ") for kind in sorted(family.layer_types))]
+        decoder += ["mRoPE"] * family.mrope + ["DeepStack"] * family.deepstack
+        lines.append("| " + " | ".join((
+            ", ".join(f"`{name}`" for name in family.model_types),
+            ", ".join(f"`{name}`" for name in family.visual_tokens),
+            family.grid,
+            family.saliency.kind if family.saliency else "none",
+            ", ".join(decoder),
+        )) + " |")  # fmt: skip
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; fail when README.md is out of date")
@@ -133,7 +151,10 @@ def main() -> None:
     prefill = json.loads((ROOT / "bench" / "results" / "prefill.json").read_text())
     pages = {
         readme: (old, new),
-        page: (page.read_text(), fill(page.read_text(), "prefill", prefill_table(prefill))),
+        page: (
+            page.read_text(),
+            fill(fill(page.read_text(), "prefill", prefill_table(prefill)), "families", families_table()),
+        ),
     }
     benchmarks = ROOT / "docs" / "benchmarks.md"
     pages[benchmarks] = benchmarks.read_text(), benchmarks_page(measured)

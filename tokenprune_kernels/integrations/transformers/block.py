@@ -33,7 +33,7 @@ class Block:
         self._reporting = threading.Lock()
 
     def forget(self) -> None:
-        """All but the report."""
+        """Forgets all but the report."""
         self.plan = replace(self.plan, draws=Draws())
         self.calls = Calls()
         self.attention = []
@@ -115,13 +115,13 @@ class Block:
     # --- the layers ------------------------------------------------------------------------------------------------
 
     def see(self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None, keywords: Inputs) -> None:
-        """A probe of the attention before a pruning layer."""
+        """The probe of the attention before a pruning layer."""
         now = self.calls.decoder
         if isinstance(now, Prefill):
             now.attention = AttentionInputs(query, key, scale, lse)
 
     def see_tower(self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None, keywords: Inputs) -> None:
-        """A probe of the vision tower's. Nothing is seen when the tower runs for another model that shares it."""
+        """The probe of the vision tower. It sees nothing when the tower runs for another model that shares it."""
         encoding, saliency = self.calls.encoding, self.plan.saliency
         if encoding is not None and saliency is not None:
             encoding.saliency.append(saliency.see(self.plan.core, query, key, scale, keywords))
@@ -135,7 +135,7 @@ class Block:
         return None
 
     def before_norm(self, takes: Arguments, inputs: Inputs) -> Inputs | None:
-        """Behind the last layer."""
+        """Adds the features of the last layer, which no layer comes behind."""
         now = self.calls.decoder
         if not isinstance(now, Prefill) or now.deepstack is None:
             return None

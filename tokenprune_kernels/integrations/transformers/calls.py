@@ -37,7 +37,7 @@ class Calls(threading.local):
         return call
 
     def end_model(self) -> ModelCall | None:
-        """None if it was not begun: another hook raised in front of ours."""
+        """The call that ended; None if it was never begun, since another hook raised in front of ours."""
         if not self.models:
             return None
         call = self.models.pop()

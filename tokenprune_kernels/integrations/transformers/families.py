@@ -42,7 +42,7 @@ class Saliency:
     read: Callable[[Model, Inputs, list[int], list[Any]], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """All that is special to a family of models.
 

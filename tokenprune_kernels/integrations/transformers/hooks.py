@@ -81,7 +81,7 @@ def _before(installed: ExitStack, module: nn.Module, takes: Arguments, hook: Cal
 
 
 def _after(installed: ExitStack, module: nn.Module, hook: Callable[[bool], None]) -> None:
-    """Runs after an exception too: hook(whether forward came to its end)."""
+    """hook(whether forward came to its end): it runs after an exception too."""
 
     def run(m: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         hook(output is not None)

@@ -240,7 +240,7 @@ def _with_batch(t: Tensor, batch: int) -> Tensor:
 
 
 def _next_position(inputs: Inputs, tokens: Tokens, counted: bool) -> Tensor:
-    """Behind the prompt, as the model goes on.
+    """The position behind the prompt, as the model counts on.
 
     generate counts positions itself (`counted`), on from the last column. Else the model adds its rope_deltas, behind
     the largest position, which may be an image's. Of several rows, the first of four counts text; the others share it.

@@ -12,6 +12,7 @@ from .block import Block
 from .choose import check_layer
 from .families import Family
 from .hooks import install
+from .overlay import boxes_of, overlay
 from .prefill import Plan, PlannedStage
 from .registry import family_of, unwrapped
 
@@ -153,10 +154,10 @@ class Pruning:
 
     @property
     def stats(self) -> dict[str, Any]:
-        """Of the prefill that was finished last: tokens before and after per sample, pruning layers, milliseconds, the
+        """Facts of the prefill that was finished last: tokens before and after per sample, pruning layers, times, the
         backend.
 
-        The times are those of the device; reading them waits for it.
+        The times are milliseconds of the device; reading them waits for it.
         """
         return {"method": self.method, **self._block.report.stats()}
 
@@ -165,8 +166,6 @@ class Pruning:
 
         image_index: which of the sample's images or frames it is. Tokens of other images and of newlines have no row.
         """
-        from .overlay import boxes_of
-
         report = self._block.report
         if report.kept is None or report.layout is None:
             raise RuntimeError("prune_visual_tokens: nothing was pruned yet")
@@ -177,8 +176,6 @@ class Pruning:
 
         image: a PIL image, or anything PIL opens.
         """
-        from .overlay import overlay
-
         return overlay(image, self.boxes(sample=sample, image_index=image_index))
 
 

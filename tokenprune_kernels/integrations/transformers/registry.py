@@ -18,6 +18,11 @@ for _adapter in (llava, llava_next, llava_onevision, qwen_vl, internvl):
         register_family(_family)
 
 
+def families() -> list[Family]:
+    """Those that are served, in the order of their registration."""
+    return list(dict.fromkeys(_FAMILIES.values()))
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT model, which passes attributes on and calls the forward of what it wraps."""
     while hasattr(type(model), "get_base_model"):
@@ -32,7 +37,7 @@ def family_of(model: nn.Module) -> Family:
 
 
 def family_of_type(model_type: str | None, called: str) -> Family:
-    """As `family_of`, from the config alone: before the weights are loaded. called: the model's name in the error."""
+    """The family of a model_type, known before the weights are loaded. called: the model's name in the error."""
     family = _FAMILIES.get(str(model_type))
     if family is None:
         raise NotImplementedError(

@@ -41,7 +41,8 @@ class Tokens:
 
 
 def read_prompt(is_visual: Tensor, real: Tensor | None) -> Tokens:
-    """From which columns are visual and which are padding, both [B, L] bool. Waits for the device once."""
+    """The tokens of a prompt, from which columns are visual and which are real, both [B, L] bool. Waits for the device
+    once."""
     length = is_visual.shape[1]
     if real is not None:
         is_visual = is_visual & real

@@ -20,7 +20,7 @@ Around = Callable[[Callable[..., Any], tuple[Any, ...], Inputs], Any]
 
 
 def shadow(module: nn.Module, name: str, around: Around) -> Callable[[], None]:
-    """Until the function that is returned is called, calls of `module.name` go through `around`.
+    """Calls of `module.name` go through `around`, until the function that is returned is called.
 
     The method is shadowed by an attribute of this one instance, of the same signature, since generate reads that.
     """
