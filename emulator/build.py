@@ -14,12 +14,14 @@ from pathlib import Path
 import pybind11
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
+ROOT = HERE.parent
 CSRC = ROOT / "csrc"
 MODULE = sysconfig.get_config_var("EXT_SUFFIX")
-SOURCES = [*sorted(HERE.glob("*.cpp")), *sorted((CSRC / "cuda").glob("*.c*")), CSRC / "tensor.cpp"]
-# The emulator alone, with kernels of its own that make mistakes: for the tests of the emulator.
-RUNTIME = [HERE / name for name in ("fiber.cpp", "grid.cpp", "mma.cpp", "runtime.cpp")]
+# The emulator itself, which knows nothing of this project.
+RUNTIME = sorted((HERE / "runtime").glob("*.cpp"))
+# What binds the kernels of this project, and the kernels.
+PROJECT = [*sorted((HERE / "kernels").glob("*.cpp")), *sorted((CSRC / "cuda").glob("*.c*")), CSRC / "tensor.cpp"]
+# Kernels that make mistakes, for the tests of the emulator.
 BROKEN = HERE / "broken"
 
 
@@ -86,7 +88,9 @@ def build() -> Path:
     """The extension module with the kernels of csrc/cuda."""
     instrument = ADDRESSES if sanitizing() else ["--coverage"]
     link = ["-shared", f"-L{torch_folder() / 'lib'}", "-ltorch_cpu", "-ldl"]
-    return compiled("emulator-asan" if sanitizing() else "emulator", f"_emulator{MODULE}", SOURCES, instrument, link)
+    return compiled(
+        "emulator-asan" if sanitizing() else "emulator", f"_emulator{MODULE}", [*RUNTIME, *PROJECT], instrument, link
+    )
 
 
 def build_broken() -> Path:

@@ -6,15 +6,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import gpu_backend
 import pytest
 import torch
 from torch import Tensor
 
 import tokenprune_kernels as tp
+from testing import ROOT, gpu_backend
 from tokenprune_kernels import _backend, _triton
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -148,9 +147,8 @@ def run_with_capability(capability: str, script: str) -> list[str]:
     """The lines a Python script prints in a process of its own whose CPU kernels use this instruction set."""
     say = "from tokenprune_kernels import _registry\nprint(_registry.build_info()['cpu_capability'])\n"
     environment = {**os.environ, "TOKENPRUNE_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(Path(__file__).parent)  # where `emulator` and `cases` are imported from
     run = subprocess.run(
-        [sys.executable, "-c", say + script], env=environment, cwd=Path(__file__).parent.parent,
+        [sys.executable, "-c", say + script], env=environment, cwd=ROOT,
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr

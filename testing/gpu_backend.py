@@ -81,7 +81,7 @@ class Trip:
         if not _travels_whole(value):
             return value.to(DEVICE)
         if value.untyped_storage().nbytes() > LARGEST:
-            pytest.skip("the storage is too large to travel; tests/test_gpu.py makes its own on the GPU")
+            pytest.skip("the storage is too large to travel; tests/cuda/test_gpu.py makes its own on the GPU")
         with torch.no_grad():
             here = torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage())
             sent = here.clone() if EMULATED else here.to(DEVICE)

@@ -290,7 +290,7 @@ def outputs(result: Any) -> list[Tensor]:
 
 
 def run(call: Call, backend: str) -> list[Tensor]:
-    from cases import RUNNERS  # the GPU suite makes samples where pytest may be missing
+    from testing.cases import RUNNERS  # the GPU suite makes samples where pytest may be missing
 
     args, kwargs = positional(call)
     return outputs(RUNNERS[backend](call.op, *args, **kwargs))

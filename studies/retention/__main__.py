@@ -1,4 +1,4 @@
-"""`python -m bench.retention`: measure, write bench/results/retention.json, the figures and the tables of the page."""
+"""`python -m studies.retention`: measure, write the results, the figures and the tables of the page."""
 
 import argparse
 from pathlib import Path
@@ -6,19 +6,19 @@ from pathlib import Path
 import torch
 import transformers
 
-from bench.gpu_suite.environment import commit, processor
-from bench.pages import fill
-from bench.vqa.evaluate import Item, batches, by_family, items, load
-from bench.vqa.questions import FAMILIES
-from bench.vqa.words import VOCABULARY
+from studies.vqa.evaluate import Item, batches, by_family, items, load
+from studies.vqa.questions import FAMILIES
+from studies.vqa.words import VOCABULARY
+from testing import ROOT
+from testing.machine import commit, processor
+from testing.pages import fill
 
 from . import figures, page, results
 from .measure import IN_MODEL, METHODS, TOKENS, UNPRUNED, Outcome, Run, measure, runs
 from .timing import prefill_seconds
 
-ROOT = Path(__file__).resolve().parents[2]
-MODEL = ROOT / "models" / "tiny-llava-vqa"
-RESULTS = ROOT / "bench" / "results" / "retention.json"
+MODEL = ROOT / "studies" / "models" / "tiny-llava-vqa"
+RESULTS = ROOT / "studies" / "results" / "retention.json"
 PAGE = ROOT / "docs" / "retention.md"
 SHOWN_KEEP = 64  # of the pictures of failures
 OTHER_LAYER_KEEP = 128  # the budget at which the methods inside the model are tried at a second layer

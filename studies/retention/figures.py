@@ -12,9 +12,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from bench.vqa.evaluate import Item
-from bench.vqa.model import SIDE
-from bench.vqa.scene import CELL, PATCH, scene
+from studies.vqa.evaluate import Item
+from studies.vqa.model import SIDE
+from studies.vqa.scene import CELL, PATCH, scene
 from tokenprune_kernels.integrations.transformers.overlay import overlay
 
 from .measure import METHODS, TOKENS, UNPRUNED

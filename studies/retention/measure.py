@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench.vqa.evaluate import Batch, Item, answered, batches, needed
-from bench.vqa.model import SIDE
+from studies.vqa.evaluate import Batch, Item, answered, batches, needed
+from studies.vqa.model import SIDE
 from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_tokens
 from tokenprune_kernels.integrations.transformers.pruning import IN_MODEL
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from bench.vqa.questions import FAMILIES
+from studies.vqa.questions import FAMILIES
 
 from .measure import IN_MODEL, METHODS, TOKENS, UNPRUNED
 from .results import Table

@@ -1,4 +1,4 @@
-"""What a run of the benchmark leaves in bench/results/retention.json: every right and wrong answer, and the times."""
+"""What a run leaves in studies/results/retention.json: every right and wrong answer, and the times."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.vqa.evaluate import Item
-from bench.vqa.questions import FAMILIES
+from studies.vqa.evaluate import Item
+from studies.vqa.questions import FAMILIES
 
 from .measure import UNPRUNED, Outcome, Run
 

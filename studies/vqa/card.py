@@ -1,4 +1,4 @@
-"""`python -m bench.vqa.card models/tiny-llava-vqa`: measure the model and fill the numbers of its card.
+"""`python -m studies.vqa.card studies/models/tiny-llava-vqa`: measure the model and fill the numbers of its card.
 
 Writes training.png (the curves of training.csv) and example.png (a scene of the test split) beside it.
 """
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bench.pages import fill
+from testing.pages import fill
 
 from .evaluate import accuracy, by_family, load
 from .forward import Losses
@@ -45,7 +45,8 @@ def accuracy_table(folder: Path, per_family: int) -> str:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     whole = (f"**{right.double().mean():.1%}**", f"{validated.double().mean():.1%}")
     lines.append(f"| all | | {whole[0]} | {whole[1]} | {sum(guess.values()) / len(guess):.1%} |")
-    return "\n".join([*lines, "", f"`python -m bench.vqa.card models/tiny-llava-vqa --per-family {per_family}`"])
+    command = f"python -m studies.vqa.card studies/models/tiny-llava-vqa --per-family {per_family}"
+    return "\n".join([*lines, "", f"`{command}`"])
 
 
 def curriculum_table(log: list[dict[str, str]]) -> str:

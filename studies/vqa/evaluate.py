@@ -1,7 +1,7 @@
 """Single questions of a split, and the model's answers to them: the accuracy per family.
 
-`python -m bench.vqa.evaluate models/tiny-llava-vqa --split validation` prints it; with `--method coast --keep 128` that
-of the pruned model.
+`python -m studies.vqa.evaluate studies/models/tiny-llava-vqa --split validation` prints it; with
+`--method coast --keep 128` that of the pruned model.
 """
 
 import argparse

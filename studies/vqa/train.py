@@ -1,4 +1,4 @@
-"""`python -m bench.vqa.train`: make the weights of the small model, from nothing, on a CPU.
+"""`python -m studies.vqa.train`: make the weights of the small model, from nothing, on a CPU.
 
 The curriculum goes from single cells of the picture to whole pictures: first the vision tower learns to name what it
 sees, then questions join. Stopped at any time, the same command goes on from the last checkpoint.

@@ -1,4 +1,4 @@
-"""`python -m triton_compile` (in tests/): compile every specialisation of every kernel, and say what each costs."""
+"""`python -m testing.triton_compile`: compile every specialisation of every kernel, and say what each costs."""
 
 import argparse
 import json
@@ -13,17 +13,18 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from testing import ROOT
+
 os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported
 os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build" / "triton"))  # a second run finds what the first compiled
 
-import triton  # noqa: E402
+import triton
 
-import tokenprune_kernels.triton as kernels  # noqa: E402
+import tokenprune_kernels.triton as kernels
 
-from . import bad, measure, record  # noqa: E402
-from .results import TARGETS, Result, complaints  # noqa: E402
-from .shapes import SHAPES  # noqa: E402
+from . import bad, measure, record
+from .results import TARGETS, Result, complaints
+from .shapes import SHAPES
 
 _wanted: list[record.Specialisation] = []  # the workers are forks and know it
 
@@ -86,7 +87,7 @@ def report(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m triton_compile", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m testing.triton_compile", description=__doc__)
     parser.add_argument("--targets", type=lambda s: s.split(","), default=list(TARGETS), help="sm_80,gfx942,...")
     parser.add_argument("--ops", default="", help="only the ops that match this regular expression")
     parser.add_argument("--sample", action="store_true", help="one specialisation per kernel, element type and target")

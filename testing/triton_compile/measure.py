@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from cuda_tools import cuobjdump
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from testing.cuda_tools import cuobjdump
 
 from .accumulators import longest
 from .record import GPUS, Specialisation

@@ -1,4 +1,4 @@
-"""What becomes of sample calls under torch.compile on a GPU that is not here: `python -m triton_compile.trace`."""
+"""Sample calls under torch.compile on a GPU that is not here: `python -m testing.triton_compile.trace`."""
 
 import json
 import logging
@@ -9,7 +9,6 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported
 
-import op_samples as samples
 import torch
 import triton
 from torch._functorch.aot_autograd import aot_export_module
@@ -18,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from testing import op_samples as samples
 from tokenprune_kernels import _triton
 
 from .record import Driver

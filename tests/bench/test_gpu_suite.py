@@ -20,8 +20,8 @@ from bench.gpu_suite.costs import floor_seconds, predicted_rates
 from bench.gpu_suite.device import Host
 from bench.gpu_suite.rows import all_rows
 from bench.gpu_suite.run import summarize
+from testing import ROOT
 
-ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "bench.gpu_suite", "--dry-run"]
 
 
@@ -261,7 +261,7 @@ def test_the_build_here_asks_for_this_gpu_only(tmp_path: Path, monkeypatch: pyte
 def test_a_bare_checkout_finds_its_references(tmp_path: Path) -> None:
     """Without an installation nothing maps tokenprune_kernels.reference to python_ref/."""
     program = "import bench.gpu_suite, tokenprune_kernels as tp; print(tp.reference.__file__)"
-    places = [p for p in sys.path if p and Path(p).resolve() not in (ROOT, ROOT / "tests")]
+    places = [p for p in sys.path if p and Path(p).resolve() != ROOT]
     # -S: site-packages' import hooks stay away, which would find the references of an editable installation.
     done = subprocess.run(
         [sys.executable, "-S", "-c", program], cwd=ROOT, capture_output=True, text=True, check=False,

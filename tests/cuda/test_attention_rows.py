@@ -4,15 +4,15 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import emulator
 import pytest
 import torch
-from cases import NO_EMULATOR, assert_as_good_as_torch, dtypes_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import emulator
 import tokenprune_kernels as tp
+from testing.cases import NO_EMULATOR, assert_as_good_as_torch, dtypes_of
 
 pytestmark = pytest.mark.skipif(NO_EMULATOR is not None, reason=str(NO_EMULATOR))
 over_dtypes = pytest.mark.parametrize("dtype", dtypes_of("emulator"), ids=lambda d: str(d).removeprefix("torch."))

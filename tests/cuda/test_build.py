@@ -2,22 +2,16 @@
 kernels were written for. Needs the build in place that `make build` leaves behind, and no GPU."""
 
 import functools
-import importlib.util
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from cuda_tools import cuobjdump
 
-ROOT = Path(__file__).parent.parent
-spec = importlib.util.spec_from_file_location("cuda_resources", ROOT / "scripts" / "cuda_resources.py")
-assert spec is not None
-assert spec.loader is not None
-resources = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(resources)
+from scripts import cuda_resources as resources
+from testing.cuda_tools import cuobjdump
+
 Kernel, Usage = resources.Kernel, resources.Usage
 
 # What machine code has to contain, and why.

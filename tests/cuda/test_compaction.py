@@ -7,15 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import emulator
 import pytest
 import torch
-from cases import NO_EMULATOR
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import emulator
 import tokenprune_kernels as tp
+from testing import ROOT
+from testing.cases import NO_EMULATOR
 
 pytestmark = pytest.mark.skipif(NO_EMULATOR is not None, reason=str(NO_EMULATOR))
 module = emulator.load() if NO_EMULATOR is None else None
@@ -362,7 +363,7 @@ def test_checked_indices_raise(tmp_path: Path):
     )
     environment = {**os.environ, "TOKENPRUNE_CHECK_INDICES": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=Path(__file__).parent, env=environment, capture_output=True, text=True,
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True,
         timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-import emulator
 import pytest
 import torch
-from cases import NO_EMULATOR
-from emulator import build
 from torch import Tensor
+
+import emulator
+from emulator import build
+from testing.cases import NO_EMULATOR
 
 pytestmark = pytest.mark.skipif(shutil.which(os.environ.get("CXX") or "g++") is None, reason="no C++ compiler")
 

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
-import emulator
 import pytest
 import torch
 from torch import Tensor
+
+import emulator
 
 pytestmark = pytest.mark.skipif(shutil.which(os.environ.get("CXX") or "g++") is None, reason="no C++ compiler")
 

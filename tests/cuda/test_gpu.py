@@ -8,21 +8,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import gpu_backend
-import op_samples as samples
 import pytest
 import torch
-from cases import NO_GPU
-from op_samples import OPS, SAMPLE_IDS, SAMPLES, SELECTING, Sizes, make, map_tensors, positional
 from torch import Tensor
 
 import tokenprune_kernels as tp
 from bench.gpu_suite import checks
 from bench.gpu_suite.device import Device, flat, pick
 from bench.gpu_suite.samples import function, on_device
+from testing import ROOT, gpu_backend
+from testing import op_samples as samples
+from testing.cases import NO_GPU
+from testing.op_samples import OPS, SAMPLE_IDS, SAMPLES, SELECTING, Sizes, make, map_tensors, positional
 
 pytestmark = pytest.mark.skipif(NO_GPU is not None, reason=f"no GPU: {NO_GPU}")
 REAL = not gpu_backend.EMULATED
@@ -30,7 +29,6 @@ real = pytest.mark.skipif(not REAL, reason="only a GPU can show it")
 over_samples = pytest.mark.parametrize(("op", "name"), SAMPLES, ids=SAMPLE_IDS)
 over_ops = pytest.mark.parametrize("op", OPS)
 over_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-ROOT = Path(__file__).parent.parent
 INDEXED = tuple((op, n) for op, n in SAMPLES if samples.INDEX_INPUTS & set(make(op, n).arguments))
 
 
@@ -162,9 +160,10 @@ def test_bad_indices_count_as_no_entry(op: str, name: str, device: Device, sampl
 
 CHECKED = """
 import sys
-import bench.gpu_suite, op_samples
+import bench.gpu_suite
 from bench.gpu_suite.device import pick
 from bench.gpu_suite.samples import function, on_device
+from testing import op_samples
 device = pick()
 for word in sys.argv[1:]:
     op, name = word.split("-")

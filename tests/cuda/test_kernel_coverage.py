@@ -1,15 +1,14 @@
 """scripts/kernel_coverage.py finds lines and instantiations that no test ran."""
 
-import importlib.util
 import os
 import shutil
 import subprocess
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from scripts import kernel_coverage as script
+
 COMPILER = os.environ.get("CXX") or "g++"
 pytestmark = pytest.mark.skipif(
     shutil.which(COMPILER) is None or shutil.which("gcov") is None, reason="no g++ with gcov"
@@ -26,17 +25,7 @@ int sign(T x) {
 """
 
 
-@pytest.fixture
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("kernel_coverage", ROOT / "scripts" / "kernel_coverage.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def run_gaps(script: ModuleType, folder: Path, body: str, runs: int = 1) -> list[str]:
+def run_gaps(folder: Path, body: str, runs: int = 1) -> list[str]:
     """The gaps that a program leaves in kernels/sign.cuh; it takes a number of arguments as input."""
     kernels, counts, copy = folder / "kernels", folder / "counts", folder / "copy"
     for each in (kernels, counts, copy):
@@ -52,41 +41,39 @@ def run_gaps(script: ModuleType, folder: Path, body: str, runs: int = 1) -> list
     return script.gaps(script.gcov_files(counts, copy), kernels, folder)
 
 
-def test_full_coverage_has_no_gaps(script, tmp_path):
-    assert run_gaps(script, tmp_path, "return sign(n) + sign(-n) + sign(-1.0 * n) + 1;") == []
+def test_full_coverage_has_no_gaps(tmp_path):
+    assert run_gaps(tmp_path, "return sign(n) + sign(-n) + sign(-1.0 * n) + 1;") == []
 
 
-def test_counts_of_several_processes_add_up(script, tmp_path):
+def test_counts_of_several_processes_add_up(tmp_path):
     """The first run has one argument, the second two."""
-    assert run_gaps(script, tmp_path, "return n == 1 ? sign(-n) + 1 : sign(n) - 1;", runs=2) == []
+    assert run_gaps(tmp_path, "return n == 1 ? sign(-n) + 1 : sign(n) - 1;", runs=2) == []
 
 
-def test_a_line_that_never_ran_is_named(script, tmp_path):
-    assert run_gaps(script, tmp_path, "return sign(n) - 1;") == [
-        "kernels/sign.cuh:6: never executed: return negatives = -1;"
-    ]
+def test_a_line_that_never_ran_is_named(tmp_path):
+    assert run_gaps(tmp_path, "return sign(n) - 1;") == ["kernels/sign.cuh:6: never executed: return negatives = -1;"]
 
 
-def test_exempted_lines_are_not_named(script, tmp_path, monkeypatch):
+def test_exempted_lines_are_not_named(tmp_path, monkeypatch):
     monkeypatch.setitem(script.EXEMPT, ("sign.cuh", "negatives = -1"), "for the test")
-    assert run_gaps(script, tmp_path, "return sign(n) - 1;") == []
+    assert run_gaps(tmp_path, "return sign(n) - 1;") == []
 
 
-def test_an_instantiation_that_never_ran_is_named(script, tmp_path):
+def test_an_instantiation_that_never_ran_is_named(tmp_path):
     """Its lines ran with another type."""
-    (gap,) = run_gaps(script, tmp_path, "return (n > 9 ? sign(1.0 * n) : sign(n) + sign(-n));")
+    (gap,) = run_gaps(tmp_path, "return (n > 9 ? sign(1.0 * n) : sign(n) + sign(-n));")
     assert gap == "kernels/sign.cuh:4: this instantiation never ran: int sign<double>(double)"
 
 
-def test_a_header_that_nothing_includes_is_named(script, tmp_path):
+def test_a_header_that_nothing_includes_is_named(tmp_path):
     kernels = tmp_path / "kernels"
-    found = run_gaps(script, tmp_path, "return sign(n) + sign(-n);")
+    found = run_gaps(tmp_path, "return sign(n) + sign(-n);")
     assert found == []
     (kernels / "forgotten.cuh").write_text("int f() {\n  return 1;\n}\n")
     files = script.gcov_files(tmp_path / "counts", tmp_path / "copy")
     assert script.gaps(files, kernels, tmp_path) == ["kernels/forgotten.cuh: no test compiles and runs anything of it"]
 
 
-def test_no_counts_at_all_are_an_error(script, tmp_path):
+def test_no_counts_at_all_are_an_error(tmp_path):
     with pytest.raises(SystemExit, match="did the emulated tests run"):
         script.gaps([], tmp_path)

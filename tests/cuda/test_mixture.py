@@ -2,16 +2,16 @@
 
 import math
 
-import emulator
 import pytest
 import torch
-from cases import NO_EMULATOR, dtypes_of
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import emulator
 import tokenprune_kernels as tp
+from testing.cases import NO_EMULATOR, dtypes_of
 
 pytestmark = pytest.mark.skipif(NO_EMULATOR is not None, reason=str(NO_EMULATOR))
 module = emulator.load() if NO_EMULATOR is None else None

@@ -6,13 +6,13 @@ Sums of 4096 products of one sign, where what is cut off adds up. One accumulato
 import math
 from collections.abc import Callable
 
-import emulator
 import pytest
 import torch
-from cases import NO_EMULATOR
 from torch import Tensor
 
+import emulator
 import tokenprune_kernels as tp
+from testing.cases import NO_EMULATOR
 
 pytestmark = pytest.mark.skipif(NO_EMULATOR is not None, reason=str(NO_EMULATOR))
 module = emulator.load() if NO_EMULATOR is None else None

@@ -4,16 +4,16 @@ import itertools
 import math
 from typing import Any
 
-import emulator
 import numpy as np
 import pytest
 import torch
-from cases import DTYPES, NO_EMULATOR
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import emulator
 import tokenprune_kernels as tp
+from testing.cases import DTYPES, NO_EMULATOR
 
 pytestmark = pytest.mark.skipif(NO_EMULATOR is not None, reason=str(NO_EMULATOR))
 module = emulator.load() if NO_EMULATOR is None else None

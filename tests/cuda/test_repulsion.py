@@ -3,18 +3,18 @@
 from collections.abc import Iterator
 from typing import Any
 
-import emulator
 import pytest
-import test_repulsion as common
 import torch
-from cases import DTYPES, NO_EMULATOR, over_dtypes
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from test_repulsion import exact_case, exact_features, over_aggregates, over_potentials, same
 from torch import Tensor
 
+import emulator
 import tokenprune_kernels as tp
+from testing.cases import DTYPES, NO_EMULATOR, over_dtypes
+from tests.ops import test_repulsion as common
+from tests.ops.test_repulsion import exact_case, exact_features, over_aggregates, over_potentials, same
 from tokenprune_kernels import reference
 
 pytestmark = pytest.mark.skipif(NO_EMULATOR is not None, reason=str(NO_EMULATOR))

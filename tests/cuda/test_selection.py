@@ -1,14 +1,14 @@
 """The selection kernels on the CUDA emulator: launches, regimes, boundaries between threads, warps and blocks."""
 
-import emulator
 import pytest
 import torch
-from cases import NO_EMULATOR
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import emulator
 import tokenprune_kernels as tp
+from testing.cases import NO_EMULATOR
 
 pytestmark = pytest.mark.skipif(NO_EMULATOR is not None, reason=str(NO_EMULATOR))
 module = emulator.load() if NO_EMULATOR is None else None

@@ -2,12 +2,12 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
-import emulator
 import pytest
 import torch
-from cases import NO_EMULATOR
 
+import emulator
 import tokenprune_kernels as tp
+from testing.cases import NO_EMULATOR
 
 pytestmark = pytest.mark.skipif(NO_EMULATOR is not None, reason=str(NO_EMULATOR))
 module = emulator.load() if NO_EMULATOR is None else None

@@ -10,17 +10,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from demo_case import MISSING, NAMES, demo, refused
 
 import tokenprune_kernels as tp
+from tests.demo.case import MISSING, NAMES, demo, refused
 from tokenprune_kernels.__main__ import EXTRAS, main
 
 if not MISSING:
     import numpy as np
     from PIL import Image
     from rich.console import Console
-    from vlm import saved
 
+    from tests.transformers.vlm import saved
     from tokenprune_kernels.demo import DemoError, answers, checkpoint, example, options, report, run
     from tokenprune_kernels.integrations.transformers import prune_visual_tokens
 
@@ -48,7 +48,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return example.FOLDER
     pytest.importorskip("skimage")
     pytest.importorskip("sklearn")
-    from bench.vqa import model
+    from studies.vqa import model
 
     folder = tmp_path_factory.mktemp("models") / example.NAME
     model.save(model.build(), folder)

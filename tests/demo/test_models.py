@@ -8,15 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from demo_case import MISSING, NAMES, demo, refused
+
+from tests.demo.case import MISSING, NAMES, demo, refused
 
 if MISSING:
     pytest.skip(f"the demo's extras are not installed: {', '.join(MISSING)}", allow_module_level=True)
 
 import numpy as np
 from PIL import Image
-from vlm import saved
 
+from tests.transformers.vlm import saved
 from tokenprune_kernels.demo import checkpoint
 
 

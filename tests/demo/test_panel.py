@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from demo_case import MISSING, NAMES
+
+from tests.demo.case import MISSING, NAMES
 
 if MISSING:
     pytest.skip(f"the demo's extras are not installed: {', '.join(MISSING)}", allow_module_level=True)

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cases import dtypes_of
 from torch import Tensor
-from transcriptions import NearTieError
 
+from testing.cases import dtypes_of
+from tests.methods.transcriptions import NearTieError
 from tokenprune_kernels.methods import Selection
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # float16 adds nothing: arithmetic is float32 as for bfloat16

@@ -6,9 +6,19 @@ import numpy as np
 import pytest
 import torch
 import transcriptions
-from cases import over_backends
-from method_inputs import Prompt, assert_close, assert_selected, batch, decided, over_dtypes, prompt, ragged, widest
 
+from testing.cases import over_backends
+from tests.methods.inputs import (
+    Prompt,
+    assert_close,
+    assert_selected,
+    batch,
+    decided,
+    over_dtypes,
+    prompt,
+    ragged,
+    widest,
+)
 from tokenprune_kernels.methods import adaptprune
 
 

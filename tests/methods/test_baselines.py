@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 import transcriptions
-from cases import interpreted, over_backends
-from method_inputs import Prompt, assert_close, assert_selected, batch, decided, over_dtypes, prompt, ragged
 
+from testing.cases import interpreted, over_backends
+from tests.methods.inputs import Prompt, assert_close, assert_selected, batch, decided, over_dtypes, prompt, ragged
 from tokenprune_kernels.methods import divprune, fastv, random
 
 

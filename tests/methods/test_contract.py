@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BACKENDS, over_backends
-from method_inputs import Batch, batch, prompt, ragged
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from testing.cases import BACKENDS, over_backends
+from tests.methods.inputs import Batch, batch, prompt, ragged
 from tokenprune_kernels import methods
 from tokenprune_kernels.methods import Selection
 

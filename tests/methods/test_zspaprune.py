@@ -3,9 +3,9 @@
 import pytest
 import torch
 import transcriptions
-from cases import over_backends
-from method_inputs import Prompt, assert_close, assert_selected, batch, decided, over_dtypes, prompt, ragged
 
+from testing.cases import over_backends
+from tests.methods.inputs import Prompt, assert_close, assert_selected, batch, decided, over_dtypes, prompt, ragged
 from tokenprune_kernels.methods import zspaprune
 
 

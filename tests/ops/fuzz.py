@@ -1,6 +1,6 @@
 """Malformed calls of every op, each made from one number; test_fuzz.py runs them in processes of their own.
 
-    python tests/fuzz.py SEED COUNT [FILE]
+    python -m tests.ops.fuzz SEED COUNT [FILE]
 
 makes the calls of COUNT numbers from SEED on. Each has to return usable memory or to raise one of five errors, and well
 formed calls in between have to work. FILE holds the number of the current call, also after a crash.
@@ -20,14 +20,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import op_samples as samples
 import torch
-from op_samples import OPS, SAMPLES, Call, Sizes, make, outputs, positional
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 import tokenprune_kernels as tp
+from testing import op_samples as samples
+from testing.op_samples import OPS, SAMPLES, Call, Sizes, make, outputs, positional
 
 ALLOWED = (RuntimeError, IndexError, ValueError, TypeError, MemoryError)
 DTYPES = (

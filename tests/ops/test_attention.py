@@ -1,6 +1,6 @@
 """The attention ops against the reference in float64, and what is special to them: masks, reductions, edge values.
 
-Tolerance (tests/cases.py): the error is at most twice that of the reference run on the inputs as they are, plus 16
+Tolerance (testing/cases.py): the error is at most twice that of the reference run on the inputs as they are, plus 16
 units in the last place of the largest value times the largest log-sum-exp: the rounding of a logit, which grows with
 the logit, is the relative error of its probability. The sums over dimension, keys and heads are ordered differently.
 """
@@ -12,7 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import tokenprune_kernels as tp
+from testing.cases import (
     GPU_BACKENDS,
     assert_as_good_as_torch,
     compiled,
@@ -21,11 +26,6 @@ from cases import (
     over_dtypes,
     run_with_capability,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
-
-import tokenprune_kernels as tp
 
 INF = math.inf
 HEADS = ("mean", "sum", "max", "none")

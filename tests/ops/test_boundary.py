@@ -8,18 +8,18 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import op_samples as samples
 import pytest
 import torch
-from cases import BACKENDS, NO_EMULATOR, NO_TRITON, interpreted, over_backends
-from op_samples import OPS, SAMPLE_IDS, SAMPLES, Call, Sizes, make, map_tensors, outputs, positional, run
-from test_contract import assert_same
-from test_errors import RICHEST, _rich
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import tokenprune_kernels as tp
+from testing import op_samples as samples
+from testing.cases import BACKENDS, NO_EMULATOR, NO_TRITON, interpreted, over_backends
+from testing.op_samples import OPS, SAMPLE_IDS, SAMPLES, Call, Sizes, make, map_tensors, outputs, positional, run
+from tests.ops.test_contract import assert_same
+from tests.ops.test_errors import RICHEST, _rich
 from tokenprune_kernels import _backend, _checks, _triton
 
 over_ops = pytest.mark.parametrize("op", OPS)

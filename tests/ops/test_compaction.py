@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from cases import BACKENDS, GPU_BACKENDS, over_backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import forward_ad
 
 import tokenprune_kernels as tp
+from testing.cases import BACKENDS, GPU_BACKENDS, over_backends
 
 op = torch.ops.tokenprune.gather_compact
 needs_binary = pytest.mark.skipif("cpu" not in BACKENDS, reason="without the compiled library only the reference runs")

@@ -6,12 +6,25 @@ argument errors in test_errors.py.
 
 from dataclasses import replace
 
-import op_samples as samples
 import pytest
 import torch
-from cases import BACKENDS, assert_as_good_as_torch, over_backends, over_dtypes
-from op_samples import OPS, OUTPUTS, SAMPLE_IDS, SAMPLES, SELECTING, SIZES_OF, Call, Sizes, make, map_tensors, run
 from torch import Tensor
+
+from testing import op_samples as samples
+from testing.cases import BACKENDS, assert_as_good_as_torch, over_backends, over_dtypes
+from testing.op_samples import (
+    OPS,
+    OUTPUTS,
+    SAMPLE_IDS,
+    SAMPLES,
+    SELECTING,
+    SIZES_OF,
+    Call,
+    Sizes,
+    make,
+    map_tensors,
+    run,
+)
 
 over_samples = pytest.mark.parametrize(("op", "name"), SAMPLES, ids=SAMPLE_IDS)
 over_ops = pytest.mark.parametrize("op", OPS)

@@ -3,13 +3,14 @@
 import functools
 import os
 
-import op_samples as samples
 import pytest
 import torch
-from cases import dtypes_of, interpreted, over_backends
-from op_samples import Sizes, make, map_tensors, run
-from test_contract import COMPILED, assert_same, assert_same_bits, bits, over_ops, over_samples, with_floats
 from torch import Tensor
+
+from testing import op_samples as samples
+from testing.cases import dtypes_of, interpreted, over_backends
+from testing.op_samples import Sizes, make, map_tensors, run
+from tests.ops.test_contract import COMPILED, assert_same, assert_same_bits, bits, over_ops, over_samples, with_floats
 
 
 def _sliced(t: Tensor) -> Tensor:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import BACKENDS
 
 import tokenprune_kernels as tp
+from testing import ROOT
+from testing.cases import BACKENDS
 
-ROOT = Path(__file__).parent.parent
+TEAM = Path(__file__).with_name("team")
 CXX = os.environ.get("CXX", "g++").split()
 
 needs_compiler = pytest.mark.skipif(shutil.which(CXX[0]) is None, reason=f"needs {CXX[0]}")
@@ -37,9 +38,9 @@ void GOMP_parallel(void (*f)(void*), void* data, unsigned threads, unsigned flag
 def team(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program that checks the team, under ThreadSanitizer."""
     program = tmp_path_factory.mktemp("team") / "team"
-    include = [f"-I{ROOT / 'tests' / 'team' / 'include'}", f"-I{ROOT / 'csrc'}"]
+    include = [f"-I{TEAM / 'include'}", f"-I{ROOT / 'csrc'}"]
     flags = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", "-Wall", "-Wextra", "-Werror"]
-    subprocess.run([*CXX, *flags, *include, str(ROOT / "tests/team/main.cpp"), "-o", str(program)], check=True)
+    subprocess.run([*CXX, *flags, *include, str(TEAM / "main.cpp"), "-o", str(program)], check=True)
     return program
 
 
@@ -82,7 +83,8 @@ def test_threads_meet_once_in_a_call(tmp_path: Path) -> None:
     subprocess.run([*CXX, "-x", "c", "-shared", "-fPIC", str(tmp_path / "counter.c"), "-o", str(counter), "-ldl",
                     "-D_GNU_SOURCE"], check=True)  # fmt: skip
     script = f"""
-import ctypes, torch, test_cpu_threads as here
+import ctypes, torch
+from tests.ops import test_cpu_threads as here
 regions = ctypes.CDLL({str(counter)!r}).parallel_regions
 torch.set_num_threads(2)
 torch.ones(1 << 20).exp_()
@@ -95,6 +97,6 @@ for kind in here.KINDS:
 """
     environment = {**os.environ, "LD_PRELOAD": str(counter), "OMP_NUM_THREADS": "2"}
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["1"] * len(KINDS)

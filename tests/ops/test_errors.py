@@ -3,13 +3,13 @@
 import itertools
 from collections.abc import Iterator
 
-import op_samples as samples
 import pytest
 import torch
-from cases import BACKENDS, GPU_BACKENDS, over_backends
-from op_samples import OPS, Call, Sizes, make, run, run_op, with_arguments
 
 import tokenprune_kernels as tp
+from testing import op_samples as samples
+from testing.cases import BACKENDS, GPU_BACKENDS, over_backends
+from testing.op_samples import OPS, Call, Sizes, make, run, run_op, with_arguments
 
 over_ops = pytest.mark.parametrize("op", OPS)
 RICHEST = {op: list(samples.FACTORIES[op])[-1] for op in OPS} | {

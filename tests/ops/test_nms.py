@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tokenprune_kernels as tp
-from tests.cases import (
+from testing.cases import (
     BACKENDS,
     GPU_BACKENDS,
     compiled,
@@ -390,8 +390,8 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 
 PER_CAPABILITY = """
 import json, torch, tokenprune_kernels as tp
-from tests.cases import DTYPES
-from tests.test_nms import clustered, error_of, grid, reference
+from testing.cases import DTYPES
+from tests.ops.test_nms import clustered, error_of, grid, reference
 torch.manual_seed(0)
 report = []
 for dtype in DTYPES:

@@ -3,17 +3,17 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
-from cases import compiled
-from op_samples import OPS
+from testing import ROOT
+from testing.cases import compiled
+from testing.op_samples import OPS
 
 # In a process of its own, whose address space ends a little above what it has. Every large allocation is a mapping of
 # its own, so that the limit holds for each; the threads are there before the limit is.
 SCRIPT = r"""
 import re, resource, torch
-import op_samples as samples
-from op_samples import OPS, Sizes, make, run_op
+from testing import op_samples as samples
+from testing.op_samples import OPS, Sizes, make, run_op
 
 ATTENTION = Sizes(batch=2, tokens=1500, rows=90, channels=16, heads=8, kv_heads=8, listed=900)
 SELECTION = Sizes(batch=5, tokens=50_000, k=30_000)
@@ -64,11 +64,10 @@ for op in OPS:
 @compiled
 def test_failed_allocations_name_the_op_and_what_it_wanted() -> None:
     environment = {
-        **os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "2",
-        "PYTHONPATH": str(Path(__file__).parent),
+        **os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "2"
     }  # fmt: skip
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, cwd=Path(__file__).parent.parent,
+        [sys.executable, "-c", SCRIPT], env=environment, cwd=ROOT,
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr[-3000:]

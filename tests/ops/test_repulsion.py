@@ -3,21 +3,19 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
-import gpu_backend
 import pytest
 import torch
-from cases import DTYPES, GPU_BACKENDS, compiled, dtypes_of, over_backends, over_capabilities, over_dtypes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import tokenprune_kernels as tp
+from testing import ROOT, gpu_backend
+from testing.cases import DTYPES, GPU_BACKENDS, compiled, dtypes_of, over_backends, over_capabilities, over_dtypes
 from tokenprune_kernels import reference
 
-ROOT = Path(__file__).resolve().parent.parent
 over_aggregates = pytest.mark.parametrize("aggregate", ["max", "sum"])
 over_potentials = pytest.mark.parametrize("potential", ["cosine", "riesz", "gaussian"])
 

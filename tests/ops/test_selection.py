@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from cases import BACKENDS, DTYPES, assert_as_good_as_torch, dtypes_of, over_backends, over_dtypes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import tokenprune_kernels as tp
+from testing.cases import BACKENDS, DTYPES, assert_as_good_as_torch, dtypes_of, over_backends, over_dtypes
 
 NAN, INF = float("nan"), float("inf")
 # Few values, exact in every dtype: ties, signed zeros, infinities, NaN, small neighbours of zero.

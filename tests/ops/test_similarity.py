@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tokenprune_kernels as tp
-from tests.cases import (
+from testing.cases import (
     BACKENDS,
     GPU_BACKENDS,
     assert_as_good_as_torch,
@@ -268,8 +268,8 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> N
 
 PER_CAPABILITY = """
 import json, torch
-from tests.cases import DTYPES
-from tests.test_similarity import REDUCTIONS, check_contrastive, check_cosine, index_list
+from testing.cases import DTYPES
+from tests.ops.test_similarity import REDUCTIONS, check_contrastive, check_cosine, index_list
 torch.manual_seed(0)
 for dtype in DTYPES:
     for channels in (1, 72, 270):

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import tokenprune_kernels as tp
+from testing import ROOT
 
-TESTS = Path(__file__).parent
-OBJECTS = sorted((TESTS.parent / "build").glob("temp*/**/*.o"))
+OBJECTS = sorted((ROOT / "build").glob("temp*/**/*.o"))
 SIMD = [o for o in OBJECTS if o.parent.name == "simd"]
 needs_library = pytest.mark.skipif(tp.config()["backends"]["cpu"] is not None, reason="no compiled library here")
 needs_objects = pytest.mark.skipif(
@@ -42,15 +42,13 @@ def test_every_capability_agrees_with_the_reference(capability: str) -> None:
     """In a process of its own, because the choice is made once. Exact indices, floats by the tolerance rule."""
     environment = {**os.environ, "TOKENPRUNE_CPU_CAPABILITY": capability}
     ask = "import tokenprune_kernels as tp; print(tp.config()['compiled library']['cpu_capability'])"
-    chosen = subprocess.run(
-        [sys.executable, "-c", ask], env=environment, cwd=TESTS.parent, capture_output=True, text=True
-    )
+    chosen = subprocess.run([sys.executable, "-c", ask], env=environment, cwd=ROOT, capture_output=True, text=True)
     if chosen.stdout.strip() != capability:
         pytest.skip(f"this machine has no {capability}: it chose {chosen.stdout.strip()}")
     wanted = "(agrees_with or odd_dimensions or nan_feature or masked_padding) and cpu"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", wanted]
     done = subprocess.run(
-        [*command, "test_contract.py"], env=environment, cwd=TESTS, capture_output=True, text=True, timeout=300
+        [*command, "tests/ops/test_contract.py"], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
@@ -59,9 +57,7 @@ def test_every_capability_agrees_with_the_reference(capability: str) -> None:
 def test_an_unknown_capability_is_ignored() -> None:
     ask = "import tokenprune_kernels as tp; print(tp.config()['compiled library']['cpu_capability'])"
     environment = {**os.environ, "TOKENPRUNE_CPU_CAPABILITY": "avx1024"}
-    chosen = subprocess.run(
-        [sys.executable, "-c", ask], env=environment, cwd=TESTS.parent, capture_output=True, text=True
-    )
+    chosen = subprocess.run([sys.executable, "-c", ask], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert (
         chosen.stdout.strip() == tp.config()["compiled library"]["cpu_capability"]
         or "TOKENPRUNE_CPU_CAPABILITY" in os.environ

@@ -14,7 +14,8 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from testing import ROOT
+
 SWITCHES = ("TOKENPRUNE_CPU", "TOKENPRUNE_CUDA", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "CXX", "CXXFLAGS", "LDFLAGS")
 OBJECTS = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 
@@ -173,7 +174,8 @@ def test_sdist_has_everything_that_a_build_and_the_tests_need(tmp_path: Path) ->
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
-    folders = ("csrc", "python_ref", "tokenprune_kernels", "tests", "bench", "scripts")
+    folders = ("csrc", "python_ref", "tokenprune_kernels", "testing", "tests", "emulator", "bench", "studies",
+               "scripts")  # fmt: skip
     wanted = {
         str(f.relative_to(ROOT))
         for folder in folders

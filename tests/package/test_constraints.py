@@ -2,13 +2,13 @@
 
 import importlib.metadata
 import re
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).parent.parent
+from testing import ROOT
+
 CONSTRAINTS = ROOT / "constraints.txt"
 
 if not CONSTRAINTS.exists():

@@ -3,16 +3,16 @@
 import threading
 from collections.abc import Iterator
 
-import op_samples as samples
 import pytest
 import torch
-from cases import BACKENDS, GPU_BACKENDS
-from op_samples import OPS, SAMPLE_IDS, SAMPLES, Call, Sizes, make, map_tensors, outputs, positional, run_op
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import tokenprune_kernels as tp
+from testing import op_samples as samples
+from testing.cases import BACKENDS, GPU_BACKENDS
+from testing.op_samples import OPS, SAMPLE_IDS, SAMPLES, Call, Sizes, make, map_tensors, outputs, positional, run_op
 
 over_samples = pytest.mark.parametrize(("op", "name"), SAMPLES, ids=SAMPLE_IDS)
 over_ops = pytest.mark.parametrize("op", OPS)

@@ -5,7 +5,6 @@ import importlib
 import inspect
 import pkgutil
 import re
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 import tokenprune_kernels as tp
+from testing import ROOT
 
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
@@ -46,12 +46,11 @@ def test_examples_run(name: str) -> None:
 
 def test_examples_of_the_readme_run() -> None:
     """The one that prunes a vision-language model runs on a small random one."""
-    from vlm.models import llava
+    from tests.transformers.vlm.models import llava
 
-    readme = Path(__file__).resolve().parent.parent / "README.md"
     prompts = llava()
     names: dict[str, Any] = {"model": prompts.model, "inputs": prompts.inputs}
-    for example in re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL):
+    for example in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
         exec(example, names)
     assert names["kept"].shape == (1, 910, 3584)
     assert names["selection"].counts.tolist() == [910]

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 import tokenprune_kernels as tp
-
-ROOT = Path(__file__).parent.parent
+from testing import ROOT
 
 
 def run(name: str) -> str:

@@ -5,28 +5,26 @@ import os
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 
 import tokenprune_kernels as tp
+from testing import ROOT
 from tokenprune_kernels import _registry
 from tokenprune_kernels._schemas import PRIVATE_SCHEMAS, SCHEMAS
 
-TESTS = Path(__file__).parent
 over_ops = pytest.mark.parametrize("op", SCHEMAS)
 needs_library = pytest.mark.skipif(tp.config()["backends"]["cpu"] is not None, reason="no compiled library here")
 SCORES = torch.tensor([[0.1, 0.9, 0.5]])
 
 
 def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """A fresh interpreter in the folder of the tests."""
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    """A fresh interpreter in the root of the checkout."""
     return subprocess.run(
         [sys.executable, *arguments],
-        env={**os.environ, "PYTHONPATH": paths, **environment},
-        cwd=TESTS,
+        env={**os.environ, **environment},
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
@@ -92,7 +90,7 @@ def test_argument_wins_over_use_backend() -> None:
 
 @pytest.mark.parametrize("op", SCHEMAS)
 def test_every_function_honours_use_backend(op: str) -> None:
-    import op_samples as samples
+    from testing import op_samples as samples
 
     call = samples.make(op)
     args, kwargs = samples.positional(call)
@@ -270,7 +268,9 @@ except tp.BackendUnavailableError as error:
 def test_without_the_library_the_contract_holds() -> None:
     chosen = "may_be_zero or beyond_the_tokens or no_gradient or test_errors or opcheck"
     command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen]
-    files = ["test_contract.py", "test_contract_memory.py", "test_errors.py", "test_dispatch.py"]
+    files = [f"tests/{name}.py" for name in (
+        "ops/test_contract", "ops/test_contract_memory", "ops/test_errors", "package/test_dispatch"
+    )]  # fmt: skip
     printed = assert_succeeds(
         *command, *files, TOKENPRUNE_TEST_WITHOUT_LIBRARY="1", TOKENPRUNE_TEST_BACKENDS="reference"
     )

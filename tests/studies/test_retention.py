@@ -1,25 +1,23 @@
 """The retention benchmark: statistics by hand, runs that are what a user gets, and a page made of its results file."""
 
-from pathlib import Path
-
 import pytest
 import torch
+
+from testing import ROOT
 
 pytest.importorskip("sklearn", reason="scikit-learn, which has the handwritten digits, is not installed")
 pytest.importorskip("skimage", reason="scikit-image, which has the photographs, is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib, which draws the plot, is not installed")
 
-from bench.pages import section
-from bench.retention import page, results, statistics, timing
-from bench.retention.measure import KEEPS, METHODS, SEEDS, TOKENS, UNPRUNED, Outcome, Run, measure, runs
-from bench.vqa import model as tiny
-from bench.vqa.evaluate import Item, answered, batches, items, needed
-from bench.vqa.questions import FAMILIES
-from bench.vqa.scene import KINDS, PATCH, scene
+from studies.retention import page, results, statistics, timing
+from studies.retention.measure import KEEPS, METHODS, SEEDS, TOKENS, UNPRUNED, Outcome, Run, measure, runs
+from studies.vqa import model as tiny
+from studies.vqa.evaluate import Item, answered, batches, items, needed
+from studies.vqa.questions import FAMILIES
+from studies.vqa.scene import KINDS, PATCH, scene
+from testing.pages import section
 from tokenprune_kernels.integrations.transformers import prune_visual_tokens
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -154,19 +152,19 @@ def test_timing_covers_every_run_once(model, asked):
 
 
 def test_committed_page_is_made_of_the_committed_results():
-    table = results.load(ROOT / "bench" / "results" / "retention.json")
+    table = results.load(ROOT / "studies" / "results" / "retention.json")
     text = (ROOT / "docs" / "retention.md").read_text()
     for name, content in page.sections(table).items():
-        assert section(text, name) == content, f"run: python -m bench.retention --page-only ({name})"
+        assert section(text, name) == content, f"run: python -m studies.retention --page-only ({name})"
 
 
 def test_committed_results_are_those_of_the_committed_weights():
     """A few of the questions once more, all methods at 22.2%: the same answers are right, up to float32 rounding."""
-    table = results.load(ROOT / "bench" / "results" / "retention.json")
+    table = results.load(ROOT / "studies" / "results" / "retention.json")
     per_family = len(table.families) // len(FAMILIES)
-    from bench.vqa.evaluate import load
+    from studies.vqa.evaluate import load
 
-    weights = load(ROOT / "models" / "tiny-llava-vqa")
+    weights = load(ROOT / "studies" / "models" / "tiny-llava-vqa")
     every = items("test", per_family if per_family < 3 else 3)
     places = [n * per_family + k for n in range(len(FAMILIES)) for k in range(len(every) // len(FAMILIES))]
     chosen = [run for run in runs() if run.keep == 128 and run.method != "random"]

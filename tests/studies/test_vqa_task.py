@@ -9,10 +9,10 @@ pytest.importorskip("sklearn", reason="scikit-learn, which has the handwritten d
 pytest.importorskip("skimage", reason="scikit-image, which has the photographs, is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from bench.vqa import words
-from bench.vqa.questions import FAMILIES, Question, ask, chance
-from bench.vqa.scene import CELL, COLOURS, DIGITS, KINDS, PATCH, Scene, scene
-from bench.vqa.sources import PHOTOS, SPLITS, sources
+from studies.vqa import words
+from studies.vqa.questions import FAMILIES, Question, ask, chance
+from studies.vqa.scene import CELL, COLOURS, DIGITS, KINDS, PATCH, Scene, scene
+from studies.vqa.sources import PHOTOS, SPLITS, sources
 
 SEEDS = range(60)
 

@@ -11,12 +11,12 @@ pytest.importorskip("sklearn", reason="scikit-learn, which has the handwritten d
 pytest.importorskip("skimage", reason="scikit-image, which has the photographs, is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from bench.vqa import model as tiny
-from bench.vqa import optimizer, train, words
-from bench.vqa.batches import GROUND, INK, NONE, SHOWN, Batches, labels, mask, normalised
-from bench.vqa.forward import answer, embed, losses
-from bench.vqa.questions import FAMILIES
-from bench.vqa.scene import KINDS, PATCH, scene
+from studies.vqa import model as tiny
+from studies.vqa import optimizer, train, words
+from studies.vqa.batches import GROUND, INK, NONE, SHOWN, Batches, labels, mask, normalised
+from studies.vqa.forward import answer, embed, losses
+from studies.vqa.questions import FAMILIES
+from studies.vqa.scene import KINDS, PATCH, scene
 
 
 @pytest.fixture(scope="module")

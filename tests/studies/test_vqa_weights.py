@@ -4,23 +4,24 @@ import csv
 import json
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+
+from testing import ROOT
 
 pytest.importorskip("sklearn", reason="scikit-learn, which has the handwritten digits, is not installed")
 pytest.importorskip("skimage", reason="scikit-image, which has the photographs, is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from bench.vqa import model as tiny
-from bench.vqa import train, words
-from bench.vqa.card import EXAMPLE
-from bench.vqa.evaluate import accuracy, by_family, load
-from bench.vqa.questions import FAMILIES
-from bench.vqa.scene import scene
+from studies.vqa import model as tiny
+from studies.vqa import train, words
+from studies.vqa.card import EXAMPLE
+from studies.vqa.evaluate import accuracy, by_family, load
+from studies.vqa.questions import FAMILIES
+from studies.vqa.scene import scene
 
-FOLDER = Path(__file__).resolve().parents[1] / "models" / "tiny-llava-vqa"
+FOLDER = ROOT / "studies" / "models" / "tiny-llava-vqa"
 
 
 def test_everything_fits_into_the_repository():

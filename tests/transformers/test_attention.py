@@ -9,10 +9,18 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from vlm import oracle
-from vlm.checks import CLOSE, IN_MODEL, LAYER, assert_decoded_like_the_oracle, drops_of, generate, layer_of
-from vlm.models import Prompts, llava
 
+from tests.transformers.vlm import oracle
+from tests.transformers.vlm.checks import (
+    CLOSE,
+    IN_MODEL,
+    LAYER,
+    assert_decoded_like_the_oracle,
+    drops_of,
+    generate,
+    layer_of,
+)
+from tests.transformers.vlm.models import Prompts, llava
 from tokenprune_kernels import methods
 from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_tokens
 

@@ -9,9 +9,9 @@ import transformers
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from vlm.checks import LAYER, assert_decoded_like_the_oracle, drops_of, generate, layer_of
-from vlm.models import TEXT, Prompts, llava
 
+from tests.transformers.vlm.checks import LAYER, assert_decoded_like_the_oracle, drops_of, generate, layer_of
+from tests.transformers.vlm.models import TEXT, Prompts, llava
 from tokenprune_kernels import methods
 from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_tokens
 

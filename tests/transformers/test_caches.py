@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vlm import oracle
-from vlm.checks import (
+
+from tests.transformers.vlm import oracle
+from tests.transformers.vlm.checks import (
     CLOSE,
     LAYER,
     assert_decoded_like_the_oracle,
@@ -18,8 +19,7 @@ from vlm.checks import (
     over_four_and_compact,
     renumbered,
 )
-from vlm.models import Prompts, llava, text
-
+from tests.transformers.vlm.models import Prompts, llava, text
 from tokenprune_kernels.integrations.transformers import cache as cache_module
 from tokenprune_kernels.integrations.transformers import prune_visual_tokens
 

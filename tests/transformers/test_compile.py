@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from vlm.checks import CLOSE
-from vlm.models import Prompts, llava
 
+from tests.transformers.vlm.checks import CLOSE
+from tests.transformers.vlm.models import Prompts, llava
 from tokenprune_kernels.integrations.transformers import prune_visual_tokens
 
 BLOCKS: tuple[dict[str, Any], ...] = (

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from vlm import models_qwen
-from vlm.checks import LAYER, assert_decoded_like_the_oracle, drops_of, generate, layer_of
-from vlm.models import Prompts, llava
-from vlm.models_crops import internvl
 
+from tests.transformers.vlm import models_qwen
+from tests.transformers.vlm.checks import LAYER, assert_decoded_like_the_oracle, drops_of, generate, layer_of
+from tests.transformers.vlm.models import Prompts, llava
+from tests.transformers.vlm.models_crops import internvl
 from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_tokens
 
 over_methods = pytest.mark.parametrize("method", ["coast", "adafv", "divprune"])

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vlm import oracle
-from vlm.models import Prompts
-from vlm.models_crops import RAGGED
-from vlm.runs_crops import (
+
+from tests.transformers.vlm import oracle
+from tests.transformers.vlm.models import Prompts
+from tests.transformers.vlm.models_crops import RAGGED
+from tests.transformers.vlm.runs_crops import (
     BATCHES,
     FAMILIES,
     IN_MODEL,
@@ -25,7 +26,6 @@ from vlm.runs_crops import (
     prompts_of,
     pruned,
 )
-
 from tokenprune_kernels import methods
 from tokenprune_kernels.integrations.transformers import METHODS
 

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from vlm.models import Prompts
-from vlm.runs_crops import FAMILIES, generate, layout_in, prompts_of, pruned
+
+from tests.transformers.vlm.models import Prompts
+from tests.transformers.vlm.runs_crops import FAMILIES, generate, layout_in, prompts_of, pruned
 
 
 def layout_for(prompts: Prompts) -> Any:

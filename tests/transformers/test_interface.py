@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
-from vlm.checks import LAYER, layer_of, over_four_and_compact
-from vlm.models import llava
 
+from tests.transformers.vlm.checks import LAYER, layer_of, over_four_and_compact
+from tests.transformers.vlm.models import llava
 from tokenprune_kernels.integrations.transformers import masks, prune_visual_tokens
 from tokenprune_kernels.integrations.transformers.interface import CACHE_NAMES, arguments_of
 

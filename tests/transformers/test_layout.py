@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from vlm.checks import layer_of
-from vlm.models import Prompts, llava
-from vlm.models_crops import internvl
-from vlm.models_towers import pixtral
-from vlm.runs_crops import FAMILIES, generate, prompts_of, pruned
 
+from tests.transformers.vlm.checks import layer_of
+from tests.transformers.vlm.models import Prompts, llava
+from tests.transformers.vlm.models_crops import internvl
+from tests.transformers.vlm.models_towers import pixtral
+from tests.transformers.vlm.runs_crops import FAMILIES, generate, prompts_of, pruned
 from tokenprune_kernels.integrations.transformers import METHODS, families, prune_visual_tokens
 
 ON_LAYOUT = ("sts", "adaptprune")

@@ -5,10 +5,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vlm import oracle
-from vlm.checks import CLOSE, IN_MODEL, LAYER, assert_decoded_like_the_oracle, drops_of, generate, layer_of
-from vlm.models import Prompts, llava
 
+from tests.transformers.vlm import oracle
+from tests.transformers.vlm.checks import (
+    CLOSE,
+    IN_MODEL,
+    LAYER,
+    assert_decoded_like_the_oracle,
+    drops_of,
+    generate,
+    layer_of,
+)
+from tests.transformers.vlm.models import Prompts, llava
 from tokenprune_kernels import methods
 from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_tokens
 

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from vlm import models_qwen
-from vlm.checks import LAYER, layer_of
-from vlm.models import Prompts, llava
-from vlm.models_crops import internvl, llava_next, llava_onevision
 
+from tests.transformers.vlm import models_qwen
+from tests.transformers.vlm.checks import LAYER, layer_of
+from tests.transformers.vlm.models import Prompts, llava
+from tests.transformers.vlm.models_crops import internvl, llava_next, llava_onevision
 from tokenprune_kernels.integrations.transformers import prune_visual_tokens
 
 

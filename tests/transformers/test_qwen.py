@@ -14,10 +14,10 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from vlm import models_qwen as qwen
-from vlm import oracle
-from vlm.models import Prompts
 
+from tests.transformers.vlm import models_qwen as qwen
+from tests.transformers.vlm import oracle
+from tests.transformers.vlm.models import Prompts
 from tokenprune_kernels import methods
 from tokenprune_kernels.integrations.transformers import METHODS, families, prune_visual_tokens
 from tokenprune_kernels.integrations.transformers.adapters.qwen2_vl import frames_of

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from vlm import models_qwen
-from vlm.checks import LAYER, generate, layer_of, over_four, over_four_and_compact
-from vlm.models import Prompts, llava
-from vlm.models_crops import llava_onevision
 
+from tests.transformers.vlm import models_qwen
+from tests.transformers.vlm.checks import LAYER, generate, layer_of, over_four, over_four_and_compact
+from tests.transformers.vlm.models import Prompts, llava
+from tests.transformers.vlm.models_crops import llava_onevision
 from tokenprune_kernels.integrations.transformers import prune_visual_tokens
 
 

@@ -5,12 +5,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from vlm import models_towers, oracle
-from vlm.checks import drops_of, renumbered
-from vlm.models import Prompts, llava
-from vlm.models_crops import RAGGED
-from vlm.runs_crops import IN_MODEL, generate, layout_in, pruned, vision_weights
 
+from tests.transformers.vlm import models_towers, oracle
+from tests.transformers.vlm.checks import drops_of, renumbered
+from tests.transformers.vlm.models import Prompts, llava
+from tests.transformers.vlm.models_crops import RAGGED
+from tests.transformers.vlm.runs_crops import IN_MODEL, generate, layout_in, pruned, vision_weights
 from tokenprune_kernels import methods
 from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_tokens
 

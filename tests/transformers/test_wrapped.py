@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from vlm.checks import generate, layer_of
-from vlm.models import llava
 
+from tests.transformers.vlm.checks import generate, layer_of
+from tests.transformers.vlm.models import llava
 from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_tokens
 
 

@@ -3,15 +3,15 @@
 import math
 from typing import Any
 
-import gpu_backend
 import pytest
 import torch
-from cases import NO_TRITON
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import tokenprune_kernels as tp
+from testing import gpu_backend
+from testing.cases import NO_TRITON
 from tokenprune_kernels import _triton
 
 pytestmark = pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))

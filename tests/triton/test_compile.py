@@ -2,16 +2,16 @@
 memory, spills next to nothing, and multiplies matrices with the instructions made for that."""
 
 import functools
-import importlib.util
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import WANTED
-from cuda_tools import cuobjdump
-from triton_compile.accumulators import MOST, UNBOUNDED, longest
-from triton_compile.results import (
+
+from scripts import triton_resources as resources
+from testing.cases import WANTED
+from testing.cuda_tools import cuobjdump
+from testing.triton_compile.accumulators import MOST, UNBOUNDED, longest
+from testing.triton_compile.results import (
     LOCAL_LIMIT,
     SHARED_LIMIT,
     TARGETS,
@@ -22,17 +22,9 @@ from triton_compile.results import (
     read_amd,
     read_nvidia,
 )
-
 from tokenprune_kernels import _triton
 from tokenprune_kernels._schemas import PRIVATE_SCHEMAS, SCHEMAS
 
-TESTS = Path(__file__).parent
-spec = importlib.util.spec_from_file_location("triton_resources", TESTS.parent / "scripts" / "triton_resources.py")
-assert spec is not None
-assert spec.loader is not None
-resources = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = resources
-spec.loader.exec_module(resources)
 Kernel, Usage = resources.Kernel, resources.Usage
 
 
@@ -79,7 +71,7 @@ def test_every_specialisation_compiles_and_fits_the_target(compiled: Any, target
 def test_every_kernel_is_compiled_for_every_target(compiled: Any, target: str) -> None:
     kernels = {name for name in compiled.report["functions"] if name.endswith("_kernel")}
     reached = {r.kernel for r in compiled.results if r.target == target}
-    assert reached == kernels, "kernels are named *_kernel, and tests/triton_compile/shapes.py launches each"
+    assert reached == kernels, "kernels are named *_kernel, and testing/triton_compile/shapes.py launches each"
 
 
 @compiles

@@ -2,16 +2,16 @@
 
 from typing import Any
 
-import gpu_backend
 import pytest
 import torch
-from cases import NO_TRITON
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_nms import clustered, error_of, grid, one_hot
-from test_repulsion import exact_case, exact_features, over_aggregates, over_potentials, same
 
 import tokenprune_kernels as tp
+from testing import gpu_backend
+from testing.cases import NO_TRITON
+from tests.ops.test_nms import clustered, error_of, grid, one_hot
+from tests.ops.test_repulsion import exact_case, exact_features, over_aggregates, over_potentials, same
 from tokenprune_kernels import reference
 
 pytestmark = pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))

@@ -3,18 +3,16 @@ does not add up over long vectors. The interpreter's own sums round to nearest, 
 
 from collections.abc import Iterator
 
-import gpu_backend
 import numpy as np
 import pytest
-import test_attention
-import test_nms
-import test_repulsion
-import test_similarity
-import test_triton_attention
 import torch
-from cases import NO_TRITON
-from tensor_cores import UNITS, WORST, Unit, interpreted_on, multiply
 from torch import Tensor
+
+from testing import gpu_backend
+from testing.cases import NO_TRITON
+from tests.ops import test_attention, test_nms, test_repulsion, test_similarity
+from tests.triton import test_attention as test_triton_attention
+from tests.triton.tensor_cores import UNITS, WORST, Unit, interpreted_on, multiply
 
 HALF = torch.float16
 LONG = 4096

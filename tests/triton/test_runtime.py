@@ -8,19 +8,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import gpu_backend
 import pytest
 import torch
-from cases import NO_TRITON
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from op_samples import SAMPLES
 from torch import Tensor
 
 import tokenprune_kernels as tp
+from testing import ROOT, gpu_backend
+from testing.cases import NO_TRITON
+from testing.op_samples import SAMPLES
 from tokenprune_kernels import _triton
 from tokenprune_kernels._schemas import PRIVATE_SCHEMAS, SCHEMAS
 
@@ -33,17 +32,15 @@ if NO_TRITON is None:
     from tokenprune_kernels.triton import runtime
     from tokenprune_kernels.triton.order import index_of, key_with_index, order_key
 
-TESTS = Path(__file__).parent
 DEVICE = "cuda" if gpu_backend.has_gpu() else "cpu"  # the interpreter runs on the CPU
 BLOCK = 64
 
 
 def run_script(*arguments: str, **environment: str) -> str:
     """What a process of its own prints; Triton is not in its interpreted mode there."""
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    whole = {**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": "0", **environment}
+    whole = {**os.environ, "TRITON_INTERPRET": "0", **environment}
     done = subprocess.run(
-        [sys.executable, *arguments], env=whole, cwd=TESTS, capture_output=True, text=True, timeout=600
+        [sys.executable, *arguments], env=whole, cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done.stdout
@@ -328,7 +325,7 @@ SCATTERING = ("select_topk", "select_two_tailed", "select_mixture", "mask_to_ind
 @functools.cache
 def graphs() -> dict[str, dict[str, Any]]:
     """What becomes of every sample call under torch.compile on a GPU, in a process without the interpreter."""
-    return json.loads(run_script("-m", "triton_compile.trace", json.dumps(DISSOLVED)).splitlines()[-1])
+    return json.loads(run_script("-m", "testing.triton_compile.trace", json.dumps(DISSOLVED)).splitlines()[-1])
 
 
 def test_every_op_has_kernels() -> None:

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from cases import NO_TRITON
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import tokenprune_kernels as tp
+from testing.cases import NO_TRITON
 
 pytestmark = pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
 if NO_TRITON is None:

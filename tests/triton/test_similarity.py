@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import NO_TRITON, assert_as_good_as_torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import tokenprune_kernels as tp
+from testing.cases import NO_TRITON, assert_as_good_as_torch
 
 pytestmark = pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
 reference = tp.reference

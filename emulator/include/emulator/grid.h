@@ -1,5 +1,5 @@
 // Runs grids of threads on the host: every thread of a block (or of a cluster of blocks) is a fiber, and they take
-// turns at barriers and warp collectives, in an order that tests choose. See tests/emulator/README.md.
+// turns at barriers and warp collectives, in an order that tests choose. See emulator/README.md.
 #pragma once
 
 #include <cstddef>
