@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-import transcriptions
 
 from testing.cases import over_backends
+from tests.methods import transcriptions
 from tests.methods.inputs import (
     Prompt,
     assert_close,

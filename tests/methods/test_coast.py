@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-import transcriptions
 
 import tokenprune_kernels as tp
 from testing.cases import over_backends
+from tests.methods import transcriptions
 from tests.methods.inputs import (
     Prompt,
     assert_close,

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-import transcriptions
 
 from testing.cases import over_backends
+from tests.methods import transcriptions
 from tests.methods.inputs import Prompt, assert_close, assert_selected, batch, decided, over_dtypes, prompt, ragged
 from tokenprune_kernels.methods import zspaprune
 
