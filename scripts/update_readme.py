@@ -16,7 +16,7 @@ import torch
 from bench.report import HEADER, Row, cells, duration
 from studies.retention import results
 from studies.retention.measure import UNPRUNED
-from testing import ROOT
+from testing import ROOT, method_tables
 from testing.cases import BACKENDS, dtypes_of, interpreted
 from testing.op_samples import OPS, make, run
 from testing.pages import fill
@@ -126,11 +126,15 @@ def main() -> None:
     old = readme.read_text()
     measured = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())
     new = fill(fill(old, "support", support_table()), "bench", bench_table(measured))
+    new = fill(new, "methods", method_tables.faithful_to())
     page = ROOT / "docs" / "transformers.md"
     prefill = json.loads((ROOT / "bench" / "results" / "prefill.json").read_text())
+    old_page = page.read_text()
+    new_page = fill(old_page, "prefill", prefill_table(prefill))
+    new_page = fill(fill(new_page, "where", method_tables.where_and_by_what()), "arguments", method_tables.arguments())
     pages = {
         readme: (old, new),
-        page: (page.read_text(), fill(page.read_text(), "prefill", prefill_table(prefill))),
+        page: (old_page, new_page),
     }
     benchmarks = ROOT / "docs" / "benchmarks.md"
     pages[benchmarks] = benchmarks.read_text(), benchmarks_page(measured)
