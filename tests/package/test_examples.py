@@ -46,3 +46,14 @@ def test_export_pruner() -> None:
     there, here = dict(places[:2]), dict(places[2:])
     assert there == here
     assert "576 tokens: kept [1, 64, 256]" in printed
+
+
+def test_own_method() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("PIL", reason="Pillow is not installed")
+    printed = run("own_method.py").splitlines()
+    assert [line.rpartition(":")[0] for line in printed[1:]] == [
+        *["outliers: 128 of 576 tokens"] * 3,
+        "unlike_the_mean: 128 of 576 tokens",
+    ]
+    assert printed[1].rpartition(": ")[2] == printed[4].rpartition(": ")[2] != ""

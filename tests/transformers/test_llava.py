@@ -164,6 +164,7 @@ def shown_by_an_unpruned_run(prompts: Prompts, inputs: dict[str, Tensor]) -> dic
         "embeds": seen["embeds"][0][:, visual],
         "text": seen["embeds"][0][:, text],
         "hidden": seen["hidden"][0][:, visual],
+        "text_hidden": seen["hidden"][0][:, text],
         "keys_before_rope": layers[LAYER].self_attn.k_proj(seen["hidden"][0][:, visual]),
         # the class token's row of the layer whose output is hidden_states[vision_feature_layer]
         "saliency": tower.attentions[model.config.vision_feature_layer][:, :, 0, 1:].mean(1).reshape(1, -1),
