@@ -1,30 +1,26 @@
 """Fill the generated tables of README.md and docs: which op runs where (by running it), and the ratios.
 
-usage: python scripts/update_readme.py [--check]
+usage: python -m scripts.update_readme [--check]
 
-The ratios come from bench/results/cpu.json, which `make bench` writes, prefill.json and retention.json beside it; the
-support table calls every op on every backend and dtype of this machine through the samples of tests/op_samples.py.
+The ratios come from cpu.json and prefill.json of bench/results, which `make bench` and `make bench-prefill` write, the
+accuracy from studies/results/retention.json. The support table calls every op on every backend and dtype of this
+machine through the samples of testing/op_samples.py.
 """
 
 import argparse
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import torch
 
-import torch  # noqa: E402
-from cases import BACKENDS, dtypes_of, interpreted  # noqa: E402
-from op_samples import OPS, make, run  # noqa: E402
-
-from bench.pages import fill  # noqa: E402
-from bench.report import HEADER, Row, cells, duration  # noqa: E402
-from bench.retention import results  # noqa: E402
-from bench.retention.measure import UNPRUNED  # noqa: E402
-from tokenprune_kernels.integrations.transformers.registry import families  # noqa: E402
-from tokenprune_kernels.methods import get_method, method_names  # noqa: E402
+from bench.report import HEADER, Row, cells, duration
+from studies.retention import results
+from studies.retention.measure import UNPRUNED
+from testing import ROOT, family_table, method_tables
+from testing.cases import BACKENDS, dtypes_of, interpreted
+from testing.op_samples import OPS, make, run
+from testing.pages import fill
+from tokenprune_kernels.methods import get_method, method_names
 
 FLOATS = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 # Each column with the test backends that can fill it: the CUDA kernels run on a GPU or on the host emulator.
@@ -81,7 +77,7 @@ def where(results: dict[str, Any]) -> str:
 
 def retained() -> dict[str, str]:
     """By function of a method: the share of the unpruned model's accuracy that is left at 22.2% of the tokens."""
-    table = results.load(ROOT / "bench" / "results" / "retention.json")
+    table = results.load(ROOT / "studies" / "results" / "retention.json")
     full = table.right[UNPRUNED].double().mean()
     return {
         stage.name: f"{(table.of(method, 128).double().mean() / full).item():.1%}"
@@ -122,23 +118,6 @@ def prefill_table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", where(results)])
 
 
-def families_table() -> str:
-    """What the descriptions of the model families say."""
-    heads = ("model_type", "visual tokens", "grid and groups", "saliency of the vision tower", "decoder")
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for family in families():
-        decoder = [*(kind.replace("_", " ") for kind in sorted(family.layer_types))]
-        decoder += ["mRoPE"] * family.mrope + ["DeepStack"] * family.deepstack
-        lines.append("| " + " | ".join((
-            ", ".join(f"`{name}`" for name in family.model_types),
-            ", ".join(f"`{name}`" for name in family.visual_tokens),
-            family.grid,
-            family.saliency.kind if family.saliency else "none",
-            ", ".join(decoder),
-        )) + " |")  # fmt: skip
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; fail when README.md is out of date")
@@ -147,20 +126,22 @@ def main() -> None:
     old = readme.read_text()
     measured = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())
     new = fill(fill(old, "support", support_table()), "bench", bench_table(measured))
+    new = fill(new, "methods", method_tables.faithful_to())
     page = ROOT / "docs" / "transformers.md"
     prefill = json.loads((ROOT / "bench" / "results" / "prefill.json").read_text())
+    old_page = page.read_text()
+    new_page = fill(old_page, "prefill", prefill_table(prefill))
+    new_page = fill(fill(new_page, "where", method_tables.where_and_by_what()), "arguments", method_tables.arguments())
+    new_page = fill(new_page, "families", family_table.families())
     pages = {
         readme: (old, new),
-        page: (
-            page.read_text(),
-            fill(fill(page.read_text(), "prefill", prefill_table(prefill)), "families", families_table()),
-        ),
+        page: (old_page, new_page),
     }
     benchmarks = ROOT / "docs" / "benchmarks.md"
     pages[benchmarks] = benchmarks.read_text(), benchmarks_page(measured)
     for file, (before, after) in pages.items():
         if arguments.check and before != after:
-            raise SystemExit(f"{file.name} is out of date: run python scripts/update_readme.py")
+            raise SystemExit(f"{file.name} is out of date: run python -m scripts.update_readme")
         file.write_text(after)
 
 

@@ -20,7 +20,7 @@ EVIDENCE = {
     "key": "[B, Hkv, L, D]: keys of the attention in the layer before, of the whole prompt",
     "features": "[B, V, C]: hidden states of the visual tokens; in front of the language model, the projector's output",
     "visual_embeddings": "[B, V, C]: another name of `features`",
-    "unrotated_key": "[B, V, Hkv * D]: `k_proj` of `features` in the layer behind, without norm and rotation",
+    "unrotated_key": "[B, V, Hkv * D]: `k_proj` of `features` in the layer that comes, without norm and rotation",
     "text_embeddings": "[B, T, C]: hidden states of the text behind the images",
     "saliency": "[B, V] float32: how salient each visual token is to the vision tower",
     "positions": "[B, V, 2] float32: row and column on the token's own grid",

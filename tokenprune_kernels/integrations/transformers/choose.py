@@ -95,7 +95,7 @@ def _seen(context: LayerContext) -> AttentionInputs:
 
 
 # How each of `methods.ARGUMENTS` is made; tensors begin with the batch.
-ARGUMENTS: dict[str, Callable[[LayerContext], Any]] = {
+SOURCES: dict[str, Callable[[LayerContext], Any]] = {
     "query": lambda c: _seen(c).query[:, :, c.first_text :],
     "key": lambda c: _seen(c).key,
     "scale": lambda c: _seen(c).scale,
@@ -136,7 +136,7 @@ def choose(stage: Stage, context: LayerContext, budgets: list[int], options: dic
 
     Samples with the same budget are one batched call.
     """
-    given = {name: ARGUMENTS[source](context) for name, source in stage.arguments.items()}
+    given = {name: SOURCES[source](context) for name, source in stage.arguments.items()}
     options = {name: value for name, value in options.items() if name in stage.options}
     present = context.tokens.visual >= 0
     if len(set(budgets)) == 1:

@@ -1,0 +1,64 @@
+"""The tables of README.md and docs/transformers.md that follow from the descriptions of the methods."""
+
+from collections.abc import Iterable
+
+from tokenprune_kernels.methods import ARGUMENTS, Method, get_method, method_names
+from tokenprune_kernels.methods._method import EVIDENCE
+
+
+def table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (heads, *rows)]
+    return "\n".join([lines[0], "|---" * len(heads) + "|", *lines[1:]])
+
+
+def _published() -> list[Method]:
+    return [get_method(name) for name in method_names()]
+
+
+def code(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def faithful_to() -> str:
+    """Of README.md: which functions there are, and what each was written from."""
+    return table(
+        ("function", "paper", "faithful to"),
+        (
+            (
+                code(stage.name for stage in method.stages),
+                f"{method.title}, arXiv {method.paper}" if method.paper else method.title,
+                ", ".join(filter(None, ("a baseline" if method.baseline else "", method.source))),
+            )
+            for method in _published()
+        ),
+    )
+
+
+def _where(method: Method) -> str:
+    layers = dict.fromkeys(method.layers.values())
+    others = [f"{', '.join(f for f, at in method.layers.items() if at == layer)}: {layer}" for layer in layers]
+    layer = f"layer {method.layer}" + (f" ({'; '.join(others)})" if others else "")
+    places = [layer if stage.at_layer(None) else "the language model" for stage in method.stages]
+    shares = ["" if stage.share == 1 else f" ({stage.share} `keep`)" for stage in method.stages]
+    return "in front of " + ", then of ".join(map("".join, zip(places, shares, strict=True)))
+
+
+def where_and_by_what() -> str:
+    """Of docs/transformers.md: where each method prunes, and what it asks for."""
+    return table(
+        ("method", "where", "chooses by", "positions"),
+        (
+            (
+                f"`{method.name}`",
+                _where(method),
+                "; then ".join(code(name for name in EVIDENCE if name in stage.uses) for stage in method.stages),
+                method.positions if method.positions == "original" else "renumbered; mRoPE: original",
+            )
+            for method in _published()
+        ),
+    )
+
+
+def arguments() -> str:
+    """Of docs/transformers.md: what a function may ask for."""
+    return table(("parameter", "what it is given"), ((f"`{name}`", text) for name, text in ARGUMENTS.items()))
