@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _registry, _triton
+from ._accept import is_good
 from ._checks import check
 from ._op import OPS
 
@@ -129,6 +130,8 @@ def lacks(backend: str, op: str) -> str | None:
 
 def call(name: str, backend: str | None, *args: Any, **kwargs: Any) -> Any:
     """Check the arguments of an op, all of them and in the order of its schema, and make one call of the backend."""
-    check(OPS[name], (*args, *kwargs.values()))
+    op, values = OPS[name], (*args, *kwargs.values())
+    if not is_good(op, values):
+        check(op, values)
     first = args[0] if isinstance(args[0], Tensor) else args[1]
     return getattr(implementation(backend, first, name), name)(*args, **kwargs)

@@ -62,8 +62,7 @@ def check(op: Op, values: Sequence[Any]) -> Sizes:
             _choice(op.name, argument.name, kind, value)
     if op.rule is not None:
         op.rule.check(op.name, sizes, *values)
-    if not _is_compiling():
-        _bounded(op, sizes, values)
+    _check_bounds(op, sizes, values)
     return sizes
 
 
@@ -115,7 +114,7 @@ def _choice(op: str, name: str, kind: Choice, value: str) -> None:
             fail(ValueError, op, name, expected, f"'{value}'")
 
 
-def _bounded(op: Op, sizes: Sizes, values: Sequence[Any]) -> None:
+def _check_bounds(op: Op, sizes: Sizes, values: Sequence[Any]) -> None:
     """No tensor has 2^40 elements, nor are that many results asked for.
 
     A size of 0 counts as 1: it ends no loop over the other dimensions. What is symbolic passes without leaving a guard;
@@ -123,26 +122,29 @@ def _bounded(op: Op, sizes: Sizes, values: Sequence[Any]) -> None:
     """
     for argument, value in zip(op.arguments, values, strict=True):
         if isinstance(value, Tensor):
-            _bounded_tensor(op.name, argument.name, value)
+            if not is_bounded(value):
+                refuse_size(op.name, argument.name, value)
         elif isinstance(argument.kind, Count):
             batch = sizes["B"]
             if type(value) is int and type(batch) is int and value * max(batch, 1) >= MOST_ELEMENTS:
                 expected = f"keep B * {argument.name} below {_MOST}"
                 fail(ValueError, op.name, argument.name, expected, [batch, value])
-        elif argument.type == "Tensor[]":
-            for i, t in enumerate(value):
-                _bounded_tensor(op.name, f"{argument.name}[{i}]", t)
 
 
-def _bounded_tensor(op: str, name: str, t: Tensor) -> None:
+def is_bounded(t: Tensor) -> bool:
+    if _is_compiling():
+        return True
     try:
         elements = t.numel()
     except RuntimeError:  # the product overflows
         elements = 0
     if type(elements) is not int or 0 < elements < MOST_ELEMENTS:
-        return
-    if math.prod(filter(None, t.shape)) >= MOST_ELEMENTS:
-        fail(ValueError, op, name, f"have fewer than {_MOST} elements (a size of 0 counts as 1)", shape_text(t))
+        return True
+    return math.prod(filter(None, t.shape)) < MOST_ELEMENTS
+
+
+def refuse_size(op: str, name: str, t: Tensor) -> NoReturn:
+    fail(ValueError, op, name, f"have fewer than {_MOST} elements (a size of 0 counts as 1)", shape_text(t))
 
 
 def refuse_not_dense(op: str, name: str, t: Tensor) -> None:

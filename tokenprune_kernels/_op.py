@@ -131,10 +131,14 @@ class Argument:
 
 @dataclass(frozen=True)
 class Rule:
-    """A condition on several arguments: rule(op, sizes, *arguments) raises; `cpp` is the call that does it in C++."""
+    """A condition on several arguments: check(op, sizes, *arguments) raises.
+
+    `cpp` is the call that does the same in C++; `expression`, of the letters, is True where the rule is kept.
+    """
 
     check: Callable[..., None]
     cpp: str = ""
+    expression: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,4 +37,4 @@ def _check_heads(op: str, sizes: Sizes, query: Tensor, *_: Any) -> None:
         fail(ValueError, op, "query", f"have a number of heads that is a multiple of Hkv = {key_heads}", heads)
 
 
-HEADS = Rule(_check_heads, cpp="check_heads(op, query, key)")
+HEADS = Rule(_check_heads, cpp="check_heads(op, query, key)", expression="Hq % Hkv == 0")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from .._backend import call
-from .._checks import Sizes, fail, refuse_not_dense, shape_text
+from .._checks import Sizes, fail, is_bounded, refuse_not_dense, refuse_size, shape_text
 from .._op import KERNELS, Count, Rule, indices, op, picks
 
 
@@ -32,13 +32,16 @@ def _check_sources(
         if t.is_nested:
             refuse_not_dense(op, f"tensors[{i}]", t)
         rank, dim, batch_dim = t.dim(), dims[i], 0 if batch_dims is None else batch_dims[i]
-        for name, d in ((f"dims[{i}]", dim), (f"batch_dims[{i}]", batch_dim)):
-            if not -rank <= d < rank:
-                fail(ValueError, op, name, f"lie in [{-rank}, {rank})", d)
+        if not -rank <= dim < rank:
+            fail(ValueError, op, f"dims[{i}]", f"lie in [{-rank}, {rank})", dim)
+        if not -rank <= batch_dim < rank:
+            fail(ValueError, op, f"batch_dims[{i}]", f"lie in [{-rank}, {rank})", batch_dim)
         if dim % rank == batch_dim % rank:
             fail(ValueError, op, f"dims[{i}]", f"differ from batch_dims[{i}] = {batch_dim}", dim)
         if t.shape[batch_dim] != batch:
             fail(ValueError, op, f"tensors[{i}]", f"have size B = {batch} in dimension {batch_dim}", shape_text(t))
+        if not is_bounded(t):
+            refuse_size(op, f"tensors[{i}]", t)
         if t.device != device:
             fail(ValueError, op, f"tensors[{i}]", f"be on {device}", t.device)
 
