@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
-from cases import BACKENDS, dtypes_of, interpreted  # noqa: E402
+from cases import BACKENDS, dtypes_of, interpreted, lacks  # noqa: E402
 from op_samples import OPS, make, run  # noqa: E402
 
 from bench.pages import fill  # noqa: E402
@@ -45,7 +45,7 @@ SHOWN = (
 
 
 def runs_on(op: str, backend: str, dtype: torch.dtype) -> bool:
-    if dtype not in dtypes_of(backend):
+    if dtype not in dtypes_of(backend) or lacks(backend, op):
         return False
     run(make(op, dtype=dtype), backend)
     return True

@@ -268,19 +268,20 @@ FACTORIES: dict[str, dict[str, Factory]] = {
 }  # fmt: skip
 
 
+def _value(kind: described.Kind | None, s: Sizes, dtype: torch.dtype, seed: int) -> Any:
+    """Something for an argument of this kind."""
+    if not isinstance(kind, TensorKind):
+        return s.k
+    shape = [int(x) if x.isdigit() else getattr(s, LETTERS.get(x, "channels")) for x in kind.shape]
+    low, high = (-1, max(s.tokens, 1)) if kind.listed else (0, 2) if torch.bool in kind.dtypes else (-6, 7)
+    wanted = dtype if kind.dtypes is described.FLOATS else kind.dtypes[0]
+    return integers(low, high, *shape, dtype=wanted, seed=seed)
+
+
 def _from_description(op: str) -> Factory:
     """A call with everything that has to be given, for an op that has no sample of its own yet."""
-
-    def value(kind: described.Kind | None, s: Sizes, dtype: torch.dtype, seed: int) -> Any:
-        if not isinstance(kind, TensorKind):
-            return s.k
-        shape = [int(x) if x.isdigit() else getattr(s, LETTERS.get(x, "channels")) for x in kind.shape]
-        low, high = (-1, max(s.tokens, 1)) if kind.listed else (0, 2) if torch.bool in kind.dtypes else (-6, 7)
-        wanted = dtype if kind.dtypes is described.FLOATS else kind.dtypes[0]
-        return integers(low, high, *shape, dtype=wanted, seed=seed)
-
     required = [a for a in described.OPS[op].arguments if a.required]
-    return lambda s, t: {a.name: value(a.kind, s, t, 50 + i) for i, a in enumerate(required)}
+    return lambda s, t: {a.name: _value(a.kind, s, t, 50 + i) for i, a in enumerate(required)}
 
 
 for _op in OPS:
@@ -341,6 +342,12 @@ def map_tensors(call: Call, f: Callable[[str, Tensor], Tensor]) -> Call:
 
 def with_arguments(call: Call, **changed: Any) -> Call:
     return Call(call.op, {**call.arguments, **changed})
+
+
+def optional_tensors(op: str, sizes: Sizes, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """A value for each tensor that need not be given."""
+    found = (a for a in described.OPS[op].arguments if not a.required and isinstance(a.kind, TensorKind))
+    return {a.name: _value(a.kind, sizes, dtype, 70 + i) for i, a in enumerate(found)}
 
 
 def one_sample(call: Call, b: int) -> Call:

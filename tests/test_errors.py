@@ -38,12 +38,9 @@ BAD_INDICES = (-2, -(2**63), 2**31, 2**62, 2**63 - 1)
 
 def _rich(op: str) -> Call:
     """A call with every optional tensor of its op."""
-    call = make(op, RICHEST[op], Sizes(tokens=11, channels=8, k=4))
-    extra = {"cosine_scores": {"query_mask": (2, 5)}}.get(op, {})
-    if op == "repulsion_sample":
-        extra = {"mask": (2, 11)}
-        call = with_arguments(call, energy=torch.zeros(2, 11))
-    return with_arguments(call, **{n: torch.ones(shape, dtype=torch.bool) for n, shape in extra.items()})
+    sizes = Sizes(tokens=11, channels=8, k=4)
+    call = make(op, RICHEST[op], sizes)
+    return with_arguments(call, **{**samples.optional_tensors(op, sizes), **call.arguments})
 
 
 def wrong_calls(op: str) -> Iterator[tuple[str, str, Call]]:
