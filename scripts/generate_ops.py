@@ -1,6 +1,6 @@
 """Write csrc/generated/ops.h, the C++ half of the op descriptions: their schemas and argument checks.
 
-usage: python scripts/generate_ops.py [--check]
+usage: python -m scripts.generate_ops [--check]
 
 The file is checked in, because a build must neither import torch nor the package it builds, and because a review shows
 what a changed description does to C++. A test compares it with what this script would write.
@@ -8,13 +8,13 @@ what a changed description does to C++. A test compares it with what this script
 
 import argparse
 import re
-from pathlib import Path
 
 import torch
 
-from tokenprune_kernels._op import COMPILED, FLOATS, OPS, Argument, Choice, Count, Number, Op, TensorKind
+from testing import ROOT
+from tokenprune_kernels._op import FLOATS, OPS, Argument, Choice, Count, Number, Op, TensorKind, compiled_ops
 
-FILE = Path(__file__).resolve().parent.parent / "csrc" / "generated" / "ops.h"
+FILE = ROOT / "csrc" / "generated" / "ops.h"
 TYPES = {
     "Tensor": "const Tensor&",
     "Tensor?": "const OptionalTensor&",
@@ -117,7 +117,7 @@ def check_function(op: Op) -> str:
 
 
 def generated() -> str:
-    compiled = [op for op in OPS.values() if set(COMPILED) & set(op.backends)]
+    compiled = [OPS[name] for name in compiled_ops()]
     definitions = "".join(f"  m.def({quoted(op.name + op.schema)});\n" for op in compiled)
     checks = [check_function(op) for op in compiled if op.outputs]  # lists of tensors are checked by hand, in csrc/args
     return (
@@ -134,7 +134,7 @@ def main() -> None:
     if not parser.parse_args().check:
         FILE.write_text(generated())
     elif FILE.read_text() != generated():
-        raise SystemExit(f"{FILE.name} is out of date: run python scripts/generate_ops.py")
+        raise SystemExit(f"{FILE.name} is out of date: run python -m scripts.generate_ops")
 
 
 if __name__ == "__main__":

@@ -180,6 +180,11 @@ def public_ops() -> tuple[str, ...]:
     return tuple(name for name, op in OPS.items() if not op.private)
 
 
+def compiled_ops() -> tuple[str, ...]:
+    """The ops that the compiled library defines, private ones too."""
+    return tuple(name for name, op in OPS.items() if set(COMPILED) & set(op.backends))
+
+
 def op(
     *,
     returns: Output | dict[str, Output],

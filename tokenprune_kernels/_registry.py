@@ -15,7 +15,7 @@ import torch
 
 from . import _autograd, _fakes, _triton, _vmap, reference
 from ._checks import on_dense
-from ._op import COMPILED, OPS
+from ._op import OPS, compiled_ops
 
 _library: torch.library.Library | None = None  # keeps the registrations alive
 _binary: Any = None
@@ -139,8 +139,9 @@ def load() -> None:
             f"tokenprune_kernels runs on its slow PyTorch references: {_load_error}", RuntimeWarning, stacklevel=3
         )
     _library = torch.library.Library("tokenprune", "FRAGMENT")
+    compiled = compiled_ops()
     for name, op in OPS.items():
-        if _binary is None or not set(COMPILED) & set(op.backends):
+        if _binary is None or name not in compiled:
             _library.define(name + op.schema)
         setattr(references, name, _without_dispatcher(name))
         # Serves every device that has no kernel of its own.
