@@ -1,6 +1,7 @@
 """A family of models is one description: what is served, refused and shown in the docs follows from it."""
 
 import ast
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from graphlib import TopologicalSorter
@@ -117,6 +118,7 @@ def test_masks_of_the_prefill_and_of_decoding_are_made_from_the_familys(monkeypa
     made: list[Any] = []
     make = masks.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 
+    @functools.wraps(make)  # the parameters differ between versions
     def noted(mask_function: Callable[..., Any], **more: Any) -> Any:
         made.append(mask_function)
         return make(mask_function=mask_function, **more)
