@@ -113,6 +113,16 @@ def test_two_stages_of_published_functions() -> None:
     assert_decoded_like_the_oracle(prompts, drops_of(prompts, pruning, 2), out)
 
 
+@pytest.mark.parametrize(("layer", "renumbered"), [(None, True), (2, False)])
+def test_a_paper_that_renumbers_does_so_in_front_of_the_model_only(layer: int | None, renumbered: bool) -> None:
+    prompts = llava(2, ragged=True)
+    method = Method("mine", (Stage(longest),), positions="renumber")
+    with prune_visual_tokens(prompts.model, method, 9, layer=layer) as pruning:
+        out = generate(prompts.model, prompts.inputs, 3)
+    drops = drops_of(prompts, pruning, layer or 0)
+    assert_decoded_like_the_oracle(prompts, drops, out, renumber=renumbered)
+
+
 def test_a_seed_is_a_generator() -> None:
     prompts = llava(2)
 

@@ -127,9 +127,14 @@ class Stage:
             if name not in own and p.kind not in variadic
         }
 
+    @property
+    def reads_attention(self) -> bool:
+        """Whether the attention in the layer before has to be watched."""
+        return bool(self.uses & ATTENTION)
+
     def at_layer(self, layer: int | None) -> bool:
         """Whether it chooses in front of a decoder layer; `layer` is the user's."""
-        return self.where == "layer" or bool(self.uses & ATTENTION) or (self.where is None and layer is not None)
+        return self.where == "layer" or self.reads_attention or (self.where is None and layer is not None)
 
     @property
     def uses(self) -> frozenset[str]:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...methods._method import ATTENTION
 from .attention import ShownAttention
 from .cache import pruned_of
 from .calls import Calls, ModelCall, Prompt
@@ -66,7 +65,7 @@ class Hooks:
         takes = arguments_of(layers[0], "hidden_states", "attention_mask", "position_embeddings", "cache")
         of_decoder = arguments_of(self._decoder, "inputs_embeds", "attention_mask", "position_ids", "cache")
         of_core = arguments_of(self._core, "input_ids", "attention_mask", "position_ids", "cache")
-        probed = {planned.layer - 1 for planned in plan.stages.values() if planned.stage.uses & ATTENTION}
+        probed = {planned.layer - 1 for planned in plan.stages.values() if planned.stage.reads_attention}
         see = _uncompiled(self._see)
         self._show(ShownAttention(self._decoder.config, {layers[index].self_attn: see for index in probed}))
         if any("saliency" in planned.stage.uses for planned in plan.stages.values()):
