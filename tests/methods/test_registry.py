@@ -136,6 +136,7 @@ def test_needs_are_told_where_no_signature_shows_them() -> None:
     [
         (lambda: register_method("", first), TypeError, "name must be a str that is not empty, got ''"),
         (lambda: register_method("a", lambda features: features), TypeError, "<lambda>: the function must take k"),
+        (lambda: get_method(lambda: None), TypeError, "<lambda>: the function must take k"),
         (lambda: get_method(lambda features: features), TypeError, "must take k, the number of tokens to keep"),
         (lambda: register_method("a", first, needs=["pixels"]), ValueError, "needs must be of query, .* got 'pixels'"),
         (lambda: register_method("a", first, needs={"x": "pixels"}), ValueError, "got 'pixels'"),

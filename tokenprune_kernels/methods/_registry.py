@@ -1,6 +1,6 @@
 """The methods by name: those of this package, in a fixed order, and then those that users register."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from ._method import Choose, Method, Stage, name_of
 
@@ -21,7 +21,7 @@ def register_method(
     name: str,
     function: Choose | Sequence[Stage],
     *,
-    needs: Mapping[str, str | None] | Iterable[str] = (),
+    needs: Mapping[str, str | None] | Collection[str] = (),
     stage: str | None = None,
     title: str = "",
     summary: str = "",
