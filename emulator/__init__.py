@@ -34,10 +34,11 @@ def ops() -> Any:
     import torch
 
     from tokenprune_kernels import _autograd
+    from tokenprune_kernels._op import compiled_ops
 
     load()
     library = torch.library.Library("tokenprune_emulated", "FRAGMENT")
-    _autograd.register(library, torch.ops.tokenprune_emulated)
+    _autograd.register(library, torch.ops.tokenprune_emulated, compiled_ops())
     _LIBRARIES.append(library)
     return torch.ops.tokenprune_emulated
 

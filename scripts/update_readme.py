@@ -17,7 +17,7 @@ from bench.report import HEADER, Row, cells, duration
 from studies.retention import results
 from studies.retention.measure import UNPRUNED
 from testing import ROOT, method_tables
-from testing.cases import BACKENDS, dtypes_of, interpreted
+from testing.cases import BACKENDS, dtypes_of, interpreted, lacks
 from testing.op_samples import OPS, make, run
 from testing.pages import fill
 from tokenprune_kernels.methods import get_method, method_names
@@ -45,7 +45,7 @@ SHOWN = (
 
 
 def runs_on(op: str, backend: str, dtype: torch.dtype) -> bool:
-    if dtype not in dtypes_of(backend):
+    if dtype not in dtypes_of(backend) or lacks(backend, op):
         return False
     run(make(op, dtype=dtype), backend)
     return True

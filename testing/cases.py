@@ -91,6 +91,16 @@ BACKENDS = (
 )
 
 
+def lacks(backend: str, op: str) -> str | None:
+    """Why a backend of the tests does not run an op, or None: its kernels of that op are not written yet."""
+    kernels = "cuda" if backend in ("emulator", "gpu") else backend
+    return None if backend == "reference" else _backend.lacks(kernels, op)
+
+
+def backends_of(op: str) -> tuple[str, ...]:
+    return tuple(backend for backend in BACKENDS if lacks(backend, op) is None)
+
+
 def interpreted(backend: str) -> bool:
     """Is it Triton's interpreter, which takes a thousand times as long as a compiled kernel?"""
     return backend == "triton" and not gpu_backend.has_gpu()

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 import tokenprune_kernels  # noqa: F401  (registers the ops)
+from tokenprune_kernels import _op as described
+from tokenprune_kernels._op import Op, TensorKind, public_ops
 
 
 @dataclass(frozen=True)
@@ -32,40 +34,35 @@ class Call(NamedTuple):
     arguments: dict[str, Any]
 
 
-# Which sizes an op's inputs have; channels is missing where the contract demands at least one.
-SIZES_OF = {
-    "cross_attention_scores": ("batch", "tokens", "rows", "heads", "listed"),
-    "attention_entropy": ("batch", "tokens", "rows", "heads"),
-    "attention_scores": ("batch", "tokens", "rows", "heads", "listed"),
-    "score_entropy": ("batch", "tokens"),
-    "cosine_scores": ("batch", "tokens", "rows", "channels"),
-    "contrastive_scores": ("batch", "tokens", "channels", "listed"),
-    "select_topk": ("batch", "tokens", "k"),
-    "select_two_tailed": ("batch", "tokens", "k"),
-    "select_mixture": ("batch", "tokens", "k"),
-    "mask_to_indices": ("batch", "tokens", "k"),
-    "repulsion_sample": ("batch", "tokens", "channels", "k", "listed", "places"),
-    "spatial_semantic_nms": ("batch", "tokens", "channels", "k"),
-    "gather_compact": ("batch", "tokens", "channels", "k", "heads"),
-}
-OPS = tuple(SIZES_OF)
-SELECTING = tuple(op for op, sizes in SIZES_OF.items() if "k" in sizes and op != "gather_compact")
+# Where an op's arguments have a letter, these sizes of a sample stand for it. D is missing: it has to be at least one.
+LETTERS = {
+    "B": "batch", "N": "tokens", "M": "rows", "C": "channels", "Hq": "heads", "P": "places",
+    "V": "listed", "A": "listed", "R": "listed", "S": "listed",
+}  # fmt: skip
+OPS = public_ops()
+
+
+def _sizes_of(op: Op) -> tuple[str, ...]:
+    kinds = [a.kind for a in op.arguments]
+    letters = {letter for kind in kinds if isinstance(kind, TensorKind) for letter in kind.shape}
+    named = {LETTERS[letter] for letter in letters & LETTERS.keys()}
+    return tuple(sorted(named | ({"k"} if count_of(op.name) else set())))
+
+
+def count_of(op: str) -> str | None:
+    """The argument that says how many entries to return."""
+    return next((a.name for a in described.OPS[op].arguments if isinstance(a.kind, described.Count)), None)
+
+
+# Which sizes an op's inputs have.
+SIZES_OF = {op: _sizes_of(described.OPS[op]) for op in OPS}
+SIZES_OF["gather_compact"] = ("batch", "tokens", "channels", "k", "heads")  # of the tensors that _gather makes
 # What the outputs are, in order: score (floating), index ([B, k], -1 padded), count ([B]).
-OUTPUTS = {
-    "cross_attention_scores": ("score", "score", "score"),
-    "attention_entropy": ("score", "score"),
-    "attention_scores": ("score",),
-    "score_entropy": ("score",),
-    "cosine_scores": ("score",),
-    "contrastive_scores": ("score",),
-    "select_topk": ("index", "count"),
-    "select_two_tailed": ("index", "count"),
-    "select_mixture": ("index", "count", "count"),
-    "mask_to_indices": ("index", "count"),
-    "repulsion_sample": ("index", "count"),
-    "spatial_semantic_nms": ("index", "score", "count"),
+OUTPUTS = {op: tuple(o.kind for o in described.OPS[op].outputs.values()) for op in OPS if described.OPS[op].outputs}
+SELECTING = tuple(op for op in OPS if count_of(op))
+INDEX_INPUTS = {
+    a.name for op in OPS for a in described.OPS[op].arguments if isinstance(a.kind, TensorKind) and a.kind.listed
 }
-INDEX_INPUTS = {"key_indices", "anchor_indices", "reference_indices", "seed_indices", "indices"}
 
 
 def integers(low: int, high: int, *shape: int, dtype: torch.dtype, seed: int) -> Tensor:
@@ -269,6 +266,26 @@ FACTORIES: dict[str, dict[str, Factory]] = {
     },
     "gather_compact": {"plain": _gather},
 }  # fmt: skip
+
+
+def _value(kind: described.Kind | None, s: Sizes, dtype: torch.dtype, seed: int) -> Any:
+    """Something for an argument of this kind."""
+    if not isinstance(kind, TensorKind):
+        return s.k
+    shape = [int(x) if x.isdigit() else getattr(s, LETTERS.get(x, "channels")) for x in kind.shape]
+    low, high = (-1, max(s.tokens, 1)) if kind.listed else (0, 2) if torch.bool in kind.dtypes else (-6, 7)
+    wanted = dtype if kind.dtypes is described.FLOATS else kind.dtypes[0]
+    return integers(low, high, *shape, dtype=wanted, seed=seed)
+
+
+def _from_description(op: str) -> Factory:
+    """A call with everything that has to be given, for an op that has no sample of its own yet."""
+    required = [a for a in described.OPS[op].arguments if a.required]
+    return lambda s, t: {a.name: _value(a.kind, s, t, 50 + i) for i, a in enumerate(required)}
+
+
+for _op in OPS:
+    FACTORIES.setdefault(_op, {"plain": _from_description(_op)})
 SAMPLES = tuple((op, name) for op in OPS for name in FACTORIES[op])
 SAMPLE_IDS = tuple(f"{op}-{name}" for op, name in SAMPLES)
 
@@ -327,6 +344,12 @@ def with_arguments(call: Call, **changed: Any) -> Call:
     return Call(call.op, {**call.arguments, **changed})
 
 
+def optional_tensors(op: str, sizes: Sizes, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """A value for each tensor that need not be given."""
+    found = (a for a in described.OPS[op].arguments if not a.required and isinstance(a.kind, TensorKind))
+    return {a.name: _value(a.kind, sizes, dtype, 70 + i) for i, a in enumerate(found)}
+
+
 def one_sample(call: Call, b: int) -> Call:
     """The call on sample b alone."""
     dims = {name: batch_dim for name, _, batch_dim in tensors(call)}
@@ -351,13 +374,13 @@ def promised(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
         return kept
     batch = first.shape[0]
     if call.op in SELECTING:
-        k = a["capacity" if call.op == "mask_to_indices" else "k"]
+        k = a[str(count_of(call.op))]
         by_kind = {"index": ((batch, k), torch.int64), "count": ((batch,), torch.int64), "score": ((batch, k), wide)}
         return [by_kind[kind] for kind in OUTPUTS[call.op]]
-    if call.op == "score_entropy":
-        return [((batch,), wide)]
     if call.op in ("cosine_scores", "contrastive_scores"):
         return [(tuple(first.shape[:2]), wide)]
+    if "query" not in a:
+        return [((batch,), wide)]
     rows = tuple(a["query"].shape[:3])
     if call.op == "attention_entropy":
         return [(rows, wide), (rows, wide)]

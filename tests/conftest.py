@@ -36,7 +36,8 @@ def _fresh_emulator() -> Iterator[None]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """GPU kernels take no float64 (contract section 1), Triton's interpreter no bfloat16: no tests, and so no skips."""
-    from testing.cases import DTYPES, dtypes_of
+    from testing.cases import DTYPES, dtypes_of, lacks
+    from tokenprune_kernels._op import OPS
 
     def exists(item: pytest.Item) -> bool:
         parameters = getattr(item, "callspec", None)
@@ -48,5 +49,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if gone:
         config.hook.pytest_deselected(items=gone)
         items[:] = [item for item in items if exists(item)]
+    for item in items:
+        chosen = getattr(item, "callspec", None)
+        backend, op = (chosen.params.get(name) for name in ("backend", "op")) if chosen else (None, None)
+        if isinstance(backend, str) and op in OPS and lacks(backend, op):
+            item.add_marker(pytest.mark.skip(reason=lacks(backend, op)))
     # The longest file first: of two processes (CI has them) neither is then left alone with it.
     items.sort(key=lambda item: item.path.parts[-2:] != ("triton", "test_compile.py"))

@@ -1,5 +1,5 @@
-// What the bindings of the attention ops share: the problem from checked tensors, with the inverse norms, and the row
-// pass. Include it after csrc/args/attention.h's checks were made.
+// What the bindings of the attention ops share: the problem, constructed from tensors that check_attention_scores or a
+// sibling has passed, with the inverse norms, and the row pass.
 #pragma once
 
 #include <cmath>

@@ -5,7 +5,7 @@
 #include <pybind11/stl.h>
 
 #include "emulator/log.h"
-#include "schemas.h"
+#include "generated/ops.h"
 
 STABLE_TORCH_LIBRARY(tokenprune_emulated, m) { tokenprune::define_ops(m); }
 

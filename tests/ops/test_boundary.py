@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import tokenprune_kernels as tp
 from testing import op_samples as samples
-from testing.cases import BACKENDS, NO_EMULATOR, NO_TRITON, interpreted, over_backends
+from testing.cases import NO_EMULATOR, NO_TRITON, backends_of, interpreted, lacks, over_backends
 from testing.op_samples import OPS, SAMPLE_IDS, SAMPLES, Call, Sizes, make, map_tensors, outputs, positional, run
 from tests.ops.test_contract import assert_same
 from tests.ops.test_errors import RICHEST, _rich
@@ -29,21 +29,21 @@ HUGE = (2**40, 2**61, 2**62)
 ONES = Sizes(1, 1, 1, 1, 1, 1, 1, 1, 1)
 
 
-def _namespaces() -> Iterator[Any]:
-    """Where ops on CPU tensors are: the package's, the emulated CUDA kernels', Triton's."""
+def _namespaces(op: str) -> Iterator[Any]:
+    """Where an op on CPU tensors is: the package's, the emulated CUDA kernels', Triton's."""
     yield torch.ops.tokenprune
-    if not NO_EMULATOR:
+    if not NO_EMULATOR and not lacks("emulator", op):
         yield _backend._extra["emulator"]
-    if not NO_TRITON and interpreted("triton"):
+    if not NO_TRITON and interpreted("triton") and not lacks("triton", op):
         yield _triton.namespace()
 
 
 def _every_way(call: Call) -> Iterator[tuple[type[Exception], Any]]:
     """(the error that a wrong call ends in, how to make it) through all functions and ops."""
     args, kwargs = positional(call)
-    for ops in _namespaces():
+    for ops in _namespaces(call.op):
         yield RuntimeError, lambda ops=ops: getattr(ops, call.op)(*args, **kwargs)
-    for backend in BACKENDS:
+    for backend in backends_of(call.op):
         yield (ValueError, TypeError, RuntimeError), lambda backend=backend: run(call, backend)
 
 
@@ -84,9 +84,9 @@ def test_sizes_beyond_every_memory_are_refused_by_name(op: str, which: str) -> N
                 attempt()
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if "k" in samples.SIZES_OF[op] and op != "gather_compact"])
+@pytest.mark.parametrize("op", samples.SELECTING)
 def test_a_k_beyond_every_memory_is_refused_by_name(op: str) -> None:
-    name = "capacity" if op == "mask_to_indices" else "k"
+    name = samples.count_of(op)
     for batch in (0, 1, 2):
         for k in (*HUGE, 2**63 - 1):
             call = samples.with_arguments(make(op, RICHEST[op], replace(SMALL, batch=batch)), **{name: k})
@@ -121,7 +121,7 @@ WORK = {
 def test_products_of_sizes_of_several_arguments_are_bounded(op: str) -> None:
     """Each tensor is of a size that memory might have; all pairs of their entries are not to be had."""
     args, kwargs = positional(Call(op, WORK[op]))
-    for ops in list(_namespaces())[: 1 if NO_EMULATOR else 2]:
+    for ops in list(_namespaces(op))[: 1 if NO_EMULATOR else 2]:
         with pytest.raises(RuntimeError, match=rf"tokenprune::{op}: \w+ must keep B \* .* below 2\^56, got \["):
             getattr(ops, op)(*args, **kwargs)
 
@@ -147,7 +147,7 @@ def test_tensors_of_zeros_without_memory_are_zeros(op: str) -> None:
     for which, _, _ in list(samples.tensors(call)):
         zeros = _zeros_without_memory(call, which)
         want = map_tensors(call, lambda n, t, which=which: torch.zeros_like(t) if n == which else t)
-        for backend in BACKENDS:
+        for backend in backends_of(op):
             assert_same(run(zeros, backend), run(want, backend), backend)
 
 

@@ -272,15 +272,9 @@ def test_nothing_valid(op: str, name: str, backend: str) -> None:
             torch.full_like(t, -1) if n in samples.INDEX_INPUTS else torch.zeros_like(t) if t.dtype == torch.bool else t
         ),
     )
-    masks = (
-        {"key_mask": (2, 37)}
-        if "attention" in op
-        else {"mask": (2, 37)}
-        if op in SELECTING or op == "score_entropy"
-        else {}
-    )
-    masks = masks or ({"query_mask": (2, 5)} if op == "cosine_scores" else {})
-    call = samples.with_arguments(call, **{n: torch.zeros(shape, dtype=torch.bool) for n, shape in masks.items()})
+    sizes = Sizes(rows=call.arguments["query"].shape[2]) if "query" in call.arguments else Sizes()
+    masks = {n: t for n, t in samples.optional_tensors(op, sizes).items() if t.dtype == torch.bool}
+    call = samples.with_arguments(call, **{n: torch.zeros_like(t) for n, t in masks.items()})
     got = assert_agrees(call, backend)
     if op == "gather_compact":
         assert all(not bool(g.any()) for g in got)

@@ -1,15 +1,19 @@
 """Wrong arguments: the error names the op and the argument, comes before any work, and leaves the process healthy."""
 
 import itertools
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 import tokenprune_kernels as tp
 from testing import op_samples as samples
-from testing.cases import BACKENDS, GPU_BACKENDS, over_backends
+from testing.cases import BACKENDS, GPU_BACKENDS, backends_of, over_backends
 from testing.op_samples import OPS, Call, Sizes, make, run, run_op, with_arguments
+from tokenprune_kernels import _op as described
+from tokenprune_kernels._op import Choice, Number
 
 over_ops = pytest.mark.parametrize("op", OPS)
 RICHEST = {op: list(samples.FACTORIES[op])[-1] for op in OPS} | {
@@ -17,41 +21,26 @@ RICHEST = {op: list(samples.FACTORIES[op])[-1] for op in OPS} | {
     "repulsion_sample": "seeded_sum",
     "spatial_semantic_nms": "hard_grouped",
 }
-NAN, INF = float("nan"), float("inf")
-BAD_NUMBERS = {
-    "select_mixture": {"floor": (-0.1, 0.51, NAN)},
-    "repulsion_sample": {
-        "feature_weight": (-1.0, NAN),
-        "position_weight": (-1.0, NAN),
-        "exponent": (0.0, -1.0, NAN),
-        "sigma": (0.0, -1.0, NAN),
-        "epsilon": (-1e-6, NAN),
-    },
-    "spatial_semantic_nms": {
-        "radius": (-1.0, NAN),
-        "sigma_spatial": (0.0, -1.0, NAN),
-        "sigma_semantic": (0.0, -1.0, NAN),
-        "threshold": (NAN,),
-    },
-}
-OPTIONS = {
-    "cross_attention_scores": ("head_reduction", "query_reduction"),
-    "attention_scores": ("head_reduction", "query_reduction"),
-    "cosine_scores": ("reduction",),
-    "repulsion_sample": ("potential", "aggregate", "first"),
-    "spatial_semantic_nms": ("mode",),
-}
+
+
+def _of_kind(op: str, kind: type) -> Iterator[tuple[str, Any]]:
+    return ((a.name, a.kind) for a in described.OPS[op].arguments if isinstance(a.kind, kind))
+
+
+def _outside(number: Number) -> tuple[float, ...]:
+    below = number.low if number.above else number.low - 0.1
+    return (*(v for v in (below, number.low - 1.0, number.high + 0.01) if math.isfinite(v)), math.nan)
+
+
+OPTIONS = {op: tuple(name for name, _ in _of_kind(op, Choice)) for op in OPS if any(_of_kind(op, Choice))}
 BAD_INDICES = (-2, -(2**63), 2**31, 2**62, 2**63 - 1)
 
 
 def _rich(op: str) -> Call:
     """A call with every optional tensor of its op."""
-    call = make(op, RICHEST[op], Sizes(tokens=11, channels=8, k=4))
-    extra = {"cosine_scores": {"query_mask": (2, 5)}}.get(op, {})
-    if op == "repulsion_sample":
-        extra = {"mask": (2, 11)}
-        call = with_arguments(call, energy=torch.zeros(2, 11))
-    return with_arguments(call, **{n: torch.ones(shape, dtype=torch.bool) for n, shape in extra.items()})
+    sizes = Sizes(tokens=11, channels=8, k=4)
+    call = make(op, RICHEST[op], sizes)
+    return with_arguments(call, **{**samples.optional_tensors(op, sizes), **call.arguments})
 
 
 def wrong_calls(op: str) -> Iterator[tuple[str, str, Call]]:
@@ -69,21 +58,21 @@ def wrong_calls(op: str) -> Iterator[tuple[str, str, Call]]:
             yield "batch size", name, with_arguments(call, **{name: torch.cat([t, t[:1]])})
             yield "device", name, with_arguments(call, **{name: t.to("meta")})
         first = False
-    counted = "capacity" if op == "mask_to_indices" else "k"
-    if counted in call.arguments:
+    counted = samples.count_of(op)
+    if counted:
         for k in (-1, -(2**62)):
             yield f"k = {k}", counted, with_arguments(call, **{counted: k})
     for name in OPTIONS.get(op, ()):
         for value in ("nonsense", "", "MAX", "max\0", "max+", "é"):
             yield f"option {value!r}", name, with_arguments(call, **{name: value})
-    for name, values in BAD_NUMBERS.get(op, {}).items():
-        for value in values:
+    for name, number in _of_kind(op, Number):
+        for value in _outside(number):
             yield f"number {value}", name, with_arguments(call, **{name: value})
 
 
 def _assert_good_call_works(op: str) -> None:
     call = make(op)
-    for got, want in zip(run(call, BACKENDS[0]), run(call, "reference"), strict=True):
+    for got, want in zip(run(call, backends_of(op)[0]), run(call, "reference"), strict=True):
         torch.testing.assert_close(got, want, equal_nan=True)
 
 
@@ -106,6 +95,19 @@ def test_ops_raise_runtime_errors_that_name_op_and_argument(op: str) -> None:
     _assert_good_call_works(op)
 
 
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the compiled library is not loaded")
+@over_ops
+def test_python_and_cpp_say_the_same(op: str) -> None:
+    for fault, _, call in wrong_calls(op):
+        with pytest.raises((ValueError, TypeError)) as of_python:
+            run(call, "cpu")
+        with pytest.raises(RuntimeError) as of_cpp:
+            run_op(call)
+        if "device" not in fault:  # tensors of two devices: no kernel is asked
+            said = str(of_python.value).split("\0")[0]  # where the text of a C++ exception ends
+            assert str(of_cpp.value).splitlines()[0].removesuffix("'") == said.removesuffix("'"), fault
+
+
 @over_backends
 @over_ops
 def test_missing_tensors_are_named(op: str, backend: str) -> None:
@@ -121,9 +123,9 @@ def test_missing_tensors_are_named(op: str, backend: str) -> None:
 
 
 @over_backends
-@pytest.mark.parametrize("op", [op for op in OPS if "k" in samples.SIZES_OF[op] and op != "gather_compact"])
+@pytest.mark.parametrize("op", samples.SELECTING)
 def test_k_must_be_an_integer(op: str, backend: str) -> None:
-    name = "capacity" if op == "mask_to_indices" else "k"
+    name = str(samples.count_of(op))
     for value in (2.5, "3", None, torch.ones(2)):
         with pytest.raises(TypeError, match=rf"tokenprune::{op}: {name} must be an int"):
             run(with_arguments(make(op), **{name: value}), backend)

@@ -12,9 +12,9 @@ import torch
 import tokenprune_kernels as tp
 from testing import ROOT
 from tokenprune_kernels import _registry
-from tokenprune_kernels._schemas import PRIVATE_SCHEMAS, SCHEMAS
+from tokenprune_kernels._op import OPS, public_ops
 
-over_ops = pytest.mark.parametrize("op", SCHEMAS)
+over_ops = pytest.mark.parametrize("op", public_ops())
 needs_library = pytest.mark.skipif(tp.config()["backends"]["cpu"] is not None, reason="no compiled library here")
 SCORES = torch.tensor([[0.1, 0.9, 0.5]])
 
@@ -41,18 +41,22 @@ def assert_succeeds(*arguments: str, **environment: str) -> str:
 
 
 @needs_library
-@pytest.mark.parametrize("op", SCHEMAS | PRIVATE_SCHEMAS)
+@pytest.mark.parametrize("op", OPS)
 def test_compiled_schemas_equal_those_of_python(op: str) -> None:
-    """With the library loaded, the registered schema is the one of csrc/schemas.h."""
-    in_python = torch._C.parse_schema(f"tokenprune::{op}{(SCHEMAS | PRIVATE_SCHEMAS)[op]}")
+    """With the library loaded, the registered schema is the one of csrc/generated/ops.h."""
+    in_python = torch._C.parse_schema(f"tokenprune::{op}{OPS[op].schema}")
     assert str(getattr(torch.ops.tokenprune, op).default._schema) == str(in_python)
 
 
-def test_there_are_thirteen_ops_and_no_others() -> None:
-    assert len(SCHEMAS) == 13
+def test_the_described_ops_are_registered_and_exported_and_no_others() -> None:
     registered = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("tokenprune::")}
-    assert registered == {f"tokenprune::{op}" for op in SCHEMAS | PRIVATE_SCHEMAS}
-    assert all(op.startswith("_") for op in PRIVATE_SCHEMAS)
+    assert registered == {f"tokenprune::{op}" for op in OPS}
+    assert set(public_ops()) == set(tp.ops.__all__) == set(tp.reference.__all__)
+    assert set(public_ops()) < set(tp.__all__)
+
+
+def test_the_cpp_half_of_the_descriptions_is_fresh() -> None:
+    assert_succeeds("-m", "scripts.generate_ops", "--check")
 
 
 @over_ops
@@ -88,7 +92,7 @@ def test_argument_wins_over_use_backend() -> None:
         tp.select_topk(SCORES, 2, backend="cuda")
 
 
-@pytest.mark.parametrize("op", SCHEMAS)
+@over_ops
 def test_every_function_honours_use_backend(op: str) -> None:
     from testing import op_samples as samples
 
@@ -128,7 +132,7 @@ def test_a_gpu_the_build_does_not_fit_is_served_by_triton(monkeypatch: pytest.Mo
     for capability, chosen in (((8, 6), torch.ops.tokenprune), ((12, 0), torch.ops.tokenprune_triton)):
         _registry._fits_device.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, found=capability: found)
-        assert _backend.implementation(None, scores) is chosen
+        assert _backend.implementation(None, scores, "select_topk") is chosen
     _registry._fits_device.cache_clear()
 
 

@@ -21,7 +21,6 @@ from testing import ROOT, gpu_backend
 from testing.cases import NO_TRITON
 from testing.op_samples import SAMPLES
 from tokenprune_kernels import _triton
-from tokenprune_kernels._schemas import PRIVATE_SCHEMAS, SCHEMAS
 
 pytestmark = pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
 if NO_TRITON is None:
@@ -32,6 +31,7 @@ if NO_TRITON is None:
     from tokenprune_kernels.triton import runtime
     from tokenprune_kernels.triton.order import index_of, key_with_index, order_key
 
+TRITON_OPS = set(_triton.served())
 DEVICE = "cuda" if gpu_backend.has_gpu() else "cpu"  # the interpreter runs on the CPU
 BLOCK = 64
 
@@ -294,7 +294,7 @@ except tp.BackendUnavailableError as error:
     )
 
 
-@pytest.mark.parametrize("op", [*SCHEMAS, *PRIVATE_SCHEMAS])
+@pytest.mark.parametrize("op", sorted(TRITON_OPS))
 def test_triton_serves_intel_gpus(op: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tokenprune::{op}", "XPU")
 
@@ -306,16 +306,17 @@ sys.modules["tokenprune_kernels._C"] = None
 warnings.simplefilter("ignore")
 import torch, tokenprune_kernels
 has = torch._C._dispatch_has_kernel_for_dispatch_key
-ops = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("tokenprune::")]
+from tokenprune_kernels import _triton
+ops = [f"tokenprune::{name}" for name in _triton.served()]
 print(len(ops), [op for op in ops if not has(op, "CUDA") or not has(op, "XPU") or has(op, "CPU")])
 print("triton" in sys.modules)
 """
-    assert run_script("-c", script).splitlines() == [f"{len(SCHEMAS | PRIVATE_SCHEMAS)} []", "False"]
+    assert run_script("-c", script).splitlines() == [f"{len(TRITON_OPS)} []", "False"]
 
 
 # --- torch.compile --------------------------------------------------------------------------------------------------
 
-DISSOLVED = [(op, name) for op, name in SAMPLES if op not in _triton._OPAQUE]
+DISSOLVED = [(op, name) for op, name in SAMPLES if op in TRITON_OPS and op not in _triton._OPAQUE]
 
 # They write where the values of an input say. From such an address torch goes back through the arguments of the helper
 # that loaded the values, takes the input for written, and copies it: scores or a mask, [B, N].
@@ -329,7 +330,7 @@ def graphs() -> dict[str, dict[str, Any]]:
 
 
 def test_every_op_has_kernels() -> None:
-    assert set(kernels.__all__) == SCHEMAS.keys() | PRIVATE_SCHEMAS.keys()
+    assert set(kernels.__all__) == TRITON_OPS
 
 
 @pytest.mark.parametrize("sizes", ["fixed", "symbolic"])

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _fakes
-from .._checks import _fail
+from .._checks import fail
 from .order import order_key
 from .radix import LARGEST_BLOCK, TOP_32, best_of, is_chosen, load_keys, select_config, write_selection
 from .runtime import check_not_float64, fresh, launch, mask_rows, rows, workspace
@@ -25,7 +25,7 @@ from .runtime import check_not_float64, fresh, launch, mask_rows, rows, workspac
 def check_tokens(op: str, name: str, n: int) -> None:
     """Positions and counts have 32 bits."""
     if n >= 2**31:
-        _fail(ValueError, op, name, "have fewer than 2^31 tokens on a GPU", n)
+        fail(ValueError, op, name, "have fewer than 2^31 tokens on a GPU", n)
 
 
 def keys_workspace(scores: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.int32) -> Tensor | None:
