@@ -16,7 +16,7 @@ import torch
 from bench.report import HEADER, Row, cells, duration
 from studies.retention import results
 from studies.retention.measure import UNPRUNED
-from testing import ROOT, method_tables
+from testing import ROOT, family_table, method_tables
 from testing.cases import BACKENDS, dtypes_of, interpreted, lacks
 from testing.op_samples import OPS, make, run
 from testing.pages import fill
@@ -132,6 +132,7 @@ def main() -> None:
     old_page = page.read_text()
     new_page = fill(old_page, "prefill", prefill_table(prefill))
     new_page = fill(fill(new_page, "where", method_tables.where_and_by_what()), "arguments", method_tables.arguments())
+    new_page = fill(new_page, "families", family_table.families())
     pages = {
         readme: (old, new),
         page: (old_page, new_page),

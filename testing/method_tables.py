@@ -6,7 +6,7 @@ from tokenprune_kernels.methods import ARGUMENTS, Method, get_method, method_nam
 from tokenprune_kernels.methods._method import EVIDENCE
 
 
-def _table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+def table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     lines = ["| " + " | ".join(cells) + " |" for cells in (heads, *rows)]
     return "\n".join([lines[0], "|---" * len(heads) + "|", *lines[1:]])
 
@@ -15,17 +15,17 @@ def _published() -> list[Method]:
     return [get_method(name) for name in method_names()]
 
 
-def _code(names: Iterable[str]) -> str:
+def code(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
 def faithful_to() -> str:
     """Of README.md: which functions there are, and what each was written from."""
-    return _table(
+    return table(
         ("function", "paper", "faithful to"),
         (
             (
-                _code(stage.name for stage in method.stages),
+                code(stage.name for stage in method.stages),
                 f"{method.title}, arXiv {method.paper}" if method.paper else method.title,
                 ", ".join(filter(None, ("a baseline" if method.baseline else "", method.source))),
             )
@@ -45,13 +45,13 @@ def _where(method: Method) -> str:
 
 def where_and_by_what() -> str:
     """Of docs/transformers.md: where each method prunes, and what it asks for."""
-    return _table(
+    return table(
         ("method", "where", "chooses by", "positions"),
         (
             (
                 f"`{method.name}`",
                 _where(method),
-                "; then ".join(_code(name for name in EVIDENCE if name in stage.uses) for stage in method.stages),
+                "; then ".join(code(name for name in EVIDENCE if name in stage.uses) for stage in method.stages),
                 method.positions if method.positions == "original" else "renumbered; mRoPE: original",
             )
             for method in _published()
@@ -61,4 +61,4 @@ def where_and_by_what() -> str:
 
 def arguments() -> str:
     """Of docs/transformers.md: what a function may ask for."""
-    return _table(("parameter", "what it is given"), ((f"`{name}`", text) for name, text in ARGUMENTS.items()))
+    return table(("parameter", "what it is given"), ((f"`{name}`", text) for name, text in ARGUMENTS.items()))

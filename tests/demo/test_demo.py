@@ -293,7 +293,7 @@ def test_transformers_speaks_again_afterwards() -> None:
         (["--image", "{tmp}/text.png"], "not a readable picture"),
         (["--image", "{tmp}/cut.png"], "not a readable picture"),
         (["--question", "  "], "--question: it is empty"),
-        (["--question", "is <image> a cat?"], "--question: it holds the placeholder"),
+        (["--question", "is <image> a cat?"], "--question: the question must not contain the image placeholder"),
         (["--keep", "37"], "at most all 36 visual tokens, got 37"),
         (["--keep", "0"], "at least 1"),
         (["--keep", "-3"], "at least 1"),

@@ -307,16 +307,16 @@ def test_overlay_darkens_what_no_kept_token_sees(tmp_path: Any) -> None:
     assert pruning.kept is not None
     for sample in range(2):
         for picture in range(2):
-            shown = pruning.overlay(photo, sample=sample, picture=picture)
+            shown = pruning.overlay(photo, sample=sample, image_index=picture)
             kept = {k - 36 * picture for k in pruning.kept[sample].tolist()}
             places = [divmod(k, 6) for k in sorted(kept) if 0 <= k < 36]
             seen = torch.tensor([(c, r, c + 1, r + 1) for r, c in places]) / 6
-            torch.testing.assert_close(pruning.boxes(sample=sample, picture=picture), seen)
+            torch.testing.assert_close(pruning.boxes(sample=sample, image_index=picture), seen)
             for token in range(36):
                 row, column = divmod(token, 6)
                 pixels = {shown.getpixel((20 * column + x, 10 * row + y)) for x in (0, 19) for y in (0, 9)}
                 assert pixels == {(200, 100, 40) if token in kept else (50, 25, 10)}
-    from_file = pruning.overlay(tmp_path / "photo.png", sample=1, picture=1)
+    from_file = pruning.overlay(tmp_path / "photo.png", sample=1, image_index=1)
     assert from_file.tobytes() == shown.tobytes()
     assert from_file.size == photo.size
     assert photo.getpixel((0, 0)) == (200, 100, 40)

@@ -259,7 +259,7 @@ def test_one_pruned_prompt_serves_a_batch_of_questions() -> None:
     with torch.no_grad(), prune_visual_tokens(two.model, "divprune", 9):
         cache = two.model(**two.inputs).past_key_values
         cache.batch_repeat_interleave(2)
-        with pytest.raises(RuntimeError, match="2 pruned prompts goes on with a batch of 4"):
+        with pytest.raises(RuntimeError, match="the cache holds 2 pruned prompts, the batch has 4"):
             two.model(input_ids=torch.tensor([[7]] * 4), past_key_values=cache)
 
 

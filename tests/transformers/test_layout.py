@@ -14,7 +14,7 @@ from tests.transformers.vlm.models import Prompts, llava
 from tests.transformers.vlm.models_crops import internvl
 from tests.transformers.vlm.models_towers import pixtral
 from tests.transformers.vlm.runs_crops import FAMILIES, generate, prompts_of, pruned
-from tokenprune_kernels.integrations.transformers import METHODS, families, prune_visual_tokens
+from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_tokens, registry
 
 
 class NobodyAskedError(Exception):
@@ -28,8 +28,8 @@ def no_layout(*_: Any) -> Any:
 @pytest.mark.parametrize("method", METHODS)
 def test_only_methods_that_use_a_layout_and_boxes_ask_for_one(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = llava(2, ragged=True)
-    family = dataclasses.replace(families.family_of(prompts.model), layout=no_layout)
-    monkeypatch.setitem(families._FAMILIES, "llava", family)
+    family = dataclasses.replace(registry.family_of(prompts.model), layout=no_layout)
+    monkeypatch.setitem(registry._FAMILIES, "llava", family)
     with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)) as pruning:
         if method in ON_LAYOUT:
             with pytest.raises(NobodyAskedError):
@@ -61,7 +61,7 @@ def test_pictures_encoded_outside_the_block_are_refused_where_their_sizes_are_ne
             expected = prompts.model(**prompts.inputs).logits
             boxes = pruning.boxes()
             assert torch.equal(prompts.model(**inputs).logits, expected)
-        with pytest.raises(NotImplementedError, match="encode the pictures inside the block, their sizes are needed"):
+        with pytest.raises(NotImplementedError, match="encode the images inside the block, their sizes are needed"):
             pruning.boxes()
         for method in ON_LAYOUT:
             with pruned(prompts, method, 5), pytest.raises(NotImplementedError, match="inside the block"):
@@ -121,9 +121,7 @@ def test_tiles_that_fit_in_several_ways_have_no_boxes_but_are_pruned() -> None:
     plain[:4] = plain[0, 0, 0, 0]  # of one colour
     with torch.no_grad(), pruned(prompts, "adaptprune", 9) as pruning:
         prompts.model(**{**prompts.inputs, "pixel_values": plain})
-        with pytest.raises(
-            NotImplementedError, match="picture 0 of sample 0 came in tiles, and how they were arranged"
-        ):
+        with pytest.raises(NotImplementedError, match="image 0 of sample 0 came in tiles, and how they were arranged"):
             pruning.boxes()
         assert len(pruning.boxes(sample=1)) == 9
         prompts.model(**prompts.inputs)

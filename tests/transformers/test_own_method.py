@@ -15,7 +15,7 @@ from tests.transformers.vlm import models_crops
 from tests.transformers.vlm.checks import CLOSE, LAYER, assert_decoded_like_the_oracle, drops_of, generate
 from tests.transformers.vlm.models import Prompts, llava
 from tokenprune_kernels import methods
-from tokenprune_kernels.integrations.transformers import choose, families, prune_visual_tokens
+from tokenprune_kernels.integrations.transformers import choose, prune_visual_tokens, registry
 from tokenprune_kernels.methods import ARGUMENTS, Method, Selection, Stage, register_method, unregister_method
 
 TOKENS = 36
@@ -266,8 +266,8 @@ def test_what_the_model_cannot_give_is_refused_on_entering(monkeypatch: pytest.M
         with pytest.raises(NotImplementedError, match="mine needs the attention of the vision tower"):
             prune_visual_tokens(prompts.model, needing("saliency"), 9).__enter__()
     with monkeypatch.context() as patch:
-        without = dataclasses.replace(families.family_of(prompts.model), saliency=None)
-        patch.setitem(families._FAMILIES, "llava", without)
+        without = dataclasses.replace(registry.family_of(prompts.model), saliency=None)
+        patch.setitem(registry._FAMILIES, "llava", without)
         with pytest.raises(NotImplementedError, match=r"mine has no saliency for LLaVA-1\.5"):
             prune_visual_tokens(prompts.model, needing("saliency"), 9)
 

@@ -20,8 +20,9 @@ from tests.transformers.vlm import oracle
 from tests.transformers.vlm.checks import spy_on
 from tests.transformers.vlm.models import Prompts
 from tokenprune_kernels import methods
-from tokenprune_kernels.integrations.transformers import METHODS, families, prune_visual_tokens
-from tokenprune_kernels.integrations.transformers.adapters.qwen2_vl import frames_of
+from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_tokens
+from tokenprune_kernels.integrations.transformers.adapters.qwen_vl import frames_of
+from tokenprune_kernels.integrations.transformers.registry import family_of
 
 KEEP = 0.4
 # 32 + 12 visual tokens and 14 text tokens against 16 and 9: padding on the left, sizes and numbers of images differ.
@@ -229,7 +230,7 @@ def test_sampling(name: str) -> None:
 def layouts(prompts: Prompts) -> list[Any]:
     """From the grids, and from the positions alone."""
     core, inputs = prompts.model.model, prompts.inputs
-    family = families.family_of(prompts.model)
+    family = family_of(prompts.model)
     shapes = {n: t for n, t in inputs.items() if not n.startswith("pixel")}
     positions, _ = core.get_rope_index(**shapes)
     text_only = {n: t for n, t in shapes.items() if not n.endswith("grid_thw")}

@@ -174,6 +174,28 @@ def test_generation_inside_a_streamers_callback(method: str) -> None:
 
 
 @over_four
+def test_a_forward_inside_of_an_encoding_of_another(method: str) -> None:
+    """What is seen of each one's images is written down for its own prompt."""
+    prompts, other = llava(2, ragged=True), llava(1, images=2)
+    inner: list[Tensor] = []
+
+    def forward(given: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = prompts.model(**given).logits[:, -1]
+        return logits
+
+    def again(*_: Any) -> None:
+        handle.remove()
+        inner.append(forward(other.inputs))
+
+    with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)):
+        want = [forward(given) for given in (prompts.inputs, other.inputs)]
+        handle = prompts.model.model.vision_tower.register_forward_pre_hook(again)
+        assert torch.equal(forward(prompts.inputs), want[0])
+    assert torch.equal(inner[0], want[1])
+
+
+@over_four
 def test_a_forward_inside_of_a_layer_of_another(method: str) -> None:
     prompts, other = llava(2, ragged=True), llava(1, images=2)
     depth, inner = [0], []

@@ -1,4 +1,4 @@
-"""A checkpoint of transformers on disk: loading it without its chatter, and the prompt of a picture and a question."""
+"""A checkpoint of transformers on disk: loading it without its chatter, and the prompt of an image and a question."""
 
 import textwrap
 import warnings
@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
-from tokenprune_kernels.integrations.transformers.families import family_of, family_of_type
+from tokenprune_kernels.integrations.transformers.registry import family_of, family_of_type
 
 from . import DemoError
 
@@ -56,35 +56,35 @@ class Checkpoint:
         family = family_of(self.model)
         return torch.tensor(family.visual_ids(family.core(self.model).config), device=self.model.device)
 
-    def seen(self, picture: Image.Image) -> Image.Image:
-        """The part of the picture that the model looks at: LLaVA-1.5's processor cuts off what is not square."""
+    def seen(self, image: Image.Image) -> Image.Image:
+        """The part of the image that the model looks at: LLaVA-1.5's processor cuts off what is not square."""
         images = self.processor.image_processor
         size = getattr(images, "size", None) or {}
         if self.model.config.model_type != "llava" or not getattr(images, "do_center_crop", False):
-            return picture
+            return image
         crop = (images.crop_size["width"], images.crop_size["height"])
         if "shortest_edge" in size:
-            scale = (size["shortest_edge"] / min(picture.size),) * 2
+            scale = (size["shortest_edge"] / min(image.size),) * 2
         else:
-            scale = (size["width"] / picture.width, size["height"] / picture.height)
+            scale = (size["width"] / image.width, size["height"] / image.height)
         width, height = (
-            min(max(1, round(c / s)), length) for c, s, length in zip(crop, scale, picture.size, strict=True)
+            min(max(1, round(c / s)), length) for c, s, length in zip(crop, scale, image.size, strict=True)
         )
-        left, top = (picture.width - width) // 2, (picture.height - height) // 2
-        return picture.crop((left, top, left + width, top + height))
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return image.crop((left, top, left + width, top + height))
 
-    def prompt(self, picture: Image.Image, question: str) -> Any:
+    def prompt(self, image: Image.Image, question: str) -> Any:
         """What the model is called with."""
         ids = torch.tensor(self.tokenizer.encode(question, add_special_tokens=False), device=self.model.device)
         if torch.isin(ids, self.visual_ids()).any():
-            raise DemoError("--question: it holds the placeholder of a picture, leave that to the chat template")
-        turn = {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}
+            raise DemoError("--question: the question must not contain the image placeholder")
+        turn = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}
         try:
             inputs = self.processor.apply_chat_template(
                 [turn], tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
             )
         except Exception as error:  # of templates and image processors that come with the checkpoint
-            raise DemoError(f"--model: its processor refuses the picture or the question: {one_line(error)}") from None
+            raise DemoError(f"--model: its processor refuses the image or the question: {one_line(error)}") from None
         return inputs.to(self.model.device, dtype=self.model.dtype)
 
 

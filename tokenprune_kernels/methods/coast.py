@@ -133,5 +133,6 @@ COAST = Method(
     summary="what the question attends to, and both ends of the contrast",
     paper="2605.09429",
     source="public descriptions; no code of the authors was found",
-    layers={"Qwen2-VL": 14, "Qwen3-VL": 14},
+    # For the 28 layers of the 7B model.
+    layers={"Qwen2-VL": 14, "Qwen2.5-VL": 14, "Qwen3-VL": 14},
 )

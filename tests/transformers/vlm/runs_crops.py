@@ -56,7 +56,7 @@ def generate(prompts: Prompts, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def layout_in(pruning: Any) -> Any:
-    return pruning._hooks.report.layout()
+    return pruning._block.report.layout()
 
 
 def vision_weights(prompts: Prompts, attention: str, layer: int) -> list[Tensor]:

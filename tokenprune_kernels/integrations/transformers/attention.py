@@ -40,9 +40,9 @@ def _eager_of(module: nn.Module) -> Callable[..., Any]:
 
 
 def _lse(result: Any, query: Tensor) -> Tensor | None:
-    """The log-sum-exp that the attention offers in place of its weights, as flex attention does.
+    """The log-sum-exp that the attention offers instead of its weights, as flex attention does.
 
-    Not when it was rounded to a half type: at 10, bfloat16 is 3% off in the probability that comes of it.
+    None when it was rounded to a half type: at 10, bfloat16 is 3% off in the probability that comes of it.
     """
     second = result[1] if isinstance(result, (tuple, list)) and len(result) > 1 else None
     wide = (torch.float32, torch.float64)
@@ -74,7 +74,7 @@ def _with_config(module: nn.Module, config: Any) -> nn.Module:
     return twin
 
 
-class _Shown:
+class _Probed:
     """One config that bears a name of ours, and the blocks whose probes are behind it.
 
     The name is new each time: compiled code depends on it, so that code compiled outside a block, or for another
@@ -85,7 +85,7 @@ class _Shown:
         self.config = config
         self.base: str = config._attn_implementation
         self.names: list[str] = []
-        self.blocks: list[ShownAttention] = []
+        self.blocks: list[ProbedAttention] = []
 
     def rename(self) -> None:
         self.base = base_of(self.config._attn_implementation)
@@ -135,11 +135,11 @@ class _Shown:
         return attend
 
 
-_shown: dict[int, _Shown] = {}  # by the id of its config, which it keeps alive
+_probed: dict[int, _Probed] = {}  # by the id of its config, which it keeps alive
 _lock = threading.RLock()
 
 
-class ShownAttention:
+class ProbedAttention:
     """Puts a name of ours into a config, and takes it out again. shared: other blocks may probe this config too."""
 
     def __init__(self, config: Any, probes: dict[nn.Module, Probe], *, shared: bool = False) -> None:
@@ -147,19 +147,19 @@ class ShownAttention:
 
     def install(self) -> None:
         with _lock:
-            there = _shown.get(id(self.config))
+            there = _probed.get(id(self.config))
             if there is not None and not (self.shared and all(block.shared for block in there.blocks)):
                 raise RuntimeError(
                     "prune_visual_tokens: this model, or one that shares its config, is being pruned already; "
                     "leave that block first"
                 )
-            there = _shown.setdefault(id(self.config), _Shown(self.config))
+            there = _probed.setdefault(id(self.config), _Probed(self.config))
             there.blocks.append(self)
             there.rename()
 
     def follow(self) -> None:
         """The user's set_attn_implementation inside the block put another name there: go on in front of that one."""
-        there = _shown.get(id(self.config))
+        there = _probed.get(id(self.config))
         if there is not None and self.config._attn_implementation != there.names[-1]:
             with _lock:
                 if self.config._attn_implementation not in there.names:
@@ -167,7 +167,7 @@ class ShownAttention:
 
     def remove(self) -> None:
         with _lock:
-            there = _shown.get(id(self.config))
+            there = _probed.get(id(self.config))
             if there is None or self not in there.blocks:
                 return
             there.blocks.remove(self)
@@ -175,4 +175,4 @@ class ShownAttention:
                 there.rename()
             else:
                 there.forget()
-                del _shown[id(self.config)]
+                del _probed[id(self.config)]

@@ -1,13 +1,14 @@
-"""Key/value caches: which are supported, what a prefill leaves on them for decoding, and dropping tokens afterwards."""
+"""Key/value caches: what a prefill leaves on them for decoding, and dropping tokens afterwards."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 from ... import gather_compact
+from .families import Family
 from .tokens import Tokens
 
 # An attribute of the cache itself: it goes with copies of it, and from one block to the next.
@@ -28,7 +29,7 @@ class Pruned:
 
     length: int  # columns of the prompt before it was pruned
     segments: list[Segment]
-    # [B] of a one-dimensional model, [R, B] of one whose position_ids have R rows: where the next token stands.
+    # [B] of a one-dimensional model, [R, B] of one whose position_ids have R rows: the position of the next token.
     next_position: Tensor
 
     def segment_of(self, layer: int) -> Segment | None:
@@ -51,7 +52,7 @@ class Pruned:
         if rows == batch:
             return self
         if rows != 1:
-            raise RuntimeError(f"prune_visual_tokens: a cache of {rows} pruned prompts goes on with a batch of {batch}")
+            raise RuntimeError(f"prune_visual_tokens: the cache holds {rows} pruned prompts, the batch has {batch}")
         segments = []
         for segment in self.segments:
             real = segment.tokens.real
@@ -73,7 +74,7 @@ class PrunedCache(DynamicCache):
         return pruned.length + pruned.since(self)
 
     def crop(self, length: int) -> None:
-        """As versions before 5.20 have it: to a length of the conversation, or by so many tokens if it is negative."""
+        """Crop to a length of the conversation, or by so many tokens if it is negative, as before transformers 5.20."""
         surplus = self.get_seq_length() - length if length > 0 else -length
         if surplus > 0:
             super().crop(-surplus)
@@ -89,14 +90,15 @@ def pruned_of(cache: Any) -> Pruned | None:
     return pruned if pruned is not None and layer_length(cache, 0) else None  # empty: it was reset
 
 
-def check_cache(cache: Any, *, compact: bool) -> None:
-    """Layers must be free to have different lengths, and hold their keys and values as they are."""
+def check_cache(cache: Any, family: Family, *, compact: bool) -> None:
+    """Whether the family's models can be pruned on this cache."""
     if cache is None:
         return
-    others = {type(layer).__name__ for layer in getattr(cache, "layers", []) if type(layer) is not DynamicLayer}
+    others = {type(layer).__name__ for layer in getattr(cache, "layers", []) if type(layer) not in family.cache_layers}
     if type(cache) not in (DynamicCache, PrunedCache) or others:
         what = ", ".join(sorted(others)) or type(cache).__name__
-        raise NotImplementedError(f"prune_visual_tokens: the cache must be a DynamicCache of DynamicLayers, got {what}")
+        known = " or ".join(f"{layer.__name__}s" for layer in family.cache_layers)
+        raise NotImplementedError(f"prune_visual_tokens: the cache must be a DynamicCache of {known}, got {what}")
     if compact and getattr(cache, "offloading", False):
         raise NotImplementedError("prune_visual_tokens: compact_cache=True does not go with an offloaded cache")
 

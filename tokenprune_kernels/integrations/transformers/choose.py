@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import gather_compact, mask_to_indices
 from ...methods import Selection, Stage
-from .families import Layout
+from .layout import Layout
 from .tokens import Tokens
 
 _CHECK_INDICES = os.environ.get("TOKENPRUNE_CHECK_INDICES") == "1"

@@ -26,13 +26,13 @@ def ours(function: Callable[..., Any], *instead_of: Any) -> Callable[..., Any]:
 
 
 def instead_of(value: Any) -> list[Any] | None:
-    """None for what is not ours."""
+    """What a function of a block stands in front of; None for any other value."""
     found: list[Any] | None = getattr(value, _INSTEAD_OF, None)
     return found
 
 
 def leave_out_of_copies(classes: Iterable[type]) -> Callable[[], None]:
-    """Until the function that is returned is called."""
+    """Copies of these classes lack what is ours, until the function that is returned is called."""
     classes = set(classes)
     with _lock:
         for cls in classes - set(_blocks):

@@ -1,4 +1,4 @@
-"""Decoding on the cache of a pruned prompt: where new tokens stand, and which keys each layer's cache has for them."""
+"""Decoding on the cache of a pruned prompt: the positions of new tokens, and the keys that each layer has cached."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from .cache import Pruned, Segment, layer_length
-from .families import Inputs
+from .families import Family, Inputs
 from .interface import Arguments
-from .masks import causal_mask
+from .masks import decoder_mask
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Decode:
 
 
 def begin_decode(pruned: Pruned, inputs: Inputs, cache: Any) -> tuple[Decode, Inputs]:
-    """And the arguments that the decoder gets."""
+    """The decoding, and the arguments that the decoder gets."""
     new = inputs.get("inputs_embeds")
     new = inputs.get("input_ids") if new is None else new
     if new is None:
@@ -42,18 +42,19 @@ def begin_decode(pruned: Pruned, inputs: Inputs, cache: Any) -> tuple[Decode, In
     return Decode(pruned, queries, mask), inputs
 
 
-def decode_layer(config: Any, now: Decode, index: int, takes: Arguments, inputs: Inputs) -> Inputs:
+def decode_layer(family: Family, config: Any, now: Decode, index: int, takes: Arguments, inputs: Inputs) -> Inputs:
     """The arguments that a decoder layer gets."""
     segment = now.pruned.segment_of(index)
     if segment is None:
         return inputs
     if segment.first not in now.masks:
         takes.given(inputs, "hidden_states", "attention_mask", "cache")
-        now.masks[segment.first] = _mask(config, now, segment, takes.cache(inputs), inputs["hidden_states"])
+        cache, hidden = takes.cache(inputs), inputs["hidden_states"]
+        now.masks[segment.first] = _mask(family, config, now, segment, cache, hidden)
     return {**inputs, "attention_mask": now.masks[segment.first], "position_ids": None}
 
 
-def _mask(config: Any, now: Decode, segment: Segment, cache: Any, hidden: Tensor) -> Any:
+def _mask(family: Family, config: Any, now: Decode, segment: Segment, cache: Any, hidden: Tensor) -> Any:
     tokens = segment.tokens
     keys = layer_length(cache, segment.first) + now.queries
     batch, given, new = hidden.shape[0], now.given_mask, keys - tokens.length
@@ -65,6 +66,7 @@ def _mask(config: Any, now: Decode, segment: Segment, cache: Any, hidden: Tensor
             flags[:, :new] if given is None else given[:, given.shape[1] - new :].bool(),
         )
         padding = torch.cat(parts, 1)
-    return causal_mask(
-        config, batch=batch, queries=now.queries, keys=keys, padding=padding, dtype=hidden.dtype, device=hidden.device
-    )
+    return decoder_mask(
+        family, config, batch=batch, queries=now.queries, keys=keys, padding=padding, dtype=hidden.dtype,
+        device=hidden.device,
+    )  # fmt: skip

@@ -18,24 +18,24 @@ from .tokens import Tokens
 class DeepStack:
     features: list[Tensor]  # [B, V, C] for each of the first layers, of the unpruned visual tokens
 
-    @classmethod
-    def take(cls, inputs: Inputs, tokens: Tokens) -> "DeepStack | None":
-        given = inputs.get("deepstack_visual_embeds")
-        if given is None:
-            return None
-        # The rows are all visual tokens of the batch, one sample after the other.
-        counts = torch.tensor(tokens.counts, device=tokens.slot.device)
-        place = torch.where(tokens.origin >= 0, tokens.origin + (counts.cumsum(0) - counts).unsqueeze(1), -1)
-        batch = len(tokens.counts)
-        features = [t.unsqueeze(0).expand(batch, -1, -1) for t in given]
-        return cls(gather_compact(features, place, dims=[1] * len(features)))
-
     def added(self, layer: int, hidden: Tensor, tokens: Tokens) -> Tensor:
         """The hidden states behind a layer, with its features added where visual tokens are left."""
         if not 0 <= layer < len(self.features):
             return hidden
-        place = (
-            gather_compact([tokens.origin + 1], tokens.slot, dims=[1])[0] - 1
-        )  # 0 - 1 where there is no visual token
-        (added,) = gather_compact([self.features[layer]], place, dims=[1])
+        # gather_compact gives 0 where there is no visual token: 0 - 1 is none again.
+        index = gather_compact([tokens.origin + 1], tokens.slot, dims=[1])[0] - 1
+        (added,) = gather_compact([self.features[layer]], index, dims=[1])
         return hidden + added.to(hidden)
+
+
+def take_deepstack(inputs: Inputs, tokens: Tokens) -> tuple[DeepStack | None, Inputs]:
+    """The features in the arguments of the decoder, and these arguments without them."""
+    given = inputs.get("deepstack_visual_embeds")
+    if given is None:
+        return None, inputs
+    # The rows are all visual tokens of the batch, one sample after the other.
+    counts = torch.tensor(tokens.counts, device=tokens.slot.device)
+    row = torch.where(tokens.origin >= 0, tokens.origin + (counts.cumsum(0) - counts).unsqueeze(1), -1)
+    features = [t.unsqueeze(0).expand(len(tokens.counts), -1, -1) for t in given]
+    taken = DeepStack(gather_compact(features, row, dims=[1] * len(features)))
+    return taken, {**inputs, "deepstack_visual_embeds": None, "visual_pos_masks": None}

@@ -21,7 +21,7 @@ class Arguments:
     names: tuple[str, ...]  # in order
 
     def bind(self, args: Sequence[Any], kwargs: Inputs) -> Inputs:
-        """All arguments by name."""
+        """Returns all arguments by name."""
         return {**dict(zip(self.names, args, strict=False)), **kwargs}
 
     def split(self, inputs: Inputs, positional: int) -> tuple[tuple[Any, ...], Inputs]:

@@ -5,20 +5,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from .attention import base_of
+from .families import Family
 
 
-def check_full_attention(config: Any) -> None:
-    """Layers that see a window of places would see another one after places are gone."""
+def check_layer_types(config: Any, family: Family) -> None:
+    """Whether all decoder layers are of the kinds that the family promises to handle."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     for name in ("sliding_window", "attention_chunk_size"):  # of all layers, where their types are not listed
         if getattr(config, name, None) is not None and getattr(config, "layer_types", None) is None:
             kinds = {name}
-    if kinds != {"full_attention"}:
+    if not kinds <= family.layer_types:
+        known = " or ".join(sorted(family.layer_types)).replace("_", " ")
         raise NotImplementedError(
-            f"prune_visual_tokens: decoder layers must all have full attention, got {', '.join(sorted(kinds))}"
+            f"prune_visual_tokens: decoder layers must all have {known}, got {', '.join(sorted(kinds))}"
         )
 
 
@@ -30,7 +32,8 @@ def check_one_sequence(positions: Any, mask: Any) -> None:
         )
 
 
-def causal_mask(
+def decoder_mask(
+    family: Family,
     config: Any,
     *,
     batch: int,
@@ -51,12 +54,12 @@ def causal_mask(
             raise NotImplementedError(f"prune_visual_tokens: padding needs a mask, and {name!r} has no mask function")
         return None
     function = ALL_MASK_ATTENTION_FUNCTIONS[name]
-    places: dict[str, Any]
+    columns: dict[str, Any]
     takes = inspect.signature(function).parameters
     if "cache_position" in takes:  # until transformers 5.11 or so
-        places = {"cache_position": torch.arange(keys - queries, keys, device=device)}
+        columns = {"cache_position": torch.arange(keys - queries, keys, device=device)}
     elif "q_offset" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-        places = {"q_length": queries, "q_offset": keys - queries, "device": device}
+        columns = {"q_length": queries, "q_offset": keys - queries, "device": device}
     else:
         raise NotImplementedError(
             f"prune_visual_tokens: the mask function of {name!r} takes neither cache_position nor q_offset, only "
@@ -66,10 +69,10 @@ def causal_mask(
         batch_size=batch,
         kv_length=keys,
         kv_offset=0,
-        mask_function=causal_mask_function,
+        mask_function=family.mask_function,
         attention_mask=padding,
         allow_is_causal_skip=True,
         dtype=dtype,
         config=config,
-        **places,
+        **columns,
     )

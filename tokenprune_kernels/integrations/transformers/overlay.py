@@ -1,22 +1,22 @@
-"""What the kept tokens see of a picture: as boxes, and as a picture in which only that is bright."""
+"""What the kept tokens see of an image: as boxes, and as an image in which only that is bright."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .families import Layout
+from .layout import Layout
 
 
-def boxes_of(layout: Layout, kept: Tensor, sample: int, picture: int) -> Tensor:
-    """[K, 4] float32 on the host: left, top, right, bottom in parts of the picture. Boxes of crops may overlap."""
+def boxes_of(layout: Layout, kept: Tensor, sample: int, image: int) -> Tensor:
+    """[K, 4] float32 on the host: left, top, right, bottom in parts of the image. Boxes of crops may overlap."""
     chosen = kept[sample].cpu()
     chosen = chosen[chosen >= 0]
     boxes = layout.boxes[sample].cpu()[chosen]
-    boxes = boxes[layout.images[sample].cpu()[chosen] == picture]
+    boxes = boxes[layout.images[sample].cpu()[chosen] == image]
     if bool(boxes.isnan().any()):
         raise NotImplementedError(
-            f"prune_visual_tokens: picture {picture} of sample {sample} came in tiles, and how they were arranged "
+            f"prune_visual_tokens: image {image} of sample {sample} came in tiles, and how they were arranged "
             "cannot be told from them and their thumbnail"
         )
     return boxes[(boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])]  # a newline token sees nothing

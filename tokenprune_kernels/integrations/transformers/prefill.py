@@ -1,7 +1,7 @@
 """One prefill of a block: a call of the decoder with visual tokens and an empty cache.
 
 In front of a pruning layer the hidden states, the rotary embeddings and the padding lose the dropped columns; every
-later layer gets the shortened ones in place of what the model's loop hands it.
+later layer gets the shortened ones instead of what the model's loop hands it.
 """
 
 import functools
@@ -18,17 +18,18 @@ from ... import gather_compact
 from ..._backend import served_by
 from ...methods import Stage
 from .cache import Pruned, Segment, check_cache, compact_layers, layer_length, remember
-from .calls import Asked, ModelCall, Prompt
 from .choose import AttentionInputs, LayerContext, choose
-from .deepstack import DeepStack
-from .families import LAYOUT_INPUTS, Family, Inputs, Layout, Saliency
+from .deepstack import DeepStack, take_deepstack
+from .encoding import Asked, ModelCall, Prompt
+from .families import Family, Inputs, Model, Saliency
 from .interface import Arguments
-from .masks import causal_mask, check_one_sequence
+from .layout import Layout
+from .masks import check_one_sequence, decoder_mask
 from .report import Report
 from .tokens import Tokens, keep, read_prompt
 
-PICTURE_LATER = (
-    "prune_visual_tokens: pictures must come in the first forward on an empty cache, not in a later turn or chunk"
+IMAGES_LATER = (
+    "prune_visual_tokens: images must come in the first forward on an empty cache, not in a later turn or chunk"
 )
 
 
@@ -62,15 +63,15 @@ class Plan:
     """What a block does to every prefill."""
 
     family: Family
-    core: nn.Module
-    decoder: Any  # a module whose attributes depend on the family
+    core: Model
+    decoder: Model
     method: str  # for messages
     stages: dict[int, PlannedStage]  # by their layer
+    saliency: Saliency | None  # for the methods that ask for it
     renumber: bool
     compact_cache: bool
     seed: int | None
     options: dict[str, Any]
-    saliency: Saliency | None = None
     draws: Draws = field(default_factory=Draws)
 
 
@@ -80,6 +81,7 @@ class Prefill:
     original: Tokens
     next_position: Tensor
     prompt: Prompt
+    seen: list[Any]  # of the vision tower, for the saliency
     deepstack: DeepStack | None
     report: Report
     cache: Any = None  # that the layers fill
@@ -93,7 +95,7 @@ class Prefill:
 def begin_prefill(
     plan: Plan, call: ModelCall, prompt: Prompt, inputs: Inputs, cache: Any, asked: Asked | None
 ) -> tuple[Prefill | None, Inputs]:
-    """And the arguments that the decoder gets. None: without visual tokens it is none of ours."""
+    """The prefill and the arguments that the decoder gets: without visual tokens, None and the inputs unchanged."""
     mask = inputs.get("attention_mask")
     fits = isinstance(mask, Tensor) and mask.shape == prompt.is_visual.shape
     tokens = read_prompt(prompt.is_visual, mask.bool() if isinstance(mask, Tensor) and fits else None)
@@ -101,26 +103,30 @@ def begin_prefill(
         return None, inputs
     if asked is not None:
         _check_asked(asked)
-    check_cache(cache, compact=plan.compact_cache)
+    check_cache(cache, plan.family, compact=plan.compact_cache)
     if layer_length(cache, 0):
-        raise NotImplementedError(PICTURE_LATER)
+        raise NotImplementedError(IMAGES_LATER)
     if mask is not None and not fits:
         got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise NotImplementedError(f"prune_visual_tokens: the attention_mask must be [B, L] or absent, got {got}")
     check_one_sequence(inputs.get("position_ids"), mask)
     modules = (plan.decoder, *plan.decoder.layers)
     if any(getattr(m, "gradient_checkpointing", False) and m.training for m in modules):
-        raise NotImplementedError("prune_visual_tokens: gradient checkpointing; switch it off or call model.eval()")
-    prompt.inputs = {**prompt.inputs, **call.pictures.arguments}
-    places = {name: prompt.inputs.get(name) for name in (*LAYOUT_INPUTS, *plan.family.watched)}
-    layout = functools.cache(lambda: plan.family.layout(plan.core, places, tokens.counts))
-    deepstack = DeepStack.take(inputs, tokens)
+        raise NotImplementedError(
+            "prune_visual_tokens: gradient checkpointing is not supported; disable it, call model.eval() or leave the "
+            "block"
+        )
+    family = plan.family
+    prompt.inputs = {**prompt.inputs, **call.encoding.arguments}
+    read = {name: prompt.inputs.get(name) for name in (*family.layout_inputs, *family.watched)}
+    layout = functools.cache(lambda: family.layout(plan.core, read, tokens.counts))
     counted = prompt.inputs.get("position_ids") is not None
     report = Report(tokens.slot.device, tokens.counts, layout)
-    now = Prefill(tokens, tokens, _next_position(inputs, tokens, counted), prompt, deepstack, report)
-    if deepstack is not None:
-        inputs = {**inputs, "deepstack_visual_embeds": None, "visual_pos_masks": None}
-    return now, inputs
+    position = _next_position(inputs, tokens, counted)
+    deepstack = None
+    if family.deepstack:
+        deepstack, inputs = take_deepstack(inputs, tokens)
+    return Prefill(tokens, tokens, position, prompt, call.encoding.saliency, deepstack, report), inputs
 
 
 def _check_asked(asked: Asked) -> None:
@@ -131,7 +137,7 @@ def _check_asked(asked: Asked) -> None:
     if asked.chunk is not None:
         raise NotImplementedError(
             f"prune_visual_tokens: prefill_chunk_size={asked.chunk} takes apart what has to come in one forward, the "
-            "pictures and the question about them; generate without prefill_chunk_size"
+            "images and the question about them; generate without prefill_chunk_size"
         )
 
 
@@ -140,7 +146,7 @@ def prefill_layer(plan: Plan, now: Prefill, index: int, layer: nn.Module, takes:
     if index == 0:
         takes.given(inputs, "hidden_states", "attention_mask", "position_embeddings", "cache")
         now.cache = takes.cache(inputs)
-        check_cache(now.cache, compact=plan.compact_cache)  # the decoder may have made it itself
+        check_cache(now.cache, plan.family, compact=plan.compact_cache)  # the decoder may have made it itself
     if now.deepstack is not None:
         inputs = {**inputs, "hidden_states": now.deepstack.added(index - 1, inputs["hidden_states"], now.tokens)}
     if index in plan.stages:
@@ -149,7 +155,7 @@ def prefill_layer(plan: Plan, now: Prefill, index: int, layer: nn.Module, takes:
 
 
 def end_prefill(plan: Plan, now: Prefill) -> None:
-    """What decoding and the user find."""
+    """Leaves what decoding and the user will ask for."""
     if not now.segments:
         now.report.untouched(now.original.origin)
         return
@@ -190,9 +196,9 @@ def _context(plan: Plan, now: Prefill, hidden: Tensor, layer: nn.Module) -> Laye
 
     def saliency() -> Tensor:
         assert plan.saliency is not None
-        if not plan.saliency.seen:
+        if not now.seen:
             raise RuntimeError(f"prune_visual_tokens: {plan.method} needs the vision tower to run inside the block")
-        return plan.saliency.read(plan.core, now.prompt.inputs, now.original.counts).to(hidden.device)
+        return plan.saliency.read(plan.core, now.prompt.inputs, now.original.counts, now.seen).to(hidden.device)
 
     generator = functools.partial(plan.draws.of, plan.seed, hidden.device)
     return LayerContext(now.tokens, hidden, layer, now.attention, layout, saliency, generator)
@@ -218,8 +224,8 @@ def _compact(plan: Plan, now: Prefill, after: Tokens, columns: Tensor, inputs: I
         "position_embeddings": tuple(rotary),
         # FlashAttention would take gaps in the positions for borders between packed sequences.
         "position_ids": None,
-        "attention_mask": causal_mask(
-            plan.decoder.config, batch=batch, queries=after.length, keys=after.length, padding=after.real,
+        "attention_mask": decoder_mask(
+            plan.family, plan.decoder.config, batch=batch, queries=after.length, keys=after.length, padding=after.real,
             dtype=hidden.dtype, device=hidden.device,
         ),
     }  # fmt: skip
@@ -234,7 +240,7 @@ def _with_batch(t: Tensor, batch: int) -> Tensor:
 
 
 def _next_position(inputs: Inputs, tokens: Tokens, counted: bool) -> Tensor:
-    """Behind the prompt, as the model goes on.
+    """The position behind the prompt, as the model counts on.
 
     generate counts positions itself (`counted`), on from the last column. Else the model adds its rope_deltas, behind
     the largest position, which may be an image's. Of several rows, the first of four counts text; the others share it.

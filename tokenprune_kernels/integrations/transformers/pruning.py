@@ -1,16 +1,20 @@
 """`prune_visual_tokens`: the block inside which a model drops visual tokens, and what it tells afterwards."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
 
 from ...methods import ARGUMENTS, Method, Stage, get_method, method_names
 from ...methods._method import Choose
+from .block import Block
 from .choose import check_layer
-from .families import Family, family_of, unwrapped
-from .hooks import Hooks
-from .prefill import PlannedStage
+from .families import Family
+from .hooks import install
+from .overlay import boxes_of, overlay
+from .prefill import Plan, PlannedStage
+from .registry import family_of, unwrapped
 
 METHODS = method_names()  # of this package; users may register others
 IN_MODEL = tuple(name for name in METHODS if get_method(name).in_model)
@@ -78,8 +82,8 @@ def check_options(method: Method, options: dict[str, Any]) -> None:
 class Pruning:
     """The handle of a `with prune_visual_tokens(...)` block; see there.
 
-    kept: [B, K] int64, the places of the kept tokens among each sample's visual tokens in the prompt, ascending, -1
-    after the last; None before the first picture. Of the prefill that was finished last.
+    kept: [B, K] int64, the indices of the kept tokens among each sample's visual tokens in the prompt, ascending, -1
+    after the last; None before the first image. Of the prefill that was finished last.
     """
 
     def __init__(
@@ -99,7 +103,7 @@ class Pruning:
         decoder: Any = family.decoder(core)
         if positions not in (None, "original", "renumber"):
             raise ValueError(f"prune_visual_tokens: positions must be original or renumber, got {positions!r}")
-        if positions == "renumber" and not family.renumber:
+        if positions == "renumber" and family.mrope:
             raise ValueError(
                 f"prune_visual_tokens: the positions of {family.name} carry the image's geometry: original"
             )
@@ -109,7 +113,7 @@ class Pruning:
         check_options(method, options or {})
         in_model = any(planned.layer > 0 for planned in stages)
         if positions is None:
-            positions = method.positions if family.renumber and not in_model else "original"
+            positions = "original" if family.mrope or in_model else method.positions
         if positions == "renumber" and in_model:
             raise ValueError(
                 f"prune_visual_tokens: {method.name} prunes inside the model, where positions are fixed already"
@@ -122,61 +126,58 @@ class Pruning:
         for planned in stages:
             check_layer(method.name, planned.stage, decoder.layers[planned.layer])
         self.method, self.model = method.name, model
-        self._hooks = Hooks(
-            model, family, core, decoder, method.name, stages,
+        self._block = Block(Plan(
+            family, core, decoder, method.name, {planned.layer: planned for planned in stages},
+            saliency=family.saliency if "saliency" in method.uses else None,
             renumber=positions == "renumber", compact_cache=compact_cache, seed=seed, options=options or {},
-        )  # fmt: skip
-        self._inside = False
+        ))  # fmt: skip
+        self._installed: ExitStack | None = None
 
     def __enter__(self) -> "Pruning":
-        if self._inside:
+        if self._installed is not None:
             raise RuntimeError("prune_visual_tokens: this block is being entered a second time before it was left")
-        self._hooks.install()
-        self._inside = True
+        self._installed = install(self._block, self.model)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._inside = False
-        self._hooks.remove()
+        installed, self._installed = self._installed, None
+        if installed is not None:
+            installed.close()
 
     @property
     def kept(self) -> Tensor | None:
-        return self._hooks.report.kept
+        return self._block.report.kept
 
     @property
     def kept_at(self) -> dict[int, Tensor]:
         """What was left in front of each pruning layer, as `kept`: sts prunes twice."""
-        return self._hooks.report.kept_at
+        return self._block.report.kept_at
 
     @property
     def stats(self) -> dict[str, Any]:
-        """Of the prefill that was finished last: tokens before and after per sample, pruning layers, milliseconds, the
+        """Facts of the prefill that was finished last: tokens before and after per sample, pruning layers, times, the
         backend.
 
-        The times are those of the device; reading them waits for it.
+        The times are milliseconds of the device; reading them waits for it.
         """
-        return {"method": self.method, **self._hooks.report.stats()}
+        return {"method": self.method, **self._block.report.stats()}
 
-    def boxes(self, *, sample: int = 0, picture: int = 0) -> Tensor:
-        """[K, 4]: left, top, right and bottom, in parts of the picture, of what each kept token sees of it.
+    def boxes(self, *, sample: int = 0, image_index: int = 0) -> Tensor:
+        """[K, 4]: left, top, right and bottom, in parts of the image, of what each kept token sees of it.
 
-        picture: which of the sample's pictures or frames it is. Tokens of other pictures and of newlines have no row.
+        image_index: which of the sample's images or frames it is. Tokens of other images and of newlines have no row.
         """
-        from .overlay import boxes_of
-
-        report = self._hooks.report
+        report = self._block.report
         if report.kept is None or report.layout is None:
             raise RuntimeError("prune_visual_tokens: nothing was pruned yet")
-        return boxes_of(report.layout(), report.kept, sample, picture)
+        return boxes_of(report.layout(), report.kept, sample, image_index)
 
-    def overlay(self, image: Any, *, sample: int = 0, picture: int = 0) -> Any:
-        """The picture with everything darkened that no kept token sees (`boxes`); a PIL image. Needs Pillow.
+    def overlay(self, image: Any, *, sample: int = 0, image_index: int = 0) -> Any:
+        """The image with everything darkened that no kept token sees (`boxes`); a PIL image. Needs Pillow.
 
         image: a PIL image, or anything PIL opens.
         """
-        from .overlay import overlay
-
-        return overlay(image, self.boxes(sample=sample, picture=picture))
+        return overlay(image, self.boxes(sample=sample, image_index=image_index))
 
 
 def prune_visual_tokens(
@@ -190,7 +191,7 @@ def prune_visual_tokens(
     seed: int | None = None,
     **options: Any,
 ) -> Pruning:
-    """Inside the block, prompts with pictures lose visual tokens where the method's paper drops them.
+    """Inside the block, prompts with images lose visual tokens where the method's paper drops them.
 
     Args:
         model: a transformers vision-language model (docs/transformers.md lists the families), with its language

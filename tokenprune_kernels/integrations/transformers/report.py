@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .families import Layout
+from .layout import Layout
 
 
 class Clock:
@@ -39,7 +39,7 @@ class Clock:
 
 
 class Report:
-    """Of one prefill; without arguments, of none yet."""
+    """What is reported of one prefill; without arguments, of none yet."""
 
     def __init__(
         self,

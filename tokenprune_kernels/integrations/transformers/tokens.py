@@ -15,7 +15,7 @@ class Tokens:
     slot [B, L]: which visual token of its sample a column is, counted from 0, or -1: text and padding.
     visual [B, V]: the column of each visual token, -1 after the last. counts: visual tokens per sample, on the host.
     real [B, L] bool: False for padding; None when there is none. lengths: real tokens per sample, on the host.
-    origin [B, V]: the place of each visual token among those of the unpruned prompt, -1 after the last.
+    origin [B, V]: the index of each visual token among those of the unpruned prompt, -1 after the last.
     suffix: columns from the first text behind the last visual token on, or from the last real column if there is none;
         of the sample that has most of them.
     """
@@ -41,7 +41,8 @@ class Tokens:
 
 
 def read_prompt(is_visual: Tensor, real: Tensor | None) -> Tokens:
-    """From which columns are visual and which are padding, both [B, L] bool. Waits for the device once."""
+    """The tokens of a prompt, from which columns are visual and which are real, both [B, L] bool. Waits for the device
+    once."""
     length = is_visual.shape[1]
     if real is not None:
         is_visual = is_visual & real
@@ -63,7 +64,7 @@ def read_prompt(is_visual: Tensor, real: Tensor | None) -> Tokens:
 def keep(tokens: Tokens, selected: Tensor, kept_counts: list[int]) -> tuple[Tokens, Tensor]:
     """The tokens after a selection, and the columns they come from: [B, L'], -1 in the padding, which is on the left.
 
-    selected [B, K]: places among the visual tokens, ascending, -1 after the last. Every other real token stays.
+    selected [B, K]: indices among the visual tokens, ascending, -1 after the last. Every other real token stays.
     Generation reads the last column: samples that keep fewer tokens are padded on the left.
     """
     batch, most = selected.shape[0], tokens.visual.shape[1]
@@ -77,9 +78,9 @@ def keep(tokens: Tokens, selected: Tensor, kept_counts: list[int]) -> tuple[Toke
     columns, found = mask_to_indices(stays, longest)
     real = None
     if min(lengths) < longest:
-        place = torch.arange(longest, device=columns.device) - (longest - found).unsqueeze(1)
-        real = place >= 0
-        columns = torch.where(real, columns.gather(1, place.clamp_min(0)), -1)
+        index = torch.arange(longest, device=columns.device) - (longest - found).unsqueeze(1)
+        real = index >= 0
+        columns = torch.where(real, columns.gather(1, index.clamp_min(0)), -1)
     # A column of padding gathers 0 from a tensor of flags that starts at 1: it is no visual token.
     (visual_or_not,) = gather_compact([tokens.slot + 1], columns, dims=[1])
     is_visual = visual_or_not > 0

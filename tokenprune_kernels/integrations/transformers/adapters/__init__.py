@@ -1,5 +1,4 @@
-"""One module per model family; importing this package registers them."""
+"""One module per kind of model, with the `FAMILIES` that it describes; ../registry.py lists them.
 
-from . import internvl, llava, llava_next, llava_onevision, qwen2_vl, qwen3_vl
-
-__all__ = ["internvl", "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen3_vl"]
+What several of them use is in images.py, packing.py and towers.py: an adapter imports no other adapter.
+"""

@@ -7,21 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from ..families import (
-    Family,
-    Inputs,
-    Layout,
-    Model,
-    Patches,
-    beam_copies,
-    by_sample,
-    grid_patches,
-    layout_of,
-    register_family,
-)
-from .llava import core_of, decoder_of
-from .pictures import encoded_with
-from .towers import TowerSaliency
+from ..families import Family, Inputs, Model, Saliency
+from ..layout import Layout, Patches, grid_patches, layout_of
+from .images import beam_copies, by_sample, encoded_with
+from .towers import attention_of, patch_scores
 
 
 @dataclass(frozen=True)
@@ -40,7 +29,7 @@ class Tiles:
 
 
 def layout(core: Model, inputs: Inputs, counts: list[int]) -> Layout:
-    """A stretch of visual tokens is a picture: one tile or frame, or several tiles and the thumbnail behind them."""
+    """A stretch of visual tokens is an image: one tile or frame, or several tiles and the thumbnail behind them."""
     (seen,) = encoded_with(inputs, "get_image_features")
     if seen.height != seen.width:  # the pixel shuffle takes what it gets for a square
         raise NotImplementedError(f"prune_visual_tokens: tiles must be square, got {seen.height} x {seen.width} pixels")
@@ -48,7 +37,7 @@ def layout(core: Model, inputs: Inputs, counts: list[int]) -> Layout:
     columns = torch.nn.functional.pad((inputs["input_ids"] == core.config.image_token_id).long(), (1, 1))
     turns = columns.diff(dim=1).cpu()
     samples: list[list[Patches]] = []
-    arranged: dict[int, tuple[int, int] | None] = {}  # by the first tile of a picture
+    arranged: dict[int, tuple[int, int] | None] = {}  # by the first tile of an image
     # Beams of one sample share its tiles, when generate has repeated it after encoding.
     copies = beam_copies(len(seen.small) * side * side, counts)
     tile = 0
@@ -59,7 +48,10 @@ def layout(core: Model, inputs: Inputs, counts: list[int]) -> Layout:
         for image, (start, end) in enumerate(zip(starts, ends, strict=True)):
             tiles, rest = divmod(end - start, side * side)
             if rest:
-                raise NotImplementedError(f"prune_visual_tokens: {end - start} visual tokens are no number of tiles")
+                raise NotImplementedError(
+                    f"prune_visual_tokens: the {end - start} visual tokens of an image are not a multiple of "
+                    f"{side * side}, the tokens of a tile"
+                )
             if tiles > 1:
                 if tile not in arranged:
                     arranged[tile] = _arrangement(seen.small[tile : tile + tiles])
@@ -101,33 +93,26 @@ def _arrangement(tiles: Tensor) -> tuple[int, int] | None:
     return arrangement if best < second / 2 else None
 
 
-class ShuffledSaliency(TowerSaliency):
+def shuffled_scores(core: Model, query: Tensor, key: Tensor, scale: float, keywords: Inputs) -> Tensor:
     """Averaged over the patches that the pixel shuffle makes one token of."""
-
-    def __init__(self, core: Model) -> None:
-        super().__init__(core)
-        self._core = core
-
-    def see(self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None, keywords: dict[str, Any]) -> None:
-        scores = self.scores(query, key, scale)
-        side = round(scores.shape[1] ** 0.5)  # as the model counts, whose tiles are square
-        patches = scores.unflatten(1, (side, side)).unsqueeze(-1)
-        shuffled = self._core.pixel_shuffle(patches, scale_factor=self._core.config.downsample_ratio)
-        self.seen.append(shuffled.mean(-1).flatten())
-
-    def read(self, core: Model, inputs: Inputs, counts: list[int]) -> Tensor:
-        return by_sample(torch.cat(self.seen), counts)
+    scores = patch_scores(core, query, key, scale)
+    side = round(scores.shape[1] ** 0.5)  # as the model counts, whose tiles are square
+    patches = scores.unflatten(1, (side, side)).unsqueeze(-1)
+    shuffled: Tensor = core.pixel_shuffle(patches, scale_factor=core.config.downsample_ratio)
+    return shuffled.mean(-1).flatten()
 
 
-register_family(
+def saliency(core: Model, inputs: Inputs, counts: list[int], seen: list[Any]) -> Tensor:
+    return by_sample(torch.cat(seen), counts)
+
+
+FAMILIES = (
     Family(
         name="InternVL3",
-        core=core_of,
-        decoder=decoder_of,
-        visual_ids=lambda config: (config.image_token_id,),
+        model_types=("internvl",),
         layout=layout,
-        saliency=ShuffledSaliency,
+        grid="tiles and a thumbnail, after the pixel shuffle",
+        saliency=Saliency("class token's row, mean of each 2 x 2 block", attention_of, shuffled_scores, saliency),
         watched={"get_image_features": Tiles.seen},
     ),
-    "internvl",
 )

@@ -4,23 +4,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ..families import Family, Inputs, Layout, Model, grid_patches, register_family
-from .pictures import Picture, encoded_with, layout_of_pictures, values_of_pictures
-from .towers import TowerSaliency, check_grid, received_attention
-
-
-def core_of(model: Model) -> Model:
-    """The multimodal model below a language-modelling head, or the model itself."""
-    return model.model if hasattr(model, "lm_head") else model
-
-
-def decoder_of(core: Model) -> Model:
-    decoder = core.language_model
-    return decoder.model if hasattr(decoder, "lm_head") else decoder
+from ..families import Family, Inputs, Model, Saliency
+from ..layout import Layout, grid_patches
+from .images import encoded_with, layout_of_images, values_of_images
+from .towers import attention_of, check_grid, patch_scores, received_attention
 
 
 def sizes_seen(arguments: dict[str, Any]) -> Any:
-    """Height and width of each picture, in pixels. Pixtral's pictures are padded to the largest of a batch."""
+    """Height and width of each image, in pixels. Pixtral's images are padded to the largest of a batch."""
     sizes = arguments.get("image_sizes")
     pixels = arguments.get("pixel_values")
     if sizes is None and pixels is not None:
@@ -29,7 +20,7 @@ def sizes_seen(arguments: dict[str, Any]) -> Any:
 
 
 def grids_of(core: Model, inputs: Inputs) -> list[tuple[int, int]]:
-    """Height and width of each picture, in patches."""
+    """Height and width of each image, in patches."""
     (sizes,) = encoded_with(inputs, "get_image_features")
     if hasattr(sizes, "tolist"):
         sizes = sizes.tolist()
@@ -39,35 +30,37 @@ def grids_of(core: Model, inputs: Inputs) -> list[tuple[int, int]]:
 
 def layout(core: Model, inputs: Inputs, counts: list[int]) -> Layout:
     check_grid(core)
-    pictures = [Picture([grid_patches(height, width, 0)]) for height, width in grids_of(core, inputs)]
-    return layout_of_pictures({core.config.image_token_id: pictures}, inputs, counts)
+    images = [[grid_patches(height, width, 0)] for height, width in grids_of(core, inputs)]
+    return layout_of_images({core.config.image_token_id: images}, inputs, counts)
 
 
-class PictureSaliency(TowerSaliency):
-    def see(self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None, keywords: dict[str, Any]) -> None:
-        # Which tokens of a sequence are one picture's is known when the prompt comes.
-        self.seen.append((query.detach(), key.detach(), scale))
-
-    def read(self, core: Model, inputs: Inputs, counts: list[int]) -> Tensor:
-        grids = grids_of(core, inputs)
-        query, key, scale = self.seen[-1]
-        if len(query) == len(grids):
-            values = list(self.scores(query, key, scale))
-        else:  # Pixtral: the pictures are one sequence, and see only themselves
-            lengths = [height * width for height, width in grids]
-            values = list(received_attention(query, key, scale, lengths).split(lengths))
-        return values_of_pictures({core.config.image_token_id: values}, inputs, counts)
+def attended(core: Model, query: Tensor, key: Tensor, scale: float, _: Inputs) -> tuple[Tensor, Tensor, float]:
+    """Which tokens of a sequence are one image's is known when the prompt comes."""
+    return query.detach(), key.detach(), scale
 
 
-register_family(
+def saliency(core: Model, inputs: Inputs, counts: list[int], seen: list[Any]) -> Tensor:
+    grids = grids_of(core, inputs)
+    query, key, scale = seen[-1]
+    if len(query) == len(grids):
+        values = list(patch_scores(core, query, key, scale))
+    else:  # Pixtral: the images are one sequence, and see only themselves
+        lengths = [height * width for height, width in grids]
+        values = list(received_attention(query, key, scale, lengths).split(lengths))
+    return values_of_images({core.config.image_token_id: values}, inputs, counts)
+
+
+FAMILIES = (
     Family(
         name="LLaVA-1.5",
-        core=core_of,
-        decoder=decoder_of,
-        visual_ids=lambda config: (config.image_token_id,),
+        model_types=("llava",),
         layout=layout,
-        saliency=PictureSaliency,
+        grid="a grid per image, from the size of what the tower was given (`image_sizes` with Pixtral)",
+        saliency=Saliency(
+            "class token's row, layer `vision_feature_layer`; SigLIP, Pixtral: mean attention received from the same "
+            "image",
+            attention_of, attended, saliency,
+        ),
         watched={"get_image_features": sizes_seen},
     ),
-    "llava",
-)
+)  # fmt: skip

@@ -1,37 +1,37 @@
 """LLaVA-NeXT: a thumbnail and crops of each image, unpadded, with newline tokens; a CLIP tower, or SigLIP."""
 
+from typing import Any
+
 from torch import Tensor
 
-from ..families import Family, Inputs, Layout, Model, register_family
-from .llava import core_of, decoder_of
-from .packing import Pack, packed_pictures, packed_scores
-from .pictures import encoded_with, layout_of_pictures, values_of_pictures
-from .towers import TowerSaliency
+from ..families import Family, Inputs, Model, Saliency
+from ..layout import Layout
+from .images import encoded_with, layout_of_images, values_of_images
+from .packing import Pack, packed_images, packed_scores
+from .towers import attention_of, patch_scores
 
 
 def layout(core: Model, inputs: Inputs, counts: list[int]) -> Layout:
     (pack,) = encoded_with(inputs, "pack_image_features")
-    return layout_of_pictures({core.config.image_token_id: packed_pictures(core, pack)}, inputs, counts)
+    return layout_of_images({core.config.image_token_id: packed_images(core, pack)}, inputs, counts)
 
 
-class PackedSaliency(TowerSaliency):
-    """Of each crop, packed as the crops are; newline tokens have none."""
-
-    def read(self, core: Model, inputs: Inputs, counts: list[int]) -> Tensor:
-        (pack,) = encoded_with(inputs, "pack_image_features")
-        values = packed_scores(core, pack, self.seen[-1])
-        return values_of_pictures({core.config.image_token_id: values}, inputs, counts)
+def saliency(core: Model, inputs: Inputs, counts: list[int], seen: list[Any]) -> Tensor:
+    """The scores of each crop, packed as the crops are; newline tokens have none."""
+    (pack,) = encoded_with(inputs, "pack_image_features")
+    return values_of_images({core.config.image_token_id: packed_scores(core, pack, seen[-1])}, inputs, counts)
 
 
-register_family(
+FAMILIES = (
     Family(
         name="LLaVA-NeXT",
-        core=core_of,
-        decoder=decoder_of,
-        visual_ids=lambda config: (config.image_token_id,),
+        model_types=("llava_next",),
         layout=layout,
-        saliency=PackedSaliency,
+        grid="a thumbnail and crops in the order of the model's own `pack_image_features`; newline tokens see nothing",
+        saliency=Saliency(
+            "class token's row of each crop, packed alike; SigLIP (Granite Vision): mean attention received",
+            attention_of, patch_scores, saliency,
+        ),
         watched={"pack_image_features": Pack.seen},
     ),
-    "llava_next",
-)
+)  # fmt: skip

@@ -1,8 +1,8 @@
-"""Crops of a high-resolution picture, packed row by row with newline tokens (LLaVA-NeXT, LLaVA-OneVision).
+"""Crops of a high-resolution image, packed row by row with newline tokens (LLaVA-NeXT, LLaVA-OneVision).
 
-A picture is a thumbnail of all of it and a canvas of crops. The model lays the crops side by side, cuts the padding
+An image is a thumbnail of all of it and a canvas of crops. The model lays the crops side by side, cuts the padding
 off, may shrink the result, and puts a newline token behind each row. Nothing of this is written down here once more:
-the model's own `pack_image_features` packs coordinates, or a score of each patch, in place of features.
+the model's own `pack_image_features` packs coordinates, or a score of each patch, instead of features.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
-from ..families import Model, Patches, grid_patches
-from .pictures import Picture
+from ..families import Model
+from ..layout import Patches, grid_patches
 
 
 @dataclass(frozen=True)
 class Pack:
-    """What `pack_image_features` was called with. crops: crops and patches of each image, in place of its features."""
+    """What `pack_image_features` was called with. crops: crops and patches of each image, instead of its features."""
 
     crops: list[tuple[int, int]]
     sizes: list[list[int]]
@@ -43,8 +43,8 @@ class Pack:
         return found
 
 
-def packed_pictures(core: Model, pack: Pack) -> list[Picture]:
-    """The pictures in the order of the tower, with every token's place."""
+def packed_images(core: Model, pack: Pack) -> list[list[Patches]]:
+    """The images in the order of the tower: of each, its thumbnail and its canvas of crops."""
     vision = core.config.vision_config
     side = vision.image_size // vision.patch_size
     row = torch.arange(side, dtype=torch.float64).repeat_interleave(side)
@@ -64,29 +64,27 @@ def packed_pictures(core: Model, pack: Pack) -> list[Picture]:
         coordinates.append(torch.stack([down, right], -1))
     packed = pack.run(core, coordinates, newline=-1.0)
     return [
-        _picture(places, canvas, side, size)
-        for places, canvas, size in zip(packed, canvases, pack.sizes, strict=True)
-    ]  # fmt: skip
+        _image(tokens, canvas, side, size) for tokens, canvas, size in zip(packed, canvases, pack.sizes, strict=True)
+    ]
 
 
-def _picture(places: Tensor, canvas: tuple[int, int], side: int, size: list[int]) -> Picture:
-    """places [tokens, 2]: row and column of each token on its canvas, in patches; of a newline -1."""
+def _image(tokens: Tensor, canvas: tuple[int, int], side: int, size: list[int]) -> list[Patches]:
+    """tokens [V, 2]: row and column of each token on its canvas, in patches; -1 for a newline."""
     height, width = size
-    if canvas == (0, 0):  # one of several pictures: no crops, the picture is padded to a square
-        return Picture([_on_canvas(places, (1, 1), side, max(height, width) / side, size)])
+    if canvas == (0, 0):  # one of several images: no crops, the image is padded to a square
+        return [_on_canvas(tokens, (1, 1), side, max(height, width) / side, size)]
     base = grid_patches(side, side, 0)  # squeezed into a square, not padded
     pixels = max(height / (canvas[0] * side), width / (canvas[1] * side))
-    return Picture([base, _on_canvas(places[side * side :], canvas, side, pixels, size)])
+    return [base, _on_canvas(tokens[side * side :], canvas, side, pixels, size)]
 
 
-def _on_canvas(places: Tensor, canvas: tuple[int, int], side: int, pixels: float, size: list[int]) -> Patches:
-    """pixels: of the picture, to a patch. The picture lies in the middle of its canvas."""
-    newline = places[:, 0] < 0
+def _on_canvas(tokens: Tensor, canvas: tuple[int, int], side: int, pixels: float, size: list[int]) -> Patches:
+    """pixels: how many of the image's are a patch. The image lies in the middle of its canvas."""
+    newline = tokens[:, 0] < 0
     # A newline is beside the last token of its row: a column further right, in the same crop, and sees nothing.
-    place = torch.arange(len(places))
-    before = torch.where(newline, place - 1, place)
-    row, column = places[before].unbind(1)
-    step = _step(places[~newline])
+    index = torch.arange(len(tokens))
+    row, column = tokens[torch.where(newline, index - 1, index)].unbind(1)
+    step = _step(tokens[~newline])
     crop_row = ((row + 0.5) / side).floor().clamp(0, canvas[0] - 1)
     crop_column = ((column + 0.5) / side).floor().clamp(0, canvas[1] - 1)
     own = torch.stack([row - crop_row * side, column - crop_column * side], 1)
@@ -103,17 +101,17 @@ def _on_canvas(places: Tensor, canvas: tuple[int, int], side: int, pixels: float
     return Patches(positions.float(), (height, width), boxes.float(), 0, crops)
 
 
-def _step(places: Tensor) -> Tensor:
+def _step(tokens: Tensor) -> Tensor:
     """[2]: patches from a token to the next one below and to the right, more than 1 where they were shrunk."""
-    row, column = places.unbind(1)
+    row, column = tokens.unbind(1)
     columns = int((row - row[0]).abs().lt(1e-6).sum())
-    rows = len(places) // columns
+    rows = len(tokens) // columns
     down = float(row[-1] - row[0]) / (rows - 1) if rows > 1 else 0.0
     right = float(column[columns - 1] - column[0]) / (columns - 1) if columns > 1 else 0.0
     return torch.tensor([down or right or 1.0, right or down or 1.0], dtype=torch.float64)
 
 
 def packed_scores(core: Model, pack: Pack, scores: Tensor) -> list[Tensor]:
-    """One value per token of each picture from [crops, patches] scores of all of them; 0 for a newline."""
+    """One value per token of each image from [crops, patches] scores of all of them; 0 for a newline."""
     crops = scores.float().split([crops for crops, _ in pack.crops])
     return [t.squeeze(-1) for t in pack.run(core, [c.unsqueeze(-1) for c in crops], newline=0.0)]

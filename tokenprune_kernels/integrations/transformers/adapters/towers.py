@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ....ops import cross_attention_scores
-from ..families import Model, Saliency
+from ..families import Inputs, Model
 
 
 def _body(tower: Model) -> Any:
@@ -41,12 +41,12 @@ def has_class_token(core: Model) -> bool:
 
 
 def cut_in_front(core: Model) -> int:
-    """Of the tower's tokens of a picture, the model leaves out so many in front."""
+    """How many of the tower's tokens of an image the model leaves out, in front."""
     return int(core.config.vision_feature_select_strategy == "default")
 
 
 def check_grid(core: Model) -> None:
-    """The visual tokens of a picture are its patches, no more and no less."""
+    """The visual tokens of an image must be its patches, no more and no less."""
     if has_class_token(core) != bool(cut_in_front(core)):
         whether = "with" if has_class_token(core) else "without"
         raise NotImplementedError(
@@ -56,9 +56,9 @@ def check_grid(core: Model) -> None:
 
 
 def received_attention(query: Tensor, key: Tensor, scale: float, lengths: list[int]) -> Tensor:
-    """[tokens]: what each token receives from those of its own picture, the mean over heads and queries.
+    """[tokens]: what each token receives from those of its own image, the mean over heads and queries.
 
-    query, key [1, H, tokens, D]: the pictures one after the other, `lengths` tokens each.
+    query, key [1, H, tokens, D]: the images one after the other, `lengths` tokens each.
     """
     if len(set(lengths)) == 1:  # one call for all of them
         chunks = [tuple(t.squeeze(0).unflatten(1, (len(lengths), -1)).transpose(0, 1) for t in (query, key))]
@@ -68,22 +68,11 @@ def received_attention(query: Tensor, key: Tensor, scale: float, lengths: list[i
         return torch.cat([cross_attention_scores(q, k, scale=scale)[0].flatten() for q, k in chunks])
 
 
-class TowerSaliency(Saliency):
-    """The class token's attention in the layer whose features the model takes, averaged over heads (AdaFV); in a tower
-    without one, the attention that a patch receives, averaged over heads and queries."""
-
-    def __init__(self, core: Model) -> None:
-        attention: Any = attention_of(core)
-        super().__init__(attention.config, attention)
-        self._class_token, self._cut = has_class_token(core), cut_in_front(core)
-
-    def scores(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
-        """[pictures or crops, tokens that the model takes of each]."""
-        if self._class_token:
-            query = query[:, :, :1]
-        with torch.no_grad():
-            scores, _, _ = cross_attention_scores(query, key, scale=scale)
-        return scores[:, self._cut :]
-
-    def see(self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None, keywords: dict[str, Any]) -> None:
-        self.seen.append(self.scores(query, key, scale))
+def patch_scores(core: Model, query: Tensor, key: Tensor, scale: float, keywords: Inputs | None = None) -> Tensor:
+    """[images or crops, tokens that the model takes of each]: the class token's attention, averaged over heads (AdaFV);
+    in a tower without one, the attention that a patch receives, averaged over heads and queries."""
+    if has_class_token(core):
+        query = query[:, :, :1]
+    with torch.no_grad():
+        scores, _, _ = cross_attention_scores(query, key, scale=scale)
+    return scores[:, cut_in_front(core) :]

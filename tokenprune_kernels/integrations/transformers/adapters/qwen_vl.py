@@ -1,33 +1,26 @@
-"""Qwen2-VL and Qwen2.5-VL: images and frames of any size, merged 2 x 2 behind a tower without a class token."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images and frames of any size, merged 2 x 2 behind a tower without a class token.
+
+Qwen2.5-VL has windows in its tower; Qwen3-VL has a timestamp in front of every frame, and DeepStack features.
+"""
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..families import (
-    Family,
-    Inputs,
-    Layout,
-    Model,
-    Saliency,
-    beam_copies,
-    by_sample,
-    grid_patches,
-    layout_of,
-    register_family,
-)
-from .llava import core_of, decoder_of
+from ..families import Family, Inputs, Model, Saliency
+from ..layout import Layout, grid_patches, layout_of
+from .images import beam_copies, by_sample
 from .towers import received_attention
-
-# COAST's layer is meant for the 28 layers of the 7B model; the other papers name none for this family.
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A picture, or the frames of a video that are encoded together, with the size of its merged grid."""
+    """An image, or the frames of a video that are encoded together, with the size of its merged grid."""
 
     video: bool
     height: int
@@ -38,14 +31,10 @@ class Frame:
         return self.height * self.width
 
 
-def visual_ids(config: Any) -> tuple[int, ...]:
-    return config.image_token_id, config.video_token_id
-
-
 def frames_of(core: Model, inputs: Inputs, counts: list[int]) -> list[list[Frame]]:
     """The frames of each sample in the order of the prompt, whatever text stands between them.
 
-    generate of newer versions encodes the pictures before the first forward and keeps their sizes for itself. It
+    generate of newer versions encodes the images before the first forward and keeps their sizes for itself. It
     hands the positions on, and those of an image walk over its grid.
     """
     grids = {video: inputs.get(name) for video, name in ((False, "image_grid_thw"), (True, "video_grid_thw"))}
@@ -106,11 +95,11 @@ def _frames_of_grids(
 
 def _frames_of_positions(core: Model, inputs: Inputs, positions: Tensor, counts: list[int]) -> list[list[Frame]]:
     visual, video = _visual_columns(core, inputs)
-    places = positions[-2:].cpu().expand(-1, len(counts), -1)  # row and column, from the same offset
+    on_grid = positions[-2:].cpu().expand(-1, len(counts), -1)  # row and column, from the same offset
     samples = []
     for b in range(len(counts)):
         column = visual[b].nonzero().squeeze(1)
-        row_step, column_step = places[:, b, column].diff(dim=1)
+        row_step, column_step = on_grid[:, b, column].diff(dim=1)
         adjacent = column.diff() == 1
         walks = ((row_step == 0) & (column_step == 1)) | ((row_step == 1) & (column_step <= 0))
         if bool((adjacent & (row_step > 0) & (column_step > 0)).any()):  # they count as text does
@@ -118,7 +107,7 @@ def _frames_of_positions(core: Model, inputs: Inputs, positions: Tensor, counts:
         ends = [*(1 + (~(adjacent & walks)).nonzero().squeeze(1)).tolist(), len(column)]
         frames, start = [], 0
         for end in ends if len(column) else []:
-            rows, columns = places[:, b, column[start:end]]
+            rows, columns = on_grid[:, b, column[start:end]]
             frame = Frame(
                 bool(video[b, column[start]]),
                 int(rows.max() - rows.min()) + 1,
@@ -133,52 +122,42 @@ def _frames_of_positions(core: Model, inputs: Inputs, positions: Tensor, counts:
 
 
 def layout(core: Model, inputs: Inputs, counts: list[int]) -> Layout:
-    """A group and a picture for every image and for every frame of a video."""
+    """Every image and every frame of a video is a group and an image of its own."""
     samples = [
-        [grid_patches(frame.height, frame.width, place) for place, frame in enumerate(frames)]
+        [grid_patches(frame.height, frame.width, number) for number, frame in enumerate(frames)]
         for frames in frames_of(core, inputs, counts)
     ]
     return layout_of(samples, max(counts, default=0))
 
 
-class ReceivedAttention(Saliency):
-    """The attention that a patch receives within its image or frame, the mean over heads and queries.
-
-    There is no class token. In the last layer that attends over whole images; averaged over the patches of a token.
-    """
-
-    def __init__(self, core: Model) -> None:
-        tower = core.visual
-        whole = getattr(tower, "fullatt_block_indexes", None) or [len(tower.blocks) - 1]
-        super().__init__(tower.config, tower.blocks[max(whole)].attn)
-
-    def see(self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None, keywords: dict[str, Any]) -> None:
-        ends = keywords.get("cu_seq_lens_q")  # FlashAttention takes all frames at once
-        lengths = [query.shape[2]] if ends is None else ends.diff().tolist()
-        self.seen.append(received_attention(query, key, scale, lengths))
-
-    def read(self, core: Model, inputs: Inputs, counts: list[int]) -> Tensor:
-        tower = core.visual
-        shown = torch.cat(self.seen) if self.seen else torch.zeros(0)
-        values = shown.unflatten(0, (-1, tower.spatial_merge_size**2)).mean(1)
-        copies = beam_copies(len(values), counts)
-        prompt = [frame for frames in frames_of(core, inputs, counts)[::copies] for frame in frames]
-        # The tower runs over all images first, then over all videos.
-        order = sorted(range(len(prompt)), key=lambda place: prompt[place].video)
-        seen = [prompt[place] for place in order]
-        values = values[len(values) - sum(frame.tokens for frame in seen) :]
-        window_index = _window_index(tower, seen)
-        if window_index is not None:
-            values = values[window_index.to(values.device).argsort()]
-        stretches = values.split([frame.tokens for frame in seen])
-        by_place = dict(zip(order, stretches, strict=True))
-        return by_sample(torch.cat([by_place[place] for place in range(len(prompt))]), counts)
+def received(core: Model, query: Tensor, key: Tensor, scale: float, keywords: Inputs) -> Tensor:
+    """[patches]: the attention that each receives within its image or frame. There is no class token."""
+    ends = keywords.get("cu_seq_lens_q")  # FlashAttention takes all frames at once
+    lengths = [query.shape[2]] if ends is None else ends.diff().tolist()
+    return received_attention(query, key, scale, lengths)
 
 
-def _window_index(tower: Model, frames: list[Frame]) -> Tensor | None:
-    """Which token stands at a place while the tower runs; None: in the order of the prompt."""
-    if not hasattr(tower, "window_size"):
-        return None
+def saliency(
+    core: Model, inputs: Inputs, counts: list[int], seen: list[Any],
+    order_of: Callable[[Model, list[Frame]], Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """The mean over the patches of a token. order_of: `window_order`, for a tower that reorders its tokens."""
+    tower = core.visual
+    values = torch.cat(seen).unflatten(0, (-1, tower.spatial_merge_size**2)).mean(1)
+    copies = beam_copies(len(values), counts)
+    prompt = [frame for frames in frames_of(core, inputs, counts)[::copies] for frame in frames]
+    # The tower runs over all images first, then over all videos.
+    order = sorted(range(len(prompt)), key=lambda index: prompt[index].video)
+    frames = [prompt[index] for index in order]
+    values = values[len(values) - sum(frame.tokens for frame in frames) :]
+    if order_of is not None:
+        values = values[order_of(tower, frames).to(values.device).argsort()]
+    stretches = dict(zip(order, values.split([frame.tokens for frame in frames]), strict=True))
+    return by_sample(torch.cat([stretches[index] for index in range(len(prompt))]), counts)
+
+
+def window_order(tower: Model, frames: list[Frame]) -> Tensor:
+    """Which token is at each index while the tower runs."""
     merge = tower.spatial_merge_size
     grid = torch.tensor([[1, frame.height * merge, frame.width * merge] for frame in frames])
     function = getattr(sys.modules[type(tower).__module__], "get_vision_window_index", None)
@@ -189,16 +168,29 @@ def _window_index(tower: Model, frames: list[Frame]) -> Tensor | None:
     return torch.as_tensor(index)
 
 
-register_family(
-    Family(
-        name="Qwen2-VL",
-        core=core_of,
-        decoder=decoder_of,
-        visual_ids=visual_ids,
-        layout=layout,
-        saliency=ReceivedAttention,
-        renumber=False,
+_QWEN2_VL = Family(
+    name="Qwen2-VL",
+    model_types=("qwen2_vl",),
+    layout=layout,
+    grid="the merged grid of `image_grid_thw`, `video_grid_thw`; a group per frame",
+    saliency=Saliency(
+        "mean attention received in the last block, per 2 x 2 merge",
+        lambda core: core.visual.blocks[-1].attn, received, saliency,
     ),
-    "qwen2_vl",
-    "qwen2_5_vl",
+    visual_tokens=("image_token_id", "video_token_id"),
+    encoders=("get_image_features", "get_video_features"),
+    layout_inputs=("input_ids", "attention_mask", "position_ids", "image_grid_thw", "video_grid_thw"),
+    mrope=True,
+)  # fmt: skip
+
+_WINDOWED = Saliency(
+    "mean attention received in the last block with full attention, per 2 x 2 merge",
+    lambda core: core.visual.blocks[max(core.visual.fullatt_block_indexes, default=-1)].attn,
+    received, partial(saliency, order_of=window_order),
+)  # fmt: skip
+
+FAMILIES = (
+    _QWEN2_VL,
+    replace(_QWEN2_VL, name="Qwen2.5-VL", model_types=("qwen2_5_vl",), saliency=_WINDOWED),
+    replace(_QWEN2_VL, name="Qwen3-VL", model_types=("qwen3_vl",), deepstack=True),
 )

@@ -1,0 +1,57 @@
+"""What is written down of one encoding of images, one call of the multimodal model, one call of generate."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from .families import Inputs
+
+# An attribute of encoded features: generate encodes before the forward, and hands on nothing but them.
+_MARK = "_tokenprune_encoding"
+
+
+@dataclass(eq=False)
+class Encoding:
+    """What was seen while images were encoded: by a call of the multimodal model, or by generate before that."""
+
+    arguments: dict[str, Any] = field(default_factory=dict)  # of the family's watched methods, by their names
+    saliency: list[Any] = field(default_factory=list)  # of the calls of the probed attention, in order
+
+    def add(self, other: "Encoding") -> None:
+        self.arguments.update(other.arguments)
+        self.saliency.extend(other.saliency)
+
+    def left_on(self, features: Any) -> None:
+        if hasattr(features, "__dict__"):  # no tuple (return_dict=False): nothing that generate hands on
+            setattr(features, _MARK, self)
+
+    @staticmethod
+    def of(features: Any) -> "Encoding | None":
+        found: Encoding | None = getattr(features, _MARK, None)
+        return found
+
+
+@dataclass
+class Prompt:
+    """What the multimodal model was called with."""
+
+    inputs: Inputs
+    is_visual: Tensor  # [B, L] bool
+
+
+@dataclass
+class ModelCall:
+    """A call of the multimodal model. prompt: until its decoder is called; None for a step of decoding."""
+
+    prompt: Prompt | None = None
+    encoding: Encoding = field(default_factory=Encoding)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What generate was asked for, as far as it matters, and what it encoded first. chunk: prefill_chunk_size."""
+
+    assisted: bool
+    chunk: int | None
+    encoding: Encoding = field(default_factory=Encoding)
