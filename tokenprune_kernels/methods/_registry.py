@@ -112,7 +112,7 @@ def get_method(method: str | Method | Choose, *, caller: str = "get_method") -> 
     >>> from tokenprune_kernels.methods import get_method
     >>> coast = get_method("coast")
     >>> coast.title, coast.paper, coast.layer, dict(coast.layers)
-    ('COAST', '2605.09429', 2, {'Qwen2-VL': 14, 'Qwen3-VL': 14})
+    ('COAST', '2605.09429', 2, {'Qwen2-VL': 14, 'Qwen2.5-VL': 14, 'Qwen3-VL': 14})
     """
     if isinstance(method, Method):
         return method
