@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from testing import ROOT
+from tokenprune_kernels.methods import method_names
 
 TRIAL = '''"""A method that came later."""
 
@@ -62,7 +63,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for old, new in (
         ("from .zspaprune import", "from .trial import TRIAL, trial\nfrom .zspaprune import"),
         ('    "unregister_method",\n', '    "trial",\n    "unregister_method",\n'),
-        ("DIVPRUNE, RANDOM)", "DIVPRUNE, RANDOM, TRIAL)"),
+        ("):\n    add(_method)", ", TRIAL):\n    add(_method)"),
     ):
         assert text.count(old) == 1, f"{old!r} is not once in methods/__init__.py"
         text = text.replace(old, new)
@@ -82,9 +83,9 @@ def run(root: Path, *arguments: str) -> str:
 def test_it_is_in_every_list(copy: Path) -> None:
     for module in ("transformers", "PIL", "rich", "sklearn", "skimage", "tqdm"):
         pytest.importorskip(module, reason=f"{module}, which the demo or the study imports, is not installed")
-    names = "coast sts adafv zspaprune adaptprune fastv divprune random trial"
-    assert run(copy, "-c", LISTS).splitlines() == [names] * 3
-    assert "divprune, random, trial, joined by commas" in " ".join(
+    names = [*method_names(), "trial"]
+    assert run(copy, "-c", LISTS).splitlines() == [" ".join(names)] * 3
+    assert f"all, or some of {', '.join(names)}, joined by commas" in " ".join(
         run(copy, "-m", "tokenprune_kernels", "demo", "-h").split()
     )
 

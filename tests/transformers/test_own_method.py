@@ -16,7 +16,15 @@ from tests.transformers.vlm.checks import CLOSE, LAYER, assert_decoded_like_the_
 from tests.transformers.vlm.models import Prompts, llava
 from tokenprune_kernels import methods
 from tokenprune_kernels.integrations.transformers import choose, prune_visual_tokens, registry
-from tokenprune_kernels.methods import ARGUMENTS, Method, Selection, Stage, register_method, unregister_method
+from tokenprune_kernels.methods import (
+    ARGUMENTS,
+    Method,
+    Selection,
+    Stage,
+    get_method,
+    register_method,
+    unregister_method,
+)
 
 TOKENS = 36
 
@@ -111,6 +119,26 @@ def test_two_stages_of_published_functions() -> None:
     assert [kept.shape[1] for kept in pruning.kept_at.values()] == [18, 6]
     assert list(pruning.kept_at) == pruning.stats["layers"] == [0, 2]
     assert_decoded_like_the_oracle(prompts, drops_of(prompts, pruning, 2), out)
+
+
+@pytest.mark.parametrize(("layer", "renumbered"), [(None, True), (2, False)])
+def test_a_paper_that_renumbers_does_so_in_front_of_the_model_only(layer: int | None, renumbered: bool) -> None:
+    prompts = llava(2, ragged=True)
+    method = Method("mine", (Stage(longest),), positions="renumber")
+    with prune_visual_tokens(prompts.model, method, 9, layer=layer) as pruning:
+        out = generate(prompts.model, prompts.inputs, 3)
+    drops = drops_of(prompts, pruning, layer or 0)
+    assert_decoded_like_the_oracle(prompts, drops, out, renumber=renumbered)
+
+
+def test_layers_by_default_are_those_of_the_papers() -> None:
+    names = [family.name for family in registry.families()]
+    for method in ("coast", "sts", "adaptprune", "fastv"):
+        described = get_method(method)
+        assert {*described.layers} <= {*names}, "no family has this name"
+        for name in names:
+            expected = 14 if method == "coast" and name.startswith("Qwen") else 2
+            assert described.layers.get(name, described.layer) == expected
 
 
 def test_a_seed_is_a_generator() -> None:

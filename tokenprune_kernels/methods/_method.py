@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -72,7 +72,7 @@ class Stage:
 
     function: Choose
     where: str | None = None
-    needs: Mapping[str, str | None] | Iterable[str] = ()
+    needs: Mapping[str, str | None] | Collection[str] = ()
     share: int = 1
 
     def __post_init__(self) -> None:
@@ -85,7 +85,7 @@ class Stage:
         if unknown:
             raise ValueError(f"{called}: needs must be of {', '.join(ARGUMENTS)}, got {unknown[0]!r}")
         kinds = {p.kind for p in self._parameters.values()}
-        if self._parameters and "k" not in self._parameters and inspect.Parameter.VAR_KEYWORD not in kinds:
+        if "k" not in self._parameters and inspect.Parameter.VAR_KEYWORD not in kinds:
             raise TypeError(f"{called}: the function must take k, the number of tokens to keep")
         attention = sorted(self.uses & ATTENTION)
         if attention and self.where == "model":
@@ -102,8 +102,8 @@ class Stage:
     def _parameters(self) -> dict[str, inspect.Parameter]:
         try:
             return dict(inspect.signature(self.function).parameters)
-        except (TypeError, ValueError):  # some functions of C have none
-            return {}
+        except (TypeError, ValueError):  # some functions of C have none: they take what they are said to need
+            return {"given": inspect.Parameter("given", inspect.Parameter.VAR_KEYWORD)}
 
     @functools.cached_property
     def _needs(self) -> dict[str, str | None]:
@@ -127,9 +127,14 @@ class Stage:
             if name not in own and p.kind not in variadic
         }
 
+    @property
+    def reads_attention(self) -> bool:
+        """Whether the attention in the layer before has to be watched."""
+        return bool(self.uses & ATTENTION)
+
     def at_layer(self, layer: int | None) -> bool:
         """Whether it chooses in front of a decoder layer; `layer` is the user's."""
-        return self.where == "layer" or bool(self.uses & ATTENTION) or (self.where is None and layer is not None)
+        return self.where == "layer" or self.reads_attention or (self.where is None and layer is not None)
 
     @property
     def uses(self) -> frozenset[str]:

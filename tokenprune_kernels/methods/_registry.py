@@ -1,6 +1,6 @@
 """The methods by name: those of this package, in a fixed order, and then those that users register."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from ._method import Choose, Method, Stage, name_of
 
@@ -21,7 +21,7 @@ def register_method(
     name: str,
     function: Choose | Sequence[Stage],
     *,
-    needs: Mapping[str, str | None] | Iterable[str] = (),
+    needs: Mapping[str, str | None] | Collection[str] = (),
     stage: str | None = None,
     title: str = "",
     summary: str = "",
@@ -112,7 +112,7 @@ def get_method(method: str | Method | Choose, *, caller: str = "get_method") -> 
     >>> from tokenprune_kernels.methods import get_method
     >>> coast = get_method("coast")
     >>> coast.title, coast.paper, coast.layer, dict(coast.layers)
-    ('COAST', '2605.09429', 2, {'Qwen2-VL': 14, 'Qwen3-VL': 14})
+    ('COAST', '2605.09429', 2, {'Qwen2-VL': 14, 'Qwen2.5-VL': 14, 'Qwen3-VL': 14})
     """
     if isinstance(method, Method):
         return method

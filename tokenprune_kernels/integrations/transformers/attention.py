@@ -17,7 +17,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...methods import get_method, method_names
-from ...methods._method import ATTENTION
 
 # probe(query [B, H, M, D], key [B, Hkv, N, D], scale, lse [B, H, M] or None, keyword arguments of the attention)
 Probe = Callable[[Tensor, Tensor, float, Tensor | None, dict[str, Any]], None]
@@ -64,7 +63,8 @@ def _check_all_heads(module: nn.Module, query: Tensor, config: Any) -> None:
 
 def _blind() -> list[str]:
     """The methods that read the attention of neither the decoder nor the vision tower."""
-    return [name for name in method_names() if not get_method(name).uses & (ATTENTION | {"saliency"})]
+    methods = map(get_method, method_names())
+    return [m.name for m in methods if "saliency" not in m.uses and not any(s.reads_attention for s in m.stages)]
 
 
 def _with_config(module: nn.Module, config: Any) -> nn.Module:

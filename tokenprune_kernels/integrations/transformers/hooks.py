@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...methods._method import ATTENTION
 from .attention import ProbedAttention
 from .block import Block
 from .copies import leave_out_of_copies, ours
@@ -38,7 +37,7 @@ def _install(block: Block, model: nn.Module, installed: ExitStack) -> None:
     before, after = partial(_before, installed), partial(_after, installed)
 
     see = _uncompiled(block.see)
-    probed = {planned.layer - 1 for planned in plan.stages.values() if planned.stage.uses & ATTENTION}
+    probed = {planned.layer - 1 for planned in plan.stages.values() if planned.stage.reads_attention}
     block.attention = [ProbedAttention(decoder.config, {layers[index].self_attn: see for index in probed})]
     if plan.saliency is not None:
         try:

@@ -111,9 +111,10 @@ class Pruning:
         method = get_method(method, caller="prune_visual_tokens")
         stages = stages_of(method, budget, layer, family, len(decoder.layers))
         check_options(method, options or {})
+        in_model = any(planned.layer > 0 for planned in stages)
         if positions is None:
-            positions = "original" if family.mrope else method.positions
-        if positions == "renumber" and any(planned.layer > 0 for planned in stages):
+            positions = "original" if family.mrope or in_model else method.positions
+        if positions == "renumber" and in_model:
             raise ValueError(
                 f"prune_visual_tokens: {method.name} prunes inside the model, where positions are fixed already"
             )
