@@ -35,7 +35,7 @@ def visible_mean(values: Tensor, *, mask: Tensor | None = None, backend: str | N
     """
     return call("visible_mean", backend, values, mask=mask)
 '''
-REFERENCE = """\
+REFERENCE = '''\
 from torch import Tensor
 
 from ._common import ones_like_mask, widen
@@ -45,7 +45,7 @@ def visible_mean(values: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """The mean of each sample's values where the mask is True, 0 where there is none."""
     mask = ones_like_mask(values, mask)
     return widen(values).masked_fill(~mask, 0).sum(-1) / mask.sum(-1).clamp_min(1)
-"""
+'''
 
 
 def files_of(section: str) -> list[str]:
