@@ -52,10 +52,11 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("checkout")
     for name in ("tokenprune_kernels", "python_ref", "testing", "tests", "bench", "studies"):
         shutil.copytree(
-            ROOT / name, root / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "models", "*.so")
+            ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "models", "reference", "*.so")
         )
     for library in (ROOT / "tokenprune_kernels").glob("*.so"):
         (root / "tokenprune_kernels" / library.name).symlink_to(library)
+    (root / "tokenprune_kernels" / "reference").symlink_to(root / "python_ref")  # what an installation maps
     shutil.copy(ROOT / "pyproject.toml", root)
     folder = root / "tokenprune_kernels" / "methods"
     (folder / "trial.py").write_text(TRIAL)
