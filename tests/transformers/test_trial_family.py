@@ -45,11 +45,11 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The repository with one more family."""
     root = tmp_path_factory.mktemp("checkout")
     for name in ("tokenprune_kernels", "python_ref", "testing", "tests", "emulator", "docs"):
-        shutil.copytree(
-            ROOT / name, root / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "build", "*.so")
-        )
+        ignored = shutil.ignore_patterns("__pycache__", "build", "reference", "*.so")
+        shutil.copytree(ROOT / name, root / name, ignore=ignored)
     for library in (ROOT / "tokenprune_kernels").glob("*.so"):
         (root / "tokenprune_kernels" / library.name).symlink_to(library)
+    (root / "tokenprune_kernels" / "reference").symlink_to(root / "python_ref")  # what an installation maps
     shutil.copy(ROOT / "pyproject.toml", root)
     folder = root / "tokenprune_kernels" / "integrations" / "transformers"
     (folder / "adapters" / "trial.py").write_text(ADAPTER)
