@@ -16,7 +16,7 @@ RESULTS ?= build/bench.json
 # `make bench-prefill` has a file of its own: it times whole models.
 BENCHES ?= $(filter-out bench/bench_prefill.py,$(wildcard bench/bench_*.py))
 SAVE ?= bench/results/cpu.json
-CSRC = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+CSRC = $(shell find csrc emulator tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 # Names of the environment that change the build or the installation reach the recipes as they are.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -32,7 +32,7 @@ demo: build  ## ask a small vision-language model with all visual tokens and wit
 	$(BIN)/python -m tokenprune_kernels demo $(ARGS)
 
 test: build  ## run the tests, those of the CUDA kernels on the host emulator
-	@if command -v $${CXX:-g++} >/dev/null; then cd tests && $(abspath $(BIN))/python -m emulator; fi
+	@if command -v $${CXX:-g++} >/dev/null; then $(BIN)/python -m emulator; fi
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: build  ## run the microbenchmarks and print the table of ratios
@@ -45,25 +45,25 @@ bench-prefill: BENCHES = bench/bench_prefill.py
 bench-prefill: SAVE = bench/results/prefill.json
 bench-prefill: bench  ## time the prefill of a small vision-language model with and without pruning
 
-retention: build  ## how much accuracy every method keeps: bench/results/retention.json and docs/retention.md (20 minutes)
-	$(BIN)/python -m bench.retention $(ARGS)
+retention: build  ## how much accuracy every method keeps: studies/results/retention.json and docs/retention.md (20 minutes)
+	$(BIN)/python -m studies.retention $(ARGS)
 
 weights: build  ## train the small model again, from nothing (70 minutes on two cores; stopped, it goes on where it was)
-	$(BIN)/python -m bench.vqa.train --out models/tiny-llava-vqa $(ARGS)
+	$(BIN)/python -m studies.vqa.train --out studies/models/tiny-llava-vqa $(ARGS)
 
 readme: build  ## fill the generated tables of README.md from the last `make bench`
-	$(BIN)/python scripts/update_readme.py
+	$(BIN)/python -m scripts.update_readme
 
 build: $(STAMP)  ## compile what changed in csrc/, in place
 	@$(BIN)/python setup.py -q build_ext --inplace
 
 # The table of all architectures, from a build for all of them, as .ci/run makes it.
 cuda-table: export TORCH_CUDA_ARCH_LIST = 8.0;8.6;8.9;9.0a;10.0;12.0+PTX
-cuda-table: build  ## write tests/cuda_resources.csv: registers and shared memory of the CUDA kernels
-	$(BIN)/python scripts/cuda_resources.py --write
+cuda-table: build  ## write tests/cuda/resources.csv: registers and shared memory of the CUDA kernels
+	$(BIN)/python -m scripts.cuda_resources --write
 
-triton-table: build  ## write tests/triton_resources.csv: what the Triton kernels take on GPUs that are not here
-	$(BIN)/python scripts/triton_resources.py --write
+triton-table: build  ## write tests/triton/resources.csv: what the Triton kernels take on GPUs that are not here
+	$(BIN)/python -m scripts.triton_resources --write
 
 lint: $(STAMP)  ## ruff, mypy, clang-format, and a build in which warnings are errors
 	$(BIN)/ruff check .
@@ -81,29 +81,29 @@ format: $(STAMP)  ## rewrite the sources in the project's format
 	$(BIN)/clang-format -i $(CSRC)
 
 coverage: build  ## run the tests of the CUDA kernels and list what they left without execution
-	$(BIN)/python scripts/kernel_coverage.py --clear
-	$(BIN)/python -m pytest -q --ignore=tests/test_build.py -k "emulator or cuda" $(ARGS)
-	$(BIN)/python scripts/kernel_coverage.py
+	$(BIN)/python -m scripts.kernel_coverage --clear
+	$(BIN)/python -m pytest -q --ignore=tests/package/test_build.py -k "emulator or cuda" $(ARGS)
+	$(BIN)/python -m scripts.kernel_coverage
 
 sanitize: $(STAMP)  ## run the tests under AddressSanitizer (and UndefinedBehaviorSanitizer), the emulated kernels too
 	PYTHON=$(abspath $(BIN)/python) bash scripts/sanitize.sh
 
 check-abi: $(STAMP)  ## load one wheel in the oldest and the newest torch (downloads gigabytes)
-	$(BIN)/python scripts/check_abi.py $(ARGS)
+	$(BIN)/python -m scripts.check_abi $(ARGS)
 
 check-triton: build  ## the Triton kernels under every supported release of Triton (ARGS=--all: every test and specialisation)
-	$(BIN)/python scripts/check_triton.py $(ARGS)
+	$(BIN)/python -m scripts.check_triton $(ARGS)
 
 check-transformers: build  ## run the integration's tests with the oldest, a middle and the newest transformers (downloads)
-	$(BIN)/python scripts/check_transformers.py $(ARGS)
+	$(BIN)/python -m scripts.check_transformers $(ARGS)
 
 check-newest:  ## the tests of what moves, with the newest releases, whatever the ranges say (.venv-newest; downloads)
 	PYTHON="$(PYTHON)" TORCH="$(TORCH)" CONSTRAINTS= bash scripts/setup.sh .venv-newest
-	.venv-newest/bin/python scripts/check_newest.py $(ARGS)
+	.venv-newest/bin/python -m scripts.check_newest $(ARGS)
 
 lock: $(STAMP)  ## write constraints.txt anew: the newest releases that the ranges of pyproject.toml allow
 	$(BIN)/python -m pip install -q -e '.[lock]' --no-build-isolation
-	$(BIN)/python scripts/lock.py
+	$(BIN)/python -m scripts.lock
 
 clean:  ## remove everything that was built or installed here
 	rm -rf $(VENV) .venv-newest build dist *.egg-info tokenprune_kernels/*.so

@@ -1,10 +1,12 @@
-// Checks that every op makes of its arguments, before anything is computed. They mirror tokenprune_kernels/_checks.py.
+// The checks that generated/ops.h is made of. They mirror tokenprune_kernels/_checks.py, with the same sentences.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <initializer_list>
 #include <limits>
 #include <string_view>
+#include <vector>
 
 #include "tensor.h"
 
@@ -61,13 +63,18 @@ inline void check_floating(const char* op, const char* name, const Tensor& t, co
   check_memory(op, name, t);
 }
 
-// A tensor on the device of `first`; -1 in `shape` leaves that size free; no dtype means any floating one.
+// A tensor on the device of `first`; -1 in `shape` leaves that size free; no dtype means any floating one, or with
+// `like`, which is the name of `first`, the dtype of that.
 inline void check_beside(const char* op, const char* name, const Tensor& t, const Tensor& first, const char* layout,
-                         std::initializer_list<int64_t> shape, std::optional<ScalarType> dtype) {
+                         std::initializer_list<int64_t> shape, std::optional<ScalarType> dtype,
+                         const char* like = nullptr) {
   check_defined(op, name, t);
   const ScalarType got = t.scalar_type();
   if (dtype ? got != *dtype : !is_floating(got))
-    fail(op, name, dtype ? "be " + dtype_name(*dtype) : "be floating point", dtype_name(got));
+    fail(op, name, "be " + (dtype ? dtype_name(*dtype) : "float16, bfloat16, float32 or float64"), dtype_name(got));
+  if (like != nullptr && got != first.scalar_type())
+    fail(op, name, std::string("have the dtype of ") + like + " (" + dtype_name(first.scalar_type()) + ")",
+         dtype_name(got));
   bool fits = t.dim() == static_cast<int64_t>(shape.size());
   int64_t d = 0;
   for (int64_t want : shape) {
@@ -76,14 +83,17 @@ inline void check_beside(const char* op, const char* name, const Tensor& t, cons
   }
   if (!fits) {
     std::ostringstream text;
-    text << "have shape " << layout << " = [";
-    const char* comma = "";
-    for (int64_t want : shape) {
-      text << comma;
-      want == -1 ? text << "any" : text << want;
-      comma = ", ";
+    text << "have shape " << layout;
+    const char* before = " = [";
+    if (&t != &first) {
+      for (int64_t want : shape) {
+        text << before;
+        want == -1 ? text << "any" : text << want;
+        before = ", ";
+      }
+      text << "]";
     }
-    fail(op, name, text.str() + "]", shape_text(t));
+    fail(op, name, text.str(), shape_text(t));
   }
   check_size(op, name, t);
   if (device_text(t) != device_text(first)) fail(op, name, "be on " + device_text(first), device_text(t));
@@ -111,16 +121,40 @@ inline void check_real(const char* op, const char* name, double value, double lo
   fail(op, name, text.str(), value);
 }
 
-// The position of `value` among the allowed words.
-inline int check_option(const char* op, const char* name, std::string_view value,
-                        std::initializer_list<const char*> allowed) {
-  int position = 0;
-  std::string list;
-  for (const char* word : allowed) {
-    if (value == word) return position;
-    list += (position++ ? ", " : "") + std::string(word);
+// The index of `value` among the words, or -1.
+inline int index_of_word(std::string_view value, std::initializer_list<const char*> words) {
+  int index = 0;
+  for (const char* word : words) {
+    if (value == word) return index;
+    ++index;
   }
-  fail(op, name, "be one of " + list, "'" + std::string(value) + "'");
+  return -1;
+}
+
+inline std::string one_of(std::initializer_list<const char*> words) {
+  std::string list;
+  for (const char* word : words) list += (list.empty() ? "be one of " : ", ") + std::string(word);
+  return list;
+}
+
+inline int check_choice(const char* op, const char* name, std::string_view value,
+                        std::initializer_list<const char*> words) {
+  const int index = index_of_word(value, words);
+  if (index < 0) fail(op, name, one_of(words), "'" + std::string(value) + "'");
+  return index;
+}
+
+// Of several words joined by "+", in the order asked for.
+inline std::vector<int> check_choices(const char* op, const char* name, std::string_view value,
+                                      std::initializer_list<const char*> words) {
+  std::vector<int> indices;
+  for (size_t begin = 0; begin <= value.size();) {
+    const size_t end = std::min(value.find('+', begin), value.size());
+    indices.push_back(index_of_word(value.substr(begin, end - begin), words));
+    if (indices.back() < 0) fail(op, name, one_of(words) + ", or several joined by +", "'" + std::string(value) + "'");
+    begin = end + 1;
+  }
+  return indices;
 }
 
 // Contract: index values outside [-1, size) raise IndexError (std::out_of_range becomes one in Python).

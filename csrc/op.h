@@ -7,6 +7,7 @@
 #include <new>
 #include <utility>
 
+#include "generated/ops.h"
 #include "tensor.h"
 
 namespace tokenprune {

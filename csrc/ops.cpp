@@ -5,7 +5,7 @@
 #include <string>
 
 #include "cpu/capability.h"
-#include "schemas.h"
+#include "generated/ops.h"
 
 STABLE_TORCH_LIBRARY(tokenprune, m) { tokenprune::define_ops(m); }
 

@@ -110,6 +110,18 @@ std::string dtype_name(ScalarType dtype) {
       return "bool";
     case ScalarType::Long:
       return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
     default: {
       std::ostringstream text;
       text << dtype;

@@ -7,8 +7,10 @@ backend is tested against them. They do not validate their arguments; `tokenprun
 from .attention import attention_entropy, attention_scores, cross_attention_scores
 from .compaction import _invert_indices as _invert_indices
 from .compaction import gather_compact
-from .greedy import repulsion_sample, spatial_semantic_nms
-from .selection import mask_to_indices, score_entropy, select_mixture, select_topk, select_two_tailed
+from .mixture import select_mixture
+from .nms import spatial_semantic_nms
+from .repulsion import repulsion_sample
+from .selection import mask_to_indices, score_entropy, select_topk, select_two_tailed
 from .similarity import contrastive_scores, cosine_scores
 
 __all__ = [

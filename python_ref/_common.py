@@ -16,6 +16,12 @@ def normalize(x: Tensor) -> Tensor:
     return x / norm.clamp_min(1e-12)
 
 
+def squared_distances(positions: Tensor) -> Tensor:
+    """||p_i - p_j||^2 from differences, which stays exact on integer grids."""
+    p = widen(positions)
+    return (p.unsqueeze(2) - p.unsqueeze(1)).square().sum(-1)
+
+
 def ones_like_mask(x: Tensor, mask: Tensor | None) -> Tensor:
     """`mask`, or all True over the shape of x."""
     return torch.ones_like(x, dtype=torch.bool) if mask is None else mask

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAIRS = {"3.6.0": "2.10, 2.11", "3.7.0": "2.12", "3.7.1": "2.13", "3.8.0": "2.14", "3.9.0": "2.15"}
 # The interpreter of 3.6 makes numbers of arrays with one element, which numpy 2.4 refuses.
 BESIDE = {"3.6.0": ["numpy<2.4"]}
-QUICK = "triton and agrees_with_the_reference or test_triton_runtime or test_triton_products"
+QUICK = "triton and (agrees_with_the_reference or test_runtime or test_products)"
 VERSION = "import triton, importlib.metadata as m; print(triton.__version__, m.version('triton'), triton.__file__)"
 
 
@@ -38,7 +38,7 @@ def timed(command: list[str], environment: dict[str, str], last_line: str) -> Ou
     """Run, print what is printed, and keep the last line that contains `last_line`."""
     began = time.monotonic()
     said = ""
-    with subprocess.Popen(command, env=environment, cwd=ROOT / "tests", stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
             print(f"    {line}", end="", flush=True)
@@ -60,20 +60,12 @@ def check(version: str, folder: Path, chosen: str, compiled: list[str]) -> dict[
     ).stdout.split()
     if told[:2] != [version, version] or not told[2].startswith(str(folder)):
         return {"installed": Outcome(False, f"python finds triton {' '.join(told)}", 0.0)}
-    tests = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-c", str(ROOT / "pyproject.toml")]
-    tests += [
-        "-p",
-        "no:cacheprovider",
-        "--ignore",
-        str(ROOT / "tests" / "test_triton_compile.py"),
-        "-k",
-        chosen,
-        str(ROOT / "tests"),
-    ]
+    tests = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
+    tests += ["--ignore", "tests/triton/test_compile.py", "-k", chosen, "tests"]
     only = {**environment, "TOKENPRUNE_TEST_BACKENDS": "triton,cpu,reference"}
     return {
         "interpreted": timed(tests, only, " in "),
-        "compiled": timed([sys.executable, "-m", "triton_compile", *compiled], environment, "triton: "),
+        "compiled": timed([sys.executable, "-m", "testing.triton_compile", *compiled], environment, "triton: "),
     }
 
 

@@ -1,7 +1,7 @@
 """Registers, shared memory and spills of every CUDA kernel, as ptxas reported them to the build.
 
-    python scripts/cuda_resources.py            compares the last build in place with tests/cuda_resources.csv
-    python scripts/cuda_resources.py --write    writes that table from it (make cuda-table builds and writes)
+    python -m scripts.cuda_resources            compares the last build in place with tests/cuda/resources.csv
+    python -m scripts.cuda_resources --write    writes that table from it (make cuda-table builds and writes)
 
 The table is a budget: a kernel may use less than it says, not more. How many registers a kernel takes depends on the
 compiler, so that the table names the nvcc it comes from, and holds for that one only.
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLE = ROOT / "tests" / "cuda_resources.csv"
+TABLE = ROOT / "tests" / "cuda" / "resources.csv"
 OBJECTS = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "cuda"
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 REFRESH = "make cuda-table writes the table anew: look at its diff"

@@ -5,8 +5,8 @@ headers csrc/include/tokenprune/*.cuh. A line counts as executed when any instan
 instantiation of every function has to have run once. (The emulator is compiled with -O1: a branch that the compiler
 turned into arithmetic has no line of its own.)
 
-    python scripts/kernel_coverage.py --clear    # before the tests: forget earlier runs
-    python scripts/kernel_coverage.py            # after them
+    python -m scripts.kernel_coverage --clear    # before the tests: forget earlier runs
+    python -m scripts.kernel_coverage            # after them
 """
 
 import argparse

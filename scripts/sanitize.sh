@@ -16,7 +16,7 @@ ln -sfn ../python_ref tokenprune_kernels/reference  # what an installation maps
 
 TOKENPRUNE_SANITIZE=1 TOKENPRUNE_CPU=1 TOKENPRUNE_CUDA=0 "$python" setup.py -q build_ext --inplace
 
-(cd tests && TOKENPRUNE_EMULATOR_SANITIZE=1 "$python" -m emulator)  # compilers are slow below the runtime
+TOKENPRUNE_EMULATOR_SANITIZE=1 "$python" -m emulator  # compilers are slow below the runtime
 
 library() { "${CXX:-g++}" -print-file-name="$1"; }
 # Python itself is not instrumented: the runtime comes first, and what the interpreter keeps until exit is no leak.
@@ -37,11 +37,11 @@ for capability in ${CAPABILITIES:-avx512 avx2 baseline}; do
   # descriptors: a sanitizer report goes to stderr of a process that then ends.
   TOKENPRUNE_TEST_BACKENDS=cpu,reference TOKENPRUNE_CPU_CAPABILITY=$capability \
     "$python" -m pytest -q -p no:cacheprovider --capture=sys \
-    tests/test_contract.py tests/test_contract_memory.py tests/test_errors.py tests/test_boundary.py tests/test_fuzz.py "$@"
+    tests/ops/test_{contract,contract_memory,errors,boundary,fuzz}.py "$@"
   export TOKENPRUNE_FUZZ_CALLS=5000  # the first capability had them all
 done
 
 echo "== sanitized tests of the CUDA kernels on the emulator"
 export TOKENPRUNE_EMULATOR_SANITIZE=1
-"$python" -m pytest -q -p no:cacheprovider --capture=sys tests --ignore=tests/test_build.py \
+"$python" -m pytest -q -p no:cacheprovider --capture=sys tests --ignore=tests/package/test_build.py \
   -k "emulator or cuda" "$@"

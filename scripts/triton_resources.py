@@ -1,7 +1,7 @@
 """Registers, shared memory and matrix instructions of every Triton kernel, compiled for GPUs that are not here.
 
-    python scripts/triton_resources.py            compiles the kernels and compares with tests/triton_resources.csv
-    python scripts/triton_resources.py --write    writes that table (make triton-table)
+    python -m scripts.triton_resources            compiles the kernels and compares with tests/triton/resources.csv
+    python -m scripts.triton_resources --write    writes that table (make triton-table)
 
 A row is a kernel on a target, with the worst of its specialisations. The table is a budget: a kernel may use less than
 it says, not more. Registers and shared memory depend on the compiler, so that the table names the Triton it comes from,
@@ -19,11 +19,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-from triton_compile.results import TARGETS, Result, complaints  # noqa: E402
+from testing import ROOT
+from testing.triton_compile.results import TARGETS, Result, complaints
 
-TABLE = ROOT / "tests" / "triton_resources.csv"
+TABLE = ROOT / "tests" / "triton" / "resources.csv"
 REFRESH = "make triton-table writes the table anew: look at its diff"
 HEADER = "kernel,target,specialisations,registers,shared,local,matrix"
 
@@ -47,7 +46,7 @@ Table = dict[Kernel, Usage]
 
 
 class Compiled(NamedTuple):
-    """What `python -m triton_compile` wrote down."""
+    """What `python -m testing.triton_compile` wrote down."""
 
     report: dict[str, Any]
     results: list[Result]
@@ -62,8 +61,8 @@ def compile_kernels(*arguments: str) -> Compiled:
     """In a process of its own, because Triton must not be in its interpreted mode there. Prints its progress."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "report.json")
-        command = [sys.executable, "-m", "triton_compile", "--output", str(output), *arguments]
-        done = subprocess.run(command, cwd=ROOT / "tests")
+        command = [sys.executable, "-m", "testing.triton_compile", "--output", str(output), *arguments]
+        done = subprocess.run(command, cwd=ROOT)
         if not output.exists():
             raise RuntimeError(f"{' '.join(command)} ended with exit status {done.returncode} and without results")
         report = json.loads(output.read_text())

@@ -1,28 +1,25 @@
 """Fill the generated tables of README.md and docs: which op runs where (by running it), and the ratios.
 
-usage: python scripts/update_readme.py [--check]
+usage: python -m scripts.update_readme [--check]
 
-The ratios come from bench/results/cpu.json, which `make bench` writes, prefill.json and retention.json beside it; the
-support table calls every op on every backend and dtype of this machine through the samples of tests/op_samples.py.
+The ratios come from cpu.json and prefill.json of bench/results, which `make bench` and `make bench-prefill` write, the
+accuracy from studies/results/retention.json. The support table calls every op on every backend and dtype of this
+machine through the samples of testing/op_samples.py.
 """
 
 import argparse
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import torch
 
-import torch  # noqa: E402
-from cases import BACKENDS, dtypes_of, interpreted  # noqa: E402
-from op_samples import OPS, make, run  # noqa: E402
-
-from bench.pages import fill  # noqa: E402
-from bench.report import HEADER, Row, cells, duration  # noqa: E402
-from bench.retention import results  # noqa: E402
-from bench.retention.measure import METHODS, UNPRUNED  # noqa: E402
+from bench.report import HEADER, Row, cells, duration
+from studies.retention import results
+from studies.retention.measure import METHODS, UNPRUNED
+from testing import ROOT
+from testing.cases import BACKENDS, dtypes_of, interpreted, lacks
+from testing.op_samples import OPS, make, run
+from testing.pages import fill
 
 FLOATS = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 # Each column with the test backends that can fill it: the CUDA kernels run on a GPU or on the host emulator.
@@ -45,7 +42,7 @@ SHOWN = (
 
 
 def runs_on(op: str, backend: str, dtype: torch.dtype) -> bool:
-    if dtype not in dtypes_of(backend):
+    if dtype not in dtypes_of(backend) or lacks(backend, op):
         return False
     run(make(op, dtype=dtype), backend)
     return True
@@ -77,7 +74,7 @@ def where(results: dict[str, Any]) -> str:
 
 def retained() -> dict[str, str]:
     """By method: the share of the unpruned model's accuracy that is left at 22.2% of the visual tokens."""
-    table = results.load(ROOT / "bench" / "results" / "retention.json")
+    table = results.load(ROOT / "studies" / "results" / "retention.json")
     full = table.right[UNPRUNED].double().mean()
     shares = {method: f"{(table.of(method, 128).double().mean() / full).item():.1%}" for method in METHODS}
     # sts prunes twice, by one function each.
@@ -132,7 +129,7 @@ def main() -> None:
     pages[benchmarks] = benchmarks.read_text(), benchmarks_page(measured)
     for file, (before, after) in pages.items():
         if arguments.check and before != after:
-            raise SystemExit(f"{file.name} is out of date: run python scripts/update_readme.py")
+            raise SystemExit(f"{file.name} is out of date: run python -m scripts.update_readme")
         file.write_text(after)
 
 

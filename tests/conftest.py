@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 
 os.environ.setdefault("TOKENPRUNE_POISON", "1")  # read by the compiled library when it first allocates
-if os.environ.get("TOKENPRUNE_TEST_WITHOUT_LIBRARY") == "1":  # test_registry.py runs some tests as if there were none
+if os.environ.get("TOKENPRUNE_TEST_WITHOUT_LIBRARY") == "1":  # of test_registry.py: as if there were none
     sys.modules["tokenprune_kernels._C"] = None  # type: ignore[assignment]
 
 import pytest
@@ -20,7 +20,7 @@ def _seed() -> None:
 @pytest.fixture(autouse=True)
 def _fresh_emulator() -> Iterator[None]:
     """No test sees the emulator's settings or launches of another."""
-    from cases import NO_EMULATOR
+    from testing.cases import NO_EMULATOR
 
     if NO_EMULATOR is not None:
         yield
@@ -36,7 +36,8 @@ def _fresh_emulator() -> Iterator[None]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """GPU kernels take no float64 (contract section 1), Triton's interpreter no bfloat16: no tests, and so no skips."""
-    from cases import DTYPES, dtypes_of
+    from testing.cases import DTYPES, dtypes_of, lacks
+    from tokenprune_kernels._op import OPS
 
     def exists(item: pytest.Item) -> bool:
         parameters = getattr(item, "callspec", None)
@@ -48,5 +49,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if gone:
         config.hook.pytest_deselected(items=gone)
         items[:] = [item for item in items if exists(item)]
+    for item in items:
+        chosen = getattr(item, "callspec", None)
+        backend, op = (chosen.params.get(name) for name in ("backend", "op")) if chosen else (None, None)
+        if isinstance(backend, str) and op in OPS and lacks(backend, op):
+            item.add_marker(pytest.mark.skip(reason=lacks(backend, op)))
     # The longest file first: of two processes (CI has them) neither is then left alone with it.
-    items.sort(key=lambda item: item.path.stem != "test_triton_compile")
+    items.sort(key=lambda item: item.path.parts[-2:] != ("triton", "test_compile.py"))

@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model",
         metavar="FOLDER",
         help="a checkpoint of transformers on this disk, of a family in docs/transformers.md "
-        "(default: models/tiny-llava-vqa of the checkout)",
+        "(default: studies/models/tiny-llava-vqa of the checkout)",
     )
     demo.add_argument("--image", metavar="FILE", help="any picture Pillow reads (default: the example of the model)")
     demo.add_argument("--question", metavar="TEXT", help="what to ask about it (default: the example's question)")

@@ -5,7 +5,7 @@ mode, does not work under torch.func for ops on lists of tensors, and costs more
 key is written out here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from . import reference
-from ._schemas import PRIVATE_SCHEMAS, SCHEMAS
 
 _BELOW = torch._C._after_autograd_keyset
 
@@ -137,13 +136,13 @@ def _gather_compact(
     return _below(ops, keyset, tensors, indices, dims, batch_dims)
 
 
-def register(library: torch.library.Library, ops: Any) -> None:
-    """The autograd behaviour of all ops of a library; `ops` is its namespace below torch.ops.
+def register(library: torch.library.Library, ops: Any, names: Iterable[str]) -> None:
+    """The autograd behaviour of these ops of a library; `ops` is its namespace below torch.ops.
 
     gather_compact is differentiable. Indices, scores and entropies carry no gradient: autograd is skipped, at no cost
     per call.
     """
-    for name in (*SCHEMAS, *PRIVATE_SCHEMAS):
+    for name in names:
         if name != "gather_compact":
             library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     library.impl("gather_compact", partial(_gather_compact, ops), "Autograd", with_keyset=True)

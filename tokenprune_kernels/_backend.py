@@ -4,14 +4,15 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _checks, _registry, _triton, reference
-from ._schemas import SCHEMAS
+from . import _registry, _triton
+from ._accept import is_good
+from ._checks import check
+from ._op import OPS
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
@@ -25,16 +26,6 @@ class _Requested(threading.local):
 
 _requested = _Requested()
 _from_environment = os.environ.get("TOKENPRUNE_BACKEND") or "auto"
-
-
-# Called through the package, references carry no gradient either; gather_compact is differentiable everywhere.
-_references = SimpleNamespace(
-    **{
-        name: _checks.on_dense(name, function if name == "gather_compact" else torch.no_grad()(function))
-        for name in SCHEMAS
-        for function in (getattr(reference, name),)
-    }
-)
 
 
 class BackendUnavailableError(RuntimeError):
@@ -101,11 +92,6 @@ def unavailable(name: str, device: str) -> str | None:
 unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def is_reference(ops: Any) -> bool:
-    """Is this the reference module? Its scores have dropped the dimension R = 1 that the ops return."""
-    return ops is _references
-
-
 def served_by(tensor: Tensor) -> str:
     """The backend that ops on this tensor run on now."""
     name = _requested.name or _from_environment
@@ -118,8 +104,8 @@ def served_by(tensor: Tensor) -> str:
     return "reference"
 
 
-def implementation(backend: str | None, tensor: Tensor) -> Any:
-    """The namespace whose functions serve this call: torch.ops.tokenprune, or the reference module."""
+def implementation(backend: str | None, tensor: Tensor, op: str) -> Any:
+    """The namespace whose function serves this call of an op: torch.ops.tokenprune, or another one with its ops."""
     name = backend or _requested.name or _from_environment
     if name == "auto":
         # The dispatcher knows devices by kind only. A GPU that the compiled code was not built for has Triton.
@@ -130,8 +116,22 @@ def implementation(backend: str | None, tensor: Tensor) -> Any:
         return _extra[name]
     _check_name(name, "backend")
     if name == "reference":
-        return _references
-    reason = unavailable(name, tensor.device.type)
+        return _registry.references
+    reason = lacks(name, op) or unavailable(name, tensor.device.type)
     if reason is not None:
         raise BackendUnavailableError(f"backend {name!r} was asked for, but {reason}")
     return torch.ops.tokenprune_triton if name == "triton" else torch.ops.tokenprune
+
+
+def lacks(backend: str, op: str) -> str | None:
+    """What to say where an op has no kernel for a backend, or None where it has one."""
+    return None if backend in OPS[op].backends else f"{op} has no {backend} kernel yet"
+
+
+def call(name: str, backend: str | None, *args: Any, **kwargs: Any) -> Any:
+    """Check the arguments of an op, all of them and in the order of its schema, and make one call of the backend."""
+    op, values = OPS[name], (*args, *kwargs.values())
+    if not is_good(op, values):
+        check(op, values)
+    first = args[0] if isinstance(args[0], Tensor) else args[1]
+    return getattr(implementation(backend, first, name), name)(*args, **kwargs)

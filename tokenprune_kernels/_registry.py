@@ -8,12 +8,14 @@ import importlib
 import json
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from . import _autograd, _checks, _fakes, _triton, _vmap, reference
-from ._schemas import PRIVATE_SCHEMAS, SCHEMAS
+from . import _autograd, _fakes, _triton, _vmap, reference
+from ._checks import on_dense
+from ._op import OPS, compiled_ops
 
 _library: torch.library.Library | None = None  # keeps the registrations alive
 _binary: Any = None
@@ -85,23 +87,40 @@ def as_runtime_error(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _fallback(name: str) -> Callable[..., Any]:
-    """The reference behind the op: checked, without gradients, and with the op's [B, R, ...] scores."""
-    compute = getattr(reference, name)
-    check = getattr(_fakes, name)
+def _reference(name: str) -> Callable[..., Any]:
+    """The reference as the op, whose scores are [B, R, ...] where R = 1 too."""
+    compute: Callable[..., Any] = getattr(reference, name)
+    if not name.endswith("attention_scores"):
+        return compute
 
-    @functools.wraps(compute)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        result = compute(*args, **kwargs)
+        if "+" in kwargs.get("query_reduction", "mean"):
+            return result
+        return result.unsqueeze(1) if name == "attention_scores" else (result[0].unsqueeze(1), *result[1:])
+
+    return run
+
+
+# The namespace of `backend="reference"`, filled by `load`.
+references = SimpleNamespace()
+
+
+def _without_dispatcher(name: str) -> Callable[..., Any]:
+    """The reference called through the package: without a gradient, but for gather_compact, differentiable anywhere."""
+    run = _reference(name)
+    return on_dense(name, run if name == "gather_compact" else torch.no_grad()(run))
+
+
+def _fallback(name: str) -> Callable[..., Any]:
+    """The reference behind the op: checked, and below autograd."""
+    compute, check = torch.no_grad()(_reference(name)), getattr(_fakes, name)
+
     def run(*args: Any, **kwargs: Any) -> Any:
         check(*args, **kwargs)
-        with torch.no_grad():
-            result = compute(*args, **kwargs)
-        if name in ("cross_attention_scores", "attention_scores") and "+" not in kwargs.get("query_reduction", "mean"):
-            if name == "attention_scores":
-                return result.unsqueeze(1)
-            return result[0].unsqueeze(1), result[1], result[2]
-        return result
+        return compute(*args, **kwargs)
 
-    return as_runtime_error(_checks.on_dense(name, run))
+    return as_runtime_error(on_dense(name, run))
 
 
 def load() -> None:
@@ -120,14 +139,16 @@ def load() -> None:
             f"tokenprune_kernels runs on its slow PyTorch references: {_load_error}", RuntimeWarning, stacklevel=3
         )
     _library = torch.library.Library("tokenprune", "FRAGMENT")
-    for name, schema in (SCHEMAS | PRIVATE_SCHEMAS).items():
-        if _binary is None:
-            _library.define(name + schema)
+    compiled = compiled_ops()
+    for name, op in OPS.items():
+        if _binary is None or name not in compiled:
+            _library.define(name + op.schema)
+        setattr(references, name, _without_dispatcher(name))
         # Serves every device that has no kernel of its own.
         _library.impl(name, _fallback(name), "CompositeExplicitAutograd")
         torch.library.register_fake(
             f"tokenprune::{name}", as_runtime_error(getattr(_fakes, name)), lib=_library, allow_override=True
         )
-    _autograd.register(_library, torch.ops.tokenprune)
-    _vmap.register(_library, torch.ops.tokenprune)
+    _autograd.register(_library, torch.ops.tokenprune, OPS)
+    _vmap.register(_library, torch.ops.tokenprune, OPS)
     _triton.serve(_library, cuda=not has_cuda_kernels())

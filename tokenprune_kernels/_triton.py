@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from . import _autograd, _checks, _fakes, _vmap
-from ._schemas import PRIVATE_SCHEMAS, SCHEMAS
+from . import _autograd, _fakes, _vmap
+from ._checks import on_dense
+from ._op import OPS
 
 OLDEST = (3, 6)  # pairs with torch 2.10
 
@@ -70,7 +71,7 @@ def _wrapper(name: str) -> Callable[..., Any]:
     def loaded() -> Callable[..., Any]:
         from . import triton
 
-        return as_runtime_error(_checks.on_dense(name, getattr(triton, name)))
+        return as_runtime_error(on_dense(name, getattr(triton, name)))
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return loaded()(*args, **kwargs)
@@ -113,21 +114,26 @@ def _see_through(library: torch.library.Library, namespace: str, names: Any) -> 
             )
 
 
+def served() -> list[str]:
+    """The names of the ops with a Triton kernel."""
+    return [name for name, op in OPS.items() if "triton" in op.backends]
+
+
 @functools.cache
 def namespace() -> Any:
-    """torch.ops.tokenprune_triton: the same schemas, served by Triton on every device that it takes."""
+    """torch.ops.tokenprune_triton: the ops with a Triton kernel, on every device that it takes."""
     from ._registry import as_runtime_error
 
     library = torch.library.Library("tokenprune_triton", "FRAGMENT")
-    schemas = SCHEMAS | PRIVATE_SCHEMAS
-    for name, schema in schemas.items():
-        library.define(name + schema)
+    names = served()
+    for name in names:
+        library.define(name + OPS[name].schema)
         library.impl(name, _wrapper(name), "CompositeExplicitAutograd")
         torch.library.register_fake(f"tokenprune_triton::{name}", as_runtime_error(getattr(_fakes, name)), lib=library)
-    _autograd.register(library, torch.ops.tokenprune_triton)
-    _vmap.register(library, torch.ops.tokenprune_triton)
+    _autograd.register(library, torch.ops.tokenprune_triton, names)
+    _vmap.register(library, torch.ops.tokenprune_triton, names)
     if not interpreted():
-        _see_through(library, "tokenprune_triton", schemas)
+        _see_through(library, "tokenprune_triton", names)
     _LIBRARIES.append(library)
     return torch.ops.tokenprune_triton
 
@@ -139,9 +145,9 @@ def serve(library: torch.library.Library, cuda: bool) -> None:
     """
     if absent() is not None:
         return
-    schemas = SCHEMAS | PRIVATE_SCHEMAS
-    for name in schemas:
+    names = served()
+    for name in names:
         for key in ("XPU", "CUDA") if cuda else ("XPU",):
             library.impl(name, _wrapper(name), key, allow_override=True)
     if cuda:
-        _see_through(library, "tokenprune", schemas)
+        _see_through(library, "tokenprune", names)

@@ -3,14 +3,12 @@
 torch.library.register_vmap refuses keyword-only tensors, so the rule is registered at the dispatch key it would use.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-
-from ._schemas import PRIVATE_SCHEMAS, SCHEMAS
 
 _KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
 
@@ -87,9 +85,9 @@ def _refuse_nested(name: str) -> Callable[..., Any]:
     return rule
 
 
-def register(library: torch.library.Library, ops: Any) -> None:
-    """The vmap rules of all ops of a library; `ops` is its namespace below torch.ops."""
-    for name in SCHEMAS | PRIVATE_SCHEMAS:
+def register(library: torch.library.Library, ops: Any, names: Iterable[str]) -> None:
+    """The vmap rules of these ops of a library; `ops` is its namespace below torch.ops."""
+    for name in names:
         rule = partial(_gather_rule, ops) if name == "gather_compact" else _rule(ops, name)
         library.impl(name, rule, "FuncTorchBatched", with_keyset=True)
         library.impl(name, _refuse_nested(name), "BatchedNestedTensor")

@@ -1,7 +1,7 @@
 """Everything that is checked and measured on a GPU, in one command: `python -m bench.gpu_suite --out DIR`.
 
 docs/gpu.md says how to run it and how to read its results. It works from a bare checkout: nothing has to be installed
-but torch, which is why importing this package makes the checkout's own modules importable.
+but torch, which is why importing this package makes the references importable.
 """
 
 import importlib.machinery
@@ -30,13 +30,5 @@ class _References:
         )
 
 
-def use_checkout() -> None:
-    """Import the package, its references and the tests' modules from this checkout."""
-    if _References not in sys.meta_path:
-        sys.meta_path.append(_References)  # last: an installation is asked first
-    for folder in (ROOT / "tests", ROOT):
-        if str(folder) not in sys.path:
-            sys.path.insert(0, str(folder))
-
-
-use_checkout()
+if _References not in sys.meta_path:
+    sys.meta_path.append(_References)  # last: an installation is asked first

@@ -1,7 +1,7 @@
 """What the contract promises of a call besides its values: determinism, streams, graphs, untouched inputs, no waiting.
 
-Each check takes a device, a function of named inputs, and the inputs; it raises AssertionError. tests/test_gpu.py runs
-them on the samples of every op, the suite's stage `behaviour` on the shapes that are timed.
+Each check takes a device, a function of named inputs, and the inputs; it raises AssertionError. tests/cuda/test_gpu.py
+runs them on the samples of every op, the suite's stage `behaviour` on the shapes that are timed.
 """
 
 from collections.abc import Callable

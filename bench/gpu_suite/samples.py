@@ -1,15 +1,16 @@
 """The sample calls of every op on the device, against the reference in float64: without pytest, and quick.
 
-The values of the samples are exactly representable (tests/op_samples.py), so that indices must be equal and floats may
-differ by a few roundings only.
+The values of the samples are exactly representable (testing/op_samples.py), so that indices must be equal and floats
+may differ by a few roundings only.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-import op_samples
 import torch
-from op_samples import Call, Sizes
+
+from testing import op_samples
+from testing.op_samples import Call, Sizes
 
 from .checks import Inputs, bits, close
 from .device import Device, flat

@@ -6,9 +6,10 @@ nearly all that runs on the device; a line before each sample says which one a r
 
 import sys
 
-import op_samples
 import torch
-from op_samples import Sizes
+
+from testing import op_samples
+from testing.op_samples import Sizes
 
 from . import device
 from .samples import run_sample

@@ -87,7 +87,7 @@ def controls(run: Run, program: str, usage: str) -> list[work.Item]:
 
 def ported(run: Run) -> list[str]:
     """The ops that passed the first contact; all of them when that stage did not run."""
-    import op_samples
+    from testing import op_samples
 
     contact = run.results.get("contact", {}).get("items", [])
     known = {item["name"]: item["status"] for item in contact}

@@ -71,7 +71,7 @@ def compare(device: Device, row: Row, twin: Row, repeats: int, seconds: float) -
     return found
 
 
-# Of a dry run: interpreted kernels take seconds, and products of bfloat16 matrices are wrong there (tests/cases.py).
+# Of a dry run: interpreted kernels take seconds, and products of bfloat16 matrices are wrong there (testing/cases.py).
 DRY_OPS = ("attention_entropy", "select_topk", "score_entropy")
 
 

@@ -1,4 +1,4 @@
-// Checked arguments of the compaction ops, shared by the CPU and the CUDA bindings.
+// Checked arguments of gather_compact, shared by the CPU and the CUDA bindings; ops/gather_compact.py has the same.
 #pragma once
 
 #include "checks.h"
@@ -52,11 +52,6 @@ inline std::vector<CompactSource> check_gather_compact(const std::vector<Tensor>
     sources.push_back({t, dim, batch_dim});
   }
   return sources;
-}
-
-inline void check_invert_indices(const Tensor& indices, int64_t size) {
-  check_beside("_invert_indices", "indices", indices, indices, "[B, K]", {-1, -1}, ScalarType::Long);
-  check_count("_invert_indices", "size", size, indices.size(0));
 }
 
 }  // namespace tokenprune

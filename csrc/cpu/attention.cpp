@@ -68,12 +68,11 @@ void compute(AttentionCall& call, bool scores) {
   });
 }
 
+// From checked arguments.
 AttentionCall prepare(const char* op, const Tensor& query, const Tensor& key, const OptionalTensor& lse,
                       const OptionalTensor& key_indices, const OptionalTensor& query_mask,
                       const OptionalTensor& key_mask, const OptionalTensor& query_positions,
-                      std::optional<double> scale, bool causal, bool cosine, const std::string& head_reduction,
-                      const std::string& query_reduction) {
-  check_attention(op, query, key, lse, key_indices, query_mask, key_mask, query_positions);
+                      std::optional<double> scale, bool causal, bool cosine, AttentionReductions reductions) {
   AttentionCall call{with_contiguous_rows(query),
                      with_contiguous_rows(key),
                      with_contiguous_rows(key_indices),
@@ -87,7 +86,7 @@ AttentionCall prepare(const char* op, const Tensor& query, const Tensor& key, co
                      0,
                      causal,
                      cosine,
-                     parse_reductions(op, head_reduction, query_reduction)};
+                     std::move(reductions)};
   call.scale = scale ? *scale : cosine ? 1.0 : 1 / std::sqrt(static_cast<double>(query.size(3)));
   if (lse) call.lse_in = contiguous_as(*lse, wide_type(query));
   if (call.key_indices) check_index_values(op, "key_indices", *call.key_indices, key.size(2));
@@ -98,8 +97,10 @@ std::tuple<Tensor, Tensor, Tensor> cross_attention_scores(
     const Tensor& query, const Tensor& key, const OptionalTensor& key_indices, const OptionalTensor& query_mask,
     const OptionalTensor& key_mask, const OptionalTensor& query_positions, std::optional<double> scale, bool causal,
     bool cosine, std::string head_reduction, std::string query_reduction) {
+  const auto choices = check_cross_attention_scores(query, key, key_indices, query_mask, key_mask, query_positions,
+                                                    scale, causal, cosine, head_reduction, query_reduction);
   AttentionCall call = prepare("cross_attention_scores", query, key, std::nullopt, key_indices, query_mask, key_mask,
-                               query_positions, scale, causal, cosine, head_reduction, query_reduction);
+                               query_positions, scale, causal, cosine, reductions_of(choices));
   compute(call, true);
   return {*call.scores, *call.entropy, *call.lse};
 }
@@ -107,8 +108,9 @@ std::tuple<Tensor, Tensor, Tensor> cross_attention_scores(
 std::tuple<Tensor, Tensor> attention_entropy(const Tensor& query, const Tensor& key, const OptionalTensor& key_mask,
                                              const OptionalTensor& query_positions, std::optional<double> scale,
                                              bool causal, bool cosine) {
+  check_attention_entropy(query, key, key_mask, query_positions, scale, causal, cosine);
   AttentionCall call = prepare("attention_entropy", query, key, std::nullopt, std::nullopt, std::nullopt, key_mask,
-                               query_positions, scale, causal, cosine, "mean", "mean");
+                               query_positions, scale, causal, cosine, {HeadReduction::kMean, {QueryReduction::kMean}});
   compute(call, false);
   return {*call.entropy, *call.lse};
 }
@@ -117,8 +119,10 @@ Tensor attention_scores(const Tensor& query, const Tensor& key, const Tensor& ls
                         const OptionalTensor& query_mask, const OptionalTensor& key_mask,
                         const OptionalTensor& query_positions, std::optional<double> scale, bool causal, bool cosine,
                         std::string head_reduction, std::string query_reduction) {
+  const auto choices = check_attention_scores(query, key, lse, key_indices, query_mask, key_mask, query_positions,
+                                              scale, causal, cosine, head_reduction, query_reduction);
   AttentionCall call = prepare("attention_scores", query, key, lse, key_indices, query_mask, key_mask, query_positions,
-                               scale, causal, cosine, head_reduction, query_reduction);
+                               scale, causal, cosine, reductions_of(choices));
   compute(call, true);
   return *call.scores;
 }

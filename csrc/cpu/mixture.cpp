@@ -3,7 +3,6 @@
 #include <cmath>
 #include <tuple>
 
-#include "args/selection.h"
 #include "cpu/selection_choose.h"
 #include "dispatch.h"
 #include "op.h"

@@ -10,7 +10,6 @@
 #include <tuple>
 #include <vector>
 
-#include "args/nms.h"
 #include "cpu/simd/similarity.h"
 #include "dispatch.h"
 #include "op.h"
@@ -231,7 +230,8 @@ std::tuple<Tensor, Tensor, Tensor> spatial_semantic_nms(const Tensor& scores, co
                                                         double radius, double sigma_spatial, double sigma_semantic,
                                                         std::string mode, double threshold) {
   const bool hard = check_spatial_semantic_nms(scores, features_in, positions, k, groups, mask, radius, sigma_spatial,
-                                               sigma_semantic, mode, threshold);
+                                               sigma_semantic, mode, threshold)
+                        .mode == 1;
   const Tensor features = with_contiguous_rows(features_in);
   const int64_t batch = scores.size(0);
   Tensor indices = new_empty(scores, {batch, k}, ScalarType::Long);

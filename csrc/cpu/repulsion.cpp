@@ -46,9 +46,9 @@ std::tuple<Tensor, Tensor> repulsion_sample(const Tensor& features_in, int64_t k
                                             const OptionalTensor& mask_in, std::string potential, std::string aggregate,
                                             double feature_weight, double position_weight, double exponent,
                                             double sigma, double epsilon, std::string first) {
-  const RepulsionKeywords words{potential, aggregate, first, feature_weight, position_weight, exponent, sigma, epsilon};
-  const RepulsionChoice choice =
-      check_repulsion_sample(features_in, k, positions_in, seeds_in, energy_in, mask_in, words);
+  const RepulsionSampleChoices choice =
+      check_repulsion_sample(features_in, k, positions_in, seeds_in, energy_in, mask_in, potential, aggregate,
+                             feature_weight, position_weight, exponent, sigma, epsilon, first);
   const Tensor features = with_contiguous_rows(features_in);
   const int64_t batch = features.size(0), n = features.size(1), dim = features.size(2);
   OptionalTensor seeds, mask, positions, energy;
@@ -73,6 +73,8 @@ std::tuple<Tensor, Tensor> repulsion_sample(const Tensor& features_in, int64_t k
   dispatch_floating(features.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = Wide<T>;
+    const auto weights =
+        potential_weights<A>(feature_weight, position_weight, exponent, sigma, epsilon, positions.has_value());
     const auto run = [&](int64_t b, Team& team) {
       A* rows = unit.mutable_data_ptr<A>() + b * n * stride;
       normalize_sample<T>(team, features, b, stride, rows);
@@ -88,12 +90,12 @@ std::tuple<Tensor, Tensor> repulsion_sample(const Tensor& features_in, int64_t k
                              mask ? mask_bytes(*mask) + b * n : nullptr,
                              seeds ? seeds->const_data_ptr<int64_t>() + b * n_seeds : nullptr,
                              n_seeds,
-                             choice.potential,
-                             potential_weights<A>(words, positions.has_value()),
-                             choice.first,
+                             static_cast<Potential>(choice.potential),
+                             weights,
+                             static_cast<FirstPick>(choice.first),
                              k,
                              out + b * k};
-      count[b] = choice.sum ? sample_sum(sample) : sample_max(sample);
+      count[b] = choice.aggregate == 1 ? sample_sum(sample) : sample_max(sample);
     };
     // Samples side by side when they keep the threads busy, else one after the other, all threads on one.
     if (batch >= torch::stable::get_num_threads()) {

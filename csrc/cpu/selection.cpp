@@ -4,7 +4,6 @@
 #include <cstring>
 #include <tuple>
 
-#include "args/selection.h"
 #include "cpu/selection_choose.h"
 #include "dispatch.h"
 #include "op.h"
@@ -93,7 +92,7 @@ std::tuple<Tensor, Tensor> select(const Tensor& scores_in, const OptionalTensor&
 }
 
 std::tuple<Tensor, Tensor> select_topk(const Tensor& scores, int64_t k, const OptionalTensor& mask, bool largest) {
-  check_select_topk(scores, k, mask);
+  check_select_topk(scores, k, mask, largest);
   return select(scores, mask, nullptr, k, largest);
 }
 
@@ -138,7 +137,7 @@ Wide<T> entropy(const T* scores, const uint8_t* mask, int64_t n, bool normalized
 }
 
 Tensor score_entropy(const Tensor& scores_in, const OptionalTensor& mask_in, bool normalized) {
-  check_score_entropy(scores_in, mask_in);
+  check_score_entropy(scores_in, mask_in, normalized);
   const Tensor scores = with_contiguous_rows(scores_in);
   const int64_t batch = scores.size(0), n = scores.size(1), stride = scores.stride(0);
   const MaskRows mask(mask_in);

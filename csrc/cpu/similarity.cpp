@@ -11,7 +11,6 @@
 #include <limits>
 #include <vector>
 
-#include "args/similarity.h"
 #include "cpu/simd/rows.h"
 #include "cpu/simd/similarity.h"
 #include "dispatch.h"
@@ -236,7 +235,7 @@ Tensor score(const Tensor& features, const Lists<T>& best_of, const Lists<T>& me
 
 Tensor cosine_scores(const Tensor& features_in, const Tensor& queries_in, const OptionalTensor& query_mask,
                      std::string reduction) {
-  const bool mean = check_cosine_scores(features_in, queries_in, query_mask, reduction);
+  const bool mean = check_cosine_scores(features_in, queries_in, query_mask, reduction).reduction == 1;
   const Tensor features = with_contiguous_rows(features_in), queries = with_contiguous_rows(queries_in);
   const int64_t batch = queries.size(0), m = queries.size(1);
   const uint8_t* valid = mask_bytes(query_mask);

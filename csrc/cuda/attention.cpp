@@ -57,14 +57,10 @@ Tensor run_attention_columns(const char* op, const AttentionInputs& inputs, cons
   return scores;
 }
 
-AttentionReductions check(const char* op, const Tensor& query, const Tensor& key, const OptionalTensor& lse,
-                          const OptionalTensor& key_indices, const OptionalTensor& query_mask,
-                          const OptionalTensor& key_mask, const OptionalTensor& query_positions,
-                          const std::string& head_reduction, const std::string& query_reduction) {
-  check_attention(op, query, key, lse, key_indices, query_mask, key_mask, query_positions);
+// What the general checks leave over.
+void check_values(const char* op, const Tensor& query, const Tensor& key, const OptionalTensor& key_indices) {
   check_not_float64(op, {{"query", query}});
   if (key_indices) check_indices(op, "key_indices", *key_indices, key.size(2));
-  return parse_reductions(op, head_reduction, query_reduction);
 }
 
 std::tuple<Tensor, Tensor, Tensor> cross_attention_scores(
@@ -72,8 +68,10 @@ std::tuple<Tensor, Tensor, Tensor> cross_attention_scores(
     const OptionalTensor& key_mask, const OptionalTensor& query_positions, std::optional<double> scale, bool causal,
     bool cosine, std::string head_reduction, std::string query_reduction) {
   const char* op = "cross_attention_scores";
-  const AttentionReductions reductions = check(op, query, key, std::nullopt, key_indices, query_mask, key_mask,
-                                               query_positions, head_reduction, query_reduction);
+  const AttentionReductions reductions =
+      reductions_of(check_cross_attention_scores(query, key, key_indices, query_mask, key_mask, query_positions, scale,
+                                                 causal, cosine, head_reduction, query_reduction));
+  check_values(op, query, key, key_indices);
   const CudaScope cuda(query);
   const AttentionInputs inputs(query, key, key_mask, query_positions, scale, causal, cosine);
   run_attention_norms(op, inputs, cuda);
@@ -92,7 +90,9 @@ Tensor attention_scores(const Tensor& query, const Tensor& key, const Tensor& ls
                         std::string head_reduction, std::string query_reduction) {
   const char* op = "attention_scores";
   const AttentionReductions reductions =
-      check(op, query, key, lse, key_indices, query_mask, key_mask, query_positions, head_reduction, query_reduction);
+      reductions_of(check_attention_scores(query, key, lse, key_indices, query_mask, key_mask, query_positions, scale,
+                                           causal, cosine, head_reduction, query_reduction));
+  check_values(op, query, key, key_indices);
   const CudaScope cuda(query);
   const AttentionInputs inputs(query, key, key_mask, query_positions, scale, causal, cosine);
   run_attention_norms(op, inputs, cuda);

@@ -9,7 +9,7 @@ std::tuple<Tensor, Tensor> attention_entropy(const Tensor& query, const Tensor& 
                                              const OptionalTensor& query_positions, std::optional<double> scale,
                                              bool causal, bool cosine) {
   const char* op = "attention_entropy";
-  check_attention(op, query, key, std::nullopt, std::nullopt, std::nullopt, key_mask, query_positions);
+  check_attention_entropy(query, key, key_mask, query_positions, scale, causal, cosine);
   check_not_float64(op, {{"query", query}});
   const CudaScope cuda(query);
   const AttentionInputs inputs(query, key, key_mask, query_positions, scale, causal, cosine);

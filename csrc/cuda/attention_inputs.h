@@ -1,5 +1,5 @@
-// What the bindings of the attention ops share: the problem from tensors that check_attention() has seen, with the
-// inverse norms, and the row pass.
+// What the bindings of the attention ops share: the problem, constructed from tensors that check_attention_scores or a
+// sibling has passed, with the inverse norms, and the row pass.
 #pragma once
 
 #include <cmath>

@@ -13,7 +13,7 @@
 #include "op.h"
 #include "tokenprune/limits.h"
 
-// The emulator (tests/emulator) compiles the same bindings for CPU tensors, as torch.ops.tokenprune_emulated.
+// The emulator (emulator/) compiles the same bindings for CPU tensors, as torch.ops.tokenprune_emulated.
 #if defined(TOKENPRUNE_EMULATOR)
 #define TOKENPRUNE_CUDA_OPS(m) STABLE_TORCH_LIBRARY_IMPL(tokenprune_emulated, CPU, m)
 #else

@@ -4,7 +4,6 @@
 #include <cmath>
 #include <tuple>
 
-#include "args/selection.h"
 #include "cuda/binding.h"
 
 namespace tokenprune {

@@ -3,7 +3,6 @@
 
 #include <tuple>
 
-#include "args/nms.h"
 #include "cuda/binding.h"
 
 namespace tokenprune {
@@ -24,7 +23,8 @@ std::tuple<Tensor, Tensor, Tensor> spatial_semantic_nms(const Tensor& scores_in,
                                                         std::string mode, double threshold) {
   const char* op = "spatial_semantic_nms";
   const bool hard = check_spatial_semantic_nms(scores_in, features_in, positions_in, k, groups_in, mask_in, radius,
-                                               sigma_spatial, sigma_semantic, mode, threshold);
+                                               sigma_spatial, sigma_semantic, mode, threshold)
+                        .mode == 1;
   check_not_float64(op, {{"scores", scores_in}, {"features", features_in}, {"positions", positions_in}});
   const int64_t batch = scores_in.size(0), n = scores_in.size(1), dim = features_in.size(2);
   if (n > (int64_t(1) << 30)) fail(op, "scores", "have at most 2^30 tokens on a GPU", n);

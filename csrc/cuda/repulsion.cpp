@@ -22,9 +22,9 @@ std::tuple<Tensor, Tensor> repulsion_sample(const Tensor& features_in, int64_t k
                                             double feature_weight, double position_weight, double exponent,
                                             double sigma, double epsilon, std::string first) {
   const char* op = "repulsion_sample";
-  const RepulsionKeywords words{potential, aggregate, first, feature_weight, position_weight, exponent, sigma, epsilon};
-  const RepulsionChoice choice =
-      check_repulsion_sample(features_in, k, positions_in, seeds_in, energy_in, mask_in, words);
+  const RepulsionSampleChoices choice =
+      check_repulsion_sample(features_in, k, positions_in, seeds_in, energy_in, mask_in, potential, aggregate,
+                             feature_weight, position_weight, exponent, sigma, epsilon, first);
   check_not_float64(op, {{"features", features_in}});
   const CudaScope cuda(features_in);
   const Tensor features = with_contiguous_rows(features_in);
@@ -39,27 +39,28 @@ std::tuple<Tensor, Tensor> repulsion_sample(const Tensor& features_in, int64_t k
   const MaskArgument mask(mask_in);
   Tensor indices = new_empty(features, {batch, k}, ScalarType::Long);
   Tensor counts = new_empty(features, {batch}, ScalarType::Long);
-  const RepulsionProblem problem{features.const_data_ptr(),
-                                 features.stride(0),
-                                 features.stride(1),
-                                 rows_are_aligned(features),
-                                 positions ? positions->const_data_ptr<float>() : nullptr,
-                                 positions ? positions->size(2) : 0,
-                                 seeds ? seeds->const_data_ptr<int64_t>() : nullptr,
-                                 seeds ? seeds->size(1) : 0,
-                                 energy ? energy->const_data_ptr<float>() : nullptr,
-                                 mask.data(),
-                                 mask.stride(),
-                                 choice.potential,
-                                 potential_weights<float>(words, positions.has_value()),
-                                 choice.sum,
-                                 choice.first,
-                                 batch,
-                                 n,
-                                 features.size(2),
-                                 k,
-                                 indices.mutable_data_ptr<int64_t>(),
-                                 counts.mutable_data_ptr<int64_t>()};
+  const RepulsionProblem problem{
+      features.const_data_ptr(),
+      features.stride(0),
+      features.stride(1),
+      rows_are_aligned(features),
+      positions ? positions->const_data_ptr<float>() : nullptr,
+      positions ? positions->size(2) : 0,
+      seeds ? seeds->const_data_ptr<int64_t>() : nullptr,
+      seeds ? seeds->size(1) : 0,
+      energy ? energy->const_data_ptr<float>() : nullptr,
+      mask.data(),
+      mask.stride(),
+      static_cast<Potential>(choice.potential),
+      potential_weights<float>(feature_weight, position_weight, exponent, sigma, epsilon, positions.has_value()),
+      choice.aggregate == 1,
+      static_cast<FirstPick>(choice.first),
+      batch,
+      n,
+      features.size(2),
+      k,
+      indices.mutable_data_ptr<int64_t>(),
+      counts.mutable_data_ptr<int64_t>()};
   const RepulsionPlan plan = plan_repulsion(problem, cuda.limits());
   Tensor floats = new_empty(features, {plan.floats()}, ScalarType::Float);
   Tensor integers = new_empty(features, {plan.words()}, ScalarType::Int);

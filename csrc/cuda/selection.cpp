@@ -3,7 +3,6 @@
 
 #include <tuple>
 
-#include "args/selection.h"
 #include "cuda/binding.h"
 
 namespace tokenprune {
@@ -52,7 +51,7 @@ std::tuple<Tensor, Tensor> select(const char* op, const Tensor& scores_in, const
 }
 
 std::tuple<Tensor, Tensor> select_topk(const Tensor& scores, int64_t k, const OptionalTensor& mask, bool largest) {
-  check_select_topk(scores, k, mask);
+  check_select_topk(scores, k, mask, largest);
   return select("select_topk", scores, nullptr, k, mask, largest);
 }
 
@@ -84,7 +83,7 @@ std::tuple<Tensor, Tensor> mask_to_indices(const Tensor& mask_in, int64_t capaci
 
 Tensor score_entropy(const Tensor& scores_in, const OptionalTensor& mask_in, bool normalized) {
   const char* op = "score_entropy";
-  check_score_entropy(scores_in, mask_in);
+  check_score_entropy(scores_in, mask_in, normalized);
   check_not_float64(op, {{"scores", scores_in}});
   check_tokens(op, "scores", scores_in);
   const CudaScope cuda(scores_in);

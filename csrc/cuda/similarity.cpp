@@ -1,7 +1,6 @@
 // CUDA bindings of cosine_scores and contrastive_scores: checks, allocation, launch.
 #include "tokenprune/similarity.h"
 
-#include "args/similarity.h"
 #include "cuda/binding.h"
 
 namespace tokenprune {
@@ -71,7 +70,7 @@ Tensor score(const char* op, const Tensor& features, const RowList& best_of, con
 Tensor cosine_scores(const Tensor& features_in, const Tensor& queries_in, const OptionalTensor& query_mask,
                      std::string reduction) {
   const char* op = "cosine_scores";
-  const bool mean = check_cosine_scores(features_in, queries_in, query_mask, reduction);
+  const bool mean = check_cosine_scores(features_in, queries_in, query_mask, reduction).reduction == 1;
   check_not_float64(op, {{"features", features_in}});
   const CudaScope cuda(features_in);
   const Tensor features = with_contiguous_rows(features_in), queries = with_contiguous_rows(queries_in);

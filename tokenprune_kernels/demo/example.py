@@ -9,12 +9,13 @@ import tokenprune_kernels
 from . import DemoError
 
 NAME = "tiny-llava-vqa"
-FOLDER = Path(tokenprune_kernels.__file__).resolve().parent.parent / "models" / NAME  # of a checkout, not of a wheel
+CHECKOUT = Path(tokenprune_kernels.__file__).resolve().parent.parent
+FOLDER = CHECKOUT / "studies" / "models" / NAME  # which a wheel does not have
 PICTURE = "example.png"  # in the model's folder
 QUESTION = "what is the yellow digit plus the black digit?"
 ANSWER = "14"  # what is true of the picture, whatever a model says
 
-# One of each family that the model was trained on (bench/vqa/questions.py).
+# One of each family that the model was trained on (studies/vqa/questions.py).
 QUESTIONS = (
     "is there a coin?",
     "how many faces are there?",
@@ -37,8 +38,8 @@ def model_folder(path: str | None) -> Path:
     if path is None:
         if not FOLDER.is_dir():
             raise DemoError(
-                f"--model: weights come with a checkout of the repository (models/{NAME}), not with the installed "
-                "package: run the demo there, or name a checkpoint on this disk"
+                f"--model: weights come with a checkout of the repository (studies/models/{NAME}), not with the "
+                "installed package: run the demo there, or name a checkpoint on this disk"
             )
         return FOLDER
     folder = Path(path)

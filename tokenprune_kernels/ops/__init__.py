@@ -1,10 +1,18 @@
-"""The public functions: one per op, each checks its arguments, chooses the backend and makes one dispatcher call."""
+"""The public functions, one per op and file: each checks its arguments, chooses the backend and makes one call."""
 
-from .attention import attention_entropy, attention_scores, cross_attention_scores
-from .compaction import gather_compact
-from .greedy import repulsion_sample, spatial_semantic_nms
-from .selection import mask_to_indices, score_entropy, select_mixture, select_topk, select_two_tailed
-from .similarity import contrastive_scores, cosine_scores
+from .attention_entropy import attention_entropy
+from .attention_scores import attention_scores
+from .contrastive_scores import contrastive_scores
+from .cosine_scores import cosine_scores
+from .cross_attention_scores import cross_attention_scores
+from .gather_compact import gather_compact
+from .mask_to_indices import mask_to_indices
+from .repulsion_sample import repulsion_sample
+from .score_entropy import score_entropy
+from .select_mixture import select_mixture
+from .select_topk import select_topk
+from .select_two_tailed import select_two_tailed
+from .spatial_semantic_nms import spatial_semantic_nms
 
 __all__ = [
     "attention_entropy",

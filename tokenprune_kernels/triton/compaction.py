@@ -245,7 +245,7 @@ def invert_indices_kernel(
 def gather_compact(
     tensors: Sequence[Tensor], indices: Tensor, *, dims: Sequence[int], batch_dims: Sequence[int] | None = None
 ) -> list[Tensor]:
-    outputs = _fakes.gather_compact(tensors, indices, dims=dims, batch_dims=batch_dims)
+    outputs: list[Tensor] = _fakes.gather_compact(tensors, indices, dims=dims, batch_dims=batch_dims)
     if not outputs:
         return []
     fresh(*outputs)

@@ -8,7 +8,7 @@ index, all that is better than these two (order.is_better), so that nothing per 
 import triton
 import triton.language as tl
 
-from .._checks import _fail
+from .._checks import fail
 from .order import TOP_32, TOP_64, is_better
 from .runtime import Config, power_of_two
 
@@ -18,7 +18,7 @@ LARGEST_BLOCK = 4096
 def check_tokens(op: str, name: str, n: int) -> None:
     """Indices and counts have 32 bits."""
     if n >= 2**31:
-        _fail(ValueError, op, name, "have fewer than 2^31 tokens on a GPU", n)
+        fail(ValueError, op, name, "have fewer than 2^31 tokens on a GPU", n)
 
 
 def select_config(n: int) -> Config:

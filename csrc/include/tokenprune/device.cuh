@@ -1,5 +1,5 @@
 // What every kernel file starts from: storage types, shared memory and launching. Compiled by nvcc, and by g++ against
-// the emulator's cuda_runtime.h (tests/emulator), so nothing here or in a kernel is specific to either.
+// the emulator's cuda_runtime.h (emulator/), so nothing here or in a kernel is specific to either.
 #pragma once
 
 #include <cuda_bf16.h>

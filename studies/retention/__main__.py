@@ -1,0 +1,93 @@
+"""`python -m studies.retention`: measure, write the results, the figures and the tables of the page."""
+
+import argparse
+from pathlib import Path
+
+import torch
+import transformers
+
+from studies.vqa.evaluate import Item, batches, by_family, items, load
+from studies.vqa.questions import FAMILIES
+from studies.vqa.words import VOCABULARY
+from testing import ROOT
+from testing.machine import commit, processor
+from testing.pages import fill
+
+from . import figures, page, results
+from .measure import IN_MODEL, METHODS, TOKENS, UNPRUNED, Outcome, Run, measure, runs
+from .timing import prefill_seconds
+
+MODEL = ROOT / "studies" / "models" / "tiny-llava-vqa"
+RESULTS = ROOT / "studies" / "results" / "retention.json"
+PAGE = ROOT / "docs" / "retention.md"
+SHOWN_KEEP = 64  # of the pictures of failures
+OTHER_LAYER_KEEP = 128  # the budget at which the methods inside the model are tried at a second layer
+PER_METHOD = 4
+
+
+def _failures(asked: list[Item], outcomes: dict[Run, Outcome], keep: int) -> list[figures.Failure]:
+    """For every method, questions of different families that only the unpruned model answers correctly."""
+    chosen = []
+    for method in METHODS:
+        run, outcome = next((r, o) for r, o in outcomes.items() if r[:3] == (method, keep, None))
+        lost = (outcomes[UNPRUNED].right & ~outcome.right).nonzero().flatten().tolist()
+        taken: dict[str, int] = {}
+        for place in lost:
+            taken.setdefault(asked[place].question.family, place)
+        families = [name for name in dict.fromkeys(("relation", "tiny", "count", "patch", *FAMILIES)) if name in taken]
+        for place in (taken[name] for name in families[:PER_METHOD]):
+            given = VOCABULARY[int(outcome.given[place])]
+            chosen.append(
+                figures.Failure(f"{method}, {run.keep} of {TOKENS}", asked[place], given, outcome.kept[place])
+            )
+    return chosen
+
+
+def write_page(table: results.Table) -> None:
+    """Fill the generated sections of docs/retention.md and draw its plot."""
+    text = PAGE.read_text()
+    for name, content in page.sections(table).items():
+        text = fill(text, name, content)
+    PAGE.write_text(text)
+    figures.plot(table, PAGE.with_name("retention.png"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=MODEL, help="folder of the model (default: the repository's)")
+    parser.add_argument("--split", default="test", choices=("validation", "test"))
+    parser.add_argument("--per-family", type=int, default=250, help="questions of each family (default: 250)")
+    parser.add_argument("--layer", type=int, default=1, help="a second layer for the methods inside the model; 0: none")
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default: 15)")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--page-only", action="store_true", help="write the page again from the last results")
+    options = parser.parse_args()
+    if options.page_only:
+        write_page(results.load(options.out))
+        return
+    model = load(options.model)
+    asked = items(options.split, options.per_family)
+    table = runs()
+    if options.layer:
+        table += runs(IN_MODEL, (OTHER_LAYER_KEEP,), options.layer)
+    at = commit()
+    outcomes = measure(model, options.split, asked, table)
+    example = next(batches(options.split, asked[:1], 1))
+    seconds = prefill_seconds(model, table, example.inputs, options.rounds)
+    facts = {
+        "command": "make retention", "commit": at, "cpu": processor(), "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "transformers": transformers.__version__, "split": options.split,
+    }  # fmt: skip
+    results.save(options.out, facts, asked, outcomes, seconds)
+    for name, value in by_family(asked, outcomes[UNPRUNED].right).items():
+        print(f"{name:10} {value:6.1%}")
+    for run, outcome in outcomes.items():
+        print(f"{run.method:10} {run.keep:3} layer {run.layer or '-'}  {outcome.right.double().mean().item():6.1%}")
+    if options.out == RESULTS:
+        write_page(results.load(options.out))
+        lost = _failures(asked, outcomes, SHOWN_KEEP)
+        figures.failures_sheet(lost, options.split, PAGE.with_name("retention-failures.jpg"), PER_METHOD)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Every method at every budget on the same questions: which answers are right, and what was kept of what mattered."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from studies.vqa.evaluate import Batch, Item, answered, batches, needed
+from studies.vqa.model import SIDE
+from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_tokens
+from tokenprune_kernels.integrations.transformers.pruning import IN_MODEL
+
+TOKENS = SIDE * SIDE
+KEEPS = (192, 128, 64, 32)  # 33.3%, 22.2%, 11.1%, 5.6% of 576
+SEEDS = (0, 1, 2)
+
+
+class Run(NamedTuple):
+    """A method at a budget; `layer` other than the method's own, or None; `seed` of random."""
+
+    method: str
+    keep: int
+    layer: int | None = None
+    seed: int | None = None
+
+
+@dataclass
+class Outcome:
+    """Per item [N]: was the answer right, the share of the needed tokens that was kept (nan: none needed), the answer.
+
+    kept: [N, K], the places of the kept tokens.
+    """
+
+    right: Tensor
+    covered: Tensor
+    given: Tensor
+    kept: Tensor
+
+    @classmethod
+    def empty(cls, count: int, keep: int) -> "Outcome":
+        right, given = torch.zeros(count, dtype=torch.bool), torch.zeros(count, dtype=torch.int64)
+        return cls(right, torch.full((count,), torch.nan), given, torch.zeros(count, keep, dtype=torch.int64))
+
+
+UNPRUNED = Run("none", TOKENS)
+
+
+def runs(methods: tuple[str, ...] = METHODS, keeps: tuple[int, ...] = KEEPS, layer: int | None = None) -> list[Run]:
+    """All of a table; random once per seed."""
+    table = []
+    for method in methods:
+        for keep in keeps:
+            where = layer if method in IN_MODEL else None
+            seeds: tuple[int | None, ...] = SEEDS if method == "random" else (None,)
+            table += [Run(method, keep, where, seed) for seed in seeds]
+    return table
+
+
+@contextmanager
+def one_encoding(model: Any) -> Iterator[None]:
+    """The vision tower sees each batch once: its second call on the same pixels returns what the first one did.
+
+    It does not depend on what is pruned behind it, and half the work of a prefill of this small model is there.
+    """
+    tower = model.model.vision_tower
+    forward, known = tower.forward, []
+
+    def remembered(pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not known or known[0] is not pixel_values:
+            known[:] = [pixel_values, forward(pixel_values, *args, **kwargs)]
+        return known[1]
+
+    tower.forward = remembered
+    try:
+        yield
+    finally:
+        del tower.forward
+
+
+def ask(model: Any, run: Run, inputs: dict[str, Tensor], place: int = 0) -> tuple[Tensor, Tensor]:
+    """The answers, and [B, K] the kept tokens; `place` lets random draw anew for every batch."""
+    if run == UNPRUNED:
+        return answered(model, inputs), torch.arange(TOKENS).expand(len(inputs["input_ids"]), -1)
+    seed = None if run.seed is None else run.seed * 1_000_003 + place
+    with prune_visual_tokens(model, run.method, run.keep, layer=run.layer, seed=seed) as pruning:
+        words = answered(model, inputs)
+        assert pruning.kept is not None
+        return words, pruning.kept
+
+
+def measure(model: Any, split: str, asked: list[Item], table: list[Run], size: int = 32) -> dict[Run, Outcome]:
+    """All runs on all items; a batch goes through every run before the next one is drawn."""
+    outcomes = {run: Outcome.empty(len(asked), run.keep) for run in (UNPRUNED, *table)}
+    # AdaFV reads the tower's attention: for it the tower has to run.
+    groups = [[r for r in outcomes if (r.method == "adafv") is reads] for reads in (False, True)]
+    with tqdm(total=len(asked), desc="questions", mininterval=5) as bar:
+        for batch in batches(split, asked, size):
+            pairs = zip(batch.pictures, batch.places, strict=True)
+            wanted = torch.stack([needed(picture, asked[n].question) for picture, n in pairs])
+            for group, tower in zip(groups, (one_encoding(model), nullcontext()), strict=True):
+                with tower:
+                    for run in group:
+                        _record(outcomes[run], batch, wanted, *ask(model, run, batch.inputs, batch.places[0]))
+            bar.update(len(batch.places))
+    return outcomes
+
+
+def _record(outcome: Outcome, batch: Batch, wanted: Tensor, words: Tensor, kept: Tensor) -> None:
+    chosen = torch.zeros_like(wanted).scatter_(1, kept, torch.ones_like(kept, dtype=torch.bool))
+    outcome.right[batch.places] = words == batch.answers
+    outcome.given[batch.places] = words
+    outcome.covered[batch.places] = (chosen & wanted).sum(1) / wanted.sum(1)  # 0 / 0 is nan: nothing was needed
+    outcome.kept[batch.places] = kept

@@ -1,0 +1,105 @@
+"""docs/retention.md: the tables of a results file, in words and numbers."""
+
+import numpy as np
+
+from studies.vqa.questions import FAMILIES
+
+from .measure import IN_MODEL, METHODS, TOKENS, UNPRUNED
+from .results import Table
+from .statistics import Change, change, mean_share, share
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def points(value: Change) -> str:
+    return f"{100 * value.value:+.1f} ± {100 * value.half:.1f}"
+
+
+def keeps(table: Table) -> list[int]:
+    return sorted({run.keep for run in table.right if run != UNPRUNED}, reverse=True)
+
+
+def layers(table: Table) -> list[int]:
+    """Layers other than the methods' own that were measured too."""
+    return sorted({run.layer for run in table.right if run.layer is not None})
+
+
+def budget(keep: int) -> str:
+    return f"{100 * keep / TOKENS:.1f}%"
+
+
+def model_table(table: Table) -> str:
+    """Accuracy of the unpruned model, overall and per family."""
+    right = table.right[UNPRUNED]
+    whole = share(right)
+    families = map(percent, table.by_family(right))
+    lines = ["| | all | " + " | ".join(FAMILIES) + " |", "|---" * (len(FAMILIES) + 2) + "|"]
+    lines.append(
+        f"| unpruned | {percent(whole.value)} ({percent(whole.low)} to {percent(whole.high)}) | "
+        + " | ".join(families)
+        + " |"
+    )
+    return "\n".join(lines)
+
+
+def _row(table: Table, method: str, keep: int, layer: int | None, name: str) -> str:
+    right, full = table.of(method, keep, layer), table.right[UNPRUNED]
+    accuracy = mean_share(right)
+    runs = table.of_runs(method, keep, layer)
+    covered = np.mean([table.covered[run] for run in runs])
+    took = table.seconds.get(runs[0])
+    ratio = f"{table.seconds[UNPRUNED] / took:.2f}x" if took else ""
+    kept = accuracy.value / share(full).value
+    cells = (
+        percent(accuracy.value),
+        f"**{percent(kept)}%**",
+        points(change(right, full)),
+        *map(percent, table.by_family(right)),
+        percent(float(covered)),
+        ratio,
+    )
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def budget_table(table: Table, keep: int) -> str:
+    """All methods at one budget."""
+    heads = ("method", "accuracy", "of unpruned", "change, points", *FAMILIES, "needed tokens kept", "prefill")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines += [_row(table, method, keep, None, f"`{method}`") for method in METHODS if table.of_runs(method, keep)]
+    for layer in layers(table):
+        lines += [
+            _row(table, m, keep, layer, f"`{m}`, layer {layer}") for m in IN_MODEL if table.of_runs(m, keep, layer)
+        ]
+    return "\n".join(lines)
+
+
+def against_random(table: Table) -> str:
+    """Accuracy minus random's on the same questions, in points."""
+    heads = ("method", *(budget(keep) for keep in keeps(table)))
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for method in METHODS:
+        if method == "random":
+            continue
+        cells = []
+        for keep in keeps(table):
+            chance = table.of("random", keep).double().mean(0)
+            cells.append(points(change(table.of(method, keep), chance)))
+        lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def facts_line(table: Table) -> str:
+    f = table.facts
+    return (
+        f"`{f['command']}` on {f['cpu']}, {f['threads']} threads, torch {f['torch']}, "
+        f"transformers {f['transformers']}, "
+        f"commit {f['commit']}; {len(table.families)} questions of the split {f['split']}, each about its own picture."
+    )
+
+
+def sections(table: Table) -> dict[str, str]:
+    """Every generated section of the page, by name."""
+    filled = {"facts": facts_line(table), "model": model_table(table), "random": against_random(table)}
+    return filled | {f"keep-{keep}": budget_table(table, keep) for keep in keeps(table)}

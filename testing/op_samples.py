@@ -1,0 +1,391 @@
+"""Sample calls of every op, for the tests that hold all ops to the same promises.
+
+Values are exactly representable: small integers, and feature vectors of {0, 1, -1} whose norm is a power of two. Index
+outputs therefore have to be identical on every backend, and float outputs may differ by a few roundings.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import tokenprune_kernels  # noqa: F401  (registers the ops)
+from tokenprune_kernels import _op as described
+from tokenprune_kernels._op import Op, TensorKind, public_ops
+
+
+@dataclass(frozen=True)
+class Sizes:
+    batch: int = 2
+    tokens: int = 37  # N
+    rows: int = 5  # M: query rows, or text tokens
+    channels: int = 72  # C, or D per head
+    heads: int = 4
+    kv_heads: int = 2
+    k: int = 9
+    listed: int = 6  # entries of an index list: V, A, R or S
+    places: int = 2  # coordinates of a position
+
+
+class Call(NamedTuple):
+    op: str
+    arguments: dict[str, Any]
+
+
+# Where an op's arguments have a letter, these sizes of a sample stand for it. D is missing: it has to be at least one.
+LETTERS = {
+    "B": "batch", "N": "tokens", "M": "rows", "C": "channels", "Hq": "heads", "P": "places",
+    "V": "listed", "A": "listed", "R": "listed", "S": "listed",
+}  # fmt: skip
+OPS = public_ops()
+
+
+def _sizes_of(op: Op) -> tuple[str, ...]:
+    kinds = [a.kind for a in op.arguments]
+    letters = {letter for kind in kinds if isinstance(kind, TensorKind) for letter in kind.shape}
+    named = {LETTERS[letter] for letter in letters & LETTERS.keys()}
+    return tuple(sorted(named | ({"k"} if count_of(op.name) else set())))
+
+
+def count_of(op: str) -> str | None:
+    """The argument that says how many entries to return."""
+    return next((a.name for a in described.OPS[op].arguments if isinstance(a.kind, described.Count)), None)
+
+
+# Which sizes an op's inputs have.
+SIZES_OF = {op: _sizes_of(described.OPS[op]) for op in OPS}
+SIZES_OF["gather_compact"] = ("batch", "tokens", "channels", "k", "heads")  # of the tensors that _gather makes
+# What the outputs are, in order: score (floating), index ([B, k], -1 padded), count ([B]).
+OUTPUTS = {op: tuple(o.kind for o in described.OPS[op].outputs.values()) for op in OPS if described.OPS[op].outputs}
+SELECTING = tuple(op for op in OPS if count_of(op))
+INDEX_INPUTS = {
+    a.name for op in OPS for a in described.OPS[op].arguments if isinstance(a.kind, TensorKind) and a.kind.listed
+}
+
+
+def integers(low: int, high: int, *shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Integers in [low, high), which every dtype represents."""
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def flags(*shape: int, seed: int) -> Tensor:
+    """About three quarters True."""
+    return integers(0, 4, *shape, dtype=torch.int64, seed=seed) > 0
+
+
+def index_list(size: int, *shape: int, seed: int) -> Tensor:
+    """Positions below size, and some -1."""
+    return integers(-1, size, *shape, dtype=torch.int64, seed=seed)
+
+
+def features(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Vectors of 16, 4 or 1 entries of 1 or -1 among zeros: their norms are 4, 2 or 1, their cosines exact."""
+    channels = shape[-1]
+    ones = 16 if channels >= 32 else 4 if channels >= 8 else min(channels, 1)
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.rand(shape, generator=generator).argsort(-1) < ones
+    sign = torch.randint(0, 2, shape, generator=generator) * 2 - 1
+    return (kept * sign).to(dtype)
+
+
+def _attention(s: Sizes, dtype: torch.dtype) -> dict[str, Any]:
+    query = integers(-2, 3, s.batch, s.heads, s.rows, s.channels, dtype=dtype, seed=1)
+    return {"query": query, "key": integers(-2, 3, s.batch, s.kv_heads, s.tokens, s.channels, dtype=dtype, seed=2)}
+
+
+def _visible(s: Sizes) -> dict[str, Any]:
+    positions = integers(0, max(s.tokens, 1), s.batch, s.rows, dtype=torch.int64, seed=3)
+    return {"key_mask": flags(s.batch, s.tokens, seed=4), "query_positions": positions, "causal": True}
+
+
+def _reduced(s: Sizes) -> dict[str, Any]:
+    listed = index_list(s.tokens, s.batch, s.listed, seed=5)
+    return {**_visible(s), "key_indices": listed, "query_mask": flags(s.batch, s.rows, seed=6)}
+
+
+def _lse(s: Sizes, dtype: torch.dtype) -> dict[str, Any]:
+    lse = integers(
+        6, 12, s.batch, s.heads, s.rows, dtype=torch.float64 if dtype == torch.float64 else torch.float32, seed=7
+    )
+    lse[..., :1] = -torch.inf
+    return {"lse": lse}
+
+
+def _scores(s: Sizes, dtype: torch.dtype, low: int = -6, seed: int = 8) -> Tensor:
+    return integers(low, 7, s.batch, s.tokens, dtype=dtype, seed=seed)
+
+
+def _masked(s: Sizes) -> dict[str, Any]:
+    return {"mask": flags(s.batch, s.tokens, seed=9)}
+
+
+def _outlying(s: Sizes, dtype: torch.dtype) -> Tensor:
+    """Features of one sign but for one token, which is the outlier by a wide margin."""
+    same_sign = features(s.batch, s.tokens, s.channels, dtype=dtype, seed=10).abs()
+    same_sign[:, s.tokens // 2 : s.tokens // 2 + 1].neg_()
+    return same_sign
+
+
+def _tokens(s: Sizes, dtype: torch.dtype) -> Tensor:
+    return features(s.batch, s.tokens, s.channels, dtype=dtype, seed=11)
+
+
+def _one_hot(s: Sizes, dtype: torch.dtype) -> Tensor:
+    """Cosines of 0 and 1 only, so that sums of potentials are exact too."""
+    place = integers(0, min(max(s.channels, 1), 5), s.batch, s.tokens, dtype=torch.int64, seed=12)
+    return torch.nn.functional.one_hot(place, max(s.channels, 1))[..., : s.channels].to(dtype)
+
+
+def _grid(s: Sizes, dtype: torch.dtype, places: int | None = None) -> Tensor:
+    return integers(0, 8, s.batch, s.tokens, s.places if places is None else places, dtype=dtype, seed=13)
+
+
+def _nms(s: Sizes, dtype: torch.dtype) -> dict[str, Any]:
+    """Distinct scores: a suppressed score then never ties with another one by rounding."""
+    order = torch.rand(s.batch, s.tokens, generator=torch.Generator().manual_seed(14)).argsort(-1)
+    return {"scores": order.to(dtype), "features": _one_hot(s, dtype), "positions": _grid(s, dtype, 2), "k": s.k}
+
+
+def _gather(s: Sizes, dtype: torch.dtype) -> dict[str, Any]:
+    hidden = integers(-9, 10, s.batch, s.tokens, s.channels, dtype=dtype, seed=15)
+    return {
+        "tensors": [
+            hidden,
+            integers(-9, 10, 3, s.batch, s.tokens, dtype=torch.int64, seed=16),
+            flags(s.batch, s.tokens, seed=17),
+            integers(-9, 10, s.batch, s.heads, s.tokens, s.channels, dtype=dtype, seed=18),
+            integers(-9, 10, s.tokens, s.batch, dtype=torch.int8, seed=19),
+        ],
+        "indices": torch.stack([_kept(s, b) for b in range(max(s.batch, 1))])[: s.batch],
+        "dims": [1, -1, 1, 2, 0],
+        "batch_dims": [0, 1, 0, 0, 1],
+    }  # fmt: skip
+
+
+def _kept(s: Sizes, b: int) -> Tensor:
+    """Unique positions in ascending order, then -1."""
+    order = torch.randperm(s.tokens, generator=torch.Generator().manual_seed(20 + b))[: max(s.k - 2, 0)].sort().values
+    return torch.nn.functional.pad(order, (0, s.k - len(order)), value=-1)
+
+
+Factory = Callable[[Sizes, torch.dtype], dict[str, Any]]
+FACTORIES: dict[str, dict[str, Factory]] = {
+    "cross_attention_scores": {
+        "plain": _attention,
+        "everything": lambda s, t: {
+            **_attention(s, t), **_reduced(s), "scale": 0.25, "head_reduction": "max",
+            "query_reduction": "mean+max+last",
+        },
+        "cosine": lambda s, t: {**_attention(s, t), "cosine": True, "query_reduction": "sum", "head_reduction": "sum"},
+        "per_head": lambda s, t: {**_attention(s, t), "head_reduction": "none", "query_reduction": "last"},
+        "one_row_causal": lambda s, t: {**_attention(replace(s, rows=min(s.rows, 1)), t), "causal": True},
+    },
+    "attention_entropy": {
+        "plain": _attention,
+        "everything": lambda s, t: {**_attention(s, t), **_visible(s), "scale": 0.25},
+        "cosine": lambda s, t: {**_attention(s, t), "cosine": True},
+    },
+    "attention_scores": {
+        "plain": lambda s, t: {**_attention(s, t), **_lse(s, t)},
+        "everything": lambda s, t: {
+            **_attention(s, t), **_lse(s, t), **_reduced(s), "scale": 0.25, "head_reduction": "none",
+            "query_reduction": "max+last",
+        },
+    },
+    "score_entropy": {
+        "plain": lambda s, t: {"scores": _scores(s, t)},
+        "masked": lambda s, t: {"scores": _scores(s, t), **_masked(s), "normalized": False},
+    },
+    "cosine_scores": {
+        "plain": lambda s, t: {
+            "features": _tokens(s, t), "queries": features(s.batch, s.rows, s.channels, dtype=t, seed=30)
+        },
+        "masked_mean": lambda s, t: {
+            "features": _tokens(s, t), "queries": features(s.batch, s.rows, s.channels, dtype=t, seed=30),
+            "query_mask": flags(s.batch, s.rows, seed=31), "reduction": "mean",
+        },
+    },
+    "contrastive_scores": {
+        "plain": lambda s, t: {
+            "features": _tokens(s, t),
+            "anchor_indices": index_list(s.tokens, s.batch, s.listed, seed=32),
+            "reference_indices": index_list(s.tokens, s.batch, s.listed + 2, seed=33),
+        },
+    },
+    "select_topk": {
+        "plain": lambda s, t: {"scores": _scores(s, t), "k": s.k},
+        "masked_smallest": lambda s, t: {"scores": _scores(s, t), "k": s.k, **_masked(s), "largest": False},
+    },
+    "select_two_tailed": {
+        "plain": lambda s, t: {
+            "scores": _scores(s, t), "num_low": integers(0, 5, s.batch, dtype=torch.int64, seed=34), "k": s.k
+        },
+        "masked_out_of_range": lambda s, t: {
+            "scores": _scores(s, t), "num_low": integers(-1, 2, s.batch, dtype=torch.int64, seed=35) * 10**15, "k": s.k,
+            **_masked(s),
+        },
+    },
+    "select_mixture": {
+        "plain": lambda s, t: {"text_scores": _scores(s, t, 0), "visual_scores": _scores(s, t, 0, 36), "k": s.k},
+        "masked_no_floor": lambda s, t: {
+            "text_scores": _scores(s, t), "visual_scores": _scores(s, t, 0, 36), "k": s.k, "floor": 0.0, **_masked(s)
+        },
+    },
+    "mask_to_indices": {"plain": lambda s, t: {"mask": flags(s.batch, s.tokens, seed=37), "capacity": s.k}},
+    "repulsion_sample": {
+        "plain": lambda s, t: {"features": _outlying(s, t), "k": s.k},
+        "isolated_masked": lambda s, t: {"features": _tokens(s, t), "k": s.k, "first": "isolated", **_masked(s)},
+        "seeded_sum": lambda s, t: {
+            "features": _one_hot(s, t), "k": s.k, "positions": _grid(s, t), "potential": "riesz", "aggregate": "sum",
+            "seed_indices": index_list(s.tokens, s.batch, s.listed, seed=38), "position_weight": 0.0,
+            "exponent": 2.0, "epsilon": 2.0,
+        },
+        "farthest": lambda s, t: {
+            "features": _tokens(s, t), "positions": _grid(s, t), "k": s.k, "potential": "riesz", "first": "index"
+        },
+        "relevance": lambda s, t: {
+            "features": _tokens(s, t), "k": s.k, "energy": integers(-4, 5, s.batch, s.tokens, dtype=t, seed=39),
+            **_masked(s),
+        },
+        "gaussian": lambda s, t: {
+            "features": _tokens(s, t), "positions": _grid(s, t), "k": s.k, "potential": "gaussian", "sigma": 2.0,
+            "first": "isolated",
+        },
+    },
+    "spatial_semantic_nms": {
+        "plain": _nms,
+        "hard_grouped": lambda s, t: {
+            **_nms(s, t), **_masked(s), "groups": integers(0, 3, s.batch, s.tokens, dtype=torch.int64, seed=40),
+            "mode": "hard",
+        },
+        "infinite": lambda s, t: {
+            **_nms(s, t), "radius": 2.0, "sigma_spatial": float("inf"), "sigma_semantic": float("inf")
+        },
+    },
+    "gather_compact": {"plain": _gather},
+}  # fmt: skip
+
+
+def _value(kind: described.Kind | None, s: Sizes, dtype: torch.dtype, seed: int) -> Any:
+    """Something for an argument of this kind."""
+    if not isinstance(kind, TensorKind):
+        return s.k
+    shape = [int(x) if x.isdigit() else getattr(s, LETTERS.get(x, "channels")) for x in kind.shape]
+    low, high = (-1, max(s.tokens, 1)) if kind.listed else (0, 2) if torch.bool in kind.dtypes else (-6, 7)
+    wanted = dtype if kind.dtypes is described.FLOATS else kind.dtypes[0]
+    return integers(low, high, *shape, dtype=wanted, seed=seed)
+
+
+def _from_description(op: str) -> Factory:
+    """A call with everything that has to be given, for an op that has no sample of its own yet."""
+    required = [a for a in described.OPS[op].arguments if a.required]
+    return lambda s, t: {a.name: _value(a.kind, s, t, 50 + i) for i, a in enumerate(required)}
+
+
+for _op in OPS:
+    FACTORIES.setdefault(_op, {"plain": _from_description(_op)})
+SAMPLES = tuple((op, name) for op in OPS for name in FACTORIES[op])
+SAMPLE_IDS = tuple(f"{op}-{name}" for op, name in SAMPLES)
+
+
+def make(op: str, name: str = "plain", sizes: Sizes | None = None, dtype: torch.dtype = torch.float32) -> Call:
+    return Call(op, FACTORIES[op][name](sizes or Sizes(), dtype))
+
+
+def positional(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments as (args, kwargs), as a caller would write them."""
+    schema = getattr(torch.ops.tokenprune, call.op).default._schema
+    given = dict(call.arguments)
+    args = tuple(given.pop(a.name) for a in schema.arguments if not a.kwarg_only)
+    return args, given
+
+
+def outputs(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def run(call: Call, backend: str) -> list[Tensor]:
+    from testing.cases import RUNNERS  # the GPU suite makes samples where pytest may be missing
+
+    args, kwargs = positional(call)
+    return outputs(RUNNERS[backend](call.op, *args, **kwargs))
+
+
+def run_op(call: Call) -> list[Tensor]:
+    args, kwargs = positional(call)
+    return outputs(getattr(torch.ops.tokenprune, call.op)(*args, **kwargs))
+
+
+def tensors(call: Call) -> Iterator[tuple[str, Tensor, int]]:
+    """(name, tensor, batch dimension) of every tensor argument; the list of gather_compact as tensors[0], ..."""
+    for name, value in call.arguments.items():
+        if isinstance(value, Tensor):
+            yield name, value, 0
+        elif name == "tensors":
+            for i, t in enumerate(value):
+                yield f"tensors[{i}]", t, call.arguments["batch_dims"][i]
+
+
+def map_tensors(call: Call, f: Callable[[str, Tensor], Tensor]) -> Call:
+    mapped = {
+        name: [f(f"tensors[{i}]", t) for i, t in enumerate(value)]
+        if name == "tensors"
+        else f(name, value)
+        if isinstance(value, Tensor)
+        else value
+        for name, value in call.arguments.items()
+    }
+    return Call(call.op, mapped)
+
+
+def with_arguments(call: Call, **changed: Any) -> Call:
+    return Call(call.op, {**call.arguments, **changed})
+
+
+def optional_tensors(op: str, sizes: Sizes, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """A value for each tensor that need not be given."""
+    found = (a for a in described.OPS[op].arguments if not a.required and isinstance(a.kind, TensorKind))
+    return {a.name: _value(a.kind, sizes, dtype, 70 + i) for i, a in enumerate(found)}
+
+
+def one_sample(call: Call, b: int) -> Call:
+    """The call on sample b alone."""
+    dims = {name: batch_dim for name, _, batch_dim in tensors(call)}
+    return map_tensors(call, lambda name, t: t.narrow(dims[name], b, 1))
+
+
+def output_batch_dims(call: Call) -> list[int]:
+    return call.arguments["batch_dims"] if call.op == "gather_compact" else [0] * len(OUTPUTS[call.op])
+
+
+def promised(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every output of the Python function, written down from the contract."""
+    a = call.arguments
+    first = next(t for _, t, _ in tensors(call))
+    wide = torch.float64 if first.dtype == torch.float64 else torch.float32
+    if call.op == "gather_compact":
+        kept = []
+        for t, dim in zip(a["tensors"], a["dims"], strict=True):
+            shape = list(t.shape)
+            shape[dim] = a["indices"].shape[1]
+            kept.append((tuple(shape), t.dtype))
+        return kept
+    batch = first.shape[0]
+    if call.op in SELECTING:
+        k = a[str(count_of(call.op))]
+        by_kind = {"index": ((batch, k), torch.int64), "count": ((batch,), torch.int64), "score": ((batch, k), wide)}
+        return [by_kind[kind] for kind in OUTPUTS[call.op]]
+    if call.op in ("cosine_scores", "contrastive_scores"):
+        return [(tuple(first.shape[:2]), wide)]
+    if "query" not in a:
+        return [((batch,), wide)]
+    rows = tuple(a["query"].shape[:3])
+    if call.op == "attention_entropy":
+        return [(rows, wide), (rows, wide)]
+    reductions = a.get("query_reduction", "mean").split("+")
+    heads = (rows[1],) if a.get("head_reduction") == "none" else ()
+    width = a["key_indices"].shape[1] if "key_indices" in a else a["key"].shape[2]
+    scores = ((batch, *((len(reductions),) if len(reductions) > 1 else ()), *heads, width), wide)
+    return [scores, (rows, wide), (rows, wide)] if call.op == "cross_attention_scores" else [scores]

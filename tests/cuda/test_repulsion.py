@@ -1,0 +1,406 @@
+"""repulsion_sample on the CUDA emulator: both algorithms on the same inputs, launches, layouts, schedules, planner."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import emulator
+import tokenprune_kernels as tp
+from testing.cases import DTYPES, NO_EMULATOR, over_dtypes
+from tests.ops import test_repulsion as common
+from tests.ops.test_repulsion import exact_case, exact_features, over_aggregates, over_potentials, same
+from tokenprune_kernels import reference
+
+pytestmark = pytest.mark.skipif(NO_EMULATOR is not None, reason=str(NO_EMULATOR))
+module = emulator.load() if NO_EMULATOR is None else None
+GPU_DTYPES = DTYPES[:3]
+LARGEST_GRID = 2**31 - 1
+
+
+@pytest.fixture(autouse=True)
+def _own_limits() -> Iterator[None]:
+    yield
+    limits()
+
+
+def limits(tokens: int | None = None, matrices: int | None = None, rounds: int | None = None) -> None:
+    """The planner's limits; those that are not given are those of the package."""
+    module.set_repulsion_limits(
+        module.GRAM_TOKEN_LIMIT if tokens is None else tokens,
+        module.GRAM_BYTE_LIMIT if matrices is None else matrices,
+        module.ROUND_LIMIT if rounds is None else rounds,
+    )
+
+
+@pytest.fixture
+def rounds() -> None:
+    """Small inputs go the way of large ones."""
+    limits(tokens=0)
+
+
+both_ways = pytest.mark.parametrize("tokens", [0, 3072], ids=["rounds", "matrix"])
+
+
+def sample(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    picks, counts = tp.repulsion_sample(*args, **options, backend="emulator")
+    return picks, counts
+
+
+def kernels() -> list[str]:
+    return [launch["kernel"].split("<")[0] for launch in module.take_launches()]
+
+
+# --- the promises of test_repulsion.py, for small inputs in rounds ---------------------------------------------------
+
+
+@over_dtypes
+@hypothesis_settings(deadline=None, max_examples=16, print_blob=True)
+@given(seed=st.integers(0, 2**32), n=st.integers(1, 150), channels=st.sampled_from([1, 3, 17, 64, 72]))
+def test_exact_inputs_in_rounds(dtype: torch.dtype, seed: int, n: int, channels: int) -> None:
+    if dtype == torch.float64:
+        return
+    limits(tokens=0)  # not a fixture: hypothesis runs the body many times
+    features, k, options = exact_case(seed, n, channels)
+    k = min(k, 30)
+    got = sample(features.to(dtype), k, **options)
+    same(got, reference.repulsion_sample(features.double(), k, **options))
+    assert ("choose_kernel" in kernels()) == (k > 0)
+
+
+@pytest.mark.usefixtures("rounds")
+@pytest.mark.parametrize(("dtype", "placed"), [(torch.float16, True), (torch.bfloat16, False), (torch.float32, True)])
+@over_aggregates
+@over_potentials
+def test_replay_in_rounds(dtype: torch.dtype, aggregate: str, potential: str, placed: bool) -> None:
+    common.assert_replays(dtype, "emulator", aggregate, potential, placed)
+
+
+@pytest.mark.usefixtures("rounds")
+@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
+def test_first_pick_in_rounds(dtype: torch.dtype) -> None:
+    common.test_first_pick(dtype, "emulator")
+
+
+@pytest.mark.usefixtures("rounds")
+@over_aggregates
+def test_edge_cases_in_rounds(aggregate: str) -> None:
+    common.test_everything_is_picked_once("emulator", aggregate)
+    common.test_nothing_to_pick("emulator", aggregate)
+    common.test_seeds("emulator", aggregate)
+    common.test_nan_and_infinite_energies("emulator", aggregate)
+
+
+@pytest.mark.usefixtures("rounds")
+def test_special_cases_in_rounds() -> None:
+    common.test_maximal_marginal_relevance("emulator")
+    common.test_large_riesz_exponent_is_max_min("emulator")
+
+
+# --- ties ------------------------------------------------------------------------------------------------------------
+
+
+@both_ways
+@pytest.mark.parametrize("first", ["outlier", "isolated", "seeds"])
+@over_aggregates
+@over_potentials
+@pytest.mark.parametrize(("dtype", "channels"), [(torch.float16, 72), (torch.bfloat16, 1), (torch.float32, 136)])
+def test_identical_tokens_tie(
+    dtype: torch.dtype, channels: int, potential: str, aggregate: str, first: str, tokens: int
+) -> None:
+    """Copies of a token have bitwise the same U whatever computed it, so the copy with the lower index goes first."""
+    limits(tokens)
+    n, k = 70, 24
+    base = torch.randn(1, n, channels).to(dtype)
+    places = torch.rand(1, n, 2)
+    start: dict[str, Any] = {"first": first} if first != "seeds" else {"seed_indices": torch.tensor([[7, 11]])}
+    picks, counts = sample(
+        base.repeat(1, 3, 1), k, positions=places.repeat(1, 3, 1), potential=potential, aggregate=aggregate,
+        exponent=3.0, **start,
+    )  # fmt: skip
+    assert counts.item() == k
+    step = torch.full((3 * n,), k).scatter(0, picks[0], torch.arange(k))
+    if first == "seeds":
+        assert not {7, 11} & set(picks[0].tolist())
+        step[[7, 11]] = -1
+    one, two, three = step.view(3, n)
+    assert ((one < two) | (two == k)).all()
+    assert ((two < three) | (three == k)).all()
+
+
+def test_all_tokens_identical() -> None:
+    for tokens in (0, 3072):
+        limits(tokens)
+        for first in ("outlier", "isolated", "index"):
+            picks, _ = sample(torch.randn(1, 1, 40).expand(2, 90, 40), 20, first=first)
+            assert picks.tolist() == [list(range(20))] * 2
+
+
+# --- what is launched ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "launches"),
+    [
+        ({"first": "index"}, ["gram_kernel", "gram_greedy_kernel"]),
+        ({"energy": torch.zeros(2, 70)}, ["gram_kernel", "gram_greedy_kernel"]),
+        ({"first": "outlier"}, ["gram_kernel", "gram_start_kernel", "gram_greedy_kernel"]),
+        ({"first": "isolated"}, ["gram_kernel", "gram_start_kernel", "gram_greedy_kernel"]),
+    ],
+    ids=["index", "energy", "outlier", "isolated"],
+)
+def test_launches_with_a_matrix(options: dict[str, Any], launches: list[str]) -> None:
+    features = torch.randn(2, 70, 24)
+    sample(features, 9, **options)
+    assert kernels() == launches
+    sample(features, 0, **options)
+    assert kernels() == ["gram_greedy_kernel"]
+    sample(features[:0], 9, **{**options, "energy": None})
+    assert kernels() == []
+
+
+@pytest.mark.usefixtures("rounds")
+def test_launches_in_rounds() -> None:
+    """Two launches per pick, less the last update; 64 seeds more are one round more."""
+    features = torch.randn(1, 70, 24)
+    every_round = ["choose_kernel", "apply_kernel"]
+    sample(features, 3, first="index")
+    assert kernels() == ["prepare_kernel", *(3 * every_round)[:-1]]
+    sample(features, 2, seed_indices=torch.arange(65).unsqueeze(0), energy=torch.zeros(1, 70))
+    assert kernels() == ["prepare_kernel", "mark_seeds_kernel", *(4 * every_round)[:-1]]
+    sample(features, 1)
+    directions = ["direction_parts_kernel", "direction_sum_kernel", "outlier_keys_kernel"]
+    assert kernels() == ["prepare_kernel", *directions, "choose_kernel"]
+    sample(features, 1, first="isolated")
+    assert kernels() == ["prepare_kernel", "isolated_keys_kernel", "choose_kernel"]
+
+
+@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
+def test_large_tiles_compute_the_same_matrix(dtype: torch.dtype) -> None:
+    """They are for devices that many small tiles would occupy anyway."""
+    features = torch.randn(2, 200, 80).to(dtype)
+    small = sample(features, 40)
+    assert [launch["block"][0] for launch in module.take_launches()] == [128, 256, 128]
+    module.settings().sm_count = 3
+    large = sample(features, 40)
+    assert [launch["block"][0] for launch in module.take_launches()] == [256, 256, 128]
+    same(large, small)
+
+
+def test_samples_wait_their_turn() -> None:
+    """Two matrices of 50 tokens fit into the limit, so five samples are three groups."""
+    limits(50, matrices=2 * 50 * 50 * 4)
+    features, mask = torch.randn(5, 50, 24), torch.rand(5, 50) < 0.8
+    options: dict[str, Any] = {"mask": mask, "positions": torch.rand(5, 50, 2), "potential": "riesz"}
+    options |= {"seed_indices": torch.tensor([[3, -1], [-1, -1], [0, 49], [7, 7], [-1, -1]])}
+    grouped = sample(features, 20, **options)
+    assert kernels() == ["gram_kernel", "gram_start_kernel", "gram_greedy_kernel"] * 3
+    limits(50, matrices=1)
+    same(sample(features, 20, **options), grouped)
+    limits(50)
+    same(sample(features, 20, **options), grouped)
+
+
+@over_aggregates
+@over_potentials
+def test_a_round_makes_many_picks(aggregate: str, potential: str) -> None:
+    """Orthogonal tokens disturb all others alike: after the start, one round picks 64 of them, the lowest first."""
+    options: dict[str, Any] = {"aggregate": aggregate, "potential": potential, "first": "index"}
+    features = torch.eye(100).unsqueeze(0)
+    limits(tokens=0, rounds=3)
+    picks, counts = sample(features, 66, **options)
+    assert counts.tolist() == [66]
+    assert picks.tolist() == [list(range(66))]
+    limits(tokens=0, rounds=2)  # of a sum, the second round makes its first pick and predicts the others
+    assert sample(features, 66, **options)[1].tolist() == [65 if aggregate == "max" else 2]
+    limits(tokens=0, rounds=4)  # one for the seeds
+    picks, counts = sample(features, 120, seed_indices=torch.tensor([[99, 3, 99, 200, -1, 40]]), **options)
+    assert counts.tolist() == [97]
+    assert picks[0, :97].tolist() == [i for i in range(100) if i not in (3, 40, 99)]
+    assert (picks[0, 97:] == -1).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"aggregate": "sum"}, {"aggregate": "sum", "potential": "riesz"}], ids=str)
+def test_rounds_are_few_on_clustered_tokens(options: dict[str, Any]) -> None:
+    """Every centre has 16 tokens around it; still a round makes several of the 60 picks."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(16, 64, generator=generator).repeat_interleave(16, 0)
+    features = (centres + 0.5 * torch.randn(256, 64, generator=generator)).unsqueeze(0)
+    limits(tokens=0)
+    complete = sample(features, 60, **options)
+    assert complete[1].tolist() == [60]
+    limits(tokens=0, rounds=16)
+    same(sample(features, 60, **options), complete)
+
+
+@both_ways
+@over_aggregates
+def test_fewer_tokens_than_picks(aggregate: str, tokens: int) -> None:
+    """Masked tokens, seeds and a large k: the last ones are picked, and nobody twice."""
+    limits(tokens)
+    features, mask = torch.randn(3, 140, 16), torch.rand(3, 140) < 0.6
+    mask[1] = False
+    seeds = torch.randint(-1, 140, (3, 20))
+    picks, counts = sample(features, 150, mask=mask, seed_indices=seeds, aggregate=aggregate)
+    for b in range(3):
+        left = set(mask[b].nonzero().squeeze(1).tolist()) - set(seeds[b].tolist())
+        assert counts[b] == len(left)
+        assert set(picks[b, : len(left)].tolist()) == left
+        assert (picks[b, len(left) :] == -1).all()
+
+
+@pytest.mark.usefixtures("rounds")
+@over_aggregates
+def test_many_seeds_in_rounds(aggregate: str) -> None:
+    """More of them than a round takes, in blocks of the search, in any order and repeated."""
+    generator = torch.Generator().manual_seed(5)
+    features = exact_features(generator, 2, 700, 64)
+    seeds = torch.randint(-1, 700, (2, 300), generator=generator)
+    options: dict[str, Any] = {"aggregate": aggregate, "seed_indices": seeds}
+    same(sample(features, 12, **options), reference.repulsion_sample(features.double(), 12, **options))
+
+
+def test_more_tokens_than_a_matrix_has() -> None:
+    generator = torch.Generator().manual_seed(3)
+    features = exact_features(generator, 1, module.GRAM_TOKEN_LIMIT + 28, 20).half()
+    mask = torch.rand(1, features.shape[1], generator=generator) < 0.9
+    got = sample(features, 40, mask=mask, first="index")
+    assert "choose_kernel" in kernels()
+    same(got, reference.repulsion_sample(features.double(), 40, mask=mask, first="index"))
+
+
+# --- layouts, schedules, errors --------------------------------------------------------------------------------------
+
+
+@both_ways
+@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [0, 5, 32, 71, 200])
+def test_any_alignment(channels: int, dtype: torch.dtype, tokens: int) -> None:
+    """Rows at odd addresses and of odd lengths, beside memory that must not enter."""
+    limits(tokens)
+    generator = torch.Generator().manual_seed(channels)
+    wanted = exact_features(generator, 2, 66, channels)
+    expected = reference.repulsion_sample(wanted.double(), 12, first="isolated")
+    for offset, width in ((0, channels), (1, channels + 3), (8, channels + 24 - channels % 8)):
+        memory = torch.full((2, 70, width + offset), torch.nan, dtype=dtype)
+        view = memory[:, 2:68, offset : offset + channels]
+        view.copy_(wanted)
+        same(sample(view, 12, first="isolated"), expected)
+    same(sample(wanted.to(dtype).mT.contiguous().mT, 12, first="isolated"), expected)
+    same(sample(wanted.to(dtype)[:1].expand(2, -1, -1), 12, first="isolated"), (expected[0][[0, 0]], expected[1]))
+
+
+@both_ways
+def test_the_order_of_threads_does_not_matter(tokens: int) -> None:
+    limits(tokens)
+    features, mask = torch.randn(2, 150, 72).half(), torch.rand(2, 150) < 0.9
+    shared: dict[str, Any] = {"mask": mask, "positions": torch.rand(2, 150, 2)}
+    calls: list[dict[str, Any]] = [
+        {"first": "isolated"},
+        {"first": "outlier", "aggregate": "sum", "potential": "riesz"},
+        {"energy": torch.rand(2, 150), "potential": "gaussian", "seed_indices": torch.arange(70).repeat(2, 1)},
+    ]
+    for options in calls:
+        results = []
+        for schedule, seed in (("forward", 0), ("reversed", 0), ("shuffled", 1), ("shuffled", 2)):
+            module.settings().schedule = getattr(module.Schedule, schedule)
+            module.settings().seed = seed
+            results.append(sample(features, 30, **shared, **options))
+        for other in results[1:]:
+            same(other, results[0])
+
+
+@both_ways
+@pytest.mark.parametrize("first", ["outlier", "isolated"])
+def test_a_refused_launch_is_reported(first: str, tokens: int) -> None:
+    """Whichever it is; nothing is launched after it."""
+    limits(tokens)
+    features, seeds = torch.randn(1, 40, 8), torch.tensor([[1]])
+    sample(features, 2, first=first, seed_indices=seeds)
+    count = len(module.take_launches())
+    for n in range(1, count + 1):
+        module.settings().fail_launch = n
+        with pytest.raises(RuntimeError, match=r"tokenprune::repulsion_sample: CUDA error .* features \[1, 40, 8\]"):
+            sample(features, 2, first=first, seed_indices=seeds)
+        assert len(module.take_launches()) == n - 1
+    module.settings().fail_launch = 0
+
+
+# --- numerics --------------------------------------------------------------------------------------------------------
+
+
+@both_ways
+def test_gaussian_with_infinite_sigma(tokens: int) -> None:
+    """Every potential is 1 and the first of equals goes first; an infinite distance over an infinite sigma is NaN."""
+    limits(tokens)
+    features, positions = torch.randn(1, 30, 8), torch.rand(1, 30, 2)
+    positions[0, 3] = torch.inf
+    options: dict[str, Any] = {"potential": "gaussian", "sigma": torch.inf, "positions": positions, "first": "index"}
+    expected = [*(i for i in range(30) if i != 3), 3]
+    for aggregate in ("max", "sum"):
+        assert sample(features, 30, aggregate=aggregate, **options)[0].tolist() == [expected]
+
+
+# --- the planner -----------------------------------------------------------------------------------------------------
+
+
+@hypothesis_settings(deadline=None, max_examples=200, print_blob=True)
+@given(
+    batch=st.integers(0, 70000),
+    n=st.one_of(st.integers(0, 65536), st.integers(3000, 3100), st.integers(0, 200)),
+    channels=st.integers(0, 8192),
+    k=st.integers(0, 70000),
+    n_seeds=st.integers(0, 70000),
+    first=st.integers(0, 2),
+    energy=st.booleans(),
+    total=st.booleans(),
+    sm_count=st.integers(1, 200),
+)
+def test_plans(
+    batch: int, n: int, channels: int, k: int, n_seeds: int, first: int, energy: bool, total: bool, sm_count: int
+) -> None:
+    device = module.DeviceLimits()
+    device.sm_count = sm_count
+    plan = module.plan_repulsion(batch, n, channels, k, n_seeds, first, energy, total, device)
+    assert 0 <= plan.samples <= batch
+    assert (plan.samples == 0) == (batch == 0)
+    assert plan.greedy_block % 32 == 0
+    assert 32 <= plan.greedy_block <= 1024
+    assert plan.tile in (64, 128)
+    if n == 0 or k == 0:
+        assert plan.gram
+        assert not plan.start
+        assert plan.floats == plan.words == 0
+        assert plan.samples <= LARGEST_GRID
+        return
+    assert plan.gram == (n <= 3072)
+    assert plan.start == (not energy and first != 2)
+    tiles, pairs, slices = -(-n // 64), -(-n // 128), -(-channels // 256)
+    grids = [plan.samples]
+    if plan.gram:
+        assert plan.samples * n * n * 4 <= 2**28 or plan.samples == 1
+        assert plan.floats == plan.samples * (n * n + 2 * n)
+        assert plan.words == 0
+        assert plan.greedy_shared == n * (16 if energy else 12) <= 48 * 1024
+        side = -(-n // plan.tile)
+        grids += [plan.samples * side * (side + 1) // 2, plan.samples * -(-n // 8)]
+        assert plan.tile == 64 or plan.samples * pairs * (pairs + 1) // 2 >= 2 * sm_count
+    else:
+        direction = 33 * channels if plan.start and first == 0 else 0
+        assert plan.floats == plan.samples * (2 * n + direction + (64 * n if total else 0))
+        assert plan.words == plan.samples * (2 * n + 64 + 5)
+        assert not total or plan.samples * 64 * n * 4 <= 2**28 or plan.samples == 1
+        # Every round but those of seeds makes a pick while there is one to make.
+        assert plan.rounds == min(k, n) + -(-min(n_seeds, n) // 64)
+        assert plan.greedy_block & (plan.greedy_block - 1) == 0
+        assert 128 <= plan.greedy_block <= 512
+        grids += [plan.samples * tiles, plan.samples * -(-n // 8), plan.samples * n_seeds // 256 + 1]
+        grids += [plan.samples * 32 * slices]
+        if first == 1:
+            grids.append(plan.samples * pairs * (pairs + 1) // 2)
+    assert max(grids) <= LARGEST_GRID

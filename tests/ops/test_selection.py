@@ -1,0 +1,342 @@
+"""Selecting tokens: ties, NaN, infinities, masks, more places than tokens; exactly the reference's indices."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import tokenprune_kernels as tp
+from testing.cases import BACKENDS, DTYPES, assert_as_good_as_torch, dtypes_of, over_backends, over_dtypes
+
+NAN, INF = float("nan"), float("inf")
+# Few values, exact in every dtype: ties, signed zeros, infinities, NaN, small neighbours of zero.
+VALUES = (0.0, -0.0, 1.0, 2.0, 0.5, -1.0, -2.0, INF, -INF, NAN, 2.0**-20, -(2.0**-20))
+
+
+def equal(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
+    for name, g, w in zip(("indices", "counts", "num_text"), got, want, strict=False):
+        assert g.dtype == w.dtype == torch.int64
+        assert torch.equal(g, w), f"{name}:\n{g}\nexpected\n{w}"
+
+
+def row(*values: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor([values], dtype=dtype)
+
+
+@over_backends
+@over_dtypes
+class TestTopk:
+    @pytest.mark.parametrize(
+        ("scores", "k", "largest", "want"),
+        [
+            ((3, 1, 2), 2, True, [0, 2]),
+            ((3, 1, 2), 2, False, [1, 2]),
+            ((1, 1, 1, 1), 2, True, [0, 1]),
+            ((0.0, -0.0, 0.0), 2, True, [0, 1]),
+            ((-0.0, 0.0, 0.0), 2, False, [0, 1]),
+            ((NAN, -INF, NAN, 1), 2, True, [1, 3]),
+            ((NAN, INF, NAN, 1), 2, False, [1, 3]),
+            ((NAN, NAN, NAN), 2, True, [0, 1]),
+            ((NAN, NAN, NAN), 2, False, [0, 1]),
+            ((INF, 1, INF, -INF), 3, True, [0, 1, 2]),
+            ((1, 2), 4, True, [0, 1, -1, -1]),
+            ((1, 2), 0, True, []),
+            ((), 2, True, [-1, -1]),
+            ((5,), 1, True, [0]),
+        ],
+    )
+    def test_order(self, backend, dtype, scores, k, largest, want):
+        indices, counts = tp.select_topk(row(*scores, dtype=dtype), k, largest=largest, backend=backend)
+        assert indices.tolist() == [want]
+        assert counts.tolist() == [sum(i >= 0 for i in want)]
+
+    def test_masked_tokens_are_never_selected(self, backend, dtype):
+        scores = row(9, 1, INF, 3, NAN, dtype=dtype)
+        mask = torch.tensor([[False, True, False, True, True]])
+        indices, counts = tp.select_topk(scores, 4, mask=mask, backend=backend)
+        assert indices.tolist() == [[1, 3, 4, -1]]
+        assert counts.tolist() == [3]
+
+    def test_everything_masked(self, backend, dtype):
+        scores = torch.ones(2, 3, dtype=dtype)
+        indices, counts = tp.select_topk(scores, 2, mask=torch.zeros(2, 3, dtype=torch.bool), backend=backend)
+        assert indices.eq(-1).all()
+        assert counts.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("n", [511, 4096, 100_000])
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("spread", ["uniform", "narrow", "softmax", "tied", "outlier"])
+def test_topk_agrees_with_a_sort_of_many(n, largest, dtype, spread):
+    """Distributions that a histogram of keys can get wrong: all in one bin, one value far away, many equal."""
+    scores = {
+        "uniform": lambda: torch.rand(2, n, dtype=torch.float64),
+        "narrow": lambda: 1 + torch.rand(2, n, dtype=torch.float64) * 1e-7,
+        "softmax": lambda: (torch.randn(2, n, dtype=torch.float64) * 4).softmax(-1),
+        "tied": lambda: torch.randint(0, 3, (2, n)).double(),
+        "outlier": lambda: torch.cat([torch.tensor([[INF, -1e30]] * 2), torch.randn(2, n - 2)], -1),
+    }[spread]().to(dtype)
+    for k in (1, n // 5, n - 1):
+        want = scores.sort(dim=-1, descending=largest, stable=True).indices[:, :k].sort(-1).values
+        indices, counts = tp.select_topk(scores, k, largest=largest)
+        assert torch.equal(indices, want)
+        assert counts.tolist() == [k, k]
+
+
+@over_backends
+class TestTwoTailed:
+    @pytest.mark.parametrize(
+        ("scores", "low", "k", "want"),
+        [
+            ((5, 1, 4, 2, 3), 1, 3, [0, 1, 2]),
+            ((5, 1, 4, 2, 3), 3, 3, [1, 3, 4]),
+            ((5, 1, 4, 2, 3), -7, 2, [0, 2]),
+            ((5, 1, 4, 2, 3), 99, 2, [1, 3]),
+            ((1, 1, 1, 1), 1, 3, [0, 1, 2]),
+            ((NAN, 1, 2, NAN), 1, 2, [1, 2]),
+            ((NAN, 1, NAN, NAN), 1, 3, [0, 1, 2]),
+            ((1, 2), 1, 4, [0, 1, -1, -1]),
+            ((1, 2), 1, 0, []),
+            ((), 1, 2, [-1, -1]),
+        ],
+    )
+    def test_tails(self, backend, scores, low, k, want):
+        indices, counts = tp.select_two_tailed(row(*scores), torch.tensor([low]), k, backend=backend)
+        assert indices.tolist() == [want]
+        assert counts.tolist() == [sum(i >= 0 for i in want)]
+
+    def test_each_sample_has_its_own_tail(self, backend):
+        scores = torch.arange(6.0).repeat(4, 1)
+        indices, _ = tp.select_two_tailed(scores, torch.tensor([0, 1, 2, 3]), 3, backend=backend)
+        assert indices.tolist() == [[3, 4, 5], [0, 4, 5], [0, 1, 5], [0, 1, 2]]
+
+    def test_tail_counts_may_be_strided(self, backend):
+        low = torch.tensor([[1, 50], [2, 50]])[:, 0]
+        scores = torch.arange(6.0).repeat(2, 1)
+        indices, _ = tp.select_two_tailed(scores, low, 3, backend=backend)
+        assert indices.tolist() == [[0, 4, 5], [0, 1, 5]]
+
+    def test_low_part_excludes_masked_and_high(self, backend):
+        mask = torch.tensor([[True, False, True, True, True]])
+        indices, _ = tp.select_two_tailed(row(5, 0, 4, 2, 3), torch.tensor([2]), 4, mask=mask, backend=backend)
+        assert indices.tolist() == [[0, 2, 3, 4]]
+
+
+@over_backends
+class TestMixture:
+    def test_disjoint_lists_share_evenly(self, backend):
+        """Two lists with all mass on their own halves: the product is largest at the middle."""
+        text, visual = row(1, 1, 1, 1, 0, 0, 0, 0), row(0, 0, 0, 0, 1, 1, 1, 1)
+        indices, counts, num_text = tp.select_mixture(text, visual, 4, floor=0.0, backend=backend)
+        assert indices.tolist() == [[0, 1, 4, 5]]
+        assert (counts.item(), num_text.item()) == (4, 2)
+
+    def test_concentrated_list_gets_few(self, backend):
+        text, visual = row(8, 0, 0, 0, 0, 0, 0, 0), row(0, 1, 1, 1, 1, 1, 1, 1)
+        indices, _, num_text = tp.select_mixture(text, visual, 6, floor=0.0, backend=backend)
+        assert num_text.item() == 1
+        assert indices.tolist() == [[0, 1, 2, 3, 4, 5]]
+
+    def test_floor_reserves(self, backend):
+        text, visual = row(8, 0, 0, 0, 0, 0, 0, 0), row(0, 1, 1, 1, 1, 1, 1, 1)
+        _, _, num_text = tp.select_mixture(text, visual, 6, floor=0.5, backend=backend)
+        assert num_text.item() == 3
+
+    def test_smallest_split_among_equals(self, backend):
+        zeros = row(*[0.0] * 8)
+        indices, _, num_text = tp.select_mixture(zeros, zeros, 4, floor=0.25, backend=backend)
+        assert num_text.item() == 1
+        assert indices.tolist() == [[0, 1, 2, 3]]
+
+    def test_duplicates_are_kept_once_and_places_are_filled(self, backend):
+        same = row(4, 3, 2, 1, 0.5, 0.25)
+        indices, counts, _ = tp.select_mixture(same, same, 4, backend=backend)
+        assert indices.tolist() == [[0, 1, 2, 3]]
+        assert counts.item() == 4
+
+    def test_infinite_times_nothing_counts_as_nothing(self, backend):
+        text, visual = row(INF, 1, 1, 1), row(0, 0, 0, 0)
+        _, _, num_text = tp.select_mixture(text, visual, 2, floor=0.0, backend=backend)
+        assert num_text.item() == 0
+
+    def test_dtypes_may_differ(self, backend):
+        text, visual = torch.randint(0, 9, (2, 3, 40)).unbind()
+        want = tp.reference.select_mixture(text.double(), visual.double(), 10)
+        widest = dtypes_of(backend)[-1]
+        equal(tp.select_mixture(text.half(), visual.to(widest), 10, backend=backend), want)
+        equal(tp.select_mixture(text.float(), visual.bfloat16(), 10, backend=backend), want)
+
+    @pytest.mark.parametrize("floor", [-0.1, 0.6, NAN])
+    def test_floor_out_of_range(self, backend, floor):
+        with pytest.raises(ValueError, match="select_mixture: floor must"):
+            tp.select_mixture(row(1, 2), row(1, 2), 1, floor=floor, backend=backend)
+
+
+def literal_mixture(text: list[float], visual: list[float], k: int, floor: float) -> tuple[list[int], int]:
+    """AdaFV's rule in plain Python, sentence by sentence from the contract."""
+
+    def order(scores):
+        return sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+
+    reserved = int(floor * k)
+    rest = k - 2 * reserved
+    by_text, by_visual = order(text), order(visual)
+
+    def product(r):
+        text_mass = sum(text[i] for i in by_text[reserved : reserved + r])
+        return text_mass * sum(visual[i] for i in by_visual[reserved : reserved + rest - r])
+
+    best = max(range(rest + 1), key=lambda r: (product(r), -r))
+    chosen = {*by_text[: reserved + best], *by_visual[: reserved + rest - best]}
+    share = [
+        max(t / sum(text) if sum(text) else 0, v / sum(visual) if sum(visual) else 0)
+        for t, v in zip(text, visual, strict=True)
+    ]
+    remaining = [i for i in order(share) if i not in chosen]
+    chosen.update(remaining[: k - len(chosen)])
+    return sorted(chosen), reserved + best
+
+
+@over_backends
+def test_mixture_follows_the_contract(backend):
+    @settings(deadline=None, max_examples=25 if backend == "triton" else 150, print_blob=True)
+    @given(data=st.data())
+    def follows(data):
+        n = data.draw(st.integers(1, 12))
+        values = st.lists(st.sampled_from([0.0, 1.0, 2.0, 3.0, 8.0]), min_size=n, max_size=n)
+        text, visual = data.draw(values), data.draw(values)
+        k = data.draw(st.integers(0, n + 2))
+        floor = data.draw(st.sampled_from([0.0, 0.25, 0.5]))
+        want, want_text = literal_mixture(text, visual, k, floor)
+        indices, counts, num_text = tp.select_mixture(row(*text), row(*visual), k, floor=floor, backend=backend)
+        assert indices.tolist() == [want + [-1] * (k - len(want))]
+        assert counts.item() == len(want)
+        assert num_text.item() == want_text
+
+    follows()
+
+
+@over_backends
+class TestMaskToIndices:
+    def test_positions(self, backend):
+        mask = torch.tensor([[True, False, True, True], [False] * 4])
+        indices, counts = tp.mask_to_indices(mask, 5, backend=backend)
+        assert indices.tolist() == [[0, 2, 3, -1, -1], [-1] * 5]
+        assert counts.tolist() == [3, 0]
+
+    def test_cut_at_capacity(self, backend):
+        indices, counts = tp.mask_to_indices(torch.ones(1, 7, dtype=torch.bool), 2, backend=backend)
+        assert indices.tolist() == [[0, 1]]
+        assert counts.tolist() == [2]
+
+    @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0)])
+    def test_empty(self, backend, shape):
+        indices, counts = tp.mask_to_indices(torch.ones(shape, dtype=torch.bool), 2, backend=backend)
+        assert indices.tolist() == [[-1, -1]] * shape[0]
+        assert counts.tolist() == [0] * shape[0]
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="without the compiled library there is only the reference")
+@settings(deadline=None, max_examples=300, print_blob=True)
+@given(data=st.data())
+def test_random_scores_with_many_ties(data):
+    """Every selecting op, exactly as the reference does it, on values with ties, NaN, infinities and signed zeros."""
+    batch, n, k = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 60)), data.draw(st.integers(0, 70))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    pool = torch.tensor(data.draw(st.lists(st.sampled_from(VALUES), min_size=1, max_size=8)))
+
+    def scores() -> Tensor:
+        return pool[torch.randint(0, len(pool), (batch, n), generator=generator)].to(dtype)
+
+    density = data.draw(st.sampled_from([0.0, 0.2, 0.9, None]))
+    mask = None if density is None else torch.rand(batch, n, generator=generator) < density
+    first, second = scores(), scores()
+    num_low = torch.randint(-2, k + 3, (batch,), generator=generator)
+    calls = [
+        ("select_topk", (first, k), {"mask": mask}),
+        ("select_topk", (first, k), {"mask": mask, "largest": False}),
+        ("select_two_tailed", (first, num_low, k), {"mask": mask}),
+        (
+            "select_mixture",
+            (first, second, k),
+            {"mask": mask, "floor": data.draw(st.sampled_from([0, 0.1, 0.25, 0.5]))},
+        ),
+        ("mask_to_indices", (torch.rand(batch, n, generator=generator) < 0.5, k), {}),
+    ]
+    for name, args, kwargs in calls:
+        op = getattr(tp, name)
+        equal(op(*args, **kwargs, backend="cpu"), op(*args, **kwargs, backend="reference"))
+
+
+@over_backends
+class TestScoreEntropy:
+    @over_dtypes
+    @pytest.mark.parametrize("normalized", [True, False])
+    def test_accuracy(self, backend, dtype, normalized):
+        for n in (2, 72, 576, 16384):
+            scores = (torch.randn(3, n) * 3).softmax(-1).to(dtype)
+            mask = torch.rand(3, n) < 0.8
+            for m in (None, mask):
+                got = tp.score_entropy(scores, mask=m, normalized=normalized, backend=backend)
+                exact = tp.reference.score_entropy(scores.double(), mask=m, normalized=normalized)
+                plain = tp.reference.score_entropy(scores, mask=m, normalized=normalized)
+                assert_as_good_as_torch(got, exact, plain, scale=exact.abs().max().item())
+
+    def test_uniform_is_one(self, backend):
+        assert tp.score_entropy(torch.full((1, 8), 0.5), backend=backend).item() == pytest.approx(1, abs=1e-6)
+
+    def test_single_peak_is_zero(self, backend):
+        assert tp.score_entropy(row(0, 3, 0), backend=backend).item() == 0
+
+    def test_all_zero_counts_as_uniform(self, backend):
+        scores = row(0, 0, -1, NAN)
+        assert tp.score_entropy(scores, backend=backend).item() == pytest.approx(1, abs=1e-6)
+        got = tp.score_entropy(scores, normalized=False, backend=backend)
+        torch.testing.assert_close(got, torch.tensor([4.0]).log())
+
+    def test_nan_and_negative_count_as_zero(self, backend):
+        got = tp.score_entropy(row(NAN, 1, -5, 1, -INF), normalized=False, backend=backend)
+        torch.testing.assert_close(got, torch.tensor([2.0]).log())
+
+    @pytest.mark.parametrize("n", [0, 1])
+    def test_at_most_one_token_gives_zero(self, backend, n):
+        assert tp.score_entropy(torch.ones(2, n), backend=backend).tolist() == [0, 0]
+        mask = torch.zeros(2, 5, dtype=torch.bool)
+        mask[:, :n] = True
+        for normalized in (True, False):
+            assert tp.score_entropy(torch.ones(2, 5), mask=mask, normalized=normalized, backend=backend).tolist() == [
+                0,
+                0,
+            ]
+
+    def test_masked_infinity_does_not_count(self, backend):
+        mask = torch.tensor([[True, True, False, False]])
+        got = tp.score_entropy(row(1, 1, INF, NAN), mask=mask, backend=backend)
+        assert got.item() == pytest.approx(1, abs=1e-6)
+
+    def test_infinite_score_has_no_entropy(self, backend):
+        assert tp.score_entropy(row(1, INF), backend=backend).isnan().all()
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="without the compiled library there is only the reference")
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_result_does_not_depend_on_threads(threads):
+    scores = torch.randint(0, 50, (37, 3000)).float()
+    mask = torch.rand(37, 3000) < 0.7
+    low = torch.randint(0, 300, (37,))
+    want = [
+        tp.reference.select_topk(scores, 300, mask=mask),
+        tp.reference.select_two_tailed(scores, low, 300, mask=mask),
+        tp.reference.select_mixture(scores, scores.flip(-1), 300, mask=mask),
+    ]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        equal(tp.select_topk(scores, 300, mask=mask), want[0])
+        equal(tp.select_two_tailed(scores, low, 300, mask=mask), want[1])
+        equal(tp.select_mixture(scores, scores.flip(-1), 300, mask=mask), want[2])
+    finally:
+        torch.set_num_threads(before)

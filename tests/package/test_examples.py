@@ -1,0 +1,48 @@
+"""The scripts of examples/ run and say what they should."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tokenprune_kernels as tp
+from testing import ROOT
+
+
+def run(name: str) -> str:
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name)], capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "PYTHONPATH": paths},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_every_example_is_tested() -> None:
+    scripts = {file.name for file in (ROOT / "examples").glob("*.py")}
+    text = Path(__file__).read_text()
+    assert all(f'run("{name}")' in text for name in scripts)
+
+
+def test_third_party_module() -> None:
+    printed = run("third_party_module.py")
+    assert "kept [1, 128, 1024], count [128]" in printed
+    assert "compiled with fullgraph=True: equal" in printed
+
+
+def test_drop_in_selection() -> None:
+    assert "same tokens kept: True" in run("drop_in_selection.py")
+
+
+@pytest.mark.skipif(tp.config()["backends"]["cpu"] is not None, reason="the compiled library is not loaded")
+def test_export_pruner() -> None:
+    printed = run("export_pruner.py")
+    places = re.findall(r"(\d+) tokens.*first places (\[.*\])", printed)
+    assert len(places) == 4
+    there, here = dict(places[:2]), dict(places[2:])
+    assert there == here
+    assert "576 tokens: kept [1, 64, 256]" in printed

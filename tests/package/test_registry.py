@@ -1,0 +1,282 @@
+"""Registration and backend choice: one set of schemas, the order of precedence, life without a compiled library."""
+
+import inspect
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import tokenprune_kernels as tp
+from testing import ROOT
+from tokenprune_kernels import _registry
+from tokenprune_kernels._op import OPS, public_ops
+
+over_ops = pytest.mark.parametrize("op", public_ops())
+needs_library = pytest.mark.skipif(tp.config()["backends"]["cpu"] is not None, reason="no compiled library here")
+SCORES = torch.tensor([[0.1, 0.9, 0.5]])
+
+
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """A fresh interpreter in the root of the checkout."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def assert_succeeds(*arguments: str, **environment: str) -> str:
+    done = run_python(*arguments, **environment)
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+# --- schemas --------------------------------------------------------------------------------------------------------
+
+
+@needs_library
+@pytest.mark.parametrize("op", OPS)
+def test_compiled_schemas_equal_those_of_python(op: str) -> None:
+    """With the library loaded, the registered schema is the one of csrc/generated/ops.h."""
+    in_python = torch._C.parse_schema(f"tokenprune::{op}{OPS[op].schema}")
+    assert str(getattr(torch.ops.tokenprune, op).default._schema) == str(in_python)
+
+
+def test_the_described_ops_are_registered_and_exported_and_no_others() -> None:
+    registered = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("tokenprune::")}
+    assert registered == {f"tokenprune::{op}" for op in OPS}
+    assert set(public_ops()) == set(tp.ops.__all__) == set(tp.reference.__all__)
+    assert set(public_ops()) < set(tp.__all__)
+
+
+def test_the_cpp_half_of_the_descriptions_is_fresh() -> None:
+    assert_succeeds("-m", "scripts.generate_ops", "--check")
+
+
+@over_ops
+def test_python_functions_and_references_have_the_arguments_of_the_schema(op: str) -> None:
+    schema = getattr(torch.ops.tokenprune, op).default._schema
+    expected = [(a.name, a.kwarg_only, a.default_value if a.has_default_value() else None) for a in schema.arguments]
+
+    def described(function) -> list[tuple]:
+        parameters = inspect.signature(function).parameters.values()
+        empty = inspect.Parameter.empty
+        return [(p.name, p.kind is p.KEYWORD_ONLY, None if p.default is empty else p.default) for p in parameters]
+
+    assert described(getattr(tp.reference, op)) == expected
+    assert described(getattr(tp, op)) == [*expected, ("backend", True, None)]
+
+
+@over_ops
+def test_ops_neither_alias_nor_mutate(op: str) -> None:
+    schema = getattr(torch.ops.tokenprune, op).default._schema
+    assert not schema.is_mutable
+    assert all(a.alias_info is None for a in [*schema.arguments, *schema.returns])
+
+
+# --- backend choice -------------------------------------------------------------------------------------------------
+# "cuda" cannot serve CPU tensors on any machine: asking for it shows in the error who decided.
+
+
+def test_argument_wins_over_use_backend() -> None:
+    with tp.use_backend("cuda"):
+        assert tp.select_topk(SCORES, 2, backend="reference")[0].tolist() == [[1, 2]]
+        assert tp.select_topk(SCORES, 2, backend="auto")[0].tolist() == [[1, 2]]
+    with tp.use_backend("reference"), pytest.raises(tp.BackendUnavailableError, match="'cuda' was asked for"):
+        tp.select_topk(SCORES, 2, backend="cuda")
+
+
+@over_ops
+def test_every_function_honours_use_backend(op: str) -> None:
+    from testing import op_samples as samples
+
+    call = samples.make(op)
+    args, kwargs = samples.positional(call)
+    with tp.use_backend("cuda"), pytest.raises(tp.BackendUnavailableError, match=r"'cuda' was asked for, but .{10}"):
+        getattr(tp, op)(*args, **kwargs)
+    with pytest.raises(ValueError, match="backend must be one of auto, cuda, triton, cpu, reference, got 'tpu'"):
+        getattr(tp, op)(*args, **kwargs, backend="tpu")
+
+
+@pytest.mark.parametrize(
+    ("architectures", "served", "not_served"),
+    [
+        ("8.0;9.0a;10.0+PTX", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)], [(7, 5), (9, 1)]),
+        ("8.6", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        ("9.0a+PTX", [(9, 0)], [(8, 0), (10, 0)]),
+        ("7.5+PTX", [(7, 5), (8, 0), (12, 0)], [(7, 0)]),
+    ],
+)
+def test_which_gpus_a_build_runs_on(architectures: str, served: list, not_served: list) -> None:
+    assert all(_registry.fits(architectures, *capability) for capability in served)
+    assert not any(_registry.fits(architectures, *capability) for capability in not_served)
+
+
+def test_a_gpu_the_build_does_not_fit_is_served_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On fake tensors of a GPU: what `auto` chooses follows from the device's compute capability."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from tokenprune_kernels import _backend, _triton
+
+    monkeypatch.setattr(_registry, "build_info", lambda: {"cuda_architectures": "8.0;9.0a"})
+    monkeypatch.setattr(_triton, "unavailable", lambda device: None)
+    with FakeTensorMode():
+        scores = torch.empty(1, 3, device="cuda")
+    _triton.namespace()
+    for capability, chosen in (((8, 6), torch.ops.tokenprune), ((12, 0), torch.ops.tokenprune_triton)):
+        _registry._fits_device.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, found=capability: found)
+        assert _backend.implementation(None, scores, "select_topk") is chosen
+    _registry._fits_device.cache_clear()
+
+
+def test_use_backend_nests_and_is_restored_after_errors() -> None:
+    with tp.use_backend("cuda"):
+        with tp.use_backend("reference"):
+            tp.select_topk(SCORES, 2)
+        with pytest.raises(ZeroDivisionError), tp.use_backend("reference"):
+            raise ZeroDivisionError
+        with pytest.raises(tp.BackendUnavailableError):
+            tp.select_topk(SCORES, 2)
+    tp.select_topk(SCORES, 2)
+    with pytest.raises(ValueError, match="backend must be one of"), tp.use_backend("gpu"):
+        pass
+    tp.select_topk(SCORES, 2)
+
+
+def test_use_backend_holds_for_its_own_thread() -> None:
+    seen: dict[str, object] = {}
+    both_inside = threading.Barrier(2, timeout=30)
+
+    def work(name: str) -> None:
+        with tp.use_backend(name):
+            both_inside.wait()
+            try:
+                seen[name] = tp.select_topk(SCORES, 2)[0].tolist()
+            except tp.BackendUnavailableError as error:
+                seen[name] = str(error)
+            both_inside.wait()
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in ("reference", "cuda")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen["reference"] == [[1, 2]]
+    assert "'cuda' was asked for" in str(seen["cuda"])
+    outside: list[list] = []
+    with tp.use_backend("cuda"):
+        thread = threading.Thread(target=lambda: outside.append(tp.select_topk(SCORES, 2)[0].tolist()))
+        thread.start()
+        thread.join()
+    assert outside == [[[1, 2]]]
+
+
+def test_environment_variable_is_the_default_and_everything_else_wins_over_it() -> None:
+    script = """
+import torch, tokenprune_kernels as tp
+scores = torch.tensor([[0.1, 0.9, 0.5]])
+def ask(**kwargs):
+    try:
+        return tp.select_topk(scores, 2, **kwargs)[0].tolist()
+    except tp.BackendUnavailableError as error:
+        return str(error)
+print(ask())
+print(ask(backend="reference"))
+with tp.use_backend("reference"):
+    print(ask())
+with tp.use_backend("auto"):
+    print(ask())
+"""
+    lines = assert_succeeds("-c", script, TOKENPRUNE_BACKEND="cuda").splitlines()
+    assert "'cuda' was asked for" in lines[0]
+    assert lines[1:] == ["[[1, 2]]"] * 3
+    assert assert_succeeds("-c", script, TOKENPRUNE_BACKEND="").splitlines() == ["[[1, 2]]"] * 4
+
+
+def test_environment_variable_with_an_unknown_name_is_refused() -> None:
+    done = run_python("-c", "import tokenprune_kernels", TOKENPRUNE_BACKEND="gpu")
+    assert done.returncode != 0
+    assert "TOKENPRUNE_BACKEND must be one of auto, cuda, triton, cpu, reference, got 'gpu'" in done.stderr
+
+
+# --- config ---------------------------------------------------------------------------------------------------------
+
+
+def test_config_names_versions_and_backends(capsys: pytest.CaptureFixture[str]) -> None:
+    config = tp.config()
+    assert config["tokenprune_kernels"] == tp.__version__
+    assert config["torch"] == torch.__version__
+    assert set(config["backends"]) == {"cpu", "cuda", "triton", "reference"}
+    assert config["backends"]["reference"] is None
+    assert all(reason is None or len(reason) > 10 for reason in config["backends"].values())
+    tp.show_config()
+    printed = capsys.readouterr().out
+    for name, reason in config["backends"].items():
+        assert f"  {name}: {'available' if reason is None else f'unavailable, {reason}'}\n" in printed
+    assert f"torch: {torch.__version__}\n" in printed
+
+
+@needs_library
+def test_config_describes_the_build() -> None:
+    build = tp.config()["compiled library"]
+    assert build["torch_floor"] == "2.10"
+    assert build["cpu_capability"] in build["cpu_capabilities"].split(",")
+    assert build["compiler"]
+    assert _registry.load_error() is None
+
+
+def test_importing_the_package_imports_no_heavy_module() -> None:
+    script = """
+import sys, torch
+before = set(sys.modules)
+import tokenprune_kernels
+heavy = {"torch._dynamo", "torch._inductor", "triton", "transformers", "PIL", "skimage", "rich", "sympy", "numpy"}
+print(sorted(heavy & (set(sys.modules) - before)))
+"""
+    assert assert_succeeds("-c", script).strip() == "[]"
+
+
+# --- without the compiled library -----------------------------------------------------------------------------------
+
+
+def test_without_the_library_the_ops_exist_and_config_says_why() -> None:
+    script = """
+import sys, warnings
+sys.modules["tokenprune_kernels._C"] = None
+import torch
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import tokenprune_kernels as tp
+assert [w.category for w in caught if "references" in str(w.message)] == [RuntimeWarning], caught
+config = tp.config()
+assert "not loaded: no compiled library was built" in config["compiled library"], config
+assert "not loaded" in config["backends"]["cpu"], config
+assert torch.ops.tokenprune.select_topk(torch.tensor([[0.1, 0.9, 0.5]]), 2)[0].tolist() == [[1, 2]]
+assert tp.select_topk(torch.tensor([[0.1, 0.9, 0.5]]), 2)[0].tolist() == [[1, 2]]
+try:
+    tp.select_topk(torch.zeros(1, 3), 2, backend="cpu")
+except tp.BackendUnavailableError as error:
+    print(error)
+"""
+    assert "the compiled library is not loaded (" in assert_succeeds("-c", script)
+
+
+@pytest.mark.skipif(os.environ.get("TOKENPRUNE_TEST_WITHOUT_LIBRARY") == "1", reason="this is that very run")
+def test_without_the_library_the_contract_holds() -> None:
+    chosen = "may_be_zero or beyond_the_tokens or no_gradient or test_errors or opcheck"
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen]
+    files = [f"tests/{name}.py" for name in (
+        "ops/test_contract", "ops/test_contract_memory", "ops/test_errors", "package/test_dispatch"
+    )]  # fmt: skip
+    printed = assert_succeeds(
+        *command, *files, TOKENPRUNE_TEST_WITHOUT_LIBRARY="1", TOKENPRUNE_TEST_BACKENDS="reference"
+    )
+    assert " passed" in printed
+    assert "failed" not in printed

@@ -1,0 +1,219 @@
+"""What an op is, said once: its schema, argument checks, fake and test samples follow from its description.
+
+`@op(...)` stands above the public function in tokenprune_kernels/ops/<op>.py. The names, order and defaults of the
+arguments come from the signature below it; the decorator says what a signature cannot: dtypes, shapes in the letters of
+the contract, ranges, options, outputs and backends. scripts/generate_ops.py makes the C++ half of it.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+COMPILED = ("cpu", "cuda")  # backends of the compiled library
+KERNELS = (*COMPILED, "triton")  # every backend but the reference, which all ops have
+
+_SCHEMA_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    Sequence[Tensor]: "Tensor[]",
+    int: "SymInt",
+    Sequence[int]: "int[]",
+    Sequence[int] | None: "int[]?",
+    float: "float",
+    float | None: "float?",
+    bool: "bool",
+    str: "str",
+}
+
+
+@dataclass(frozen=True)
+class TensorKind:
+    """A tensor of one of `dtypes`; `shape` names its sizes by letters, which agree over all arguments, or by digits."""
+
+    shape: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    like: str = ""  # the first tensor, whose dtype it has
+    listed: bool = False  # its values are token indices, -1 for none
+
+    @property
+    def text(self) -> str:
+        return f"[{', '.join(self.shape)}]"
+
+
+@dataclass(frozen=True)
+class Count:
+    """An integer >= 0: how many entries each sample of the result has."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A real number in [low, high], or in (low, high] with `above`. NaN is outside."""
+
+    low: float
+    high: float = float("inf")
+    above: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some words, or with `joined` several of them joined by "+"."""
+
+    words: tuple[str, ...]
+    joined: bool = False
+
+
+Kind = TensorKind | Count | Number | Choice
+
+
+def floats(shape: str, like: str = "") -> TensorKind:
+    return TensorKind(tuple(shape.split()), FLOATS, like)
+
+
+def integers(shape: str) -> TensorKind:
+    return TensorKind(tuple(shape.split()), (torch.int64,))
+
+
+def indices(shape: str) -> TensorKind:
+    return TensorKind(tuple(shape.split()), (torch.int64,), listed=True)
+
+
+def flags(shape: str) -> TensorKind:
+    return TensorKind(tuple(shape.split()), (torch.bool,))
+
+
+@dataclass(frozen=True)
+class Output:
+    """A result: `score` (float32, float64 for a float64 first tensor), `index` (-1 padded) or `count` (both int64)."""
+
+    kind: str
+    shape: str | Callable[..., list[int]]  # letters, or a function of the letters' sizes and all arguments by name
+
+
+def scores(shape: str | Callable[..., list[int]]) -> Output:
+    return Output("score", shape)
+
+
+def picks(shape: str) -> Output:
+    return Output("index", shape)
+
+
+def counts(shape: str) -> Output:
+    return Output("count", shape)
+
+
+@dataclass(frozen=True)
+class Argument:
+    name: str
+    type: str  # of the schema
+    default: Any  # inspect.Parameter.empty for a required one
+    keyword_only: bool
+    kind: Kind | None  # None: any value of its type
+
+    @property
+    def required(self) -> bool:
+        return self.default is inspect.Parameter.empty
+
+    @property
+    def schema(self) -> str:
+        if self.required:
+            return f"{self.type} {self.name}"
+        default = f'"{self.default}"' if isinstance(self.default, str) else self.default
+        return f"{self.type} {self.name}={default}"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A condition on several arguments: check(op, sizes, *arguments) raises.
+
+    `cpp` is the call that does the same in C++; `expression`, of the letters, is True where the rule is kept.
+    """
+
+    check: Callable[..., None]
+    cpp: str = ""
+    expression: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    name: str
+    arguments: tuple[Argument, ...]
+    outputs: dict[str, Output]  # in order; empty for a list of tensors
+    backends: tuple[str, ...]  # that have a kernel; elsewhere the reference serves
+    work: tuple[str, str] | None  # the argument to blame, and the product of sizes that has to stay below 2^56
+    rule: Rule | None
+    fake: Callable[..., Any] | None  # for outputs that are not of the kinds above
+
+    @property
+    def private(self) -> bool:
+        return self.name.startswith("_")
+
+    @cached_property
+    def schema(self) -> str:
+        positional = [a.schema for a in self.arguments if not a.keyword_only]
+        keywords = [a.schema for a in self.arguments if a.keyword_only]
+        if not self.outputs:
+            returns = "Tensor[]"
+        elif len(self.outputs) == 1:
+            returns = "Tensor"
+        else:
+            returns = f"({', '.join(f'Tensor {name}' for name in self.outputs)})"
+        return f"({', '.join([*positional, *(['*', *keywords] if keywords else [])])}) -> {returns}"
+
+    def bind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+        """The values of all arguments in the order of the schema."""
+        rest = self.arguments[len(args) :]
+        return [*args, *(kwargs.get(a.name, a.default) for a in rest)]
+
+
+OPS: dict[str, Op] = {}  # by name, private ones too; filled by importing tokenprune_kernels.ops
+
+
+def public_ops() -> tuple[str, ...]:
+    return tuple(name for name, op in OPS.items() if not op.private)
+
+
+def compiled_ops() -> tuple[str, ...]:
+    """The ops that the compiled library defines, private ones too."""
+    return tuple(name for name, op in OPS.items() if set(COMPILED) & set(op.backends))
+
+
+def op(
+    *,
+    returns: Output | dict[str, Output],
+    backends: tuple[str, ...] = (),
+    work: tuple[str, str] | None = None,
+    rule: Rule | None = None,
+    fake: Callable[..., Any] | None = None,
+    **kinds: Kind,
+) -> Callable[[F], F]:
+    """Describe the op that the function below calls; the keywords are its arguments' kinds."""
+
+    def describe(function: F) -> F:
+        name = function.__name__
+        parameters = [p for p in inspect.signature(function).parameters.values() if p.name != "backend"]
+        unknown = kinds.keys() - {p.name for p in parameters}
+        if unknown:
+            raise TypeError(f"@op: {name} has no argument {', '.join(sorted(unknown))}")
+        OPS[name] = Op(
+            name,
+            tuple(
+                Argument(p.name, _SCHEMA_TYPES[p.annotation], p.default, p.kind is p.KEYWORD_ONLY, kinds.get(p.name))
+                for p in parameters
+            ),
+            {name: returns} if isinstance(returns, Output) else returns,
+            backends,
+            work,
+            rule,
+            fake,
+        )
+        return function
+
+    return describe
