@@ -40,7 +40,7 @@ void order_keys(const T* scores, const uint8_t* mask, int64_t n, bool largest, K
   }
   for (int64_t i = 0; i < n; ++i) {
     const Key key = order_key(to_float(scores[i]), mask == nullptr || mask[i]);
-    keys[i] = largest ? key : reversed_key<Key>(key);
+    keys[i] = largest ? key : reversed_key<Wide<T>>(key);
   }
 }
 
@@ -74,7 +74,7 @@ void select_tails(const Tensor& scores, const MaskRows& mask, const Tensor* num_
     order_keys(row, mask.row(b), n, largest, keys);
     choose_best(keys, n, k - tail, space.scratch.get(), chosen);
     if (tail > 0) {
-      for (int64_t i = 0; i < n; ++i) keys[i] = chosen[i] ? kNoKey : reversed_key<Key>(keys[i]);
+      for (int64_t i = 0; i < n; ++i) keys[i] = chosen[i] ? kNoKey : reversed_key<Wide<T>>(keys[i]);
       choose_best(keys, n, tail, space.scratch.get(), chosen);
     }
     selected.list(b, chosen, n);

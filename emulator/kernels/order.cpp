@@ -28,7 +28,7 @@ void bind_format(py::module_& m, const std::string& name) {
     else
       return order_key_of<Key>(stored, to_float(stored));
   });
-  m.def(("reversed_key_" + name).c_str(), [](Key key) { return reversed_key<Key>(key); });
+  m.def(("reversed_key_" + name).c_str(), [](Key key) { return reversed_key<T>(key); });
 }
 
 }  // namespace

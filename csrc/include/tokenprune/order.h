@@ -1,7 +1,7 @@
-// The order of candidates, which every kernel in C++ takes from here: the higher value is better, equal values (also
-// -0.0 and 0.0) go by the lower index, infinities are ordinary numbers, NaN of either sign comes after every number,
-// and a masked token is no candidate. triton/order.py is the twin for Triton; tests/ops/test_order.py holds both
-// against one table, and every op that selects by it.
+// The order of candidates (docs/contract.md, 1.2), which every kernel in C++ takes from here: the higher value is
+// better, equal values (also -0.0 and 0.0) go by the lower index, infinities are ordinary numbers, NaN of either sign
+// comes after every number, and a masked token is no candidate. triton/order.py is the twin for Triton, and
+// tests/ops/test_order.py holds both, and every op that selects by them, against one table.
 //
 // Kernels compare unsigned integer keys: a greater key is a better candidate. A key has the width of its floating-point
 // format, so that a radix selection over 16-bit scores takes half as many passes.
@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "tokenprune/macros.h"
 
@@ -17,47 +18,60 @@ namespace tokenprune {
 // The key of no candidate (masked, or taken already), and that of NaN. The key of -inf is greater in every format.
 constexpr uint32_t kNoKey = 0, kNanKey = 1;
 
-// The key of a number that is stored as `stored` and has the value `value`; Key is as wide as what is stored.
-template <class Key, class T, class A>
-TOKENPRUNE_HD Key order_key_of(const T& stored, A value) {
-  static_assert(sizeof(Key) == sizeof(T), "a key has the width of the format");
-  constexpr Key kSign = static_cast<Key>(Key(1) << (8 * sizeof(Key) - 1)), kAll = static_cast<Key>(~Key(0));
-  Key bits;
-  std::memcpy(&bits, &stored, sizeof bits);
+template <class T>
+using BitsOf = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+
+// The key of a number that is stored as T and has the value `value`, held in an integer at least as wide.
+template <class Held, class T, class A>
+TOKENPRUNE_HD Held order_key_of(const T& stored, A value) {
+  constexpr Held kSign = Held(1) << (8 * sizeof(T) - 1), kAll = 2 * (kSign - 1) + 1;
+  BitsOf<T> narrow;
+  std::memcpy(&narrow, &stored, sizeof narrow);
+  const Held bits = narrow;
   if (value != value) return kNanKey;
   if (value == 0) return kSign;  // -0.0 and 0.0 tie
-  return static_cast<Key>(bits ^ (bits & kSign ? kAll : kSign));
+  return bits ^ (bits & kSign ? kAll : kSign);
 }
 
-TOKENPRUNE_HD uint32_t order_key(float value) { return order_key_of<uint32_t>(value, value); }
-TOKENPRUNE_HD uint64_t order_key(double value) { return order_key_of<uint64_t>(value, value); }
+// The same of a value as it is, in a form of its own: with the one above, the mixture kernel takes a register more.
+TOKENPRUNE_HD uint32_t order_key(float value) {
+  if (value != value) return kNanKey;
+  if (value == 0) value = 0;
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits ^ ((bits >> 31) ? 0xFFFFFFFFu : 0x80000000u);
+}
+
+TOKENPRUNE_HD uint64_t order_key(double value) {
+  if (value != value) return kNanKey;
+  if (value == 0) value = 0;
+  uint64_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits ^ ((bits >> 63) ? 0xFFFFFFFFFFFFFFFFull : 0x8000000000000000ull);
+}
 
 template <class A>
-TOKENPRUNE_HD auto order_key(A value, bool valid) {
+TOKENPRUNE_HD BitsOf<A> order_key(A value, bool valid) {
   return valid ? order_key(value) : kNoKey;
 }
 
-// The key in the reversed order, where the lowest value is best: NaN stays last, no candidate stays none. The key may
-// be held in a wider integer than the one it is a key of.
-template <class Key, class Held>
+// The key of a T in the reversed order, where the lowest value is best: NaN stays last, no candidate stays none.
+template <class T, class Held>
 TOKENPRUNE_HD Held reversed_key(Held key) {
-  return key > kNanKey ? static_cast<Key>(~Key(0)) - key : key;
+  return key > kNanKey ? static_cast<BitsOf<T>>(~BitsOf<T>(0)) - key : key;
 }
 
-// The value behind a key: 0.0 for either zero, and a NaN for kNanKey.
-TOKENPRUNE_HD float value_of_key(uint32_t key) {
-  const uint32_t bits = key & 0x80000000u ? key ^ 0x80000000u : ~key;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-// The same for keys of numbers that are not negative, in one operation.
+// The value behind the key of a number that is not negative: 0.0 for either zero.
 TOKENPRUNE_HD float nonnegative_value_of_key(uint32_t key) {
   const uint32_t bits = key ^ 0x80000000u;
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+// The same for every key, at a second operation; a NaN for kNanKey.
+TOKENPRUNE_HD float value_of_key(uint32_t key) {
+  return nonnegative_value_of_key(key & 0x80000000u ? key : ~key ^ 0x80000000u);
 }
 
 // A key and its token. `a < b` says that a is the better candidate: sorting puts the best one first.

@@ -21,11 +21,8 @@ namespace tokenprune {
 
 static_assert(sizeof(RadixScratch<uint32_t>) <= kSelectStaticShared);
 
-// The keys of a storage type have its width: a pass of the selection less for every 8 bits that it does not have.
-template <class T>
-using ScoreBits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
-
-// keys(i) from the tensors.
+// keys(i) from the tensors. They have the width of the storage type: a pass of the selection less for every 8 bits that
+// it does not have.
 template <class T>
 struct RowKeys {
   const T* scores;
@@ -35,8 +32,8 @@ struct RowKeys {
   __device__ __forceinline__ uint32_t operator()(uint32_t i) const {
     const bool visible = mask == nullptr || __ldg(mask + i) != 0;
     const T score = __ldg(scores + i);
-    const uint32_t key = order_key_of<ScoreBits<T>>(score, to_float(score));
-    return !visible ? kNoKey : (largest ? key : reversed_key<ScoreBits<T>>(key));
+    const uint32_t key = order_key_of<uint32_t>(score, to_float(score));
+    return !visible ? kNoKey : (largest ? key : reversed_key<T>(key));
   }
 };
 
@@ -51,7 +48,6 @@ struct KeptKeys {
 template <class T, class Keys>
 __device__ __forceinline__ void select_tails(const SelectProblem& p, int64_t sample, const Keys& keys, Stretch of_warp,
                                              RadixScratch<uint32_t>& scratch) {
-  using Bits = ScoreBits<T>;
   const int64_t asked = p.num_low == nullptr ? 0 : p.num_low[sample * p.num_low_stride];
   const int64_t tail = asked < 0 ? 0 : (asked < p.k ? asked : p.k);
   // First the high tail; then, with the order reversed, the low one of what the high one did not take. Its ties are one
@@ -62,12 +58,12 @@ __device__ __forceinline__ void select_tails(const SelectProblem& p, int64_t sam
     const uint32_t bound = high.key;
     const auto open = [&](uint32_t i) {
       const uint32_t key = keys(i);
-      return key > bound ? kNoKey : (turn == 0 ? key : reversed_key<Bits>(key));
+      return key > bound ? kNoKey : (turn == 0 ? key : reversed_key<T>(key));
     };
     const Threshold<uint32_t> found = threshold_of_best(open, of_warp, turn == 0 ? p.k - tail : tail, taken, scratch);
     if (turn == 0) {
       high = found;
-      taken = {reversed_key<Bits>(high.key), high.ties};
+      taken = {reversed_key<T>(high.key), high.ties};
     } else {
       low = found;
     }
@@ -77,7 +73,7 @@ __device__ __forceinline__ void select_tails(const SelectProblem& p, int64_t sam
 
   enum { kChosen = 1, kHighTie = 2, kLowTie = 4 };
   const auto classify = [&](uint32_t i) -> uint32_t {
-    const uint32_t key = keys(i), reversed = reversed_key<Bits>(key);
+    const uint32_t key = keys(i), reversed = reversed_key<T>(key);
     if (key == kNoKey) return 0;
     if (key > high.key || reversed > low.key) return kChosen;
     if (key == high.key && high_ties > 0) return kHighTie;
