@@ -34,8 +34,8 @@ def _tensor(a: Argument, kind: TensorKind, first: str | None, known: set[str]) -
 
 
 def _accepted(choice: Choice) -> frozenset[str]:
-    pairs = ("+".join(pair) for pair in itertools.product(choice.words, repeat=2)) if choice.joined else ()
-    return frozenset((*choice.words, *pairs))
+    lengths = (1, 2, 3) if choice.joined else (1,)
+    return frozenset("+".join(words) for n in lengths for words in itertools.product(choice.words, repeat=n))
 
 
 @functools.cache

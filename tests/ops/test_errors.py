@@ -13,6 +13,7 @@ from testing import op_samples as samples
 from testing.cases import BACKENDS, GPU_BACKENDS, backends_of, over_backends
 from testing.op_samples import OPS, Call, Sizes, make, run, run_op, with_arguments
 from tokenprune_kernels import _op as described
+from tokenprune_kernels._accept import is_good
 from tokenprune_kernels._op import Choice, Number
 
 over_ops = pytest.mark.parametrize("op", OPS)
@@ -226,3 +227,23 @@ def test_other_devices_than_the_backends_are_refused() -> None:
         args, kwargs = samples.positional(call)
         with pytest.raises(tp.BackendUnavailableError, match=r"inputs are on meta|library is not loaded"):
             getattr(tp, op)(*args, **kwargs, backend="cpu")
+
+
+def _values(call: Call) -> tuple[Any, ...]:
+    args, kwargs = samples.positional(call)
+    return tuple(described.OPS[call.op].bind(args, kwargs))
+
+
+@pytest.mark.parametrize(("op", "name"), samples.SAMPLES, ids=samples.SAMPLE_IDS)
+def test_the_fast_check_accepts_good_calls(op: str, name: str) -> None:
+    assert is_good(described.OPS[op], _values(make(op, name)))
+
+
+@over_ops
+def test_the_fast_check_accepts_no_wrong_call(op: str) -> None:
+    for fault, _, call in wrong_calls(op):
+        try:
+            accepted = is_good(described.OPS[op], _values(call))
+        except ValueError:  # a rule that says itself what is wrong
+            continue
+        assert not accepted, fault

@@ -1,0 +1,98 @@
+"""CONTRIBUTING.md's lists of files: they exist, and its steps for a new op are all that it takes."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from testing import ROOT
+
+TEXT = (ROOT / "CONTRIBUTING.md").read_text()
+SECTIONS = dict(re.findall(r"^## (Add .*?)\n(.*?)(?=^## |\Z)", TEXT, flags=re.S | re.M))
+# What stands for <op>, <family> and so on where the files are looked for.
+EXAMPLES = {"op": "select_topk", "family": "selection", "method": "coast", "model": "llava"}
+
+OP = '''\
+"""torch.ops.tokenprune.visible_mean: its description and its Python function."""
+
+from torch import Tensor
+
+from .._backend import call
+from .._op import flags, floats, op, scores
+
+
+@op(values=floats("B N"), mask=flags("B N"), returns=scores("B"))
+def visible_mean(values: Tensor, *, mask: Tensor | None = None, backend: str | None = None) -> Tensor:
+    """The mean of each sample's values [B, N] where the mask [B, N] is True; 0 where there is none.
+
+    >>> import torch, tokenprune_kernels as tp
+    >>> tp.visible_mean(torch.tensor([[1.0, 3.0, 9.0]]), mask=torch.tensor([[True, True, False]]))
+    tensor([2.])
+    """
+    return call("visible_mean", backend, values, mask=mask)
+'''
+REFERENCE = """\
+from torch import Tensor
+
+from ._common import ones_like_mask, widen
+
+
+def visible_mean(values: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """The mean of each sample's values where the mask is True, 0 where there is none."""
+    mask = ones_like_mask(values, mask)
+    return widen(values).masked_fill(~mask, 0).sum(-1) / mask.sum(-1).clamp_min(1)
+"""
+
+
+def files_of(section: str) -> list[str]:
+    return re.findall(r"`([\w./<>-]+/[\w.<>-]+\.\w+)`", SECTIONS[section])
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_the_files_it_names_exist(section: str) -> None:
+    named = files_of(section)
+    assert named
+    for name in named:
+        file = re.sub(r"<(\w+)>", lambda m: EXAMPLES[m.group(1)], name)
+        assert (ROOT / file).exists(), f"{section}: {name} (looked for {file})"
+
+
+def test_there_are_steps_for_whatever_the_package_grows_by() -> None:
+    assert list(SECTIONS) == ["Add an op", "Add a kernel for a backend", "Add a method", "Add a model family"]
+
+
+def _export(file: Path, line: str) -> None:
+    text = file.read_text()
+    file.write_text(text.replace("__all__ = [", f'{line}\n\n__all__ = [\n    "visible_mean",', 1))
+
+
+def test_the_steps_for_an_op_are_all_that_it_takes(tmp_path: Path) -> None:
+    """In a copy: four files, and the promises of the contract are tested, through the reference."""
+    steps = [step for step in files_of("Add an op") if step.startswith(("python_ref", "tokenprune_kernels"))]
+    assert len(steps) == 4
+    for folder in ("tokenprune_kernels", "python_ref", "testing", "emulator", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "reference"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / "tokenprune_kernels" / "reference").symlink_to(tmp_path / "python_ref")  # what an installation maps
+
+    (tmp_path / "tokenprune_kernels" / "ops" / "visible_mean.py").write_text(OP)
+    (tmp_path / "python_ref" / "visible_mean.py").write_text(REFERENCE)
+    for package in (tmp_path / "tokenprune_kernels" / "ops", tmp_path / "python_ref"):
+        _export(package / "__init__.py", "from .visible_mean import visible_mean")
+
+    tests = ["tests/ops", *(f"tests/package/test_{name}.py" for name in ("dispatch", "registry", "doctests"))]
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "visible_mean", *tests],
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "TOKENPRUNE_TEST_BACKENDS": "cpu,reference"},
+        cwd=tmp_path, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", ran.stdout)
+    assert passed is not None
+    assert int(passed.group(1)) >= 50, ran.stdout[-2000:]
+    if "skipped" in ran.stdout:
+        assert "visible_mean has no cpu kernel yet" in ran.stdout
