@@ -17,14 +17,14 @@ struct AttentionShape {
 };
 
 struct AttentionPlan {
-  bool few;          // layout of the logits, see simd/attention.h
-  int64_t rows;      // query rows of a block
-  int64_t blocks;    // blocks per sample
-  int64_t groups;    // runs of blocks, each reduced in order by one work item
-  int64_t splits;    // ranges of key heads, each gathered by one work item
-  bool meet_later;   // the splits' gathered probabilities are kept and reduced over rows in a second phase
-  int64_t stride;    // of the logits: lanes or keys in whole vectors
-  int64_t gathered;  // elements of one array of gathered probabilities
+  bool few;            // layout of the logits, see simd/attention.h
+  int64_t rows;        // query rows of a block
+  int64_t blocks;      // blocks per sample
+  int64_t groups;      // runs of blocks, each reduced in order by one work item
+  int64_t splits;      // ranges of key heads, each gathered by one work item
+  bool combine_later;  // the splits' gathered probabilities are kept and reduced over rows in a second phase
+  int64_t stride;      // of the logits: lanes or keys in whole vectors
+  int64_t gathered;    // elements of one array of gathered probabilities
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -72,9 +72,10 @@ inline AttentionPlan plan_attention(const AttentionShape& shape, int64_t width) 
     const int64_t items = shape.batch * plan.blocks;
     const int64_t room = kSharedBytes / std::max<int64_t>(1, items * plan.gathered * shape.wide_size);
     plan.splits = std::max<int64_t>(1, std::min({ceil_div(wanted, items), shape.key_heads, room}));
-    plan.meet_later = plan.splits > 1;
+    plan.combine_later = plan.splits > 1;
     const int64_t partial = kSharedBytes / 4 / std::max<int64_t>(1, shape.batch * shape.keys * shape.wide_size);
-    plan.groups = plan.meet_later ? plan.blocks : std::clamp<int64_t>(std::min<int64_t>(partial, 64), 1, plan.blocks);
+    plan.groups =
+        plan.combine_later ? plan.blocks : std::clamp<int64_t>(std::min<int64_t>(partial, 64), 1, plan.blocks);
   }
   return plan;
 }

@@ -1,4 +1,4 @@
-// One call of an attention op: its memory, its work items and the order in which their results meet.
+// One call of an attention op: its memory, its work items and the order in which their results are combined.
 #pragma once
 
 #include <algorithm>
@@ -66,9 +66,9 @@ class AttentionRun {
     out_heads_ = shape.per_head ? shape.query_heads : 1;
     // What all threads share.
     norms_ = shared_.reserve<A>(call.cosine ? shape.batch * shape.key_heads * keys() : 0);
-    gathered_ =
-        shared_.reserve<A>(plan_.meet_later ? shape.batch * plan_.blocks * plan_.splits * plan_.gathered + width : 0);
-    groups_ = plan_.meet_later ? 1 : plan_.groups;
+    gathered_ = shared_.reserve<A>(
+        plan_.combine_later ? shape.batch * plan_.blocks * plan_.splits * plan_.gathered + width : 0);
+    groups_ = plan_.combine_later ? 1 : plan_.groups;
     partial_in_place_ = shape.scores && groups_ == 1 && !call.key_indices;
     partial_ = shared_.reserve<A>(
         shape.scores && !partial_in_place_ ? shape.batch * groups_ * kinds_ * out_heads_ * keys() : 0);
@@ -84,7 +84,7 @@ class AttentionRun {
     own_.logits = own.reserve<A>(kept * plan_.stride + width);
     own_.factors = own.reserve<A>(plan_.few ? total : chunks * plan_.stride + width);
     own_.sums = own.reserve<A>(plan_.few ? 0 : 2 * chunks * plan_.stride);
-    own_.gathered = own.reserve<A>(shape.scores && !plan_.meet_later ? plan_.gathered + width : 0);
+    own_.gathered = own.reserve<A>(shape.scores && !plan_.combine_later ? plan_.gathered + width : 0);
     own_.positions = own.reserve<int64_t>(call.causal ? plan_.rows : 0);
     // Few enough threads that their scratch memory stays bounded, whatever the machine.
     constexpr int64_t kOwnBytes = 24 << 20;
@@ -106,7 +106,7 @@ class AttentionRun {
         for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) run_item(item, slot);
     });
     if (!shape_.scores) return;
-    if (plan_.meet_later) meet();
+    if (plan_.combine_later) combine();
     write_scores();
   }
 
@@ -187,7 +187,7 @@ class AttentionRun {
     const AttentionSpace<A> space{array(own_.query), array(own_.key), array(own_.logits), array(own_.factors),
                                   array(own_.sums),  plan_.stride,    shape_.scores};
     for (int64_t block = first_block; block < end_block; ++block) {
-      A* gathered = plan_.meet_later ? gathered_of(sample, block, split) : array(own_.gathered);
+      A* gathered = plan_.combine_later ? gathered_of(sample, block, split) : array(own_.gathered);
       AttentionHead<T> head = head_of(sample, block, reinterpret_cast<int64_t*>(own + own_.positions));
       AttentionSpace<A> sized = space;
       if (!plan_.few) sized.lanes = round_up(group() * head.rows, kernels_.width);
@@ -215,7 +215,7 @@ class AttentionRun {
           reduce_rows(reduce, 0, keys());
         }
       }
-      if (!shape_.scores || shape_.per_head || plan_.meet_later) continue;
+      if (!shape_.scores || shape_.per_head || plan_.combine_later) continue;
       reduce.out = partial(sample, part);
       reduce_rows(reduce, 0, keys());
     }
@@ -268,8 +268,8 @@ class AttentionRun {
     }
   }
 
-  // Second phase: the heads that several work items gathered meet in order, then the rows are reduced.
-  void meet() const {
+  // Second phase: combines the heads that several work items gathered, in order, then reduces the rows.
+  void combine() const {
     const int64_t piece = 8 * kernels_.width, pieces = ceil_div(keys(), piece);
     const int64_t grain = 1 + (1 << 16) / (piece * plan_.splits * shape_.rows);
     parallel_for(shape_.batch * pieces, grain, [&](int64_t begin, int64_t end) {
@@ -288,7 +288,7 @@ class AttentionRun {
     });
   }
 
-  // Last phase: partial scores of the row groups meet in order, and the wanted columns are written.
+  // Last phase: combines the partial scores of the row groups in order, and writes the wanted columns.
   void write_scores() const {
     const bool any_mean =
         std::count(call_.reductions.rows.begin(), call_.reductions.rows.end(), QueryReduction::kMean) > 0;

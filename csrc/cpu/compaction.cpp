@@ -7,7 +7,7 @@
 
 #include "op.h"
 #include "parallel.h"
-#include "tokenprune/compact_view.h"
+#include "tokenprune/compaction_view.h"
 
 namespace tokenprune {
 
@@ -79,24 +79,24 @@ void copy_rows(const Plan& plan, const CompactLoop* loops, const int64_t* indice
   const int64_t length = loops[0].size;
   const auto outer = static_cast<int64_t>(plan.view.loops);
   int64_t at[kMaxRank];
-  int64_t offset = 0, place = 0;
+  int64_t offset = 0, slot = 0;
   int64_t line = begin / length;
   for (int64_t l = 1; l < outer; ++l) {
     at[l] = line % loops[l].size;
     line /= loops[l].size;
     offset += at[l] * loops[l].stride;
-    place += at[l] * loops[l].index_stride;
+    slot += at[l] * loops[l].index_stride;
   }
   for (int64_t row = begin; row < end;) {
     const int64_t first = row % length, count = std::min(length - first, end - row);
-    copy(plan, loops[0], plan.from + offset, indices + place, first, first + count, plan.to + row * plan.view.run);
+    copy(plan, loops[0], plan.from + offset, indices + slot, first, first + count, plan.to + row * plan.view.run);
     row += count;
     for (int64_t l = 1; l < outer; ++l) {
       offset += loops[l].stride;
-      place += loops[l].index_stride;
+      slot += loops[l].index_stride;
       if (++at[l] < loops[l].size) break;
       offset -= loops[l].size * loops[l].stride;
-      place -= loops[l].size * loops[l].index_stride;
+      slot -= loops[l].size * loops[l].index_stride;
       at[l] = 0;
     }
   }
@@ -169,15 +169,15 @@ Tensor invert_indices(const Tensor& indices, int64_t size) {
   check_invert_indices(indices, size);
   const int64_t batch = indices.size(0), kept = indices.size(1);
   const int64_t* listed = indices.const_data_ptr<int64_t>();
-  Tensor places = new_empty(indices, {batch, size}, ScalarType::Long);
-  auto* place = places.mutable_data_ptr<int64_t>();
-  std::fill(place, place + batch * size, int64_t(-1));
+  Tensor slots = new_empty(indices, {batch, size}, ScalarType::Long);
+  auto* slot = slots.mutable_data_ptr<int64_t>();
+  std::fill(slot, slot + batch * size, int64_t(-1));
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t n = 0; n < kept; ++n) {
       const int64_t token = listed[b * indices.stride(0) + n * indices.stride(1)];
-      if (token >= 0 && token < size) place[b * size + token] = n;
+      if (token >= 0 && token < size) slot[b * size + token] = n;
     }
-  return places;
+  return slots;
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 #include <cmath>
 #include <tuple>
 
-#include "cpu/choose.h"
+#include "cpu/selection_choose.h"
 #include "dispatch.h"
 #include "op.h"
 
@@ -12,6 +12,7 @@ namespace tokenprune {
 namespace {
 
 using Key = uint64_t;
+using Token = Ranked<Key, int64_t>;
 
 // One of the two score lists of a sample.
 struct Ranking {
@@ -46,12 +47,12 @@ void read_scores(const Tensor& scores, int64_t sample, const uint8_t* mask, int6
 
 // Lists the first reserved + rest tokens and sums up those after the reserved ones.
 void rank(Ranking& list, const uint8_t* mask, int64_t n, int64_t reserved, int64_t rest, MixtureSpace& space) {
-  for (int64_t i = 0; i < n; ++i) list.keys[i] = candidate_key(list.scores[i], mask == nullptr || mask[i]);
+  for (int64_t i = 0; i < n; ++i) list.keys[i] = order_key(list.scores[i], mask == nullptr || mask[i]);
   std::fill(space.chosen.begin(), space.chosen.end(), uint8_t(0));
   choose_best(list.keys.data(), n, reserved + rest, space.scratch.data(), space.chosen.data());
   list.listed = list_ascending(space.chosen.data(), n, n, list.best.data());
   std::sort(list.best.begin(), list.best.begin() + list.listed,
-            [&](int64_t i, int64_t j) { return list.keys[i] != list.keys[j] ? list.keys[i] > list.keys[j] : i < j; });
+            [&](int64_t i, int64_t j) { return Token{list.keys[i], i} < Token{list.keys[j], j}; });
   list.collected = std::max<int64_t>(list.listed - reserved, 0);
   list.mass[0] = 0;
   for (int64_t r = 0; r < list.collected; ++r) list.mass[r + 1] = list.mass[r] + list.scores[list.best[reserved + r]];
@@ -83,7 +84,7 @@ double share(double score, double sum) {
   return part == part ? part : 0;
 }
 
-// Leaves the choice in space.chosen and returns how many places the text ranking got.
+// Leaves the choice in space.chosen and returns how many slots the text ranking got.
 int64_t mix(const uint8_t* mask, int64_t n, int64_t k, int64_t reserved, MixtureSpace& space) {
   const int64_t rest = k - 2 * reserved;
   Ranking &text = space.text, &visual = space.visual;
@@ -101,7 +102,7 @@ int64_t mix(const uint8_t* mask, int64_t n, int64_t k, int64_t reserved, Mixture
     const double text_sum = total(text.scores), visual_sum = total(visual.scores);
     for (int64_t i = 0; i < n; ++i) {
       const double value = std::max(share(text.scores[i], text_sum), share(visual.scores[i], visual_sum));
-      text.keys[i] = candidate_key(value, (mask == nullptr || mask[i]) && !chosen[i]);
+      text.keys[i] = order_key(value, (mask == nullptr || mask[i]) && !chosen[i]);
     }
     choose_best(text.keys.data(), n, free, space.scratch.data(), chosen);
   }

@@ -2,9 +2,9 @@
 //
 // The published loop compares every pick with every token. Here a token is compared with the picks only when it is
 // about to be picked itself. That is exact: suppression never raises a positive score (soft), or any score (hard), so a
-// score that has not yet met the latest picks is an upper bound of the true one. The best bound is settled, that is
-// brought up to date, and either stays best and is picked, or falls back. A token meets every pick at most once and in
-// order, so each score is the same product that the plain loop computes.
+// score to which the latest picks are not yet applied is an upper bound of the true one. The best bound is settled,
+// that is brought up to date, and either stays best and is picked, or falls back. Every pick is applied to a token at
+// most once and in order, so each score is the same product that the plain loop computes.
 
 #include <cmath>
 #include <tuple>
@@ -21,6 +21,8 @@ namespace tokenprune {
 
 namespace {
 
+constexpr int64_t kAxes = 2;  // positions are those on the grid of patches: two coordinates
+
 template <class A>
 struct Suppression {
   A radius, two_spatial2, two_semantic2, threshold;
@@ -31,32 +33,27 @@ struct Suppression {
 template <class T, class A>
 struct Sample {
   using F = Wide<T>;
-  using Rank = decltype(order_key(A()));  // 0: no candidate; else order_key + 1
+  using Key = decltype(order_key(A()));
 
   const T* features;
   int64_t row_stride, dim, n;
   const int64_t* group;  // null: all tokens are of one group
   int64_t group_stride;
-  const A* place;         // [n, 2]
+  const A* coordinates;   // [n, kAxes]
   A* score;               // [n], as of the first `seen` picks
   int64_t* seen;          // [n]
   F* norm;                // [n], negative: not computed yet
-  Rank* tree;             // [2 * leaves], a tournament: tree[i] = max(tree[2i], tree[2i + 1])
+  Key* tree;              // [2 * leaves], a tournament: tree[i] = max(tree[2i], tree[2i + 1])
   int64_t leaves;         // a power of two >= n
   const int64_t* picked;  // [k], in order
 };
 
-template <class A>
-auto rank_of(A score) {
-  return static_cast<decltype(order_key(score))>(order_key(score) + 1);
-}
-
-template <class S, class Rank>
-void set_rank(S& s, int64_t j, Rank rank) {
+template <class S, class Key>
+void set_key(S& s, int64_t j, Key key) {
   int64_t node = s.leaves + j;
-  s.tree[node] = rank;
+  s.tree[node] = key;
   while (node >>= 1) {
-    const Rank best = s.tree[2 * node] > s.tree[2 * node + 1] ? s.tree[2 * node] : s.tree[2 * node + 1];
+    const Key best = s.tree[2 * node] > s.tree[2 * node + 1] ? s.tree[2 * node] : s.tree[2 * node + 1];
     if (s.tree[node] == best) return;
     s.tree[node] = best;
   }
@@ -70,8 +67,8 @@ int64_t best_candidate(const S& s) {
   return node - s.leaves;
 }
 
-// ||f_j||, at least 1e-12. Of a row too large for its squares it is inf (its unit vector is 0), and NaN if the unit
-// vector contains one.
+// ||f_j||, at least kNormFloor. Of a row too large for its squares it is inf (its unit vector is 0), and NaN if the
+// unit vector contains one.
 template <class T, class A>
 Wide<T> norm_of(Sample<T, A>& s, int64_t j) {
   using F = Wide<T>;
@@ -104,39 +101,44 @@ A weight(Sample<T, A>& s, int64_t j, int64_t m, A squared_distance, const Suppre
   return suppression(A(cosine), squared_distance, by.two_spatial2, by.two_semantic2);
 }
 
-// Lets token j meet the picks it has not met yet.
+template <class A>
+A squared_distance_of(const A* a, const A* b) {
+  const A dx = a[0] - b[0], dy = a[1] - b[1];
+  return dx * dx + dy * dy;
+}
+
+// Applies to token j the suppression of the picks since its last update.
 template <class T, class A>
 void settle(Sample<T, A>& s, int64_t j, int64_t picks, const Suppression<A>& by) {
   const A before = s.score[j];
   for (; s.seen[j] < picks; ++s.seen[j]) {
     const int64_t m = s.picked[s.seen[j]];
     if (s.group != nullptr && s.group[j * s.group_stride] != s.group[m * s.group_stride]) continue;
-    const A dx = s.place[2 * j] - s.place[2 * m], dy = s.place[2 * j + 1] - s.place[2 * m + 1];
-    const A squared_distance = dx * dx + dy * dy;
+    const A squared_distance = squared_distance_of(s.coordinates + j * kAxes, s.coordinates + m * kAxes);
     if (!(std::sqrt(squared_distance) <= by.radius)) continue;
     const A w = weight(s, j, m, squared_distance, by);
     if (!by.hard) {
       s.score[j] *= 1 - w;
     } else if (w >= by.threshold) {
-      set_rank(s, j, typename Sample<T, A>::Rank(0));
+      set_key(s, j, typename Sample<T, A>::Key(kNoKey));
       return;
     }
   }
-  if (!(s.score[j] == before)) set_rank(s, j, rank_of(s.score[j]));
+  if (!(s.score[j] == before)) set_key(s, j, order_key(s.score[j]));
 }
 
 // The next pick, or -1.
 template <class T, class A>
 int64_t next_pick(Sample<T, A>& s, int64_t picks, const Suppression<A>& by) {
-  using Rank = typename Sample<T, A>::Rank;
+  using Key = typename Sample<T, A>::Key;
   for (;;) {
-    if (!by.hard && s.tree[1] != 0 && s.tree[1] <= rank_of(A(0))) {
-      // Suppression raises negative scores, so the bound is lost: from here on every token meets every pick at once.
+    if (!by.hard && s.tree[1] != kNoKey && s.tree[1] <= order_key(A(0))) {
+      // Suppression raises negative scores, so the bound is lost: from here on all tokens are settled at every pick.
       for (int64_t j = 0; j < s.n; ++j)
-        if (s.tree[s.leaves + j] != Rank(0)) settle(s, j, picks, by);
+        if (s.tree[s.leaves + j] != Key(kNoKey)) settle(s, j, picks, by);
       return best_candidate(s);
     }
-    if (s.tree[1] == 0) return -1;
+    if (s.tree[1] == kNoKey) return -1;
     const int64_t best = best_candidate(s);
     if (s.seen[best] == picks) return best;
     settle(s, best, picks, by);
@@ -171,15 +173,15 @@ struct Outputs {
 template <class T, class A>
 void run(const Tensor& scores, const Tensor& features, const Tensor& positions, const OptionalTensor& groups,
          const OptionalTensor& mask, const Suppression<A>& by, const Outputs& out) {
-  using Rank = typename Sample<T, A>::Rank;
+  using Key = typename Sample<T, A>::Key;
   const int64_t batch = scores.size(0), n = scores.size(1), dim = features.size(2), steps = std::min(out.k, n);
   int64_t leaves = 1;
   while (leaves < n) leaves *= 2;
   std::vector<A> score = widened<A>(scores);
-  const std::vector<A> place = widened<A>(positions);
+  const std::vector<A> coordinates = widened<A>(positions);
   std::vector<Wide<T>> norm(batch * n, -1);
   std::vector<int64_t> seen(batch * n, 0);
-  std::vector<Rank> tree(batch * 2 * leaves, 0);
+  std::vector<Key> tree(batch * 2 * leaves, kNoKey);
   const T* rows = static_cast<const T*>(features.const_data_ptr());
   const uint8_t* allowed = mask_bytes(mask);
   const int64_t* group = groups ? groups->const_data_ptr<int64_t>() : nullptr;
@@ -191,7 +193,7 @@ void run(const Tensor& scores, const Tensor& features, const Tensor& positions, 
                    n,
                    group ? group + b * groups->stride(0) : nullptr,
                    group ? groups->stride(1) : 0,
-                   place.data() + b * n * 2,
+                   coordinates.data() + b * n * kAxes,
                    score.data() + b * n,
                    seen.data() + b * n,
                    norm.data() + b * n,
@@ -199,7 +201,7 @@ void run(const Tensor& scores, const Tensor& features, const Tensor& positions, 
                    leaves,
                    out.indices + b * out.k};
     for (int64_t j = 0; j < n; ++j)
-      if (!allowed || allowed[b * mask->stride(0) + j * mask->stride(1)]) s.tree[leaves + j] = rank_of(s.score[j]);
+      if (!allowed || allowed[b * mask->stride(0) + j * mask->stride(1)]) s.tree[leaves + j] = order_key(s.score[j]);
     for (int64_t node = leaves - 1; node > 0; --node) s.tree[node] = std::max(s.tree[2 * node], s.tree[2 * node + 1]);
     int64_t picks = 0;
     for (; picks < steps; ++picks) {
@@ -208,7 +210,7 @@ void run(const Tensor& scores, const Tensor& features, const Tensor& positions, 
       out.indices[b * out.k + picks] = pick;
       if (out.scores_f64) out.scores_f64[b * out.k + picks] = double(s.score[pick]);
       if (out.scores_f32) out.scores_f32[b * out.k + picks] = float(s.score[pick]);
-      set_rank(s, pick, Rank(0));
+      set_key(s, pick, Key(kNoKey));
     }
     out.counts[b] = picks;
     for (; picks < out.k; ++picks) {

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <utility>
 #include <vector>
 
 #include "args/repulsion.h"
@@ -48,11 +47,17 @@ template <class A>
 using Key = decltype(order_key(A()));
 // Sorts as the candidate order for the smallest value does: the lesser rank is the better candidate.
 template <class A>
-using Rank = std::pair<Key<A>, int64_t>;
+using Rank = Ranked<Key<A>, int64_t>;
 
 template <class A>
 Rank<A> rank(A value, int64_t i) {
-  return {static_cast<Key<A>>(~order_key(static_cast<A>(-value))), i};
+  return {order_key(static_cast<A>(-value)), i};
+}
+
+// Behind every candidate.
+template <class A>
+Rank<A> worst_rank() {
+  return {kNoKey, std::numeric_limits<int64_t>::max()};
 }
 
 template <class A>
@@ -65,16 +70,16 @@ A squared_distance(const Sample<A>& s, int64_t i, int64_t j) {
   return sum;
 }
 
-// For max: what a token keeps of the selected ones it has met, the largest cosine or the smallest r2 (phi falls with
-// r2), starting from nothing_met, and its U.
+// For max: what a token keeps of the selected ones, the largest cosine or the smallest r2 (phi falls with r2): before
+// any is selected, when j is selected too, and the U that follows.
 template <class A>
-A nothing_met(const Sample<A>& s) {
+A initial_extreme(const Sample<A>& s) {
   const A infinite = std::numeric_limits<A>::infinity();
   return s.potential == Potential::kCosine ? -infinite : infinite;
 }
 
 template <class A>
-void meet(const Sample<A>& s, A cosine, int64_t i, int64_t j, A& extreme) {
+void update_extreme(const Sample<A>& s, A cosine, int64_t i, int64_t j, A& extreme) {
   if (s.potential == Potential::kCosine) {
     extreme = nan_max(extreme, cosine);
     return;
@@ -100,17 +105,13 @@ A objective_of(const Sample<A>& s, int64_t i, A extreme) {
 // The best available token, or -1.
 template <class A>
 int64_t best_of(const A* value, const std::vector<char>& available, int64_t n) {
-  int64_t best = -1;
-  Rank<A> lowest{};
+  Rank<A> best = worst_rank<A>();
   for (int64_t i = 0; i < n; ++i) {
     if (!available[i]) continue;
-    const Rank<A> r = rank(value[i], i);
-    if (best < 0 || r < lowest) {
-      best = i;
-      lowest = r;
-    }
+    const Rank<A> own = rank(value[i], i);
+    if (own < best) best = own;
   }
-  return best;
+  return best.key == kNoKey ? -1 : best.index;
 }
 
 // The seeds without repetitions, in ascending order; `available` loses them and the masked tokens.

@@ -57,7 +57,7 @@ template <class A>
 int64_t sample_gram(const Sample<A>& s, std::vector<char>& available) {
   const std::unique_ptr<A[]> gram(new A[s.n * s.n]);
   fill_triangle(s, gram.get());
-  std::vector<A> objective = nearest(s, gram.get()), extreme(s.n, nothing_met(s));
+  std::vector<A> objective = nearest(s, gram.get()), extreme(s.n, initial_extreme(s));
   for (int64_t picked = 0; picked < s.k; ++picked) {
     const int64_t j = best_of(objective.data(), available, s.n);
     if (j < 0) return picked;
@@ -65,7 +65,7 @@ int64_t sample_gram(const Sample<A>& s, std::vector<char>& available) {
     available[j] = 0;
     for (int64_t i = 0; i < s.n; ++i) {
       if (!available[i]) continue;
-      meet(s, i < j ? gram[j * s.n + i] : gram[i * s.n + j], i, j, extreme[i]);
+      update_extreme(s, i < j ? gram[j * s.n + i] : gram[i * s.n + j], i, j, extreme[i]);
       objective[i] = objective_of(s, i, extreme[i]);
     }
   }

@@ -1,6 +1,6 @@
-// max: lazy greedy. U(i) only gets worse as tokens are selected, so the U of a token that has met only the first few
-// selected ones bounds its true U from below. A heap keeps the bounds; tokens at its top are brought up to date until
-// an up-to-date one stays there. Most tokens never meet most of the selected ones.
+// max: lazy greedy. U(i) only gets worse as tokens are selected, so the U of a token over only the first few selected
+// ones bounds its true U from below. A heap keeps the bounds; tokens at its top are brought up to date until an
+// up-to-date one stays there. Most tokens are never compared with most of the selected ones.
 #include <numeric>
 
 #include "cpu/repulsion.h"
@@ -14,8 +14,8 @@ struct Lazy {
   const Sample<A>& sample;
   std::vector<int64_t> selected;
   std::vector<const A*> selected_rows;
-  std::vector<int64_t> seen;  // how many of the selected tokens this one has met
-  std::vector<A> extreme;     // over those, see meet
+  std::vector<int64_t> seen;  // how many of the selected tokens this one is compared with
+  std::vector<A> extreme;     // over those, see update_extreme
   std::vector<A> bound;       // U over those
   std::vector<int64_t> batch;
 };
@@ -28,14 +28,9 @@ Lazy<A> start_lazy(const Sample<A>& s, std::vector<int64_t> selected) {
           std::move(selected),
           std::move(rows),
           std::vector<int64_t>(s.n),
-          std::vector<A>(s.n, nothing_met(s)),
+          std::vector<A>(s.n, initial_extreme(s)),
           std::vector<A>(s.n),
           {}};
-}
-
-template <class A>
-Rank<A> worst_rank() {
-  return {std::numeric_limits<Key<A>>::max(), std::numeric_limits<int64_t>::max()};
 }
 
 template <class A>
@@ -43,8 +38,8 @@ bool worse(const Rank<A>& a, const Rank<A>& b) {
   return b < a;
 }
 
-// Let up to kMaxPairRows tokens meet the selected ones in [their `seen`, last), in portions, and stop early once every
-// one of them is worse than `limit`.
+// Applies the selected tokens in [their `seen`, last) to up to kMaxPairRows tokens, in portions, and stops early once
+// every one of them is worse than `limit`.
 template <class A>
 void bring_up(Lazy<A>& lazy, const int64_t* tokens, int64_t count, int64_t last, const Rank<A>& limit) {
   constexpr int64_t kPortion = 12;
@@ -66,7 +61,7 @@ void bring_up(Lazy<A>& lazy, const int64_t* tokens, int64_t count, int64_t last,
       const int64_t i = tokens[r];
       for (int64_t t = 0; t < width; ++t) {
         const int64_t j = lazy.selected[begin + t];
-        if (j != i) meet(s, dots[r * width + t], i, j, lazy.extreme[i]);
+        if (j != i) update_extreme(s, dots[r * width + t], i, j, lazy.extreme[i]);
       }
       lazy.seen[i] = std::max(lazy.seen[i], end);
       lazy.bound[i] = objective_of(s, i, lazy.extreme[i]);
@@ -97,7 +92,7 @@ void bring_up_all(Lazy<A>& lazy, std::vector<int64_t>& tokens, int64_t last, con
   });
 }
 
-// Everybody in `tokens` meets the first few selected ones; then they wait in a heap, the best one on top.
+// Applies the first few selected ones to all `tokens`; then they wait in a heap, the best one on top.
 template <class A>
 std::vector<Rank<A>> first_round(Lazy<A>& lazy, std::vector<int64_t>& tokens) {
   constexpr int64_t kFirstPortion = 8;
@@ -115,11 +110,11 @@ int64_t pop_best(Lazy<A>& lazy, std::vector<Rank<A>>& heap) {
   constexpr int64_t kSmallBatch = 4, kLargeBatch = 64;
   const int64_t last = lazy.selected.size();
   std::vector<int64_t>& batch = lazy.batch;
-  Rank<A> limit = worst_rank<A>();  // the best candidate that has met all selected ones
-  for (int64_t size = kSmallBatch; lazy.seen[heap.front().second] < last; size = std::min(2 * size, kLargeBatch)) {
+  Rank<A> limit = worst_rank<A>();  // the best candidate that is up to date
+  for (int64_t size = kSmallBatch; lazy.seen[heap.front().index] < last; size = std::min(2 * size, kLargeBatch)) {
     batch.clear();
     while (!heap.empty() && static_cast<int64_t>(batch.size()) < size && heap.front() < limit) {
-      const int64_t i = heap.front().second;
+      const int64_t i = heap.front().index;
       if (lazy.seen[i] == last) {
         limit = heap.front();
         break;
@@ -135,15 +130,15 @@ int64_t pop_best(Lazy<A>& lazy, std::vector<Rank<A>>& heap) {
       std::push_heap(heap.begin(), heap.end(), worse<A>);
     }
   }
-  const int64_t best = heap.front().second;
+  const int64_t best = heap.front().index;
   std::pop_heap(heap.begin(), heap.end(), worse<A>);
   heap.pop_back();
   return best;
 }
 
 // The valid token whose largest cosine with another valid one is smallest, or -1: one lazy step in which all valid
-// tokens count as selected. They are met block by block, so that a block stays in cache, and in scattered order, so
-// that a token soon meets one like itself; whoever is worse than a token that has met all drops out.
+// tokens count as selected. They are applied block by block, so that a block stays in cache, and in scattered order,
+// so that a token is soon compared with one like itself; one that is worse than an up-to-date one drops out.
 template <class A>
 int64_t most_isolated(const Sample<A>& s, const std::vector<char>& available) {
   constexpr int64_t kBlock = 24, kSure = 8;
@@ -160,7 +155,7 @@ int64_t most_isolated(const Sample<A>& s, const std::vector<char>& available) {
   std::vector<int64_t> scattered(n);
   for (int64_t t = 0; t < n; ++t) scattered[t] = alive[t * step % n];
   Lazy<A> lazy = start_lazy(plain, std::move(scattered));
-  Rank<A> limit = worst_rank<A>();  // the best token that has met all
+  Rank<A> limit = worst_rank<A>();  // the best token that is up to date
   const auto by_bound = [&](int64_t a, int64_t b) { return rank(lazy.bound[a], a) < rank(lazy.bound[b], b); };
   int64_t refresh = kBlock;
   for (int64_t last = std::min(kBlock, n);; last = std::min(last + kBlock, n)) {
@@ -182,7 +177,7 @@ int64_t most_isolated(const Sample<A>& s, const std::vector<char>& available) {
     if (last == n || alive.empty()) break;
   }
   for (const int64_t i : alive) limit = std::min(limit, rank(lazy.bound[i], i));
-  return limit.second;
+  return limit.index;
 }
 
 // cos(f_i, sum of the unit vectors of all valid tokens) for every token.

@@ -19,7 +19,7 @@ template <class A>
 struct Rows {
   const Sample<A>& sample;
   int64_t length, capacity;         // n, padded; slots for rows
-  std::vector<A> places;            // the positions by axis, [axes][length]
+  std::vector<A> coordinates;       // the positions by axis, [axes][length]
   std::unique_ptr<A[]> panels;      // kActive tokens at most
   std::unique_ptr<A[]> potentials;  // [capacity][length]
   std::vector<int64_t> token_of;    // slot -> token, or -1
@@ -54,7 +54,7 @@ Rows<A> start_rows(const Sample<A>& s) {
                fresh(predicts(s) ? kActive * stride : 0),
                fresh(predicts(s) ? kActive * kActive : 0)};
   for (int64_t i = 0; i < s.n; ++i)
-    for (int64_t a = 0; a < s.axes; ++a) rows.places[a * length + i] = s.positions[i * s.axes + a];
+    for (int64_t a = 0; a < s.axes; ++a) rows.coordinates[a * length + i] = s.positions[i * s.axes + a];
   return rows;
 }
 
@@ -100,9 +100,9 @@ void compute_rows(Rows<A>& rows, const int64_t* tokens, int64_t count) {
           if (s.potential == Potential::kCosine) continue;
           std::fill(distances, distances + kChunk, A(0));
           for (int64_t a = 0; a < s.axes; ++a) {
-            const A* place = rows.places.data() + a * rows.length + start;
-            const A here = rows.places[a * rows.length + tokens[l]];
-            for (int64_t i = 0; i < full; ++i) distances[i] += (place[i] - here) * (place[i] - here);
+            const A* axis = rows.coordinates.data() + a * rows.length + start;
+            const A here = rows.coordinates[a * rows.length + tokens[l]];
+            for (int64_t i = 0; i < full; ++i) distances[i] += (axis[i] - here) * (axis[i] - here);
           }
           own.potentials(s.potential, s.weights, distances, full, out);
         }
@@ -217,7 +217,7 @@ int64_t sample_sum(const Sample<A>& s) {
       const int64_t active = std::min<int64_t>(candidates.size(), predicting ? kActive - 1 : wanted);
       std::nth_element(candidates.begin(), candidates.begin() + active, candidates.end());
       batch.assign(1, next);
-      for (int64_t c = 0; c < active; ++c) batch.push_back(candidates[c].second);
+      for (int64_t c = 0; c < active; ++c) batch.push_back(candidates[c].index);
       if (predicting) predict(rows, batch, value.data(), wanted);
       compute_rows(rows, batch.data(), batch.size());
     }

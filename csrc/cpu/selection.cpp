@@ -4,7 +4,7 @@
 #include <cstring>
 #include <tuple>
 
-#include "cpu/choose.h"
+#include "cpu/selection_choose.h"
 #include "dispatch.h"
 #include "op.h"
 #include "tokenprune/math.h"
@@ -31,16 +31,16 @@ struct Selected {
   int64_t *index, *count;
 };
 
-// keys[i] of the tokens that `mask` allows, ordered by value or, with `largest` false, by negated value.
+// keys[i] of the tokens that `mask` allows, in the order of values or, with `largest` false, in the reversed one.
 template <class T, class Key>
-void candidate_keys(const T* scores, const uint8_t* mask, int64_t n, bool largest, Key* keys) {
+void order_keys(const T* scores, const uint8_t* mask, int64_t n, bool largest, Key* keys) {
   if (mask == nullptr && largest) {
-    for (int64_t i = 0; i < n; ++i) keys[i] = candidate_key(to_float(scores[i]), true);
+    for (int64_t i = 0; i < n; ++i) keys[i] = order_key(to_float(scores[i]));
     return;
   }
   for (int64_t i = 0; i < n; ++i) {
-    const auto value = to_float(scores[i]);
-    keys[i] = candidate_key(largest ? value : -value, mask == nullptr || mask[i]);
+    const Key key = order_key(to_float(scores[i]), mask == nullptr || mask[i]);
+    keys[i] = largest ? key : reversed_key<Wide<T>>(key);
   }
 }
 
@@ -71,11 +71,10 @@ void select_tails(const Tensor& scores, const MaskRows& mask, const Tensor* num_
     const T* row = values + b * stride;
     const int64_t tail = low != nullptr ? std::clamp<int64_t>(low[b * low_stride], 0, k) : 0;
     std::fill(chosen, chosen + n, uint8_t(0));
-    candidate_keys(row, mask.row(b), n, largest, keys);
+    order_keys(row, mask.row(b), n, largest, keys);
     choose_best(keys, n, k - tail, space.scratch.get(), chosen);
     if (tail > 0) {
-      candidate_keys(row, mask.row(b), n, false, keys);
-      for (int64_t i = 0; i < n; ++i) keys[i] = chosen[i] ? 0 : keys[i];
+      for (int64_t i = 0; i < n; ++i) keys[i] = chosen[i] ? kNoKey : reversed_key<Wide<T>>(keys[i]);
       choose_best(keys, n, tail, space.scratch.get(), chosen);
     }
     selected.list(b, chosen, n);

@@ -22,7 +22,8 @@ namespace tokenprune {
 
 namespace {
 
-constexpr int64_t kTile = 48;  // features that meet a panel together: a multiple of every capability's register tile
+constexpr int64_t kTile =
+    48;  // features that are multiplied with a panel together: a multiple of every capability's register tile
 
 // Rows of every sample, sample b's at [begin[b], begin[b + 1]).
 template <class T>
@@ -117,7 +118,7 @@ Tensor unit_sums(const Tensor& like, const Lists<T>& lists, int64_t batch, int64
   return sums;
 }
 
-// The rows that one sample's features meet.
+// The rows with which one sample's features are multiplied.
 template <class A>
 struct Opponents {
   const A *panels, *singles, *sum;  // sum is null when no mean is wanted

@@ -11,38 +11,40 @@ namespace {
 Tensor run_attention_columns(const char* op, const AttentionInputs& inputs, const Tensor& lse,
                              const OptionalTensor& key_indices_in, const OptionalTensor& query_mask_in,
                              const AttentionReductions& reductions, bool one_launch, const CudaScope& cuda) {
-  ColumnProblem c{};
-  c.attention = inputs.problem;
-  const AttentionProblem& p = c.attention;
-  c.lse = lse.const_data_ptr<float>();
-  c.columns = p.keys;
-  OptionalTensor key_indices;
-  if (key_indices_in) {
-    key_indices = with_contiguous_rows(*key_indices_in);
-    c.key_indices = key_indices->const_data_ptr<int64_t>();
-    c.key_indices_stride = key_indices->stride(0);
-    c.columns = key_indices->size(1);
-  }
+  const AttentionProblem& p = inputs.problem;
+  const OptionalTensor key_indices = with_contiguous_rows(key_indices_in);
   const MaskArgument query_mask(query_mask_in);
-  c.query_mask = query_mask.data();
-  c.query_mask_stride = query_mask.stride();
-  c.heads = static_cast<ColumnHeads>(reductions.heads);
-  c.total_kinds = static_cast<int64_t>(reductions.rows.size());
-  c.last_only = true;
-  for (const QueryReduction rows : reductions.rows) c.last_only = c.last_only && rows == QueryReduction::kLast;
-  const Shape shape =
-      c.per_head() ? Shape{p.batch, c.total_kinds, p.query_heads, c.columns} : Shape{p.batch, c.total_kinds, c.columns};
+  const auto heads = static_cast<ColumnHeads>(reductions.heads);
+  const auto kinds = static_cast<int64_t>(reductions.rows.size());
+  const bool last_only = std::all_of(reductions.rows.begin(), reductions.rows.end(),
+                                     [](QueryReduction rows) { return rows == QueryReduction::kLast; });
+  const int64_t columns = key_indices ? key_indices->size(1) : p.keys;
+  const bool per_head = heads == ColumnHeads::kNone;
+  const Shape shape = per_head ? Shape{p.batch, kinds, p.query_heads, columns} : Shape{p.batch, kinds, columns};
   Tensor scores = new_empty(inputs.query, shape, ScalarType::Float);
-  c.scores = scores.mutable_data_ptr<float>();
   const ColumnPlan plan =
-      plan_attention_columns({p.batch, p.query_heads, p.key_heads, p.rows, p.dim, c.columns,
-                              static_cast<int>(inputs.query.element_size()), c.per_head(), c.last_only, one_launch},
+      plan_attention_columns({p.batch, p.query_heads, p.key_heads, p.rows, p.dim, columns,
+                              static_cast<int>(inputs.query.element_size()), per_head, last_only, one_launch},
                              cuda.limits());
   OptionalTensor partial;
-  if (plan.row_parts > 1) {
-    partial = new_empty(inputs.query, {plan.partial_elements(p.batch, c.out_heads(), c.columns)}, ScalarType::Float);
-    c.partial = partial->mutable_data_ptr<float>();
-  }
+  if (plan.row_parts > 1)
+    partial = new_empty(inputs.query, {plan.partial_elements(p.batch, per_head ? p.query_heads : 1, columns)},
+                        ScalarType::Float);
+  ColumnProblem c{p,
+                  lse.const_data_ptr<float>(),
+                  key_indices ? key_indices->const_data_ptr<int64_t>() : nullptr,
+                  key_indices ? key_indices->stride(0) : 0,
+                  columns,
+                  query_mask.data(),
+                  query_mask.stride(),
+                  heads,
+                  last_only,
+                  0,
+                  0,
+                  0,
+                  kinds,
+                  scores.mutable_data_ptr<float>(),
+                  partial ? partial->mutable_data_ptr<float>() : nullptr};
   for (; c.first_kind < c.total_kinds; c.first_kind += kMaxKinds) {
     c.kind_count = static_cast<int>(std::min<int64_t>(kMaxKinds, c.total_kinds - c.first_kind));
     c.kinds = 0;

@@ -21,38 +21,41 @@ struct AttentionInputs {
   AttentionInputs(const Tensor& query_in, const Tensor& key_in, const OptionalTensor& key_mask_in,
                   const OptionalTensor& query_positions, std::optional<double> scale, bool causal, bool cosine)
       : query(with_contiguous_rows(query_in)), key(with_contiguous_rows(key_in)), key_mask(key_mask_in), problem{} {
-    AttentionProblem& p = problem;
-    p.query = query.const_data_ptr();
-    p.key = key.const_data_ptr();
-    p.query_strides = strides_of(query);
-    p.key_strides = strides_of(key);
-    p.batch = query.size(0);
-    p.query_heads = query.size(1);
-    p.key_heads = key.size(1);
-    p.rows = query.size(2);
-    p.keys = key.size(2);
-    p.dim = query.size(3);
-    if (p.group() > 1 && p.group_rows() >= int64_t(1) << 31)
-      fail("attention", "query", "have fewer than 2^31 rows per key head", p.group_rows());
-    const int64_t element = query.element_size();
-    if (p.keys == 0) p.key = p.query;  // without memory of its own; copies of zeros name an address all the same
-    p.query_aligned = vectors_are_aligned(p.query, p.query_strides, p.dim, element);
-    p.key_aligned = vectors_are_aligned(p.key, p.key_strides, p.dim, element);
-    p.key_mask = key_mask.data();
-    p.key_mask_stride = key_mask.stride();
-    if (causal && query_positions) {
-      positions = with_contiguous_rows(*query_positions);
-      p.query_positions = positions->const_data_ptr<int64_t>();
-      p.query_positions_stride = positions->stride(0);
-    }
-    p.scale = static_cast<float>(scale ? *scale : cosine ? 1.0 : 1 / std::sqrt(static_cast<double>(p.dim)));
-    p.causal = causal;
-    p.cosine = cosine;
-    if (!cosine) return;
-    const int64_t queries = p.batch * p.query_heads * p.rows;
-    norms = new_empty(query, {queries + p.batch * p.key_heads * p.keys}, ScalarType::Float);
-    p.query_inverse_norms = norms->mutable_data_ptr<float>();
-    p.key_inverse_norms = p.query_inverse_norms + queries;
+    const int64_t batch = query.size(0), query_heads = query.size(1), key_heads = key.size(1);
+    const int64_t rows = query.size(2), keys = key.size(2), dim = query.size(3), element = query.element_size();
+    if (query_heads > key_heads && key_heads > 0 && query_heads / key_heads * rows >= int64_t(1) << 31)
+      fail("attention", "query", "have fewer than 2^31 rows per key head", query_heads / key_heads * rows);
+    if (causal && query_positions) positions = with_contiguous_rows(*query_positions);
+    const int64_t queries = batch * query_heads * rows;
+    if (cosine) norms = new_empty(query, {queries + batch * key_heads * keys}, ScalarType::Float);
+    float* inverse_norms = norms ? norms->mutable_data_ptr<float>() : nullptr;
+    const void* query_data = query.const_data_ptr();
+    // Without keys there is no memory of theirs; copies of zeros name an address all the same.
+    const void* key_data = keys == 0 ? query_data : key.const_data_ptr();
+    const VectorStrides query_strides = strides_of(query), key_strides = strides_of(key);
+    problem = {query_data,
+               key_data,
+               query_strides,
+               key_strides,
+               vectors_are_aligned(query_data, query_strides, dim, element),
+               vectors_are_aligned(key_data, key_strides, dim, element),
+               batch,
+               query_heads,
+               key_heads,
+               rows,
+               keys,
+               dim,
+               key_mask.data(),
+               key_mask.stride(),
+               positions ? positions->const_data_ptr<int64_t>() : nullptr,
+               positions ? positions->stride(0) : 0,
+               static_cast<float>(scale    ? *scale
+                                  : cosine ? 1.0
+                                           : 1 / std::sqrt(static_cast<double>(dim))),
+               causal,
+               cosine,
+               inverse_norms,
+               cosine ? inverse_norms + queries : nullptr};
   }
 
  private:

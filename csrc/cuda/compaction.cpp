@@ -40,16 +40,16 @@ std::vector<Tensor> gather_compact(const std::vector<Tensor>& tensors, const Ten
 Tensor invert_indices(const Tensor& indices, int64_t size) {
   check_invert_indices(indices, size);
   const CudaScope cuda(indices);
-  Tensor places = new_empty(indices, {indices.size(0), size}, ScalarType::Long);
+  Tensor slots = new_empty(indices, {indices.size(0), size}, ScalarType::Long);
   const InvertProblem problem{indices.const_data_ptr<int64_t>(),
                               indices.stride(0),
                               indices.stride(1),
-                              places.mutable_data_ptr<int64_t>(),
+                              slots.mutable_data_ptr<int64_t>(),
                               indices.size(0),
                               indices.size(1),
                               size};
   check_launch("_invert_indices", launch_invert_indices(problem, cuda.limits(), cuda.stream()), {{"indices", indices}});
-  return places;
+  return slots;
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // The selection kernels for every storage type.
-#include "tokenprune/score_entropy.cuh"
-#include "tokenprune/topk.cuh"
+#include "tokenprune/selection_entropy.cuh"
+#include "tokenprune/selection_topk.cuh"
 
 namespace tokenprune {
 

@@ -13,6 +13,7 @@ namespace py = pybind11;
 namespace emulator = tokenprune::emulator;
 
 void bind_planners(py::module_& m);  // planners.cpp
+void bind_order(py::module_& m);     // order.cpp
 
 PYBIND11_MODULE(_emulator, m) {
   py::enum_<emulator::Schedule>(m, "Schedule")
@@ -52,4 +53,5 @@ PYBIND11_MODULE(_emulator, m) {
     return launches;
   });
   bind_planners(m);
+  bind_order(m);
 }

@@ -247,8 +247,9 @@ def test_configurations(batch: int, n: int, channels: int) -> None:
 
 
 def test_numbers_beyond_float32() -> None:
-    from tokenprune_kernels.triton import potential
+    from tokenprune_kernels.triton import repulsion_objective as objective
+    from tokenprune_kernels.triton.runtime import float32
 
-    assert potential.weights(1.0, 0.5, 3.0, 1e-6, 1e200) == (2.0, 0.5, 1.5, potential.float32(1e-6), float("inf"))
-    assert potential.float32(0.1) == torch.tensor(0.1).item()
-    assert [potential.power_of(e) for e in (1.0, 2.0, 1.5)] == [1, 2, 0]
+    assert objective.weights(1.0, 0.5, 3.0, 1e-6, 1e200) == (2.0, 0.5, 1.5, float32(1e-6), float("inf"))
+    assert float32(0.1) == torch.tensor(0.1).item()
+    assert [objective.power_of(e) for e in (1.0, 2.0, 1.5)] == [1, 2, 0]

@@ -116,7 +116,7 @@ def test_inner_products_of_correlated_features(unit: Unit) -> None:
 def test_the_most_similar_of_many_correlated_tokens() -> None:
     """isolated_kernel, whose products are not stored."""
     from tokenprune_kernels.triton.gram import inverse_norms, row_config
-    from tokenprune_kernels.triton.potential import Call
+    from tokenprune_kernels.triton.repulsion_objective import Call
     from tokenprune_kernels.triton.repulsion_steps import SPLITS, _isolation
     from tokenprune_kernels.triton.runtime import target
 

@@ -44,17 +44,17 @@ def test_blocks(n):
 
 
 @given(SIZES, SIZES)
-def test_places_of_the_sort(n, listed):
+def test_sort_in_registers(n, listed):
     listed = min(listed, n)
     config = mixture.list_config(n, listed)
-    places = config.blocks["PLACES"]
+    in_registers = config.blocks["SORTED"]
     assert config.blocks["BLOCK_N"] == radix.select_config(n).blocks["BLOCK_N"]
     assert config.num_warps <= 8
     if listed > mixture.LARGEST_SORT:
-        assert places == 0
+        assert in_registers == 0
     else:
-        assert places & (places - 1) == 0
-        assert max(listed, 32) <= places < 2 * max(listed, 32)
+        assert in_registers & (in_registers - 1) == 0
+        assert max(listed, 32) <= in_registers < 2 * max(listed, 32)
 
 
 @pytest.fixture

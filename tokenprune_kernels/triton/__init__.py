@@ -5,12 +5,12 @@ Importing this package imports Triton; the rest of tokenprune_kernels does so on
 
 from .attention import attention_entropy, attention_scores, cross_attention_scores
 from .compaction import _invert_indices, gather_compact
-from .entropy_of_scores import score_entropy
 from .mixture import select_mixture
 from .nms import spatial_semantic_nms
 from .repulsion import repulsion_sample
+from .selection_entropy import score_entropy
+from .selection_topk import mask_to_indices, select_topk, select_two_tailed
 from .similarity import contrastive_scores, cosine_scores
-from .topk import mask_to_indices, select_topk, select_two_tailed
 
 __all__ = [
     "_invert_indices",

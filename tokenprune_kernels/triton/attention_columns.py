@@ -1,7 +1,7 @@
 """The column pass of the attention ops: scores of keys from the rows' log-sum-exp.
 
 P(h, i, j) = exp(s(h, i, j) - lse(h, i)) where key j is visible to row i. Heads are reduced before rows, and a maximum
-over rows of a mean over heads needs all heads of a (row, key) pair in one place: so a program owns BLOCK_N columns, not
+over rows of a mean over heads needs all heads of a (row, key) pair in one program: so it owns BLOCK_N columns, not
 heads, and nothing of size rows x keys leaves the registers.
 
     for BLOCK_M / GROUP rows at a time:
@@ -10,8 +10,8 @@ heads, and nothing of size rows x keys leaves the registers.
         sum, maximum, last row of the heads' result over these rows     all that are asked for, in registers
 
 Rows that do not count (query_mask) or see none of the columns cost neither loads nor products. `last` alone computes
-one block of rows, in its place, so that its bits are those it has among other reductions. With head_reduction="none"
-nothing meets: groups of heads are programs of their own. Every sum has a fixed order that is the same for all columns.
+one block of rows, the same one as among other reductions, so that its bits are the same. With head_reduction="none" no
+heads are combined: groups of heads are programs of their own. Every sum has a fixed order, the same for all columns.
 
 attention_columns_kernel: grid B items parts ceil(V / BLOCK_N), columns fastest; items is 1, or with "none" the number
   of head groups. Reads Q once per column tile and K once per row block (from L2 after the first time), writes scores

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .product import MOST_PRODUCTS, add_product
+from .product import MOST_PRODUCTS, add_product, norm_of_squares
 from .runtime import Target, power_of_two
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -39,7 +39,7 @@ def pieces(dtype: torch.dtype, dim: int, unit: int, longest: int) -> dict[str, i
 
 
 def stages(target: Target, dtype: torch.dtype) -> int:
-    """Of the pipelined loads. AMD's pipeline needs one less; float32 operands would pay for a third in registers."""
+    """The stages of pipelined loads. AMD's pipeline needs one less; float32 would pay for a third in registers."""
     return 2 if target.backend == "hip" or dtype == torch.float32 else 3
 
 
@@ -49,7 +49,7 @@ def group_block(group: int) -> int:
 
 
 def strides(t: Tensor) -> tuple[int, int, int]:
-    """Of the first three dimensions; one with a single entry has none, so that it cannot spoil the alignment."""
+    """Strides of the first three dimensions; those of size 1 count as 0, so that they do not spoil the alignment."""
     a, b, c = (t.stride(d) if t.shape[d] > 1 else 0 for d in range(3))
     return a, b, c
 
@@ -77,15 +77,10 @@ def _squares(x):
 
 
 @triton.jit
-def _inverse_norm(squares):
-    norm = tl.sqrt_rn(squares)
-    return 1.0 / tl.where(norm < 1e-12, 1e-12, norm)  # the comparison lets NaN through
-
-
-@triton.jit
 def _scaled(dots, q_squares, k_squares, scale, COSINE: tl.constexpr):
     if COSINE:
-        return dots * (scale * _inverse_norm(q_squares))[:, None] * _inverse_norm(k_squares)[None, :]
+        of_q, of_k = 1.0 / norm_of_squares(q_squares), 1.0 / norm_of_squares(k_squares)
+        return dots * (scale * of_q)[:, None] * of_k[None, :]
     return dots * scale
 
 

@@ -2,7 +2,7 @@
 
 gather_compact: a tensor is a list of output vectors of 16, 8, 4, 2 or 1 bytes, as wide as its addresses and strides
 allow, whatever its dtype. A program copies BLOCK consecutive vectors of one tensor. It finds the tensor by the numbers
-of its blocks in a table, and from the number of a vector its row, its place in each loop over the row's dimensions, the
+of its blocks in a table, and from the number of a vector its row, its step of each loop over the row's dimensions, the
 token from `indices`, and an offset of 64 bits. A token outside the input gives zeros.
   One launch for up to 64 tensors of up to 16 geometries; grid (blocks of all tensors,). Reads and writes every kept
   element once, and an index of 8 bytes per vector (from cache).
@@ -12,8 +12,8 @@ Tensors of equal geometry, such as the caches of all layers, share an entry and 
 anew for parameters of other types, for divisible ones and for 1; so every number is written as 2 x + 1 + 2^62, which is
 always an odd int64, and tuples have a few fixed lengths.
 
-_invert_indices: for every token its place among the kept ones. A program owns BLOCK_T tokens of a sample and compares
-them with all indices, BLOCK_K at a time; of several places the last counts.
+_invert_indices: for every token its slot among the kept ones. A program owns BLOCK_T tokens of a sample and compares
+them with all indices, BLOCK_K at a time; of several slots the last counts.
   One launch, grid (B * ceil(size / BLOCK_T),). Reads the indices once per program, writes [B, size]. No atomics.
 """
 
@@ -45,7 +45,7 @@ class Geometry(NamedTuple):
     tokens: int
     token_stride: int
     sizes: tuple[int, ...]  # of the output
-    strides: tuple[int, ...]  # of the input; 0 for the loop over tokens, whose place comes from the index
+    strides: tuple[int, ...]  # of the input; 0 for the loop over tokens, whose offset comes from the index
     index_strides: tuple[int, ...]  # in entries of `indices`: nonzero for the loops over tokens and over the batch
 
     def bytes(self) -> int:
@@ -97,7 +97,7 @@ class Plan(NamedTuple):
 
 
 def coded(*values: int) -> tuple[int, ...]:
-    """As the kernel gets them: numbers that Triton cannot tell apart by type, divisibility or being 1."""
+    """The table for the kernel: numbers that Triton cannot tell apart by type, divisibility or being 1."""
     return tuple(CODE.value + 2 * value + 1 for value in values)
 
 
@@ -199,15 +199,15 @@ def gather_compact_kernel(
     rest = number.to(COUNT)
     outer = rest // row[5].to(COUNT)
     offset = (rest - outer * row[5].to(COUNT)).to(tl.int64)
-    place = tl.full([BLOCK], 0, tl.int64)
+    slot = tl.full([BLOCK], 0, tl.int64)
     for d in tl.static_range(4):
         if row[8 + d] > 1:
             rest = outer
             outer = rest // row[8 + d].to(COUNT)
             at = (rest - outer * row[8 + d].to(COUNT)).to(tl.int64)
             offset += at * row[12 + d]
-            place += at * row[16 + d]
-    token = tl.load(indices_ptr + place, mask=inside, other=-1)
+            slot += at * row[16 + d]
+    token = tl.load(indices_ptr + slot, mask=inside, other=-1)
     kept = inside & (token >= 0) & (token < row[6])
     offset += tl.where(kept, token, 0) * row[7]
     width = row[3]
@@ -225,7 +225,7 @@ def gather_compact_kernel(
 
 @triton.jit
 def invert_indices_kernel(
-    indices_ptr, places_ptr, kept, size, batch_stride, entry_stride, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr
+    indices_ptr, slots_ptr, kept, size, batch_stride, entry_stride, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     ranges = (size + BLOCK_T - 1) // BLOCK_T
     sample = (tl.program_id(0) // ranges).to(tl.int64)
@@ -237,9 +237,9 @@ def invert_indices_kernel(
         n = start + tl.arange(0, BLOCK_K)
         index = tl.load(indices_ptr + n.to(tl.int64) * entry_stride, mask=n < kept, other=-1) - begin
         here = tl.where((index >= 0) & (index < BLOCK_T), index, -1).to(tl.int32)
-        best = tl.where(here[None, :] == token[:, None], n[None, :], best)  # n grows: the last place stays
-    place = tl.max(best, 1).to(tl.int64)
-    tl.store(places_ptr + sample * size + begin + token, place, mask=begin + token < size)
+        best = tl.where(here[None, :] == token[:, None], n[None, :], best)  # n grows: the last slot stays
+    slot = tl.max(best, 1).to(tl.int64)
+    tl.store(slots_ptr + sample * size + begin + token, slot, mask=begin + token < size)
 
 
 def gather_compact(
@@ -271,11 +271,11 @@ def gather_compact(
 
 
 def _invert_indices(indices: Tensor, size: int) -> Tensor:
-    places: Tensor = fresh(_fakes._invert_indices(indices, size))
+    slots: Tensor = fresh(_fakes._invert_indices(indices, size))
     batch, kept = indices.shape
     launch(
         invert_indices_kernel, (batch * cdiv(size, INVERT.blocks["BLOCK_T"]),), indices,
-        indices, places, kept, size, indices.stride(0), indices.stride(1),
+        indices, slots, kept, size, indices.stride(0), indices.stride(1),
         config=INVERT,
     )  # fmt: skip
-    return places
+    return slots

@@ -5,7 +5,7 @@ of a greedy op reads one row. Inner products are stored as they are and become c
 norms (the diagonal) cost no launch of their own. Above that `inverse_norms` and `row_dots` serve a launch per step.
 
 A product of two tokens adds its terms in an order that does not depend on where in the tile they are: tokens with equal
-bits have equal cosines with everybody, and tie.
+bits have equal cosines with every other, and tie.
 
 launch                grid                          reads                          writes
 gram_kernel           B * tiles on the triangle     2 * BLOCK rows of features     BLOCK^2 inner products, twice;
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .product import add_product
+from .product import add_product, norm_of_squares
 from .runtime import Config, Target, cdiv, launch, power_of_two, target, workspace
 
 GRAM_TOKENS = 3072  # up to here the inner products of all pairs are stored,
@@ -68,10 +68,8 @@ def row_config(where: Target, itemsize: int, channels: int) -> Config:
 
 @triton.jit
 def inverse_norm(squares, infinite):
-    """1 / max(||x||, 1e-12). 0 for a vector too large for its squares, NaN for one whose unit vector contains NaN."""
-    norm = tl.sqrt_rn(squares)
-    norm = tl.where(norm < 1e-12, 1e-12, norm)
-    return tl.div_rn(1.0, tl.where(infinite, float("nan"), norm))
+    """1 / max(||x||, NORM_FLOOR). 0 for a vector too large for its squares, NaN if its unit vector contains NaN."""
+    return tl.div_rn(1.0, tl.where(infinite, float("nan"), norm_of_squares(squares)))
 
 
 @triton.jit

@@ -1,8 +1,8 @@
-"""select_mixture (AdaFV): b places of each list are reserved, R = k - 2b are shared out between them.
+"""select_mixture (AdaFV): b slots are reserved for each list, R = k - 2b are shared out between them.
 
     list_kernel     scores -> keys -> the k - b best (radix.best_of) -> sorted -> prefix sums of all after the first b
     mixture_kernel  both lists' sums -> r -> the b + r best of the text list, the b + R - r best of the visual one
-                    -> these on top, all others by share: the k best of that -> positions in ascending order, counts
+                    -> these on top, all others by share: the k best of that -> indices in ascending order, counts
 
 Only keys are sorted: the first m tokens of a list are its m best, which the radix selection finds again. A score comes
 back from its key, so that mixture_kernel needs nothing but keys and sums.
@@ -13,11 +13,11 @@ and the smallest r wins. Both lists run through the same code with the same bloc
 
 Launches, and what they move beside k indices (8 bytes each):
     list_kernel     grid 2B, a program per list: scores and mask are read once, keys written (4 bytes a token); the list
-                    (4 bytes a place) and its sums (8 bytes a place) are written. One kernel for both would do the lists
+                    (4 bytes a key) and its sums (8 bytes a key) are written. One kernel for both would do the lists
                     one after the other, and keep more alive than there are registers.
     mixture_kernel  grid B: keys and sums are read once.
 A sample of more than 4096 tokens is read block by block: its keys once in each radix pass, its fill keys (8 bytes a
-token) too. More than 2048 places are sorted in memory, in one pass over them for each stage.
+token) too. More than 2048 keys are sorted in memory, in one pass over them for each stage.
 """
 
 import math
@@ -28,20 +28,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _fakes
-from .order import order_key
-from .radix import LARGEST_BLOCK, TOP_64, best_of, is_chosen, load_keys, pack, select_config, write_selection
+from .order import TOP_64, is_better, nonnegative_key, nonnegative_value, order_key
+from .radix import LARGEST_BLOCK, best_of, check_tokens, load_keys, pack, select_config, write_selection
 from .runtime import Config, check_not_float64, fresh, launch, mask_rows, power_of_two, rows, workspace
-from .topk import check_tokens
 
 LARGEST_SORT = 2048  # keys sorted in registers; more of them in memory
 SORT_BLOCK = tl.constexpr(1024)  # there, pairs at a time
 
 
 def list_config(n: int, listed: int) -> Config:
-    """Blocks as for the other selections; PLACES keys are sorted in registers, 0 says that they are too many."""
+    """Blocks as for the other selections; SORTED keys are sorted in registers, 0 says that they are too many."""
     config = select_config(n)
-    places = 0 if listed > LARGEST_SORT else power_of_two(listed, 32, LARGEST_SORT)
-    return Config({**config.blocks, "PLACES": places}, num_warps=8 if places > 1024 else config.num_warps)
+    in_registers = 0 if listed > LARGEST_SORT else power_of_two(listed, 32, LARGEST_SORT)
+    return Config({**config.blocks, "SORTED": in_registers}, num_warps=8 if in_registers > 1024 else config.num_warps)
 
 
 @triton.jit
@@ -61,21 +60,19 @@ def _make_keys(text_ptr, visual_ptr, which, mask_ptr, start, n, BLOCK_N: tl.cons
 
 @triton.jit
 def _score(keys):
-    """The score behind a key as float64, 0 for a masked token."""
-    score = (keys ^ 0x80000000).to(tl.float32, bitcast=True)
-    return tl.where(keys == 0, 0.0, score).to(tl.float64)
+    return nonnegative_value(keys).to(tl.float64)
 
 
 @triton.jit
-def _sort_in_registers(keys, PLACES: tl.constexpr):
+def _sort_in_registers(keys, SORTED: tl.constexpr):
     """Bitonic network, greatest first. Run-time loops: unrolled, its code would be long and slow to compile."""
-    place = tl.arange(0, PLACES)
+    slot = tl.arange(0, SORTED)
     size = 2
-    while size <= PLACES:
+    while size <= SORTED:
         stride = size // 2
         while stride > 0:
-            other = tl.gather(keys, place ^ stride, 0)
-            greater = ((place & stride) == 0) == ((place & size) == 0)
+            other = tl.gather(keys, slot ^ stride, 0)
+            greater = ((slot & stride) == 0) == ((slot & size) == 0)
             keys = tl.where((other > keys) == greater, other, keys)
             stride = stride // 2
         size *= 2
@@ -85,20 +82,20 @@ def _sort_in_registers(keys, PLACES: tl.constexpr):
 @triton.jit
 def _sort_in_memory(keys_ptr, count, BLOCK: tl.constexpr):
     """The same network over `count` unsigned keys in int32 memory, which has room for the next power of two."""
-    places = 2
-    while places < count:
-        places *= 2
-    for start in range(count, places, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        tl.store(keys_ptr + place, tl.full([BLOCK], 0, tl.int32), mask=place < places)
+    length = 2
+    while length < count:
+        length *= 2
+    for start in range(count, length, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        tl.store(keys_ptr + slot, tl.full([BLOCK], 0, tl.int32), mask=slot < length)
     tl.debug_barrier()  # each pair may have been written by other threads than compare it, here and in every stage
     size = 2
-    while size <= places:
+    while size <= length:
         stride = size // 2
         while stride > 0:
-            for start in range(0, places // 2, BLOCK):
+            for start in range(0, length // 2, BLOCK):
                 pair = start + tl.arange(0, BLOCK)
-                inside = pair < places // 2
+                inside = pair < length // 2
                 first = 2 * pair - (pair & (stride - 1))
                 a = tl.load(keys_ptr + first, mask=inside, other=0).to(tl.uint32, bitcast=True)
                 b = tl.load(keys_ptr + first + stride, mask=inside, other=0).to(tl.uint32, bitcast=True)
@@ -118,11 +115,11 @@ def _prefix_sums(held, sorted_ptr, listed, reserved, mass_ptr, BLOCK_N: tl.const
     nonzero = 0
     for start in range(0, listed, BLOCK_N):
         keys = held if held is not None else load_keys(sorted_ptr, start, listed, BLOCK_N)
-        place = start + tl.arange(0, BLOCK_N)
-        counted = (place >= reserved) & (place < listed)
+        rank = start + tl.arange(0, BLOCK_N)
+        counted = (rank >= reserved) & (rank < listed)
         score = tl.where(counted, _score(keys), 0.0)
         mass = total + tl.cumsum(score, 0)
-        tl.store(mass_ptr + (place - reserved + 1), mass, mask=counted)
+        tl.store(mass_ptr + (rank - reserved + 1), mass, mask=counted)
         total = tl.max(mass, 0)
         nonzero += tl.sum((score > 0).to(tl.int32), 0)
     return nonzero
@@ -162,14 +159,13 @@ def _weight(total, other):
 
 
 @triton.jit
-def _fill_keys(text, visual, position, text_key, text_cut, visual_key, visual_cut, text_weight, visual_weight):
+def _fill_keys(text, visual, index, text_key, text_cut, visual_key, visual_cut, text_weight, visual_weight):
     """64-bit keys: what either list keeps on top, then by the greater share, 0 for a masked token."""
     of_text = tl.where(text_weight > 0, _score(text) * text_weight, 0.0)
     of_visual = tl.where(visual_weight > 0, _score(visual) * visual_weight, 0.0)
     share = tl.where(of_text > of_visual, of_text, of_visual)
-    kept = is_chosen(text, position, text_key, text_cut) | is_chosen(visual, position, visual_key, visual_cut)
-    # The bits of numbers that are not negative are in their order.
-    key = tl.where(kept, TOP_64, share.to(tl.int64, bitcast=True) + 1)
+    kept = is_better(text, index, text_key, text_cut) | is_better(visual, index, visual_key, visual_cut)
+    key = tl.where(kept, TOP_64, nonnegative_key(share))
     return tl.where(text == 0, 0, key).to(tl.int64)
 
 
@@ -177,7 +173,7 @@ def _fill_keys(text, visual, position, text_key, text_cut, visual_key, visual_cu
 def list_kernel(
     text_ptr, visual_ptr, mask_ptr, keys_ptr, sorted_ptr, sums_ptr,
     n, wanted, reserved, sorted_room, sums_room, text_stride, visual_stride, mask_stride,
-    ONE_BLOCK: tl.constexpr, PLACES: tl.constexpr, BLOCK_N: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, SORTED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     sample, which = program // 2, program % 2
@@ -203,9 +199,9 @@ def list_kernel(
     key, cut = best_of(held, keys_ptr, n, wanted, tl.uint32, BLOCK_N)
     listed = pack(held, keys_ptr, n, key, cut, sorted_ptr, sorted_room, False, BLOCK_N)
     tl.debug_barrier()  # the list is sorted by other threads than wrote it
-    if PLACES > 0:
-        in_order = _sort_in_registers(load_keys(sorted_ptr, 0, listed, PLACES), PLACES)
-        nonzero = _prefix_sums(in_order, None, listed, reserved, sums_ptr + 2, PLACES)
+    if SORTED > 0:
+        in_order = _sort_in_registers(load_keys(sorted_ptr, 0, listed, SORTED), SORTED)
+        nonzero = _prefix_sums(in_order, None, listed, reserved, sums_ptr + 2, SORTED)
     else:
         _sort_in_memory(sorted_ptr, listed, SORT_BLOCK)
         nonzero = _prefix_sums(None, sorted_ptr, listed, reserved, sums_ptr + 2, SORT_BLOCK)
@@ -243,12 +239,12 @@ def mixture_kernel(
     else:
         fill_ptr += sample * n
         for start in range(0, n, BLOCK_N):
-            position = start + tl.arange(0, BLOCK_N)
+            index = start + tl.arange(0, BLOCK_N)
             keys = _fill_keys(
                 load_keys(text_keys_ptr, start, n, BLOCK_N), load_keys(visual_keys_ptr, start, n, BLOCK_N),
-                position, text_key, text_cut, visual_key, visual_cut, text_weight, visual_weight,
+                index, text_key, text_cut, visual_key, visual_cut, text_weight, visual_weight,
             )  # fmt: skip
-            tl.store(fill_ptr + position.to(tl.int64), keys, mask=position < n)
+            tl.store(fill_ptr + index.to(tl.int64), keys, mask=index < n)
         tl.debug_barrier()  # as for the keys
     key, cut = best_of(fill, fill_ptr, n, k, tl.int64, BLOCK_N)
     write_selection(fill, fill_ptr, n, key, cut, indices_ptr + sample * k, counts_ptr + sample, k, BLOCK_N)
@@ -267,7 +263,7 @@ def select_mixture(
     lists, choice = list_config(n, listed), select_config(n)
     one_block = n <= LARGEST_BLOCK
     keys = workspace(text, (batch, 2, n), torch.int32)
-    sorted_room = listed if lists.blocks["PLACES"] else 2 * listed
+    sorted_room = listed if lists.blocks["SORTED"] else 2 * listed
     sums_room = 2 + 1 + listed
     sums = workspace(text, (batch, 2, sums_room), torch.float64)
     launch(

@@ -1,9 +1,9 @@
 """spatial_semantic_nms in Triton: a step is one reduction over keys, and a weight for every token near the pick.
 
 Up to gram.GRAM_TOKENS tokens all inner products are stored (gram.py) and one program per sample makes all picks, with
-scores, places and groups in its registers. Above that every step is a launch, as in repulsion_steps.py: the programs
-own a block of tokens each, agree on the pick from the candidates that the launch before left, and compute inner
-products only where one of their tokens is near the pick.
+scores, coordinates and groups in its registers. Above that every step is a launch, as in repulsion_steps.py: the
+programs own a block of tokens each, agree on the pick from the candidates that the launch before left, and compute
+inner products only where one of their tokens is near the pick.
 
 launch                grid              reads                                      writes
 gram_kernel, inverse_norms_kernel       see gram.py
@@ -30,12 +30,13 @@ from .gram import (
     samples_at_once,
     stores_gram,
 )
-from .order import index_of, key_with_index, order_key
-from .potential import batch_stride, float32
+from .order import best_candidate, index_of
 from .runtime import (
     Config,
+    batch_stride,
     cdiv,
     check_not_float64,
+    float32,
     fresh,
     launch,
     mask_rows,
@@ -47,16 +48,25 @@ from .runtime import (
 
 
 def nms_config(n: int) -> Config:
-    """All tokens in the registers of one program: score, place, group and norm of each."""
+    """All tokens in the registers of one program: score, coordinates, group and norm of each."""
     block = power_of_two(n, 64, 4096)
     return Config({"BLOCK_N": block}, num_warps=1 if block <= 128 else 4 if block <= 1024 else block // 256)
 
 
 @triton.jit
-def places(positions_ptr, token_stride, token, inside):
+def coordinates(positions_ptr, token_stride, token, inside):
+    """The position of tokens on the grid of patches, which has two axes."""
     x = tl.load(positions_ptr + token * token_stride, mask=inside, other=0.0).to(tl.float32)
     y = tl.load(positions_ptr + token * token_stride + 1, mask=inside, other=0.0).to(tl.float32)
     return x, y
+
+
+@triton.jit
+def squared_distance(x, y, positions_ptr, token_stride, pick):
+    """From tokens at these coordinates to the token `pick`."""
+    dx = x - tl.load(positions_ptr + pick * token_stride).to(tl.float32)
+    dy = y - tl.load(positions_ptr + pick * token_stride + 1).to(tl.float32)
+    return dx * dx + dy * dy
 
 
 @triton.jit
@@ -84,7 +94,7 @@ def nms_kernel(
     if mask_ptr is not None:
         available = inside & (tl.load(mask_ptr + sample * mask_batch + token, mask=inside, other=0) != 0)
     score = tl.load(scores_ptr + sample * scores_batch + token, mask=inside, other=0.0).to(tl.float32)
-    x, y = places(positions_ptr, positions_token, token, inside)
+    x, y = coordinates(positions_ptr, positions_token, token, inside)
     if groups_ptr is not None:
         groups_ptr += sample * groups_batch
         group = tl.load(groups_ptr + token, mask=inside, other=0)
@@ -92,16 +102,14 @@ def nms_kernel(
 
     count = 0
     for step in range(steps):
-        best = tl.max(key_with_index(order_key(score, available, True), token), 0)
+        best = best_candidate(score, available, token, True)
         pick = index_of(best)
         tl.store(indices_ptr + step, pick)
         tl.store(selected_ptr + step, tl.sum(tl.where(token == pick, score, 0.0), 0))
         count += (pick >= 0).to(tl.int32)
         available = available & (token != pick)
         chosen = tl.maximum(pick, 0)  # nothing is available any more where there was no pick
-        dx = x - tl.load(positions_ptr + chosen * positions_token).to(tl.float32)
-        dy = y - tl.load(positions_ptr + chosen * positions_token + 1).to(tl.float32)
-        squared = dx * dx + dy * dy
+        squared = squared_distance(x, y, positions_ptr, positions_token, chosen)
         near = available & (tl.sqrt_rn(squared) <= radius)
         if groups_ptr is not None:
             near = near & (group == tl.load(groups_ptr + chosen))
@@ -111,10 +119,10 @@ def nms_kernel(
             available = available & ~(near & (weight >= threshold))
         else:
             score = tl.where(near, score * (1 - weight), score)
-    for place in range(steps, k, BLOCK_N):
-        padding = place + token
-        tl.store(indices_ptr + padding, tl.full([BLOCK_N], -1, tl.int64), mask=padding < k)
-        tl.store(selected_ptr + padding, tl.zeros([BLOCK_N], tl.float32), mask=padding < k)
+    for start in range(steps, k, BLOCK_N):
+        slot = start + token
+        tl.store(indices_ptr + slot, tl.full([BLOCK_N], -1, tl.int64), mask=slot < k)
+        tl.store(selected_ptr + slot, tl.zeros([BLOCK_N], tl.float32), mask=slot < k)
     tl.store(counts_ptr + sample, count)
 
 
@@ -133,12 +141,12 @@ def nms_begin_kernel(
     score = tl.load(scores_ptr + sample * scores_batch + token, mask=inside, other=0.0).to(tl.float32)
     tl.store(score_ptr + sample * n + token, score, mask=inside)
     tl.store(available_ptr + sample * n + token, available.to(tl.uint8), mask=inside)
-    best = tl.max(key_with_index(order_key(score, available, True), token), 0)
+    best = best_candidate(score, available, token, True)
     tl.store(best_ptr + sample * 2 * blocks + block, best)
-    for place in range(block * BLOCK_T, k, blocks * BLOCK_T):
-        padding = place + tl.arange(0, BLOCK_T)
-        tl.store(indices_ptr + sample * k + padding, tl.full([BLOCK_T], -1, tl.int64), mask=padding < k)
-        tl.store(selected_ptr + sample * k + padding, tl.zeros([BLOCK_T], tl.float32), mask=padding < k)
+    for start in range(block * BLOCK_T, k, blocks * BLOCK_T):
+        slot = start + tl.arange(0, BLOCK_T)
+        tl.store(indices_ptr + sample * k + slot, tl.full([BLOCK_T], -1, tl.int64), mask=slot < k)
+        tl.store(selected_ptr + sample * k + slot, tl.zeros([BLOCK_T], tl.float32), mask=slot < k)
     if block == 0:
         tl.store(counts_ptr + sample, sample * 0)
 
@@ -168,10 +176,8 @@ def nms_step_kernel(
         tl.store(counts_ptr + sample, (step + 1).to(tl.int64))
     chosen = tl.maximum(pick, 0)
     positions_ptr += sample * positions_batch
-    x, y = places(positions_ptr, positions_token, token, inside)
-    dx = x - tl.load(positions_ptr + chosen * positions_token).to(tl.float32)
-    dy = y - tl.load(positions_ptr + chosen * positions_token + 1).to(tl.float32)
-    squared = dx * dx + dy * dy
+    x, y = coordinates(positions_ptr, positions_token, token, inside)
+    squared = squared_distance(x, y, positions_ptr, positions_token, chosen)
     near = available & (tl.sqrt_rn(squared) <= radius)
     if groups_ptr is not None:
         groups_ptr += sample * groups_batch
@@ -191,7 +197,7 @@ def nms_step_kernel(
     tl.debug_barrier()
     tl.store(score_ptr + token, score, mask=inside)
     tl.store(available_ptr + token, available.to(tl.uint8), mask=inside)
-    tl.store(best_ptr, tl.max(key_with_index(order_key(score, available, True), token), 0))
+    tl.store(best_ptr, best_candidate(score, available, token, True))
 
 
 def _by_gram(tensors: tuple[Tensor | None, ...], numbers: tuple[float, ...], hard: bool) -> None:

@@ -1,20 +1,24 @@
 """What every selecting kernel shares: the m best of a sample's keys by radix selection, and lists of what was chosen.
 
-A program owns one sample. Its keys (order.order_key: larger is better, 0 is no candidate) are `held` in registers
-where the sample fits one block; otherwise they lie in global memory and are read block by block. Equal keys are never
-ordered but counted: "the m best" is a key and a position, `key > best or (key == best and position < cut)`, so that
-nothing per token is stored and the lowest positions win among equal keys.
+A program owns one sample. Its keys (order.py) are `held` in registers where the sample fits one block; otherwise they
+lie in global memory and are read block by block. Equal keys are never ordered but counted: "the m best" is a key and an
+index, all that is better than these two (order.is_better), so that nothing per token is stored.
 """
 
 import triton
 import triton.language as tl
 
+from .._checks import fail
+from .order import TOP_32, TOP_64, is_better
 from .runtime import Config, power_of_two
 
 LARGEST_BLOCK = 4096
-# Keys above all that tokens have from their scores: they mark what is chosen already.
-TOP_32 = tl.constexpr(0xFFFFFFFF)
-TOP_64 = tl.constexpr(0x7FFFFFFFFFFFFFFF)
+
+
+def check_tokens(op: str, name: str, n: int) -> None:
+    """Indices and counts have 32 bits."""
+    if n >= 2**31:
+        fail(ValueError, op, name, "have fewer than 2^31 tokens on a GPU", n)
 
 
 def select_config(n: int) -> Config:
@@ -72,7 +76,7 @@ def threshold(held, keys_ptr, n, wanted, KEY: tl.constexpr, BLOCK_N: tl.constexp
 
 @triton.jit
 def best_of(held, keys_ptr, n, wanted, KEY: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The `wanted` best, or all candidates: a key, and the position before which those equal to it are among them."""
+    """The `wanted` best, or all candidates: a key, and the index before which those equal to it are among them."""
     key, ties = threshold(held, keys_ptr, n, wanted, KEY, BLOCK_N)
     cut = 0
     seen = 0
@@ -80,31 +84,26 @@ def best_of(held, keys_ptr, n, wanted, KEY: tl.constexpr, BLOCK_N: tl.constexpr)
     while seen < ties:  # ends at the block with the last tie, which exists
         equal = (held if held is not None else load_keys(keys_ptr, start, n, BLOCK_N)) == key
         rank = seen + tl.cumsum(equal.to(tl.int32), 0)
-        position = start + tl.arange(0, BLOCK_N)
-        cut = tl.max(tl.where(equal & (rank == ties), position + 1, 0), 0)
+        index = start + tl.arange(0, BLOCK_N)
+        cut = tl.max(tl.where(equal & (rank == ties), index + 1, 0), 0)
         seen = tl.max(rank, 0)
         start += BLOCK_N
     return key, cut
 
 
 @triton.jit
-def is_chosen(keys, position, key, cut):
-    return (keys > key) | ((keys == key) & (position < cut))
-
-
-@triton.jit
-def pack(held, keys_ptr, n, key, cut, out_ptr, room, POSITIONS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Write the positions of the chosen tokens, or their keys, in ascending order of position; return how many.
+def pack(held, keys_ptr, n, key, cut, out_ptr, room, INDICES: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Write the indices of the chosen tokens, or their keys, in ascending order of the index; return how many.
 
     Those from the `room`-th on are counted but not written.
     """
     count = 0
     for start in range(0, n, BLOCK_N):
         keys = held if held is not None else load_keys(keys_ptr, start, n, BLOCK_N)
-        position = start + tl.arange(0, BLOCK_N)
-        chosen = is_chosen(keys, position, key, cut)
+        index = start + tl.arange(0, BLOCK_N)
+        chosen = is_better(keys, index, key, cut)
         reach = count + tl.cumsum(chosen.to(tl.int32), 0)
-        value = position.to(tl.int64) if POSITIONS else keys.to(tl.int32, bitcast=True)
+        value = index.to(tl.int64) if INDICES else keys.to(tl.int32, bitcast=True)
         tl.store(out_ptr + (reach - 1), value, mask=chosen & (reach <= room))
         count = tl.max(reach, 0)
     return count
@@ -112,9 +111,9 @@ def pack(held, keys_ptr, n, key, cut, out_ptr, room, POSITIONS: tl.constexpr, BL
 
 @triton.jit
 def write_selection(held, keys_ptr, n, key, cut, indices_ptr, counts_ptr, k, BLOCK_N: tl.constexpr):
-    """A sample's outputs: positions of the chosen tokens, -1 in the places behind them, and their number."""
+    """A sample's outputs: indices of the chosen tokens, -1 in the slots behind them, and their number."""
     count = tl.minimum(pack(held, keys_ptr, n, key, cut, indices_ptr, k, True, BLOCK_N), k)
     for start in range(count, k, BLOCK_N):
-        place = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        tl.store(indices_ptr + place, tl.full([BLOCK_N], -1, tl.int64), mask=place < k)
+        slot = start + tl.arange(0, BLOCK_N).to(tl.int64)
+        tl.store(indices_ptr + slot, tl.full([BLOCK_N], -1, tl.int64), mask=slot < k)
     tl.store(counts_ptr, count.to(tl.int64))

@@ -17,13 +17,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _fakes
-from . import potential as u
+from . import repulsion_objective as u
 from .gram import cosine_of, gram, gram_pitch, samples_at_once, stores_gram
-from .order import index_of, key_with_index, order_key
-from .potential import Call, batch_stride, meet, next_seed, nothing_met, objective
+from .order import best_candidate, index_of
+from .repulsion_objective import Call, initial_state, next_seed, objective, updated_state
 from .repulsion_steps import repulsion_in_steps
 from .runtime import (
     Config,
+    batch_stride,
     cdiv,
     check_indices,
     check_not_float64,
@@ -116,7 +117,7 @@ def greedy_kernel(
         value = tl.load(start_ptr + sample * n + token, mask=inside, other=0.0)
     else:
         value = tl.zeros([BLOCK_N], tl.float32)
-    state = nothing_met(BLOCK_N, KIND, SUM)
+    state = initial_state(BLOCK_N, KIND, SUM)
     if seeds_ptr is not None:
         seeds_ptr += sample * seeds_batch
         seed = next_seed(seeds_ptr, n_seeds, -1, n, 128)
@@ -124,7 +125,7 @@ def greedy_kernel(
         while seed < n:
             dots = tl.load(dots_ptr + seed * pitch + token, mask=inside, other=0.0)
             cosine = cosine_of(dots, tl.load(inverse_ptr + seed), own)
-            state = meet(
+            state = updated_state(
                 state, cosine, seed, token, inside, positions_ptr, positions_token, axes,
                 feature_weight, position_weight, half_exponent, epsilon, two_sigma2, KIND, SUM, POWER, BLOCK_N,
             )  # fmt: skip
@@ -134,22 +135,22 @@ def greedy_kernel(
 
     count = 0
     for step in range(steps):
-        best = tl.max(key_with_index(order_key(value, available, False), token), 0)
+        best = best_candidate(value, available, token, False)
         pick = index_of(best)
         tl.store(indices_ptr + step, pick)
         count += (pick >= 0).to(tl.int32)
         chosen = tl.maximum(pick, 0)  # nothing is available any more where there was no pick
         dots = tl.load(dots_ptr + chosen * pitch + token, mask=inside, other=0.0)
         cosine = cosine_of(dots, tl.load(inverse_ptr + chosen), own)
-        state = meet(
+        state = updated_state(
             state, cosine, chosen, token, inside, positions_ptr, positions_token, axes,
             feature_weight, position_weight, half_exponent, epsilon, two_sigma2, KIND, SUM, POWER, BLOCK_N,
         )  # fmt: skip
         available = available & (token != pick)
         value = objective(state, energy, half_exponent, epsilon, two_sigma2, KIND, SUM, POWER)
-    for place in range(steps, k, BLOCK_N):
-        padding = place + token
-        tl.store(indices_ptr + padding, tl.full([BLOCK_N], -1, tl.int64), mask=padding < k)
+    for start in range(steps, k, BLOCK_N):
+        slot = start + token
+        tl.store(indices_ptr + slot, tl.full([BLOCK_N], -1, tl.int64), mask=slot < k)
     tl.store(counts_ptr + sample, count)
 
 

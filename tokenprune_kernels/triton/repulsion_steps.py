@@ -1,8 +1,8 @@
-"""repulsion_sample in Triton for many tokens: one launch per pick, in which the whole GPU meets the token picked.
+"""repulsion_sample in Triton for many tokens: one launch per pick, in which the whole GPU updates all tokens.
 
 The programs of a launch each own a block of tokens. They all reduce the candidates that the blocks left in the launch
-before, in the same order, and so agree on the pick without talking to each other; then each lets its tokens meet the
-pick and leaves the best of them in the other half of a double buffer.
+before, in the same order, and so agree on the pick without talking to each other; then each applies the pick to its
+tokens and leaves the best of them in the other half of a double buffer.
 
 launch                 grid                 reads                           writes
 inverse_norms_kernel   see gram.py
@@ -18,12 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import potential as u
+from . import repulsion_objective as u
 from .gram import best_block, best_of_blocks, cosine_of, gram_config, inverse_norms, large_tiles, row_config, row_dots
-from .order import index_of, key_with_index, order_key
-from .potential import Call, batch_stride, meet, nan_max, next_seed, nothing_met, objective
+from .order import best_candidate, index_of
 from .product import add_product
-from .runtime import Config, cdiv, launch, power_of_two, target, workspace
+from .repulsion_objective import Call, initial_state, nan_max, next_seed, objective, updated_state
+from .runtime import Config, batch_stride, cdiv, launch, power_of_two, target, workspace
 
 PARTS = 16  # of the tokens, for the sum of their unit vectors
 SPLITS = 8  # of the tokens, with which programs look for the most similar one
@@ -160,7 +160,7 @@ def begin_kernel(
             value = nan_max(value, tl.load(start_ptr + (sample * SPLITS + split) * n + token, mask=inside, other=0.0))
     else:
         value = tl.zeros([BLOCK_T], tl.float32)
-    state = nothing_met(BLOCK_T, KIND, SUM)
+    state = initial_state(BLOCK_T, KIND, SUM)
     if seeds_ptr is not None:
         seeds_ptr += sample * seeds_batch
         seed = next_seed(seeds_ptr, n_seeds, -1, n, 128)
@@ -168,7 +168,7 @@ def begin_kernel(
         while seed < n:
             dots = row_dots(features_ptr, token, inside, seed, channels, row_stride, BLOCK_T, BLOCK_C)
             cosine = cosine_of(dots, tl.load(inverse_ptr + seed), own)
-            state = meet(
+            state = updated_state(
                 state, cosine, seed, token, inside, positions_ptr, positions_token, axes,
                 feature_weight, position_weight, half_exponent, epsilon, two_sigma2, KIND, SUM, POWER, BLOCK_T,
             )  # fmt: skip
@@ -178,11 +178,11 @@ def begin_kernel(
 
     tl.store(state_ptr + sample * n + token, state, mask=inside)
     tl.store(available_ptr + sample * n + token, available.to(tl.uint8), mask=inside)
-    best = tl.max(key_with_index(order_key(value, available, False), token), 0)
+    best = best_candidate(value, available, token, False)
     tl.store(best_ptr + sample * 2 * blocks + block, best)
-    for place in range(block * BLOCK_T, k, blocks * BLOCK_T):
-        padding = place + tl.arange(0, BLOCK_T)
-        tl.store(indices_ptr + sample * k + padding, tl.full([BLOCK_T], -1, tl.int64), mask=padding < k)
+    for start in range(block * BLOCK_T, k, blocks * BLOCK_T):
+        slot = start + tl.arange(0, BLOCK_T)
+        tl.store(indices_ptr + sample * k + slot, tl.full([BLOCK_T], -1, tl.int64), mask=slot < k)
     if block == 0:
         tl.store(counts_ptr + sample, sample * 0)
 
@@ -204,7 +204,7 @@ def step_kernel(
         tl.store(counts_ptr + sample, (step + 1).to(tl.int64))
     best_ptr += (1 - step % 2) * blocks + block
     if (pick < 0) | (step + 1 == steps):
-        tl.store(best_ptr, tl.zeros([], tl.int64))  # nobody is left, or nobody asks any more
+        tl.store(best_ptr, tl.zeros([], tl.int64))  # no candidate is left, or no pick wanted
     else:
         token = block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
         inside = token < n
@@ -216,7 +216,7 @@ def step_kernel(
         dots = row_dots(features_ptr, token, inside, pick, channels, row_stride, BLOCK_T, BLOCK_C)
         own = tl.load(inverse_ptr + token, mask=inside, other=0.0)
         cosine = cosine_of(dots, tl.load(inverse_ptr + pick), own)
-        state = meet(
+        state = updated_state(
             tl.load(state_ptr + at, mask=inside, other=0.0), cosine,
             pick, token, inside, positions_ptr, positions_token, axes,
             feature_weight, position_weight, half_exponent, epsilon, two_sigma2, KIND, SUM, POWER, BLOCK_T,
@@ -230,7 +230,7 @@ def step_kernel(
         tl.debug_barrier()
         tl.store(state_ptr + at, state, mask=inside)
         tl.store(available_ptr + at, available.to(tl.uint8), mask=inside)
-        tl.store(best_ptr, tl.max(key_with_index(order_key(value, available, False), token), 0))
+        tl.store(best_ptr, best_candidate(value, available, token, False))
 
 
 def _outliers(call: Call, inverse: Tensor, start: Tensor, config: Config) -> None:

@@ -1,6 +1,7 @@
 """What the Triton wrappers share: fresh outputs, launches on the inputs' device and stream, the target, checks."""
 
 import contextlib
+import ctypes
 import functools
 import os
 import threading
@@ -107,6 +108,10 @@ def rows(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
+def batch_stride(t: Tensor | None) -> int:
+    return 0 if t is None else t.stride(0)
+
+
 def mask_rows(mask: Tensor | None) -> Tensor | None:
     """A bool mask as the bytes it is stored in, with contiguous rows; None stays None."""
     return None if mask is None else rows(mask.view(torch.uint8))
@@ -139,6 +144,11 @@ def power_of_two(size: int, low: int, high: int) -> int:
     while block < high and block < size:
         block *= 2
     return block
+
+
+def float32(value: float) -> float:
+    """The nearest float32; infinite beyond its range, where a kernel's argument must not be left to the launcher."""
+    return ctypes.c_float(float(value)).value
 
 
 def cdiv(a: int, b: int) -> int:

@@ -1,9 +1,9 @@
 """Triton kernel of cosine_scores and contrastive_scores: tiles of dot products, divided by the norms afterwards.
 
-Every feature meets a list of rows for a maximum of cosines (the queries, the anchors) and one for a mean (the queries,
-the references); the score is the maximum, the mean, or the maximum minus the mean. A list is a tensor of its own, or
-rows of the features by index. A program owns BLOCK_N features of a sample. For each BLOCK_L rows of a list it walks the
-channels, BLOCK_C at a time, and adds up dot products and the squares of both operands from the same tiles:
+Every feature has its cosines with a list of rows for a maximum (the queries, the anchors) and one for a mean (the
+queries, the references); the score is the maximum, the mean, or the maximum minus the mean. A list is a tensor of its
+own, or rows of the features by index. A program owns BLOCK_N features of a sample. For each BLOCK_L rows of a list it
+walks the channels, BLOCK_C at a time, and adds up dot products and the squares of both operands from the same tiles:
 
     listed   [BLOCK_L, BLOCK_C] --\\-- product --> dots [BLOCK_L, BLOCK_N] --\\
                                    \\- squares --> norms --------------------+--> cosines --> maximum, sum over rows
@@ -22,12 +22,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _fakes
-from .product import add_product
+from .product import add_product, norm_of_squares
 from .runtime import Config, cdiv, check_indices, check_not_float64, fresh, launch, mask_rows, power_of_two, rows
 
 
 def similarity_config(dtype: torch.dtype, n: int, listed: int, channels: int) -> Config:
-    """Blocks for [n, channels] features against lists of up to `listed` rows; the batch size has no say.
+    """Blocks for [n, channels] features against lists of up to `listed` rows; they do not depend on the batch size.
 
     Few 16-bit features at a time while there are few, so that one image of 576 tokens still makes 36 programs. Chunks
     are as long as registers allow: a thread keeps the squares of its elements of both tiles; an address per element
@@ -48,7 +48,7 @@ def similarity_config(dtype: torch.dtype, n: int, listed: int, channels: int) ->
 
 @triton.jit
 def _inverse_norms(squares, rows_ptr, counts, channels, BLOCK_C: tl.constexpr):
-    """1 / max(norm, 1e-12) of rows; 0 where only the squares overflow, NaN for rows with NaN or infinite elements."""
+    """1 / max(norm, NORM_FLOOR) of rows; 0 where only the squares overflow, NaN for rows with NaN or infinity."""
     odd = (squares == float("inf")) | (squares != squares)
     tainted = tl.full(squares.shape, 0, tl.int32)
     if tl.max(odd.to(tl.int32), 0) > 0:
@@ -57,8 +57,8 @@ def _inverse_norms(squares, rows_ptr, counts, channels, BLOCK_C: tl.constexpr):
             inside = counts[:, None] & (column < channels)[None, :]
             x = tl.load(rows_ptr[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
             tainted = tl.maximum(tainted, tl.max(((x != x) | (tl.abs(x) == float("inf"))).to(tl.int32), 1))
-    norm = tl.sqrt_rn(tl.where(odd, 1.0, squares))
-    inverse = tl.div_rn(tl.full(norm.shape, 1.0, tl.float32), tl.where(norm < 1e-12, 1e-12, norm))
+    norm = norm_of_squares(tl.where(odd, 1.0, squares))
+    inverse = tl.div_rn(tl.full(norm.shape, 1.0, tl.float32), norm)
     return tl.where(odd, tl.where(tainted > 0, float("nan"), 0.0), inverse)
 
 

@@ -15,7 +15,7 @@
 namespace tokenprune {
 
 // Keys whose exponentials share one maximum. The chunk's logits are still in the first-level cache when they are
-// exponentiated; the chunks' maxima meet in one factor per chunk and lane.
+// exponentiated; the chunks' maxima become one factor per chunk and lane.
 constexpr int64_t kAttentionChunk = 96;
 constexpr int64_t kAttentionFewLanes = 8;  // up to here `few` is faster
 
@@ -63,7 +63,7 @@ template <class A>
 struct AttentionReduce {
   const A* from;
   int64_t stride;              // as AttentionGather::stride
-  int64_t parts, part_stride;  // partial results of several head ranges, met here in order
+  int64_t parts, part_stride;  // partial results of several head ranges, combined here in order
   bool max_heads;
   A head_divisor;
   int64_t rows;
@@ -80,7 +80,7 @@ template <class T>
 struct AttentionKernels {
   using A = Wide<T>;
   int width;  // lanes come in multiples of it: the elements of a vector, at least 4
-  void (*norms)(const T* rows, int64_t row_stride, int64_t n, int64_t dim, A* out);  // max(||row||, 1e-12)
+  void (*norms)(const T* rows, int64_t row_stride, int64_t n, int64_t dim, A* out);  // max(||row||, kNormFloor)
   void (*softmax_lanes)(const AttentionHead<T>& head, const AttentionSpace<A>& space);
   void (*gather_lanes)(const AttentionGather<A>& gather, const AttentionSpace<A>& space);
   void (*reduce_lanes)(const AttentionReduce<A>& reduce, int64_t key_begin, int64_t key_end);

@@ -98,7 +98,7 @@ void few_logits(const AttentionHead<T>& head, const AttentionSpace<A>& space) {
     const A norm = norm_of(from, head.dim);
     for (int64_t d = 0; d < head.dim; ++d) row[d] /= norm;
   }
-  // All rows meet a chunk of keys while it is in cache.
+  // A chunk of keys is multiplied with all rows while it is in cache.
   for (int64_t begin = 0; begin < head.keys; begin += kAttentionChunk) {
     const int64_t end = head.keys - begin < kAttentionChunk ? head.keys : begin + kAttentionChunk;
     for (int64_t l = 0; l < total;) {

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cpu/simd/vec.h"
+#include "tokenprune/math.h"
 
 namespace tokenprune::TOKENPRUNE_SIMD {
 
@@ -125,7 +126,13 @@ TOKENPRUNE_INLINE A dot(const A* a, const A* b, int64_t dim) {
   return horizontal_sum<A>((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail;
 }
 
-// max(||row||, 1e-12) of a row of any type.
+template <class A>
+TOKENPRUNE_INLINE A norm_of_squares(A squares) {
+  const A root = sizeof(A) == 4 ? A(__builtin_sqrtf(float(squares))) : A(__builtin_sqrt(double(squares)));
+  return root < A(kNormFloor) ? A(kNormFloor) : root;
+}
+
+// max(||row||, kNormFloor) of a row of any type.
 template <class T, class A = std::conditional_t<std::is_same_v<T, double>, double, float>>
 TOKENPRUNE_INLINE A norm_of(const T* row, int64_t dim) {
   constexpr int width = kWidth<A>;
@@ -143,9 +150,7 @@ TOKENPRUNE_INLINE A norm_of(const T* row, int64_t dim) {
   }
   A tail = 0;
   for (; d < dim; ++d) tail += to_float(row[d]) * to_float(row[d]);
-  const A squares = horizontal_sum<A>((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail;
-  const A root = sizeof(A) == 4 ? A(__builtin_sqrtf(float(squares))) : A(__builtin_sqrt(double(squares)));
-  return root < A(1e-12) ? A(1e-12) : root;
+  return norm_of_squares(horizontal_sum<A>((sum[0] + sum[1]) + (sum[2] + sum[3])) + tail);
 }
 
 }  // namespace tokenprune::TOKENPRUNE_SIMD

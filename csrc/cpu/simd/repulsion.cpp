@@ -95,6 +95,8 @@ void potentials(Potential kind, const PotentialWeights<A>& w, const A* squared_d
   for (int64_t i = 0; i < n; ++i) row[i] = 1 / (row[i] + epsilon);
 }
 
+// The candidate order (tokenprune/order.h) for the lowest of numbers below +inf, without integer keys: they would cost
+// an operation per element.
 template <class A>
 int64_t add_and_pick(const A* row, const A* energy, int64_t n, A* totals) {
   using Index = Vec<std::conditional_t<sizeof(A) == 4, int32_t, int64_t>>;

@@ -19,9 +19,7 @@ void against_panel(const A* panel, int64_t dim, const A* keys, int64_t key_strid
 template <class T, class A>
 void normalize(const T* row, int64_t dim, A* unit) {
   widen(row, dim, unit);
-  const A squares = dot(unit, unit, dim);
-  const A root = sizeof(A) == 4 ? A(__builtin_sqrtf(float(squares))) : A(__builtin_sqrt(double(squares)));
-  const A norm = root < A(1e-12) ? A(1e-12) : root;
+  const A norm = norm_of_squares(dot(unit, unit, dim));
   for (int64_t d = 0; d < dim; ++d) unit[d] /= norm;
 }
 

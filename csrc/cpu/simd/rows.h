@@ -14,7 +14,7 @@ struct RowKernels {
   void (*pack_panel)(const A* rows, int64_t row_stride, int64_t n, int64_t dim, A* panel);
   // out[key * panel_lanes + lane] = <keys[key], panel row lane>.
   void (*panel_dots)(const A* panel, int64_t dim, const A* keys, int64_t key_stride, int64_t n_keys, A* out);
-  // The row in the arithmetic type, divided by max(||row||, 1e-12).
+  // The row in the arithmetic type, divided by max(||row||, kNormFloor).
   void (*normalize)(const A* row, int64_t dim, A* unit);
   void (*normalize_half)(const Half* row, int64_t dim, A* unit);          // float only
   void (*normalize_bfloat16)(const BFloat16* row, int64_t dim, A* unit);  // float only

@@ -17,7 +17,7 @@ struct SimilarityKernels {
   // <a, b>
   A (*dot)(const T* a, const T* b, int64_t dim);
   // dots[r * kFew + q] = <rows[r], units[q]> for two rows and `count` <= kFew unit rows, and <rows[r], rows[r]> when
-  // `squares` is given, in one pass. A row's results do not depend on its partner or its place in the pair.
+  // `squares` is given, in one pass. A row's results do not depend on its partner or on which of the pair it is.
   void (*few_dots)(const T* const* rows, int64_t dim, const A* units, int64_t unit_stride, int count, A* dots,
                    A* squares);
   // sum += scale * row, in double: means of many rows lose nothing.

@@ -31,7 +31,7 @@ struct AttentionProblem {
   int64_t query_positions_stride;
   float scale;
   bool causal, cosine;
-  // With cosine: 1 / max(||x||, 1e-12) of every vector, filled by launch_attention_norms.
+  // With cosine: 1 / max(||x||, kNormFloor) of every vector, filled by launch_attention_norms.
   float* query_inverse_norms;  // [batch, query_heads, rows]
   float* key_inverse_norms;    // [batch, key_heads, keys]
 
@@ -78,7 +78,7 @@ inline bool tile_resident(int64_t dim, int element_size) { return tile_chunks(di
 struct AttentionRowPlan {
   int64_t row_tiles;    // per sample and key head
   int64_t split_tiles;  // key tiles of a range
-  int splits;           // above 1 the ranges' results meet in a second launch
+  int splits;           // above 1 a second launch combines the ranges' results
   bool thin;            // at most kThinRows rows: the keys, not the rows, are spread over the warps
   bool resident;
   int shared;         // bytes

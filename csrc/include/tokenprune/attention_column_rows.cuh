@@ -1,9 +1,8 @@
 // What the rows mean to a column: which of them count, how their sum, maximum and last value become scores, and how
-// the results of row parts meet.
+// the results of row parts are combined.
 //
-// Launch (several row parts only): grid scores / 256, block 256, 256 bytes of shared memory; reads 8 bytes per row part
-// and
-//   score, which is what the first launch wrote.
+// Launch (several row parts only): grid scores / 256, block 256, shared memory of block_reduce; reads 8 bytes per row
+//   part and score, which is what the first launch wrote.
 #pragma once
 
 #include "tokenprune/attention_columns.h"
@@ -11,10 +10,6 @@
 #include "tokenprune/math.h"
 
 namespace tokenprune {
-
-struct NanMax {
-  __device__ __forceinline__ float operator()(float a, float b) const { return nan_max(a, b); }
-};
 
 struct CountedRows {
   int64_t count, last;  // of the rows with query_mask; -1: there is none
@@ -63,7 +58,7 @@ __device__ __forceinline__ void write_scores(const ColumnProblem& c, int64_t sam
   }
 }
 
-// The row parts' sums and maxima meet in order. A block has kThreads scores of a sample.
+// Combines the row parts' sums and maxima in order. A block has kThreads scores of a sample.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads)
     attention_columns_combine_kernel(const ColumnProblem c, const ColumnPlan plan) {

@@ -3,11 +3,11 @@
 //   64 columns (keys, gathered by key_indices) of a sample = operand A        a block, or a cluster of blocks
 //     for each 64 rows:                                                       rows = operand B
 //       for each head:  P = exp(logit - lse), summed or maximised over heads  32 values per thread
-//       the parts' values meet (heads are split over teams and blocks), each part going on with some of the rows
+//       the parts' values are combined (heads are split over teams and blocks), each part going on with some rows
 //       rows are reduced: sum, maximum and last row of every column           per thread, for its columns
-//   lanes, then parts meet in a fixed order; 64 columns are written
+//   the sums of lanes, then of parts are combined in a fixed order; 64 columns are written
 //
-// With head_reduction none there is nothing to meet, and the rows are the inner loop. A thread has what belongs to one
+// With head_reduction none no heads are combined, and the rows are the inner loop. A thread has what belongs to one
 // column in 4 (float32: 8) neighbouring lanes, so rows are reduced in registers. Row tiles of which no row counts
 // or sees any of these keys (query_mask, causality) are skipped at both ends.
 //
@@ -18,36 +18,11 @@
 // Launch 2 (several row parts only): attention_column_rows.cuh.
 #pragma once
 
-#include "tokenprune/attention_column_rows.cuh"
-#include "tokenprune/attention_tile.cuh"
+#include "tokenprune/attention_column_item.cuh"
 
 namespace tokenprune {
 
 enum class HeadOp { kSum, kMax, kNone };
-
-// The keys of a tile's columns: where they are, or -1 for what has no score: beyond the columns, masked, or no key.
-template <class T>
-struct ColumnKeys {
-  VectorList<T> keys;
-  const int64_t* indices;  // [64], in shared memory
-  int64_t count;
-  bool aligned;
-
-  __device__ __forceinline__ const T* vector(int64_t v, bool& exists) const {
-    const int64_t key = v < count ? indices[v] : -1;
-    exists = key >= 0;
-    return exists ? keys.data + key * keys.row_stride : keys.data;
-  }
-};
-
-// What a block knows of the item at work, in shared memory: it is needed rarely, registers always.
-struct ColumnItem {
-  int64_t keys[kTileVectors];  // of the columns; -1: hidden from every row
-  int64_t number, sample, first_column, row_part;
-  int2 heads[kMaxTeams + kMaxTeams % 2];  // of the teams: first and past the last
-  CountedRows rows;
-};
-static_assert(sizeof(ColumnItem) == kColumnItemBytes);
 
 template <class T, HeadOp op>
 struct ColumnPass {
@@ -87,7 +62,7 @@ struct ColumnPass {
   __device__ __forceinline__ float* results_of(int q) const { return last_values() + (1 + 2 * q) * kTileVectors; }
 
   // Barrier of all that work on an item.
-  __device__ __forceinline__ void meet() const {
+  __device__ __forceinline__ void sync() const {
     if (plan.cluster > 1)
       cluster_sync();
     else
@@ -95,7 +70,7 @@ struct ColumnPass {
   }
 
   __device__ __forceinline__ void begin(int64_t number) {
-    meet();  // the last item's reads of shared memory
+    sync();  // the last item's reads of shared memory
     if (threadIdx.x == 0) item().number = number;
     const int64_t first_column = number % plan.key_tiles * kTileVectors;
     number /= plan.key_tiles;
@@ -213,9 +188,9 @@ struct ColumnPass {
   // Rows 8 n .. 8 n + 7 of a tile are unit n, which one part reduces.
   __device__ __forceinline__ bool is_mine(int n) const { return plan.parts() == 1 || n * plan.parts() / 8 == part; }
 
-  // The parts' heads meet: each part reads the values of its rows from all parts, in order. A thread's values go to the
-  // thread of the same number. The ring is free between tiles.
-  __device__ __forceinline__ void meet_parts() {
+  // Combines the parts' heads: each part reads the values of its rows from all parts, in order. A thread's values go to
+  // the thread of the same number. The ring is free between tiles.
+  __device__ __forceinline__ void combine_parts() {
     float4* const mine = reinterpret_cast<float4*>(ring_of(team));
     __syncthreads();
 #pragma unroll
@@ -223,7 +198,7 @@ struct ColumnPass {
       if (8 * n < present)
         mine[n * kTileThreads + tile_thread()] =
             make_float4(mass.sums[n][0], mass.sums[n][1], mass.sums[n][2], mass.sums[n][3]);
-    meet();
+    sync();
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
       if (8 * n >= present || !is_mine(n)) continue;
@@ -243,7 +218,7 @@ struct ColumnPass {
         }
       }
     }
-    meet();
+    sync();
   }
 
   __device__ __forceinline__ bool row_counts(int64_t row) const {
@@ -270,7 +245,7 @@ struct ColumnPass {
     for (int i = 0; i < kA; ++i) sum[i] += of_tile[i];
   }
 
-  // The lanes' and the parts' sums meet in the first block, which writes them.
+  // Combines the lanes' and the parts' sums in the first block, which writes them.
   __device__ __forceinline__ void finish(int head) {
     float* const to = cluster_shared(results_of(part), 0);
 #pragma unroll
@@ -281,7 +256,7 @@ struct ColumnPass {
       to[kTileVectors + Tile::a(i)] = m;
     }
     clear();
-    meet();
+    sync();
     const int64_t column = item().first_column + threadIdx.x;
     if (cluster_rank() != 0 || threadIdx.x >= kTileVectors || column >= c.columns) return;
     const CountedRows& rows = item().rows;
@@ -368,7 +343,7 @@ struct ColumnPass {
       done += over_rows ? 1 : tiles;
       if (over_rows || done < heads) continue;
       if constexpr (op != HeadOp::kNone) {
-        if (plan.parts() > 1) meet_parts();
+        if (plan.parts() > 1) combine_parts();
         add_rows(mass, row);
         done = 0;
       }

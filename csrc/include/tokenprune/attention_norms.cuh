@@ -1,5 +1,5 @@
-// 1 / max(||x||, 1e-12) of all query and key vectors: one launch, a warp per vector, 8 warps per block. Every vector is
-// summed in the same order, so that equal vectors get equal norms. Reads both operands once.
+// 1 / max(||x||, kNormFloor) of all query and key vectors: one launch, a warp per vector, 8 warps per block. Every
+// vector is summed in the same order, so that equal vectors get equal norms. Reads both operands once.
 #pragma once
 
 #include "tokenprune/attention.h"

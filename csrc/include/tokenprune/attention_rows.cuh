@@ -4,15 +4,16 @@
 //   keys                                                                 ranges of tiles    64 x 64 dot products a step
 //
 // Every thread keeps, for each row it has sums of, the softmax statistics of the keys it has seen
-// (attention_state.cuh). At the end the lanes of a row meet in a fixed order, then the ranges of keys in a second
-// launch.
+// (attention_state.cuh). At the end those of the lanes of a row are combined in a fixed order, and in a second launch
+// those of the ranges of keys.
 //
 // `wide` takes the rows as operand A: a warp has 16 rows and all 64 keys. Of at most 16 rows three warps would have
-// nothing to do: there `thin` takes the keys as A, a warp has 16 keys and all rows, and the warps meet at the end.
+// nothing to do: there `thin` takes the keys as A, a warp has 16 keys and all rows, and at the end the warps'
+// statistics are combined.
 //
 // Launch 1: grid row tiles * ranges * key heads * batch, 128 threads, 32 to 56 KiB shared memory. The rows of a group
-// are
-//   read once per range; K is read once per row tile, the tiles of one range running side by side: from L2 but once.
+//   are read once per range; K is read once per row tile, the tiles of one range running side by side: from L2 but
+//   once.
 // Launch 2, only with several ranges: a warp per row; 16 bytes per row and range.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Softmax statistics of a row that is seen in parts: the online update, and how parts meet.
+// Softmax statistics of a row that is seen in parts: the online update, and how parts are combined.
 //
 // With the largest logit m of a part and t = (s - m) log2(e) <= 0, the part is (m, sum 2^t, sum t 2^t). Parts are
 // brought to a common m and added. In the end lse = m + log(sum) and H = log(sum) - ln(2) weighted / sum: nothing

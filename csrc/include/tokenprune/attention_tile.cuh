@@ -87,8 +87,8 @@ __device__ __forceinline__ int tile_thread() { return threadIdx.x % kTileThreads
 __device__ __forceinline__ int tile_warp() { return tile_thread() / kWarp; }
 
 // One thread's 32 sums of a tile: kThreadA x kThreadB of them, sum (i, j) being that of the tile's vectors a(i) of A
-// and b(j) of B. The kLanesPerA lanes that share the same a(i) are neighbours: warp_reduce(x, op, kLanesPerA) meets
-// them.
+// and b(j) of B. The kLanesPerA lanes that share the same a(i) are neighbours: warp_reduce(x, op, kLanesPerA)
+// combines them.
 template <class T>
 struct DotTile {
   static constexpr bool kMma = sizeof(T) == 2;

@@ -2,7 +2,7 @@
 //
 // A tensor is a list of output vectors of 16, 8, 4, 2 or 1 bytes, as wide as its addresses and strides allow. A block
 // finds its tensor in the table of its launch by the numbers of its blocks, and copies up to 1024 consecutive vectors
-// of it, 4 per thread. Where a vector comes from follows from its number: the row, then the position in each loop over
+// of it, 4 per thread. Where a vector comes from follows from its number: the row, then the step of each loop over
 // the row's dimensions (divisions by multiplication), the token from `indices`, and an offset of 64 bits. The vectors
 // of a thread lie 256 apart, so that neighbouring threads write neighbouring addresses, and their loads are all on
 // their way before the first is stored. A token outside the input gives zeros.
@@ -10,9 +10,9 @@
 //   block: 256, shared memory: none. Bytes: every kept element read and written once, and the indices (8 B per row of
 //   8 B and more, from cache).
 //
-// invert_indices: for every token its place among the kept ones. A block owns up to 4096 tokens of a sample, fills them
-// with -1 and scans all indices for those within them; several places of one token leave the last.
-//   grid: samples x token ranges, block: 256, shared memory: none. Bytes: places written once, indices read per range.
+// invert_indices: for every token its slot among the kept ones. A block owns up to 4096 tokens of a sample, fills them
+// with -1 and scans all indices for those within them; of several slots with one token the last counts.
+//   grid: samples x token ranges, block: 256, shared memory: none. Bytes: slots written once, indices read per range.
 #pragma once
 
 #include "tokenprune/compaction.h"
@@ -25,13 +25,13 @@ template <class Vector>
 __device__ __forceinline__ void copy_vectors(const CompactTable& table, const CompactGroup& group,
                                              const CompactPointers& tensor, uint32_t begin, uint32_t end) {
   uint32_t row[kCompactUnroll];
-  int64_t offset[kCompactUnroll], place[kCompactUnroll];
+  int64_t offset[kCompactUnroll], slot[kCompactUnroll];
 #pragma unroll
   for (int u = 0; u < kCompactUnroll; ++u) {
     const uint32_t vector = begin + u * kCompactThreads + threadIdx.x;
     row[u] = divide(vector, group.row);
     offset[u] = static_cast<int64_t>(vector - row[u] * group.row.value) * sizeof(Vector);
-    place[u] = group.index_offset;
+    slot[u] = group.index_offset;
   }
   for (int l = 0; l < group.loops; ++l) {
     const CompactStep& loop = table.loop[group.first_loop + l];
@@ -41,14 +41,14 @@ __device__ __forceinline__ void copy_vectors(const CompactTable& table, const Co
       const int64_t at = row[u] - outer * loop.size.value;
       row[u] = outer;
       offset[u] += at * loop.stride;
-      place[u] += at * loop.index_stride;
+      slot[u] += at * loop.index_stride;
     }
   }
   int64_t token[kCompactUnroll];
   Vector value[kCompactUnroll];
 #pragma unroll
   for (int u = 0; u < kCompactUnroll; ++u)
-    token[u] = begin + u * kCompactThreads + threadIdx.x < end ? table.indices[place[u]] : -1;
+    token[u] = begin + u * kCompactThreads + threadIdx.x < end ? table.indices[slot[u]] : -1;
 #pragma unroll
   for (int u = 0; u < kCompactUnroll; ++u)
     value[u] = token[u] >= 0 && token[u] < group.tokens
@@ -94,14 +94,14 @@ __global__ void __launch_bounds__(kInvertThreads) invert_indices_kernel(const In
   for (int64_t item = blockIdx.x; item < p.batch * ranges; item += gridDim.x) {
     const int64_t sample = item / ranges, begin = item % ranges * kInvertTokens;
     const int64_t end = min(begin + kInvertTokens, p.size);
-    int64_t* places = p.places + sample * p.size;
-    for (int64_t t = begin + threadIdx.x; t < end; t += kInvertThreads) places[t] = -1;
+    int64_t* slots = p.slots + sample * p.size;
+    for (int64_t t = begin + threadIdx.x; t < end; t += kInvertThreads) slots[t] = -1;
     __syncthreads();
     const int64_t* indices = p.indices + sample * p.batch_stride;
     for (int64_t n = threadIdx.x; n < p.kept; n += kInvertThreads) {
       const int64_t token = indices[n * p.entry_stride];
       if (token >= begin && token < end)
-        atomicMax(reinterpret_cast<long long*>(places + token), static_cast<long long>(n));
+        atomicMax(reinterpret_cast<long long*>(slots + token), static_cast<long long>(n));
     }
   }
 }

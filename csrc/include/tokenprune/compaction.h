@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "tokenprune/compact_view.h"
+#include "tokenprune/compaction_view.h"
 #include "tokenprune/limits.h"
 #include "tokenprune/macros.h"
 
@@ -169,17 +169,19 @@ inline std::vector<CompactTable> CompactPlanner::tables(const DeviceLimits& limi
       }
       CompactTable& table = tables.back();
       const size_t count = std::min<size_t>(kind.tensors.size() - next, CompactTable::kTensors - tensors);
-      CompactGroup& group = table.group[table.groups++];
-      group.tokens = kind.tokens;
-      group.token_stride = kind.token_stride;
-      group.index_offset = kind.index_offset;
-      group.vectors = static_cast<uint32_t>(kind.vectors());
-      group.row = make_divisor(static_cast<uint32_t>(kind.run / kind.width));
-      group.blocks.value = static_cast<uint32_t>(count);  // of tensors, until number_blocks
-      group.width = static_cast<uint8_t>(kind.width);
-      group.first_loop = static_cast<uint8_t>(loops);
-      group.loops = static_cast<uint8_t>(own_loops);
-      group.first_tensor = static_cast<uint8_t>(tensors);
+      const Divisor row = make_divisor(static_cast<uint32_t>(kind.run / kind.width));
+      const Divisor tensor_count = {static_cast<uint32_t>(count), 0, 0};  // of blocks, from number_blocks on
+      table.group[table.groups++] = {kind.tokens,
+                                     kind.token_stride,
+                                     kind.index_offset,
+                                     static_cast<uint32_t>(kind.vectors()),
+                                     0,
+                                     row,
+                                     tensor_count,
+                                     static_cast<uint8_t>(kind.width),
+                                     static_cast<uint8_t>(loops),
+                                     static_cast<uint8_t>(own_loops),
+                                     static_cast<uint8_t>(tensors)};
       for (const CompactLoop& loop : kind.loops)
         table.loop[loops++] = {loop.stride, loop.index_stride, make_divisor(static_cast<uint32_t>(loop.size))};
       for (size_t i = 0; i < count; ++i) table.tensor[tensors++] = kind.tensors[next++];
@@ -213,11 +215,11 @@ inline void CompactPlanner::number_blocks(CompactTable& table, const DeviceLimit
 
 cudaError_t launch_gather_compact(const std::vector<CompactTable>& tables, cudaStream_t stream);
 
-// places[b, t] = the n with indices[b, n] = t, or -1: the gather with these indices is the gather's transpose.
+// slots[b, t] = the n with indices[b, n] = t, or -1: the gather with these indices is the gather's transpose.
 struct InvertProblem {
   const int64_t* indices;
   int64_t batch_stride, entry_stride;
-  int64_t* places;  // [batch, size]
+  int64_t* slots;  // [batch, size]
   int64_t batch, kept, size;
 };
 

@@ -8,22 +8,8 @@
 
 namespace tokenprune {
 
-// A candidate of the contract's order: the greater key wins, equal keys by the lower index. Key 0 is no candidate.
-struct Candidate {
-  uint32_t key, index;
-};
-
-constexpr Candidate kNoCandidate = {0, 0xFFFFFFFFu};
-
-// Keys of what may be selected start at 1: NaN is the worst of them.
-__device__ __forceinline__ uint32_t candidate_key(float value) {
-  const uint32_t key = order_key(value);
-  return key > 0 ? key : 1;
-}
-
-__device__ __forceinline__ Candidate better(Candidate a, Candidate b) {
-  return b.key > a.key || (b.key == a.key && b.index < a.index) ? b : a;
-}
+using Candidate = Ranked<uint32_t, uint32_t>;
+constexpr Candidate kNoCandidate = {kNoKey, 0xFFFFFFFFu};
 
 __device__ __forceinline__ Candidate warp_best(Candidate mine) {
   const uint32_t key = __reduce_max_sync(kAllLanes, mine.key);
@@ -52,15 +38,15 @@ __device__ __forceinline__ Candidate cluster_best(Candidate mine, CandidateSlots
 }
 
 // Picks up to k tokens, best first. A rule has
-//   Candidate best()                            the best of the calling thread's own tokens,
-//   void commit(int64_t place, Candidate pick)  takes the pick out and updates the objective; all threads call it.
+//   Candidate best()                           the best of the calling thread's own tokens,
+//   void commit(int64_t slot, Candidate pick)  takes the pick out and updates the objective; all threads call it.
 // Returns how many were picked.
 template <class Rule>
 __device__ __forceinline__ int64_t greedy_select(Rule& rule, CandidateSlots& slots, int64_t k) {
-  for (int64_t place = 0; place < k; ++place) {
-    const Candidate pick = cluster_best(rule.best(), slots, static_cast<unsigned>(place));
-    if (pick.key == 0) return place;
-    rule.commit(place, pick);
+  for (int64_t slot = 0; slot < k; ++slot) {
+    const Candidate pick = cluster_best(rule.best(), slots, static_cast<unsigned>(slot));
+    if (pick.key == kNoKey) return slot;
+    rule.commit(slot, pick);
   }
   return k;
 }

@@ -1,27 +1,26 @@
 // select_mixture (AdaFV): one launch, one block per sample.
 //
-//   text scores -----> keys --- radix selection: the k - b best ---> sorted ---> prefix sums of all after the first b
-//   --+ visual scores ---> keys --- the same -------------------------> sorted ---> prefix sums
-//   ---------------------------+
-//                                                                                                                      |
-//   indices, counts, num_text <--- one walk in order <--- fill: radix selection <--- kept <--- r: greatest product
-//   <---+
+//   text scores   ---> keys ---> k - b best (radix selection) ---> sorted ---> prefix sums of all but the first b ---+
+//   visual scores ---> keys ---> the same                     ---> sorted ---> the same                           ---+
+//                                                                                                                    |
+//   indices, counts, num_text <-- one walk in order <-- fill (radix selection) <-- kept <-- r (greatest product) <---+
 //
 // Only values are sorted. Which tokens the first m of a list are follows from its m-th value: those with a greater one,
 // and of those with this one the first in order; `cut` is where these end. So "kept" is a function of a token's two
-// keys and its position, and nothing per token is stored but the keys.
+// keys and its index, and nothing per token is stored but the keys.
 //
 // Prefix sums are in float64, in chunks: within a chunk from left to right, then from chunk to chunk, each chunk
 // starting with what the last one ended with. That keeps what a tree would lose: adding zeros changes no bit, so that
 // products that are equal because a list has run out of mass are equal here too, and the smallest r wins.
 //
-// Free places go by descending max(t / T, v / V), with T and V the sums of the lists. All are compared as
+// Free slots go by descending max(t / T, v / V), with T and V the sums of the lists. All are compared as
 // max(t * V, v * T): the same order without a division, and equal shares of the two lists give equal products where
 // these are exact.
 //
-// Grid B, block 128 to 512 (a thread for every two tokens), 12 KB static shared memory; dynamic: 8 bytes per sorted
-// place, 16 per summed one, and 8 per token if there is room. Scores are read once (keys in shared memory), otherwise
-// once per pass, up to 26 of them; the minimum is once. Lists too long for shared memory are sorted in global memory.
+// Grid B, block 128 to 512 (a thread for every two tokens), static shared memory two RadixScratch; dynamic: 8 bytes
+// per sorted key, 16 per summed one, and 8 per token if there is room. Scores are read once (keys in shared memory),
+// otherwise once per pass, up to 26 of them; the minimum is once. Lists too long for shared memory are sorted in global
+// memory.
 #pragma once
 
 #include "tokenprune/mixture.h"
@@ -38,8 +37,7 @@ __device__ __forceinline__ float score_at(const void* data, ScoreType type, int6
   return to_float(static_cast<const __nv_bfloat16*>(data)[i]);
 }
 
-// The keys of one list: 0 for a masked token, otherwise order_key of the score, of which negative ones and NaN count
-// as 0.
+// The keys of one list. Negative scores and NaN count as 0.
 struct MixtureKeys {
   const void* scores;
   ScoreType type;
@@ -47,24 +45,23 @@ struct MixtureKeys {
   const uint32_t* kept;  // the keys themselves, or null
 
   __device__ __forceinline__ uint32_t fresh(uint32_t i) const {
-    if (mask != nullptr && !mask[i]) return 0;
+    if (mask != nullptr && !mask[i]) return kNoKey;
     const float score = score_at(scores, type, i);
     return order_key(score > 0 ? score : 0.0f);
   }
   __device__ __forceinline__ uint32_t operator()(uint32_t i) const { return kept != nullptr ? kept[i] : fresh(i); }
 };
 
-// The score behind a key.
-__device__ __forceinline__ float score_of(uint32_t key) { return key == 0 ? 0.0f : __uint_as_float(key ^ 0x80000000u); }
+__device__ __forceinline__ float score_of(uint32_t key) { return key == kNoKey ? 0.0f : nonnegative_value_of_key(key); }
 
-// Sorts both lists of `places` (a power of two), best first.
-__device__ __forceinline__ void sort_lists(uint32_t* text, uint32_t* visual, uint32_t places) {
-  for (uint32_t size = 2; size <= places; size *= 2)
+// Sorts both lists of `length` keys (a power of two), best first.
+__device__ __forceinline__ void sort_lists(uint32_t* text, uint32_t* visual, uint32_t length) {
+  for (uint32_t size = 2; size <= length; size *= 2)
     for (uint32_t stride = size / 2; stride > 0; stride /= 2) {
       __syncthreads();
-      for (uint32_t pair = threadIdx.x; pair < places; pair += blockDim.x) {
-        uint32_t* list = pair < places / 2 ? text : visual;
-        const uint32_t place = pair % (places / 2), i = 2 * place - place % stride, j = i + stride;
+      for (uint32_t pair = threadIdx.x; pair < length; pair += blockDim.x) {
+        uint32_t* list = pair < length / 2 ? text : visual;
+        const uint32_t of_list = pair % (length / 2), i = 2 * of_list - of_list % stride, j = i + stride;
         const uint32_t a = list[i], b = list[j];
         if ((a < b) == ((i & size) == 0)) {
           list[i] = b;
@@ -119,7 +116,7 @@ __device__ __forceinline__ int64_t best_split(const double* text, int64_t text_c
 __device__ __forceinline__ Threshold<uint32_t> threshold_of_sorted(const uint32_t* sorted, uint32_t count) {
   if (count == 0) return no_candidate<uint32_t>();
   const uint32_t key = sorted[count - 1];
-  uint32_t low = 0, high = count - 1;  // the first place with this key
+  uint32_t low = 0, high = count - 1;  // the first one with this key
   while (low < high) {
     const uint32_t middle = (low + high) / 2;
     if (sorted[middle] > key)
@@ -129,15 +126,6 @@ __device__ __forceinline__ Threshold<uint32_t> threshold_of_sorted(const uint32_
   }
   return {key, count - low};
 }
-
-// What is kept of a list: keys above `key`, and those equal to it at positions before `cut`.
-struct KeptPart {
-  uint32_t key, cut;
-
-  __device__ __forceinline__ bool has(uint32_t token_key, uint32_t i) const {
-    return token_key > key || (token_key == key && i < cut);
-  }
-};
 
 // The weights that make max(text * of_text, visual * of_visual) compare as the greater of two shares does. A list whose
 // sum is 0 or infinite has no shares.
@@ -160,6 +148,7 @@ __global__ void __launch_bounds__(kMixtureMaxThreads, 1)
     mixture_kernel(const MixtureProblem p, const MixturePlan plan) {
   using ListScratch = RadixScratch<uint32_t>;
   using FillScratch = RadixScratch<uint64_t>;
+  using Token = Ranked<uint32_t, uint32_t>;
   TOKENPRUNE_SHARED(ListScratch, list_scratch);
   TOKENPRUNE_SHARED(FillScratch, scratch);
   TOKENPRUNE_SHARED(uint32_t[2], cuts);
@@ -167,9 +156,9 @@ __global__ void __launch_bounds__(kMixtureMaxThreads, 1)
   const auto n = static_cast<uint32_t>(p.n);
   const Stretch of_warp = stretch_of_warp({0, n});
 
-  // Where things are: prefix sums, sorted keys, then the keys of all tokens.
-  unsigned char* place = plan.in_workspace ? p.workspace + sample * plan.list_bytes() : dynamic_shared();
-  double *text_mass = reinterpret_cast<double*>(place), *visual_mass = text_mass + plan.summed + 1;
+  // In this order: prefix sums, sorted keys, the keys of all tokens.
+  unsigned char* memory = plan.in_workspace ? p.workspace + sample * plan.list_bytes() : dynamic_shared();
+  double *text_mass = reinterpret_cast<double*>(memory), *visual_mass = text_mass + plan.summed + 1;
   uint32_t *text_sorted = reinterpret_cast<uint32_t*>(visual_mass + plan.summed + 1),
            *visual_sorted = text_sorted + plan.sorted;
   const uint8_t* mask = p.mask == nullptr ? nullptr : p.mask + sample * p.mask_stride;
@@ -205,7 +194,7 @@ __global__ void __launch_bounds__(kMixtureMaxThreads, 1)
   uint32_t tokens = 0;
   for (uint32_t i = of_warp.begin + lane_id(); i < of_warp.end; i += kWarp) {
     const uint32_t key = text(i);
-    tokens += key != 0;
+    tokens += key != kNoKey;
     text_sum += score_of(key);
     visual_sum += score_of(visual(i));
   }
@@ -256,16 +245,17 @@ __global__ void __launch_bounds__(kMixtureMaxThreads, 1)
       },
       scratch);
   __syncthreads();
-  const KeptPart text_part = {of_text.key, cuts[0]}, visual_part = {of_visual.key, cuts[1]};
+  // What is better than these is kept.
+  const Token text_end = {of_text.key, cuts[0]}, visual_end = {of_visual.key, cuts[1]};
 
-  // The free places.
-  const auto fill_key = [&](uint32_t i) -> uint64_t {  // 0: kept already, or masked
+  // The free slots.
+  const auto fill_key = [&](uint32_t i) -> uint64_t {  // kNoKey: kept already, or masked
     const uint32_t text_key = text(i), visual_key = visual(i);
-    if (text_key == 0 || text_part.has(text_key, i) || visual_part.has(visual_key, i)) return 0;
+    if (text_key == kNoKey || Token{text_key, i} < text_end || Token{visual_key, i} < visual_end) return kNoKey;
     return order_key(weights.share(text_key, visual_key));
   };
   uint32_t open = 0;
-  for (uint32_t i = of_warp.begin + lane_id(); i < of_warp.end; i += kWarp) open += fill_key(i) != 0;
+  for (uint32_t i = of_warp.begin + lane_id(); i < of_warp.end; i += kWarp) open += fill_key(i) != kNoKey;
   const int64_t kept = tokens - block_reduce(open, Sum(), 0u);
   const Threshold<uint64_t> fill = threshold_of_best(fill_key, of_warp, p.k - kept, {0, 0}, scratch);
 
@@ -274,7 +264,7 @@ __global__ void __launch_bounds__(kMixtureMaxThreads, 1)
       of_warp,
       [&](uint32_t i) -> uint32_t {
         const uint64_t key = fill_key(i);
-        if (key == 0) return text(i) != 0;
+        if (key == kNoKey) return text(i) != kNoKey;
         return key > fill.key ? 1 : (key == fill.key ? 2 : 0);
       },
       [&](uint32_t i, uint32_t flags, const uint32_t (&ranks)[2]) {

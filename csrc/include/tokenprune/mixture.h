@@ -41,7 +41,7 @@ constexpr int kMixtureStaticShared = 12 * 1024;  // bytes that the kernel has be
 // lies in shared memory, or in global memory when it is too long. The keys of all tokens lie there too if they fit.
 struct MixturePlan {
   unsigned threads;
-  int64_t sorted;  // places per list, a power of two
+  int64_t sorted;  // keys per list, a power of two
   int64_t summed;  // at most, per list
   bool in_workspace, keys_in_shared;
   size_t shared;

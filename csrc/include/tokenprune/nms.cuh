@@ -10,22 +10,17 @@
 // Lists have a fixed capacity. A token that reaches more than that has no list: should it be picked, the selecting
 // blocks compute its weights on the spot, with the same sums. With k <= 2 there are no lists at all.
 //
-//            grid                        block  shared memory              bytes moved
-//   prepare  tokens / 8                  256    none                       the features once (the minimum)
-//   lists    tokens / 16 * splits        256    about 23 KB                (16 + reached columns) rows per tile, from
-//   L2;
-//                                                                          8 per list entry written
-//   select   samples * cluster           <= 384 about 8 KB + 4 per token  4 per token; 8 per list entry of every pick
+//            grid                  block   shared memory             bytes moved
+//   prepare  tokens / 8            256     none                      the features once (the minimum)
+//   lists    tokens / 16 * splits  256     NmsListShared             (16 + reached columns) rows per tile, from L2;
+//                                                                    8 per list entry written
+//   select   samples * cluster     <= 384  NmsSelectShared, and 4    4 per token; 8 per list entry of every pick
+//                                          per token
 #pragma once
 
 #include "tokenprune/nms_lists.cuh"
 
 namespace tokenprune {
-
-// The score behind a key of candidate_key (with +0 for either zero, and a NaN for every NaN).
-__device__ __forceinline__ float score_of_key(uint32_t key) {
-  return __uint_as_float((key & 0x80000000u) != 0 ? key ^ 0x80000000u : ~key);
-}
 
 constexpr int kLooksPerThread = 4;  // at tokens between two barriers, where a pick has no list
 
@@ -37,8 +32,8 @@ struct NmsSelectShared {
 };
 static_assert(sizeof(NmsSelectShared) <= kNmsSelectStatic, "the planner reserves this much");
 
-// The rule of the greedy engine. A block owns the tokens [first, first + owned) of its sample; a key of 0 is a token
-// that is picked, dropped or masked.
+// The rule of the greedy engine. A block owns the tokens [first, first + owned) of its sample; kNoKey is the key of
+// a token that is picked, dropped or masked.
 template <class T>
 struct NmsRule {
   const NmsProblem& p;
@@ -56,37 +51,37 @@ struct NmsRule {
     return mine;
   }
 
-  // Lets an available token meet a pick.
+  // Applies a pick to an available token.
   __device__ __forceinline__ void suppress(int64_t token, float weight) const {
     const uint32_t key = keys[token - first];
-    if (key == 0) return;
+    if (key == kNoKey) return;
     if (!p.by.hard) {
-      keys[token - first] = candidate_key(score_of_key(key) * (1 - weight));
+      keys[token - first] = order_key(value_of_key(key) * (1 - weight));
     } else if (weight >= p.by.threshold) {
-      keys[token - first] = 0;
+      keys[token - first] = kNoKey;
     }
   }
 
   __device__ __forceinline__ bool owns(int64_t token) const { return token >= first && token < first + owned; }
 
-  __device__ __forceinline__ void commit(int64_t place, Candidate pick) {
+  __device__ __forceinline__ void commit(int64_t slot, Candidate pick) {
     if (threadIdx.x == 0) {
       if (cluster_rank() == 0) {
-        p.indices[sample * p.k + place] = pick.index;
-        p.selected[sample * p.k + place] = score_of_key(pick.key);
+        p.indices[sample * p.k + slot] = pick.index;
+        p.selected[sample * p.k + slot] = value_of_key(pick.key);
       }
-      if (owns(pick.index)) keys[pick.index - first] = 0;
+      if (owns(pick.index)) keys[pick.index - first] = kNoKey;
     }
-    if (place + 1 == steps) return;  // nobody asks any more
+    if (slot + 1 == steps) return;  // nobody asks any more
     if (capacity == 0) {
-      meet_neighbours(pick.index);
+      apply_to_neighbours(pick.index);
     } else {
       const NmsEntry* list = w.lists + (sample * p.n + pick.index) * capacity;
       // Asked for together with the thread's own first entry: one wait for memory.
       const int32_t head = list[0].index;
       NmsEntry entry = threadIdx.x < capacity ? list[threadIdx.x] : NmsEntry{kEnd, 0};
       if (head == kOverflow) {
-        meet_neighbours(pick.index);
+        apply_to_neighbours(pick.index);
       } else {
         for (int64_t e = threadIdx.x; entry.index != kEnd;) {
           if (owns(entry.index)) suppress(entry.index, entry.weight);
@@ -100,25 +95,25 @@ struct NmsRule {
   }
 
   // The weights of a pick without a list, computed now.
-  __device__ void meet_neighbours(int64_t pick_index) {
+  __device__ void apply_to_neighbours(int64_t pick_index) {
     const NmsToken pick = load_token(p, w, sample, pick_index);
     for (int64_t from = 0; from < owned; from += kLooksPerThread * blockDim.x) {
       if (threadIdx.x == 0) s.reached_count = 0;
       __syncthreads();
       const int64_t end = min(owned, from + kLooksPerThread * blockDim.x);
       for (int64_t i = from + threadIdx.x; i < end; i += blockDim.x)
-        if (keys[i] != 0 && first + i != pick_index && reaches(p.by, pick, load_token(p, w, sample, first + i)))
+        if (keys[i] != kNoKey && first + i != pick_index && reaches(p.by, pick, load_token(p, w, sample, first + i)))
           s.reached[atomicAdd(&s.reached_count, 1)] = static_cast<int32_t>(first + i);
       // In any order: each of them is a sum of its own.
       __syncthreads();
       const int count = s.reached_count, at_once = blockDim.x / kWarp / kSegments * kDotColumns;
       for (int done = 0; done < count; done += at_once)
-        meet_reached(pick_index, pick, done, min(count - done, at_once));
+        apply_to_reached(pick_index, pick, done, min(count - done, at_once));
       __syncthreads();
     }
   }
 
-  __device__ __forceinline__ void meet_reached(int64_t pick_index, const NmsToken& pick, int done, int columns) {
+  __device__ __forceinline__ void apply_to_reached(int64_t pick_index, const NmsToken& pick, int done, int columns) {
     const int mine = warp_id() / kSegments * kDotColumns;
     if (mine < columns) {
       float* partial = s.partial[warp_id() % kSegments] + mine;
@@ -159,9 +154,9 @@ __global__ void __launch_bounds__(kNmsMostSelectThreads, 1)
   const int64_t picked = greedy_select(rule, s.slots, steps);
   if (cluster_rank() != 0) return;
   if (threadIdx.x == 0) p.counts[sample] = picked;
-  for (int64_t place = picked + threadIdx.x; place < p.k; place += blockDim.x) {
-    p.indices[sample * p.k + place] = -1;
-    p.selected[sample * p.k + place] = 0;
+  for (int64_t slot = picked + threadIdx.x; slot < p.k; slot += blockDim.x) {
+    p.indices[sample * p.k + slot] = -1;
+    p.selected[sample * p.k + slot] = 0;
   }
 }
 

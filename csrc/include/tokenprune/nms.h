@@ -16,6 +16,8 @@
 
 namespace tokenprune {
 
+constexpr int kNmsAxes = 2;  // positions are those on the grid of patches: two coordinates
+
 enum class FloatType { kFloat32, kFloat16, kBfloat16 };
 
 struct FloatRows {
@@ -32,7 +34,7 @@ struct NmsSuppression {
 };
 
 struct NmsProblem {
-  FloatRows scores, positions;  // [batch, n], [batch, n, 2]
+  FloatRows scores, positions;  // [batch, n], [batch, n, kNmsAxes]
   const void* features;         // [batch, n, dim], last stride 1
   int64_t feature_batch_stride, feature_row_stride;
   const int64_t* groups;  // [batch, n] with last stride 1, or null
@@ -64,7 +66,7 @@ inline NmsSuppression nms_suppression(double radius, double sigma_spatial, doubl
 }
 
 constexpr int kNmsRowTile = 16;     // picks whose lists one block makes, the rows of one mma
-constexpr int kNmsColumnTile = 64;  // neighbours that it meets at a time
+constexpr int kNmsColumnTile = 64;  // neighbours that it multiplies at a time
 constexpr int kNmsThreads = 256, kNmsMostSelectThreads = 384;
 constexpr int64_t kNmsRoomyLists = 16 << 20;    // bytes of lists that are always allowed
 constexpr int64_t kNmsModestCapacity = 128;     // allowed beyond that when the features are as large
@@ -73,7 +75,7 @@ constexpr int64_t kNmsSelectStatic = 9 * 1024;  // bytes of static shared memory
 
 struct NmsPlan {
   int64_t steps;                  // picks that can be made at most
-  int64_t capacity;               // entries of a token's list; 0: no lists, every pick meets its neighbours when made
+  int64_t capacity;               // entries of a token's list; 0: no lists, weights are computed when a pick is made
   int64_t splits, split_columns;  // the columns are shared out to `splits` blocks per row tile
   int64_t prepare_blocks, list_blocks;
   int64_t cluster, owned;  // blocks that select for one sample, and tokens that each of them owns

@@ -17,20 +17,18 @@ struct alignas(8) NmsEntry {
 constexpr int32_t kEnd = -1, kOverflow = -2;
 
 struct NmsWorkspace {
-  NmsEntry* lists;  // [batch * n, capacity], ascending
-  float2* places;   // [batch * n]
-  float* norms;     // [batch * n]
-  uint32_t* keys;   // [batch * n], candidate_key of the scores; 0: not available
+  NmsEntry* lists;      // [batch * n, capacity], ascending
+  float2* coordinates;  // [batch * n], kNmsAxes of each
+  float* norms;         // [batch * n]
+  uint32_t* keys;       // [batch * n], order_key of the scores; kNoKey: not available
 };
 
 __device__ __forceinline__ NmsWorkspace nms_workspace(const NmsProblem& p, int64_t capacity) {
   const int64_t tokens = p.batch * p.n;
-  NmsWorkspace w;
-  w.lists = static_cast<NmsEntry*>(p.workspace);
-  w.places = reinterpret_cast<float2*>(w.lists + tokens * capacity);
-  w.norms = reinterpret_cast<float*>(w.places + tokens);
-  w.keys = reinterpret_cast<uint32_t*>(w.norms + tokens);
-  return w;
+  auto* lists = static_cast<NmsEntry*>(p.workspace);
+  auto* coordinates = reinterpret_cast<float2*>(lists + tokens * capacity);
+  auto* norms = reinterpret_cast<float*>(coordinates + tokens);
+  return {lists, coordinates, norms, reinterpret_cast<uint32_t*>(norms + tokens)};
 }
 
 __device__ __forceinline__ float load_float(const FloatRows& rows, int64_t offset) {
@@ -42,6 +40,12 @@ __device__ __forceinline__ float load_float(const FloatRows& rows, int64_t offse
     default:
       return static_cast<const float*>(rows.data)[offset];
   }
+}
+
+__device__ __forceinline__ float2 load_coordinates(const FloatRows& positions, int64_t sample, int64_t token) {
+  static_assert(kNmsAxes == 2, "a float2 holds the coordinates");
+  const int64_t first = sample * positions.batch_stride + token * positions.token_stride;
+  return make_float2(load_float(positions, first), load_float(positions, first + 1));
 }
 
 template <class T>
@@ -57,19 +61,19 @@ __device__ __forceinline__ bool wide_features(const NmsProblem& p, int64_t sampl
 // --- one token, and pairs of them ------------------------------------------------------------------------------------
 
 struct NmsToken {
-  float2 place;
+  float2 coordinates;
   float norm;
   int64_t group;
 };
 
 __device__ __forceinline__ NmsToken load_token(const NmsProblem& p, const NmsWorkspace& w, int64_t sample, int64_t i) {
   const int64_t at = sample * p.n + i;
-  return {w.places[at], w.norms[at], p.groups == nullptr ? 0 : p.groups[sample * p.group_stride + i]};
+  return {w.coordinates[at], w.norms[at], p.groups == nullptr ? 0 : p.groups[sample * p.group_stride + i]};
 }
 
 // Without fused multiply-adds: whether a token at the edge of the radius is near does not depend on the backend.
 __device__ __forceinline__ float squared_distance(const NmsToken& a, const NmsToken& b) {
-  const float dx = __fsub_rn(a.place.x, b.place.x), dy = __fsub_rn(a.place.y, b.place.y);
+  const float dx = __fsub_rn(a.coordinates.x, b.coordinates.x), dy = __fsub_rn(a.coordinates.y, b.coordinates.y);
   return __fadd_rn(__fmul_rn(dx, dx), __fmul_rn(dy, dy));
 }
 
@@ -97,7 +101,8 @@ __device__ __forceinline__ int64_t semantic_dim(const NmsProblem& p) {
 
 // --- launch 1: one warp per token ------------------------------------------------------------------------------------
 
-// ||row||, at least 1e-12, in every lane; inf of a row too large for its squares, NaN if the unit vector contains one.
+// ||row||, at least kNormFloor, in every lane; inf of a row too large for its squares, NaN if the unit vector contains
+// one.
 template <class T>
 __device__ __forceinline__ float warp_norm(const T* row, int64_t dim, bool wide) {
   float sum = 0;
@@ -124,16 +129,14 @@ __global__ void __launch_bounds__(kNmsThreads) nms_prepare_kernel(const NmsProbl
     const bool available = p.mask == nullptr || p.mask[sample * p.mask_stride + i];
     const float norm = available ? warp_norm(feature_row<T>(p, sample, i), p.dim, wide_features<T>(p, sample)) : 1;
     if (lane_id() != 0) continue;
-    const int64_t place = sample * p.positions.batch_stride + i * p.positions.token_stride;
     const float score = load_float(p.scores, sample * p.scores.batch_stride + i * p.scores.token_stride);
-    w.places[at] = make_float2(load_float(p.positions, place), load_float(p.positions, place + 1));
+    w.coordinates[at] = load_coordinates(p.positions, sample, i);
     w.norms[at] = norm;
-    w.keys[at] = available ? candidate_key(score) : 0;
+    w.keys[at] = order_key(score, available);
   }
 }
 
-// --- launch 2: the lists of 16 tokens, the columns of one split
-// --------------------------------------------------------
+// --- launch 2: the lists of 16 tokens, the columns of one split ------------------------------------------------------
 
 constexpr int kPendingColumns = 512;  // a power of two, at least kNmsColumnTile - 1 + kNmsThreads
 constexpr int kPartialStride = kNmsColumnTile + 8;
@@ -159,7 +162,7 @@ struct NmsListShared {
 // Which of the block's rows reach column j.
 __device__ __forceinline__ uint32_t rows_reaching(const NmsProblem& p, const NmsWorkspace& w, const NmsListShared& s,
                                                   int32_t j) {
-  if (w.keys[s.sample * p.n + j] == 0) return 0;
+  if (w.keys[s.sample * p.n + j] == kNoKey) return 0;
   const NmsToken column = load_token(p, w, s.sample, j);
   uint32_t reached = 0;
 #pragma unroll 4
@@ -192,12 +195,12 @@ __device__ __forceinline__ int append_columns(NmsListShared& s, int tail, Reache
   const uint32_t reached = __ballot_sync(kAllLanes, mine.rows != 0);
   if (lane_id() == 0) s.warp_columns[warp_id()] = __popc(reached);
   __syncthreads();
-  int place = tail + __popc(reached & ((1u << lane_id()) - 1));
+  int slot = tail + __popc(reached & ((1u << lane_id()) - 1));
   for (int warp = 0; warp < kNmsThreads / kWarp; ++warp) {
-    if (warp < warp_id()) place += s.warp_columns[warp];
+    if (warp < warp_id()) slot += s.warp_columns[warp];
     tail += s.warp_columns[warp];
   }
-  if (mine.rows != 0) s.pending[place % kPendingColumns] = mine;
+  if (mine.rows != 0) s.pending[slot % kPendingColumns] = mine;
   __syncthreads();
   return tail;
 }
@@ -249,9 +252,9 @@ __device__ __forceinline__ void write_entries(const NmsProblem& p, const NmsWork
     const uint64_t of_row = s.row_columns[r];
     if (column.rows >> r & 1) {
       const float shares[kSegments] = {s.partial[0][r][c], s.partial[1][r][c], s.partial[2][r][c], s.partial[3][r][c]};
-      const int place = s.counts[r] + __popcll(of_row & ((uint64_t(1) << c) - 1));
+      const int slot = s.counts[r] + __popcll(of_row & ((uint64_t(1) << c) - 1));
       const float weight = weight_of(p.by, s.rows[r], other, sum_of_segments(shares));
-      w.lists[(s.sample * p.n + s.first + r) * capacity + place] = {column.index, weight};
+      w.lists[(s.sample * p.n + s.first + r) * capacity + slot] = {column.index, weight};
     }
   }
   __syncthreads();
@@ -275,7 +278,7 @@ __global__ void __launch_bounds__(kNmsThreads, 2)
     bool wanted = false;  // a masked token is never picked
     if (threadIdx.x < kNmsRowTile) {
       const int32_t row = s.first + static_cast<int32_t>(threadIdx.x);
-      wanted = row < n && w.keys[s.sample * n + row] != 0;
+      wanted = row < n && w.keys[s.sample * n + row] != kNoKey;
       s.rows[threadIdx.x] = load_token(p, w, s.sample, min(row, n - 1));
       s.counts[threadIdx.x] = 0;
       s.row_columns[threadIdx.x] = 0;

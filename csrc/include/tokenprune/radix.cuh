@@ -2,20 +2,21 @@
 //
 //   threshold_of_best   finds the key that separates the `count` best tokens from the others: histograms of 8 bits of
 //                       the keys, most significant bits first, each pass over the keys that the last one left open.
-//   ranked              walks the tokens in order and tells each how many marked tokens come before it, which is where
-//                       its output goes and whether its place among equal keys is still among the best.
+//   ranked              walks the tokens in order and tells each how many marked tokens come before it: the slot of its
+//                       output, and whether it is still among the best of the tokens with its key.
 //
-// Keys are unsigned integers, a greater one is the better token, 0 is no candidate (see order.h). Nothing here knows of
-// indices, ties or NaN beyond that: equal keys are counted, and the first ones in order win.
+// Keys are those of order.h. Nothing here knows of indices, ties or NaN beyond that: equal keys are counted, and the
+// first ones in order win.
 //
 // Tokens are dealt out in order: a stretch to each block of the cluster, of it a stretch to each warp, whose lanes walk
-// it 32 neighbours at a time. A thread always meets the same tokens, so that what it keeps in shared memory of its own
+// it 32 neighbours at a time. A thread always has the same tokens, so that what it keeps in shared memory of its own
 // tokens needs no barrier, and ranks need only one exchange of totals between the warps.
 //
 // Every thread of the team calls the functions that take a RadixScratch: they contain barriers, the first one before
 // anything is written. A sample has fewer than 2^31 tokens.
 #pragma once
 
+#include "tokenprune/order.h"
 #include "tokenprune/ptx.cuh"
 #include "tokenprune/warp.cuh"
 
@@ -134,7 +135,7 @@ struct Threshold {
 
 template <class Key>
 __device__ __forceinline__ Threshold<Key> all_candidates() {
-  return {0, 0};
+  return {kNoKey, 0};
 }
 
 template <class Key>
@@ -187,7 +188,7 @@ __device__ __forceinline__ Threshold<Key> threshold_of_best(const Keys& keys, St
   for (int i = threadIdx.x; i < kRadixBins; i += blockDim.x) scratch.histogram[0][i] = 0;
   Extent<Key> open = extent_of_none<Key>();
   each_token(of_warp, keys, [&](uint32_t, Key key) {
-    if (key == 0) return;
+    if (key == kNoKey) return;
     open.low = min(open.low, key);
     open.high = max(open.high, key);
     ++open.count;

@@ -72,19 +72,18 @@ __global__ void __launch_bounds__(kStartThreads)
     const float cosine = cosine_of(row[j], own, inverse[j]);
     result = outlier ? result + cosine : nan_max(result, cosine);
   }
-  const auto largest = [](float a, float b) { return nan_max(a, b); };
-  result = outlier ? warp_reduce(result, Sum()) : warp_reduce(result, largest);
+  result = outlier ? warp_reduce(result, Sum()) : warp_reduce(result, NanMax());
   if (lane_id() == 0) start[sample * n + i] = result;
 }
 
-// The objectives of a sample's tokens, a thread's own every blockDim-th, and what a selected token does to them. Nobody
-// else touches their entries of `state` and `key`.
+// The objectives of a sample's tokens and how a selected token changes them. Of `state` and `key` only the thread that
+// owns a token, one of every blockDim, touches its entry.
 struct StoredRows {
   const RepulsionObjective& objective;
   const float* energy;  // or null
   const float* inverse;
   float* state;
-  uint32_t* key;  // 0: not available
+  uint32_t* key;  // kNoKey: not available
   int n;
   Candidate mine = kNoCandidate;  // the best of the thread's tokens
 
@@ -107,31 +106,32 @@ struct StoredRows {
 
   __device__ __forceinline__ void offer(int i, uint32_t value) {
     key[i] = value;
-    mine = better(mine, {value, static_cast<uint32_t>(i)});
+    const Candidate offered = {value, static_cast<uint32_t>(i)};
+    if (offered < mine) mine = offered;
   }
 
   __device__ __forceinline__ uint32_t key_of(int i) const {
     return objective.key(state[i], energy == nullptr ? 0 : energy[i]);
   }
 
-  // All tokens meet j, whose inner products are `row`.
-  __device__ __forceinline__ void meet(const float* row, int64_t j) {
+  // Applies j, whose inner products are `row`, to all tokens.
+  __device__ __forceinline__ void apply(const float* row, int64_t j) {
     const float other = inverse[j];
     for_own(row,
-            [&](int i, float dot) { state[i] = objective.meet(state[i], cosine_of(dot, inverse[i], other), i, j); });
+            [&](int i, float dot) { state[i] = objective.updated(state[i], cosine_of(dot, inverse[i], other), i, j); });
   }
 
-  // The available ones among them do, j is not one any more, and `mine` is brought up to date.
-  __device__ __forceinline__ void meet_pick(const float* row, int64_t j) {
+  // Applies j to the available tokens, of which it is none from now on, and brings `mine` up to date.
+  __device__ __forceinline__ void apply_pick(const float* row, int64_t j) {
     mine = kNoCandidate;
     const float other = inverse[j];
     for_own(row, [&](int i, float dot) {
-      if (key[i] == 0) return;
+      if (key[i] == kNoKey) return;
       if (i == j) {
-        key[i] = 0;
+        key[i] = kNoKey;
         return;
       }
-      state[i] = objective.meet(state[i], cosine_of(dot, inverse[i], other), i, j);
+      state[i] = objective.updated(state[i], cosine_of(dot, inverse[i], other), i, j);
       offer(i, key_of(i));
     });
   }
@@ -144,17 +144,17 @@ struct GramRule {
 
   __device__ __forceinline__ const float* row(int64_t j) const { return gram + j * tokens.n; }
   __device__ __forceinline__ Candidate best() const { return tokens.mine; }
-  __device__ __forceinline__ void commit(int64_t place, Candidate pick) {
-    if (threadIdx.x == 0) indices[place] = pick.index;
-    tokens.meet_pick(row(pick.index), pick.index);
+  __device__ __forceinline__ void commit(int64_t slot, Candidate pick) {
+    if (threadIdx.x == 0) indices[slot] = pick.index;
+    tokens.apply_pick(row(pick.index), pick.index);
   }
 };
 
 // Keys until the seeds are known.
 constexpr uint32_t kMasked = 0, kAvailable = 1, kSeed = 2;
 
-// Lets all tokens meet the seeds, in ascending order and each once; true if there are any.
-__device__ __forceinline__ bool meet_seeds(GramRule& rule, const int64_t* seeds, int64_t n_seeds) {
+// Applies the seeds to all tokens, in ascending order and each once; true if there are any.
+__device__ __forceinline__ bool apply_seeds(GramRule& rule, const int64_t* seeds, int64_t n_seeds) {
   StoredRows& tokens = rule.tokens;
   const int n = tokens.n;
   bool any = false;
@@ -170,7 +170,7 @@ __device__ __forceinline__ bool meet_seeds(GramRule& rule, const int64_t* seeds,
     unsigned found = __ballot_sync(kAllLanes, j < n && tokens.key[j] == kSeed);
     for (; found != 0; found &= found - 1) {
       const int seed = base + __ffs(found) - 1;
-      tokens.meet(rule.row(seed), seed);
+      tokens.apply(rule.row(seed), seed);
     }
   }
   __syncthreads();  // all have seen the marks
@@ -191,26 +191,26 @@ __global__ void __launch_bounds__(1024)
   StoredRows& tokens = rule.tokens;
   if (p.k > 0) {
     for (int i = threadIdx.x; i < n; i += blockDim.x) {
-      state[i] = objective.nothing();
+      state[i] = objective.initial_state();
       norms[i] = inverse[sample * n + i];
       key[i] = is_valid(p, sample, i) ? kAvailable : kMasked;
       if (energy != nullptr) energy[i] = p.energy[sample * n + i];
     }
     __syncthreads();
-    const bool started = p.seeds != nullptr && meet_seeds(rule, p.seeds + sample * p.n_seeds, p.n_seeds);
+    const bool started = p.seeds != nullptr && apply_seeds(rule, p.seeds + sample * p.n_seeds, p.n_seeds);
     for (int i = threadIdx.x; i < n; i += blockDim.x) {
       if (key[i] != kAvailable) {
-        key[i] = 0;
+        key[i] = kNoKey;
       } else if (started) {
         tokens.offer(i, tokens.key_of(i));
       } else {
         const float first = energy != nullptr ? energy[i] : (start != nullptr ? start[sample * n + i] : 0);
-        tokens.offer(i, candidate_key(-first));
+        tokens.offer(i, order_key(-first));
       }
     }
   }
   const int64_t picked = greedy_select(rule, slots, p.k);
-  for (int64_t place = picked + threadIdx.x; place < p.k; place += blockDim.x) indices[place] = -1;
+  for (int64_t slot = picked + threadIdx.x; slot < p.k; slot += blockDim.x) indices[slot] = -1;
   if (threadIdx.x == 0) p.counts[sample] = picked;
 }
 

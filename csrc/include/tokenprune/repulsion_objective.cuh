@@ -3,10 +3,10 @@
 // r2, so phi is evaluated once and not per pair); U follows from the state.
 #pragma once
 
-#include "tokenprune/gram_tile.cuh"
 #include "tokenprune/greedy.cuh"
 #include "tokenprune/math.h"
 #include "tokenprune/repulsion.h"
+#include "tokenprune/repulsion_gram_tile.cuh"
 
 namespace tokenprune {
 
@@ -23,8 +23,8 @@ struct RepulsionObjective {
     if (p.positions != nullptr && potential != Potential::kCosine) positions = p.positions + sample * p.n * axes;
   }
 
-  // The state of a token that has met nobody.
-  __device__ __forceinline__ float nothing() const {
+  // The state before any token is selected.
+  __device__ __forceinline__ float initial_state() const {
     if (sum) return 0;
     return potential == Potential::kCosine ? -INFINITY : INFINITY;
   }
@@ -39,8 +39,8 @@ struct RepulsionObjective {
     return result;
   }
 
-  // The state of token i after it has met j.
-  __device__ __forceinline__ float meet(float state, float cosine, int64_t i, int64_t j) const {
+  // The state of token i when j is selected too.
+  __device__ __forceinline__ float updated(float state, float cosine, int64_t i, int64_t j) const {
     if (potential == Potential::kCosine) return sum ? state + cosine : nan_max(state, cosine);
     const float distance = squared_distance(i, j);
     if (sum)
@@ -63,7 +63,7 @@ struct RepulsionObjective {
       value = potential == Potential::kRiesz ? tokenprune::potential<Potential::kRiesz>(1.0f, state, w)
                                              : tokenprune::potential<Potential::kGaussian>(1.0f, state, w);
     }
-    return candidate_key(-(value + energy));
+    return order_key(-(value + energy));
   }
 };
 

@@ -6,9 +6,9 @@
 // 2. apply, a block per 64 tokens: the inner products of all tokens with what was chosen. 128 threads;
 //    GramTile<64>::kShared; reads all features once.
 //
-// max: meeting a selected token never improves an objective. So as long as the best candidate beats the best of all
+// max: a selected token never improves the objective of another. So as long as the best candidate beats the best of all
 // other tokens, whose objectives are those before the round, it is the true pick: the others could only have become
-// worse. The list of a round is these picks, and apply lets every token meet them.
+// worse. The list of a round is these picks, and apply updates every token with them.
 // sum: every pick changes all objectives by about the same, so that test would stop at once. Here only the first token
 // of the list is a pick, the others are a prediction; apply stores the rows of all of them, and the next choose, before
 // anything else, makes exact steps over all tokens for as long as the next pick has a row (20 n bytes and a barrier
@@ -25,14 +25,7 @@ namespace tokenprune {
 
 constexpr int kChooseThreads = 512;
 
-// Candidates as numbers: the greater one is better. 0 is none.
-using Rank = unsigned long long;
-
-__device__ __forceinline__ Rank rank_of(uint32_t key, uint32_t index) {
-  return key == 0 ? 0 : static_cast<Rank>(key) << 32 | (0xFFFFFFFFu - index);
-}
-__device__ __forceinline__ uint32_t index_of(Rank rank) { return 0xFFFFFFFFu - static_cast<uint32_t>(rank); }
-__device__ __forceinline__ uint32_t key_of(Rank rank) { return static_cast<uint32_t>(rank >> 32); }
+using Rank = uint64_t;  // of pack_ranked: 0 is no candidate
 
 // Descending bitonic sort of `count` (a power of two, at least 64) ranks in shared memory. All threads call it, after a
 // barrier; ends with one.
@@ -59,8 +52,8 @@ __device__ __forceinline__ uint32_t next_seeds(const uint32_t* seed, int64_t n, 
     const int64_t j = base + threadIdx.x;
     const bool here = j < n && seed[j] != 0;
     uint32_t total;
-    const uint32_t place = found + block_exclusive_sum(here ? 1u : 0u, total);
-    if (here && place < kCandidates) picks[place] = static_cast<uint32_t>(j);
+    const uint32_t slot = found + block_exclusive_sum(here ? 1u : 0u, total);
+    if (here && slot < kCandidates) picks[slot] = static_cast<uint32_t>(j);
     found += total;
   }
   __syncthreads();  // picks are written
@@ -78,7 +71,7 @@ __device__ __forceinline__ Rank two_best(const uint32_t* key, int64_t n, Rank* r
   Rank best = 0, second = 0, third = 0;
 #pragma unroll 8
   for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
-    const Rank rank = rank_of(key[i], static_cast<uint32_t>(i));
+    const Rank rank = pack_ranked(key[i], static_cast<uint32_t>(i));
     if (rank <= third) continue;
     third = rank > second ? second : rank;
     const Rank middle = rank > best ? best : rank;
@@ -106,7 +99,7 @@ __device__ __forceinline__ uint32_t pick_candidates(const RepulsionProblem& p, c
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
     own.rank[e] = ranks[lane_id() + e * kWarp];
-    const int64_t at = sample * p.n + (own.rank[e] == 0 ? 0 : index_of(own.rank[e]));
+    const int64_t at = sample * p.n + (own.rank[e] == 0 ? 0 : index_of_packed(own.rank[e]));
     own.state[e] = w.state[at];
     own.inverse[e] = w.inverse[at];
     own.energy[e] = p.energy == nullptr ? 0 : p.energy[at];
@@ -116,12 +109,12 @@ __device__ __forceinline__ uint32_t pick_candidates(const RepulsionProblem& p, c
     if (best == 0 || (!p.sum && best < outside)) return made;
     const unsigned in_first = __ballot_sync(kAllLanes, own.rank[0] == best);
     const int owner = __ffs(__ballot_sync(kAllLanes, mine == best)) - 1, slot = in_first != 0 ? owner : owner + kWarp;
-    const int64_t j = index_of(best);
+    const int64_t j = index_of_packed(best);
     if (lane_id() == 0) {
       picks[made] = static_cast<uint32_t>(j);
       if (made == 0 || !p.sum) {
         indices[made] = j;
-        w.key[sample * p.n + j] = 0;
+        w.key[sample * p.n + j] = kNoKey;
       }
     }
     if (dots == nullptr) return 1;
@@ -129,18 +122,18 @@ __device__ __forceinline__ uint32_t pick_candidates(const RepulsionProblem& p, c
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       if (own.rank[e] == 0) continue;
-      const int64_t i = index_of(own.rank[e]);
+      const int64_t i = index_of_packed(own.rank[e]);
       const float cosine =
           cosine_of(dots[slot * GramTile<64>::kOutPitch + lane_id() + e * kWarp], own.inverse[e], other);
-      own.state[e] = objective.meet(own.state[e], cosine, i, j);
-      own.rank[e] = i == j ? 0 : rank_of(objective.key(own.state[e], own.energy[e]), static_cast<uint32_t>(i));
+      own.state[e] = objective.updated(own.state[e], cosine, i, j);
+      own.rank[e] = i == j ? 0 : pack_ranked(objective.key(own.state[e], own.energy[e]), static_cast<uint32_t>(i));
     }
   }
   return limit;
 }
 
-// All tokens meet the first token of the list, and then those that turn out to be the next picks; stops at the first
-// pick that is not in the list, or that is the last one. Returns how many picks were made.
+// Applies the first token of the list to all tokens, and then those that turn out to be the next picks; stops at the
+// first pick that is not in the list, or that is the last one. Returns how many picks were made.
 __device__ __forceinline__ uint32_t step_through_rows(const RepulsionProblem& p, const RepulsionRounds& w,
                                                       int64_t sample, uint32_t listed, uint32_t left,
                                                       int64_t* indices) {
@@ -160,11 +153,11 @@ __device__ __forceinline__ uint32_t step_through_rows(const RepulsionProblem& p,
                  high_token = high < listed ? list[high] : none;
   int64_t slot = 0;
   for (uint32_t made = 0;; ++made) {
-    tokens.meet_pick(rows + slot * n, list[slot]);
+    tokens.apply_pick(rows + slot * n, list[slot]);
     const Candidate best = cluster_best(tokens.mine, slots, made);
     const unsigned in_low = __ballot_sync(kAllLanes, low_token == best.index);
     const unsigned in_high = __ballot_sync(kAllLanes, high_token == best.index);
-    if (best.key == 0 || (in_low | in_high) == 0) return made;
+    if (best.key == kNoKey || (in_low | in_high) == 0) return made;
     slot = in_low != 0 ? __ffs(in_low) - 1 : __ffs(in_high) - 1 + kWarp;
     if (threadIdx.x == 0) indices[made] = best.index;
     if (made + 1 == left) return left;
@@ -201,7 +194,7 @@ __global__ void __launch_bounds__(kChooseThreads, 1) choose_kernel(const Repulsi
     const float* dots = nullptr;
     if (control.started && left > 1 && ranks[1] != 0) {
       for (int r = threadIdx.x; r < kCandidates; r += blockDim.x)
-        tokens[r] = ranks[r] == 0 ? kNoRow : static_cast<int>(index_of(ranks[r]));
+        tokens[r] = ranks[r] == 0 ? kNoRow : static_cast<int>(index_of_packed(ranks[r]));
       __syncthreads();
       dots = gram_tile<T, 64>(rows_of(p, sample, sizeof(T)), tokens, tokens, kCandidates, dynamic_shared());
     }
@@ -233,7 +226,7 @@ __global__ void __launch_bounds__(kApplyThreads, GramTile<64>::kBlocks)
   if (count == 0) return;
   if (threadIdx.x < 64) {
     const int64_t i = first + threadIdx.x;
-    tokens[threadIdx.x] = i < n && w.key[sample * n + i] != 0 ? static_cast<int>(i) : kNoRow;
+    tokens[threadIdx.x] = i < n && w.key[sample * n + i] != kNoKey ? static_cast<int>(i) : kNoRow;
   } else {
     const int r = threadIdx.x - 64;
     selected[r] = r < count ? static_cast<int>(w.picks[sample * kCandidates + r]) : kNoRow;
@@ -253,7 +246,8 @@ __global__ void __launch_bounds__(kApplyThreads, GramTile<64>::kBlocks)
   const float* row = dots + threadIdx.x * GramTile<64>::kOutPitch;
   const float inverse = w.inverse[at];
   float state = w.state[at];
-  for (int r = 0; r < count; ++r) state = objective.meet(state, cosine_of(row[r], inverse, norms[r]), i, selected[r]);
+  for (int r = 0; r < count; ++r)
+    state = objective.updated(state, cosine_of(row[r], inverse, norms[r]), i, selected[r]);
   w.state[at] = state;
   w.key[at] = objective.key(state, p.energy == nullptr ? 0 : p.energy[at]);
 }

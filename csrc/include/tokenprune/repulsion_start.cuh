@@ -2,11 +2,11 @@
 //
 // 1. prepare: a warp per token: inverse norm, state, first key; the outputs' padding. Reads the features once.
 // 2. mark_seeds, with seeds: a thread per entry.
-// 3. outlier: direction_parts and direction_sum add up the unit vectors, a thread per channel and part of the tokens,
-// in
-//    a fixed order; outlier_keys, a warp per token, takes the product with the sum. Reads the features twice.
+// 3. outlier:  direction_parts and direction_sum add up the unit vectors, a thread per channel and part of the tokens,
+//              in a fixed order; outlier_keys, a warp per token, takes the product with the sum. Reads the features
+//              twice.
 //    isolated: isolated_keys compares all pairs, tile by tile of 128 x 128 (256 threads, GramTile::kShared), each pair
-//    once: n * n / 2 inner products. A key is the minimum over the tiles, in whatever order they come.
+//              once: n * n / 2 inner products. A key is the minimum over the tiles, in whatever order they come.
 #pragma once
 
 #include "tokenprune/repulsion_gram.cuh"
@@ -16,7 +16,7 @@ namespace tokenprune {
 struct RepulsionControl {
   uint32_t picked;    // tokens
   uint32_t selected;  // tokens in the list of the last round
-  uint32_t stored;    // their rows are kept, see repulsion_rounds.cuh; else all tokens have met them
+  uint32_t stored;    // their rows are kept, see repulsion_rounds.cuh; else they are in the state of every token
   uint32_t cursor;    // seeds before this token have been selected
   uint32_t started;   // is anything selected yet?
 };
@@ -27,7 +27,7 @@ struct RepulsionRounds {
   float *inverse, *state;  // [samples, n]
   float* direction;        // [samples, kDirectionParts + 1, channels]; the last one is the sum
   float* rows;             // [samples, kCandidates, n], for a sum
-  uint32_t *key, *seed;    // [samples, n]; key 0: not available
+  uint32_t *key, *seed;    // [samples, n]; kNoKey: not available
   uint32_t* picks;         // [samples, kCandidates]: the list of the last round
   RepulsionControl* control;
 
@@ -63,8 +63,8 @@ template <class T>
 __global__ void __launch_bounds__(kStartThreads)
     prepare_kernel(const RepulsionProblem p, const RepulsionRounds w, int64_t blocks) {
   const int64_t sample = blockIdx.x / blocks, block = blockIdx.x % blocks, i = block * kStartTokens + warp_id();
-  for (int64_t place = block * kStartThreads + threadIdx.x; place < p.k; place += blocks * kStartThreads)
-    p.indices[sample * p.k + place] = -1;
+  for (int64_t slot = block * kStartThreads + threadIdx.x; slot < p.k; slot += blocks * kStartThreads)
+    p.indices[sample * p.k + slot] = -1;
   if (block == 0 && threadIdx.x == 0) {
     p.counts[sample] = 0;
     w.control[sample] = {0, 0, 0, p.seeds == nullptr ? 0xFFFFFFFFu : 0, 0};
@@ -75,8 +75,8 @@ __global__ void __launch_bounds__(kStartThreads)
   const int64_t at = sample * p.n + i;
   const float first = p.energy != nullptr ? p.energy[at] : (p.first == FirstPick::kIsolated ? -INFINITY : 0);
   w.inverse[at] = inverse_norm(squares);
-  w.state[at] = RepulsionObjective(p, sample).nothing();
-  w.key[at] = is_valid(p, sample, i) ? candidate_key(-first) : 0;
+  w.state[at] = RepulsionObjective(p, sample).initial_state();
+  w.key[at] = order_key(-first, is_valid(p, sample, i));
   w.seed[at] = 0;
 }
 
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kStartThreads) mark_seeds_kernel(const Repulsi
   const int64_t sample = entry / p.n_seeds, j = valid_seed(p.seeds[entry], p.n);
   if (j < 0) return;
   atomicExch(&w.seed[sample * p.n + j], 1u);
-  atomicExch(&w.key[sample * p.n + j], 0u);
+  atomicExch(&w.key[sample * p.n + j], kNoKey);
   atomicExch(&w.control[sample].started, 1u);
 }
 
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kStartThreads)
   const float dot = sum_over_row<T>(rows_of(p, sample, sizeof(T)), i,
                                     [&](float x, int64_t channel) { return x * direction[channel]; });
   const int64_t at = sample * p.n + i;
-  if (lane_id() == 0 && w.key[at] != 0) w.key[at] = candidate_key(-(dot * w.inverse[at]));
+  if (lane_id() == 0 && w.key[at] != kNoKey) w.key[at] = order_key(-(dot * w.inverse[at]));
 }
 
 template <class T>
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(GramTile<128>::kThreads, GramTile<128>::kBlock
   for (int c = 0; c < 128 && others + c < n; ++c)
     if (others + c != i && is_valid(p, sample, others + c))
       largest = nan_max(largest, cosine_of(line[c * step], inverse[i], inverse[others + c]));
-  atomicMin(&w.key[sample * n + i], candidate_key(-largest));
+  atomicMin(&w.key[sample * n + i], order_key(-largest));
 }
 
 template <class T>

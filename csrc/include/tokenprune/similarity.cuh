@@ -29,10 +29,6 @@ namespace tokenprune {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity(), kNan = std::numeric_limits<float>::quiet_NaN();
 
-struct NanMax {
-  __device__ __forceinline__ float operator()(float a, float b) const { return nan_max(a, b); }
-};
-
 // Entry i of a sample's list, null when it does not count.
 template <class T>
 __device__ __forceinline__ const T* listed_row(const RowList& list, int64_t sample, int64_t i) {
@@ -77,8 +73,8 @@ __device__ float taint_of(const T* row, int64_t dim, int first, int step) {
   return taint;
 }
 
-// 1 / max(||x||, 1e-12); 0 when only the squares overflow; NaN for a row with NaN or infinite elements. By the threads
-// first, first + step, ... of a warp (all 32 of them), or by one thread alone.
+// 1 / max(||x||, kNormFloor); 0 when only the squares overflow; NaN for a row with NaN or infinite elements. By the
+// threads first, first + step, ... of a warp (all 32 of them), or by one thread alone.
 template <class T>
 __device__ __forceinline__ float row_inverse_norm(float squares, const T* row, int64_t dim, bool by_warp) {
   if (squares < kInfinity) return 1 / norm_from_squares(squares);

@@ -1,5 +1,5 @@
 // cosine_scores and contrastive_scores as the host sees them: the problem, the launch plan, no kernel code. Both ops
-// are the same computation: every feature meets a list of rows for a maximum of cosines and a list for a mean.
+// are the same computation: every feature has its cosines with a list of rows for a maximum and with a list for a mean.
 #pragma once
 
 #include <cuda_bf16.h>

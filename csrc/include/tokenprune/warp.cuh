@@ -2,6 +2,7 @@
 #pragma once
 
 #include "tokenprune/device.cuh"
+#include "tokenprune/math.h"
 
 namespace tokenprune {
 
@@ -16,6 +17,9 @@ struct Max {
   __device__ __forceinline__ T operator()(T a, T b) const {
     return a < b ? b : a;
   }
+};
+struct NanMax {
+  __device__ __forceinline__ float operator()(float a, float b) const { return nan_max(a, b); }
 };
 struct Min {
   template <class T>

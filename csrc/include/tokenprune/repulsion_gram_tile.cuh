@@ -2,7 +2,7 @@
 // types, fused multiply-adds for float32. The rows may be any rows of a sample.
 //
 // Both operands go through the same ring of kStages stages of 128 bytes per row (asynchronous copies). A product adds
-// its terms in ascending order of the channel whichever row, place in the tile or operand they come from, and
+// its terms in ascending order of the channel whichever row, slot of the tile or operand they come from, and
 // multiplication commutes: <x, y> and <y, x> have the same bits, and so have the products of identical rows. (On the
 // tensor cores this rests on each output of an mma being one function of its 16 pairs of factors.)
 #pragma once

@@ -1,9 +1,9 @@
 // score_entropy: one block per sample, two passes over its scores: their sum, then the entropy of the shares. The
 // second pass hits the cache.
 //
-//   launch                grid   block                            shared memory  global memory
-//   score_entropy_kernel  batch  128 to 512 (a thread for every  768 B static   scores and mask twice (the second time
-//                                4 tokens)                                       from L1 or L2), 4 bytes per sample
+//   launch                grid   block                 shared memory    global memory
+//   score_entropy_kernel  batch  128 to 512 (a thread  of block_reduce  scores and mask twice (the second time from L1
+//                                for every 4 tokens)                    or L2), 4 bytes per sample
 #pragma once
 
 #include "tokenprune/math.h"

@@ -5,14 +5,15 @@
 // pass. The low tail is a second selection, over the reversed keys of what the first one left. Then one walk in order
 // writes the chosen positions, ascending, and the padding.
 //
-//   launch             grid                block              shared memory      global memory
-//   select_kernel      batch x cluster     128 to 512        4 bytes per token  scores and mask once (in shared
-//   memory)
-//                      (1 up to 16384      (a thread for      or none; 4.9 KB    or up to 2 x 6 times (not), 8 bytes
-//                      tokens, then to 8)  every 2 tokens)    static             per place: the minimum when read once
-//   mask_kernel        the same            the same           4.9 KB static      mask twice, 8 bytes per place
+//   launch         grid                   block              shared memory         global memory
+//   select_kernel  batch x cluster (1 up  128 to 512 (a      RadixScratch and 4    scores and mask once (keys in shared
+//                  to 16384 tokens, then  thread for every   bytes per token, or   memory) or up to 2 x 6 times (not),
+//                  to 8)                  2 tokens)          RadixScratch          8 bytes per slot: the minimum when
+//                                                                                  read once
+//   mask_kernel    the same               the same           RadixScratch          mask twice, 8 bytes per slot
 #pragma once
 
+#include "tokenprune/order.h"
 #include "tokenprune/radix.cuh"
 #include "tokenprune/selection.h"
 
@@ -20,32 +21,8 @@ namespace tokenprune {
 
 static_assert(sizeof(RadixScratch<uint32_t>) <= kSelectStaticShared);
 
-// The keys of a storage type have its width: a pass of the selection less for every 8 bits that it does not have.
-template <class T>
-struct ScoreKey {
-  static constexpr uint32_t kSign = sizeof(T) == 4 ? 0x80000000u : 0x8000u, kBits = 2 * (kSign - 1) + 1;
-
-  // As order_key, but NaN is 1: 0 is left for what must not be selected.
-  static __device__ __forceinline__ uint32_t of(T score) {
-    uint32_t bits;
-    if constexpr (sizeof(T) == 4) {
-      bits = __float_as_uint(score);
-    } else {
-      uint16_t half;
-      memcpy(&half, &score, sizeof half);
-      bits = half;
-    }
-    const float value = to_float(score);
-    if (value != value) return 1;
-    if (value == 0) return kSign;  // -0.0 and 0.0 tie
-    return bits ^ (bits & kSign ? kBits : kSign);
-  }
-
-  // The key of -score; NaN stays last.
-  static __device__ __forceinline__ uint32_t reversed(uint32_t key) { return key > 1 ? kBits - key : key; }
-};
-
-// keys(i) from the tensors.
+// keys(i) from the tensors. They have the width of the storage type: a pass of the selection less for every 8 bits that
+// it does not have.
 template <class T>
 struct RowKeys {
   const T* scores;
@@ -54,8 +31,9 @@ struct RowKeys {
 
   __device__ __forceinline__ uint32_t operator()(uint32_t i) const {
     const bool visible = mask == nullptr || __ldg(mask + i) != 0;
-    const uint32_t key = ScoreKey<T>::of(__ldg(scores + i));
-    return !visible ? 0 : (largest ? key : ScoreKey<T>::reversed(key));
+    const T score = __ldg(scores + i);
+    const uint32_t key = order_key_of<uint32_t>(score, to_float(score));
+    return !visible ? kNoKey : (largest ? key : reversed_key<T>(key));
   }
 };
 
@@ -70,7 +48,6 @@ struct KeptKeys {
 template <class T, class Keys>
 __device__ __forceinline__ void select_tails(const SelectProblem& p, int64_t sample, const Keys& keys, Stretch of_warp,
                                              RadixScratch<uint32_t>& scratch) {
-  using Score = ScoreKey<T>;
   const int64_t asked = p.num_low == nullptr ? 0 : p.num_low[sample * p.num_low_stride];
   const int64_t tail = asked < 0 ? 0 : (asked < p.k ? asked : p.k);
   // First the high tail; then, with the order reversed, the low one of what the high one did not take. Its ties are one
@@ -81,12 +58,12 @@ __device__ __forceinline__ void select_tails(const SelectProblem& p, int64_t sam
     const uint32_t bound = high.key;
     const auto open = [&](uint32_t i) {
       const uint32_t key = keys(i);
-      return key > bound ? 0 : (turn == 0 ? key : Score::reversed(key));
+      return key > bound ? kNoKey : (turn == 0 ? key : reversed_key<T>(key));
     };
     const Threshold<uint32_t> found = threshold_of_best(open, of_warp, turn == 0 ? p.k - tail : tail, taken, scratch);
     if (turn == 0) {
       high = found;
-      taken = {Score::reversed(high.key), high.ties};
+      taken = {reversed_key<T>(high.key), high.ties};
     } else {
       low = found;
     }
@@ -96,8 +73,8 @@ __device__ __forceinline__ void select_tails(const SelectProblem& p, int64_t sam
 
   enum { kChosen = 1, kHighTie = 2, kLowTie = 4 };
   const auto classify = [&](uint32_t i) -> uint32_t {
-    const uint32_t key = keys(i), reversed = Score::reversed(key);
-    if (key == 0) return 0;
+    const uint32_t key = keys(i), reversed = reversed_key<T>(key);
+    if (key == kNoKey) return 0;
     if (key > high.key || reversed > low.key) return kChosen;
     if (key == high.key && high_ties > 0) return kHighTie;
     return reversed == low.key ? kLowTie : 0;

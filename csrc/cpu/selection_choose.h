@@ -13,14 +13,6 @@
 
 namespace tokenprune {
 
-// Integer that compares as the candidate order does: 0 for what must not be chosen, 1 for NaN, more for every number.
-// order_key leaves room for this: its keys of numbers start above 0x007FFFFF (float) and its key of NaN is 0.
-template <class A>
-auto candidate_key(A value, bool valid) {
-  using Key = decltype(order_key(value));
-  return valid ? std::max<Key>(order_key(value), 1) : Key(0);
-}
-
 template <class Key>
 struct Workspace {
   explicit Workspace(int64_t n) : keys(new Key[n]), scratch(new Key[n]), chosen(new uint8_t[n]) {}
@@ -51,9 +43,9 @@ struct Threshold {
   int64_t ties;
 };
 
-// The threshold of the `count` best of `size` candidates, 1 <= count <= size, keys not 0. Each round spreads the range
-// that the keys really take over the bins of a histogram and goes on with the keys of one bin; scores of one sample lie
-// in a narrow range, so that the second round usually is the last.
+// The threshold of the `count` best of `size` candidates, 1 <= count <= size, keys not kNoKey. Each round spreads the
+// range that the keys really take over the bins of a histogram and goes on with the keys of one bin; scores of one
+// sample lie in a narrow range, so that the second round usually is the last.
 template <class Key>
 Threshold<Key> threshold_of_best(const Key* keys, int64_t size, int64_t count, Key* scratch) {
   constexpr int kBinBits = 9;
@@ -87,9 +79,9 @@ template <class Key>
 void choose_best(const Key* keys, int64_t n, int64_t count, Key* scratch, uint8_t* chosen) {
   if (count <= 0) return;
   int64_t candidates = 0;
-  for (int64_t i = 0; i < n; ++i) candidates += keys[i] != 0;
+  for (int64_t i = 0; i < n; ++i) candidates += keys[i] != kNoKey;
   if (count >= candidates) {
-    for (int64_t i = 0; i < n; ++i) chosen[i] |= keys[i] != 0;
+    for (int64_t i = 0; i < n; ++i) chosen[i] |= keys[i] != kNoKey;
     return;
   }
   const Key* from = keys;
@@ -97,7 +89,7 @@ void choose_best(const Key* keys, int64_t n, int64_t count, Key* scratch, uint8_
     int64_t kept = 0;
     for (int64_t i = 0; kept < candidates; ++i) {
       scratch[kept] = keys[i];
-      kept += keys[i] != 0;
+      kept += keys[i] != kNoKey;
     }
     from = scratch;
   }
@@ -110,11 +102,11 @@ void choose_best(const Key* keys, int64_t n, int64_t count, Key* scratch, uint8_
   }
 }
 
-// Writes the first `capacity` marked positions, then -1, and returns how many there are.
+// Writes the first `capacity` marked indices, then -1, and returns how many there are.
 inline int64_t list_ascending(const uint8_t* marked, int64_t n, int64_t capacity, int64_t* out) {
   int64_t found = 0;
   for (int64_t i = 0; i < n && found < capacity; ++i) {
-    out[found] = i;  // overwritten by the next position unless this one counts: no branch to mispredict
+    out[found] = i;  // overwritten by the next index unless this one counts: no branch to mispredict
     found += marked[i] != 0;
   }
   std::fill(out + found, out + capacity, int64_t(-1));

@@ -7,9 +7,9 @@
 
 namespace tokenprune {
 
-// One dimension of an output. Strides are the input's, in bytes; index_stride says how the position in `indices` moves
-// along this dimension: nonzero for the token and the batch dimension only. A token's own place in the input comes from
-// the index, so the token dimension has stride 0 here.
+// One dimension of an output. Strides are the input's, in bytes; index_stride says how the slot of `indices` moves
+// along this dimension: nonzero for the token and the batch dimension only. A token's own offset in the input comes from
+// its index, so the token dimension has stride 0 here.
 struct CompactLoop {
   int64_t size, stride, index_stride;
   friend bool operator==(const CompactLoop& a, const CompactLoop& b) {

@@ -4,12 +4,13 @@ What a token keeps of the selected ones, its state, is for `sum` the total of th
 cosine or the smallest r2: phi falls with r2, so that phi is evaluated once per token and step and NaN stays NaN.
 """
 
-import ctypes
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .runtime import float32
 
 COSINE = tl.constexpr(0)
 RIESZ = tl.constexpr(1)
@@ -25,11 +26,6 @@ class Weights(NamedTuple):
     half_exponent: float
     epsilon: float
     two_sigma2: float
-
-
-def float32(value: float) -> float:
-    """The nearest float32; infinite beyond its range, where a kernel's argument must not be left to the launcher."""
-    return ctypes.c_float(float(value)).value
 
 
 def weights(feature: float, position: float, exponent: float, epsilon: float, sigma: float) -> Weights:
@@ -51,10 +47,6 @@ class Call(NamedTuple):
 
     def samples(self, begin: int, end: int) -> "Call":
         return Call._make(t[begin:end] if isinstance(t, Tensor) else t for t in self)
-
-
-def batch_stride(t: Tensor | None) -> int:
-    return 0 if t is None else t.stride(0)
 
 
 def power_of(exponent: float) -> int:
@@ -79,8 +71,8 @@ def squared_distances(positions_ptr, token_stride, token, inside, pick, axes, BL
 
 
 @triton.jit
-def nothing_met(BLOCK: tl.constexpr, KIND: tl.constexpr, SUM: tl.constexpr):
-    """The state of tokens that have met nobody."""
+def initial_state(BLOCK: tl.constexpr, KIND: tl.constexpr, SUM: tl.constexpr):
+    """The state before any token is selected."""
     if SUM:
         state = tl.zeros([BLOCK], tl.float32)
     elif KIND == COSINE:
@@ -107,17 +99,17 @@ def phi_of(r2, half_exponent, epsilon, two_sigma2, KIND: tl.constexpr, POWER: tl
 
 
 @triton.jit
-def meet(
+def updated_state(
     state, cosine, pick, token, inside, positions_ptr, token_stride, axes,
     feature_weight, position_weight, half_exponent, epsilon, two_sigma2,
     KIND: tl.constexpr, SUM: tl.constexpr, POWER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The states of tokens after they have met `pick` at these cosines. The maximum and the minimum keep NaN."""
+    """The states of tokens with these cosines to `pick` when it is selected too. Maximum and minimum keep NaN."""
     if KIND == COSINE:
         if SUM:
             state += cosine
         else:
-            state = tl.where((state > cosine) | (state != state), state, cosine)
+            state = nan_max(state, cosine)
     else:
         r2 = feature_weight * (1 - cosine)
         if positions_ptr is not None:

@@ -1,6 +1,6 @@
 """select_topk, select_two_tailed, mask_to_indices: one launch, one program per sample.
 
-    scores, mask -> keys -> the k best (radix.best_of) -> positions in ascending order, -1 behind them, counts
+    scores, mask -> keys -> the k best (radix.best_of) -> indices in ascending order, -1 behind them, counts
     two tails:      keys -> the k - n best -> these get the top key, the others reversed ones -> the k best of that
 
 Both tails are one selection in the end: what the high tail took comes first, then the lowest of what is left.
@@ -16,21 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _fakes
-from .._checks import fail
-from .order import order_key
-from .radix import LARGEST_BLOCK, TOP_32, best_of, is_chosen, load_keys, select_config, write_selection
+from .order import TOP_32, is_better, order_key, reversed_key
+from .radix import LARGEST_BLOCK, best_of, check_tokens, load_keys, select_config, write_selection
 from .runtime import check_not_float64, fresh, launch, mask_rows, rows, workspace
-
-
-def check_tokens(op: str, name: str, n: int) -> None:
-    """Positions and counts have 32 bits."""
-    if n >= 2**31:
-        fail(ValueError, op, name, "have fewer than 2^31 tokens on a GPU", n)
-
-
-def keys_workspace(scores: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.int32) -> Tensor | None:
-    """Memory for keys, where a sample is too long for the registers."""
-    return workspace(scores, shape, dtype) if scores.shape[-1] > LARGEST_BLOCK else None
 
 
 @triton.jit
@@ -44,10 +32,9 @@ def _score_keys(scores_ptr, mask_ptr, start, n, LARGEST: tl.constexpr, BLOCK_N: 
 
 
 @triton.jit
-def _without(keys, position, key, cut):
+def _without(keys, index, key, cut):
     """Keys for the low tail: the chosen on top of everything, the others in reverse; NaN and masked stay last."""
-    reverse = tl.where(keys <= 1, keys, keys ^ 0xFFFFFFFF)
-    return tl.where(is_chosen(keys, position, key, cut), TOP_32, reverse).to(tl.uint32)
+    return tl.where(is_better(keys, index, key, cut), TOP_32, reversed_key(keys)).to(tl.uint32)
 
 
 @triton.jit
@@ -78,9 +65,9 @@ def select_kernel(
         else:
             tl.debug_barrier()  # all threads have read the keys before they change
             for start in range(0, n, BLOCK_N):
-                position = start + tl.arange(0, BLOCK_N)
-                block = _without(load_keys(keys_ptr, start, n, BLOCK_N), position, key, cut)
-                tl.store(keys_ptr + position.to(tl.int64), block.to(tl.int32, bitcast=True), mask=position < n)
+                index = start + tl.arange(0, BLOCK_N)
+                block = _without(load_keys(keys_ptr, start, n, BLOCK_N), index, key, cut)
+                tl.store(keys_ptr + index.to(tl.int64), block.to(tl.int32, bitcast=True), mask=index < n)
             tl.debug_barrier()  # as above
     key, cut = best_of(keys, keys_ptr, n, k, tl.uint32, BLOCK_N)
     write_selection(keys, keys_ptr, n, key, cut, indices_ptr + sample * k, counts_ptr + sample, k, BLOCK_N)
@@ -100,9 +87,10 @@ def _select(scores: Tensor, num_low: Tensor | None, k: int, mask: Tensor | None,
             indices: Tensor, counts: Tensor) -> None:  # fmt: skip
     scores, mask = rows(scores), mask_rows(mask)
     batch, n = scores.shape
+    keys = workspace(scores, (batch, n), torch.int32) if n > LARGEST_BLOCK else None
     launch(
         select_kernel, (batch,), scores,
-        scores, mask, num_low, keys_workspace(scores, (batch, n)), indices, counts,
+        scores, mask, num_low, keys, indices, counts,
         n, k, scores.stride(0), 0 if mask is None else mask.stride(0), 0 if num_low is None else num_low.stride(0),
         config=select_config(n), LARGEST=largest,
     )  # fmt: skip
