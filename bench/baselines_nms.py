@@ -13,15 +13,15 @@ def published_loop(
     sigma_spatial: float = 1.5,
     sigma_semantic: float = 0.05,
 ) -> Tensor:
-    """One image: [N], [N, C], [N, 2] -> the k picks. Each step reads the argmax back and meets all N tokens with it."""
+    """One image: [N], [N, C], [N, 2] -> the k picks. Each step reads the argmax back and updates all N tokens."""
     s = scores.float().clone()
     unit = torch.nn.functional.normalize(features.float(), dim=-1)
-    place = positions.float()
+    coordinates = positions.float()
     picks = []
     for _ in range(k):
         m = int(torch.argmax(s).item())
         picks.append(m)
-        distance = (place - place[m]).norm(dim=-1)
+        distance = (coordinates - coordinates[m]).norm(dim=-1)
         cosine = unit @ unit[m]
         near = distance <= radius
         spatial = torch.exp(-(distance[near] ** 2) / (2 * sigma_spatial**2))

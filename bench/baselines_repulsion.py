@@ -54,9 +54,9 @@ def incremental(features: Tensor, k: int, *, isolated: bool = False) -> Tensor:
 def energy_minimisation(features: Tensor, positions: Tensor, k: int) -> Tensor:
     """Riesz potentials with exponent 1, summed over the selected tokens, with a running sum."""
     unit = _unit(features)
-    place = positions[0]
-    squares = place.square().sum(1)
-    r2 = 2 * (1 - unit @ unit.T) + (squares[:, None] + squares - 2 * place @ place.T)
+    coordinates = positions[0]
+    squares = coordinates.square().sum(1)
+    r2 = 2 * (1 - unit @ unit.T) + (squares[:, None] + squares - 2 * coordinates @ coordinates.T)
     phi = 1 / (r2.clamp_min_(0).sqrt_() + 1e-6)
     selected = torch.empty(k, dtype=torch.int64, device=features.device)
     pick = selected[0] = _outlier(unit)

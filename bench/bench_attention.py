@@ -28,7 +28,7 @@ def expanded(query: Tensor, key: Tensor) -> Tensor:
 
 
 def agree(*ignored: str, tolerance: float = 1e-5) -> Callable[[dict[str, Any]], None]:
-    """Every contestant but the ignored ones gives ours' first output within the tolerance of its largest value."""
+    """Every function but the ignored ones gives ours' first output within the tolerance of its largest value."""
 
     def check(results: dict[str, Any]) -> None:
         ours = results["ours"][0] if isinstance(results["ours"], tuple) else results["ours"]
@@ -53,17 +53,17 @@ def agree(*ignored: str, tolerance: float = 1e-5) -> Callable[[dict[str, Any]], 
 def test_question_against_image(race: Race, model: Model, dtype: torch.dtype, ratio: float) -> None:
     query, key = tensors(model, model.question, dtype)
     wide = expanded(query, key)
-    contestants = {
+    functions = {
         "ours": lambda: tp.cross_attention_scores(query, key),
         "reference": lambda: tp.reference.cross_attention_scores(query, key),
         "QK^T alone": lambda: baselines.logits_alone(query, wide),
     }
     if dtype == torch.float32:
         compiled = torch.compile(tp.reference.cross_attention_scores)
-        contestants["torch.compile of the reference"] = lambda: compiled(query, key)
+        functions["torch.compile of the reference"] = lambda: compiled(query, key)
     race(
         f"scores, {model.name}, M={model.question}, {str(dtype).removeprefix('torch.')}",
-        contestants,
+        functions,
         check=agree("QK^T alone"),
         target=("reference", ratio),
         seconds=10,

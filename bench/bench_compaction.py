@@ -39,7 +39,7 @@ def gather(tensors: list[Tensor], indices: Tensor, dims: list[int]) -> list[Tens
     return kept
 
 
-def contest(tensors: list[Tensor], indices: Tensor, dims: list[int]) -> dict[str, Callable[[], list[Tensor]]]:
+def functions_for(tensors: list[Tensor], indices: Tensor, dims: list[int]) -> dict[str, Callable[[], list[Tensor]]]:
     return {
         "ours": lambda: tp.gather_compact(tensors, indices, dims=dims),
         "index_select": lambda: index_select(tensors, indices, dims),
@@ -59,7 +59,7 @@ def test_hidden_states(race: Any, model: str, dtype: torch.dtype) -> None:
     hidden = torch.randn(1, m.tokens, m.hidden).to(dtype)
     race(
         f"hidden {dtype}, {m.name}, {m.tokens} x {m.hidden} -> {m.keep}",
-        contest([hidden], kept_tokens(m), [1]),
+        functions_for([hidden], kept_tokens(m), [1]),
         check=same,
         target=("index_select", 1.0),
         seconds=1.0,
@@ -71,7 +71,7 @@ def test_hidden_positions_and_mask(race: Any) -> None:
     tensors = [torch.randn(1, m.tokens, m.hidden), torch.arange(m.tokens)[None], torch.ones(1, m.tokens).bool()]
     race(
         f"hidden, positions and mask, {m.name}",
-        contest(tensors, kept_tokens(m), [1, 1, 1]),
+        functions_for(tensors, kept_tokens(m), [1, 1, 1]),
         check=same,
         target=("index_select", 1.0),
         seconds=1.0,
@@ -84,7 +84,7 @@ def test_small_tensor_alone(race: Any, kind: str) -> None:
     t = torch.arange(m.tokens)[None] if kind == "positions" else torch.ones(1, m.tokens).bool()
     race(
         f"{kind} alone, {m.name}",
-        contest([t], kept_tokens(m), [1]),
+        functions_for([t], kept_tokens(m), [1]),
         check=same,
         note="call overhead: the Python function checks its arguments",
         seconds=0.5,
@@ -103,7 +103,7 @@ def test_caches_of_all_layers(race: Any, layout: str) -> None:
     caches = [cache() for _ in range(2 * m.layers)]
     race(
         f"{m.layers} layers of KV {layout}, {m.name}, {m.tokens} -> {m.keep}",
-        contest(caches, kept_tokens(m), [2] * len(caches)),
+        functions_for(caches, kept_tokens(m), [2] * len(caches)),
         check=same,
         target=("index_select", 1.0),
         seconds=3.0,
@@ -115,12 +115,12 @@ def test_batch(race: Any) -> None:
     m, batch = MODELS["LLaVA-1.5-7B"], 8
     hidden = torch.randn(batch, m.tokens, m.hidden).half()
     indices = torch.cat([kept_tokens(m) for _ in range(batch)])
-    contestants = contest([hidden], indices, [1])
-    del contestants["index_select"]
-    contestants["advanced indexing"] = lambda: [hidden[torch.arange(batch)[:, None], indices]]
+    functions = functions_for([hidden], indices, [1])
+    del functions["index_select"]
+    functions["advanced indexing"] = lambda: [hidden[torch.arange(batch)[:, None], indices]]
     race(
         f"hidden float16, {m.name}, batch {batch}",
-        contestants,
+        functions,
         check=same,
         target=("torch.gather", 1.0),
         seconds=1.0,

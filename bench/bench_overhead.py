@@ -1,7 +1,7 @@
 """What a call costs before any work is done: every op on one element, against the aten op nearest to it.
 
 torch.ops.tokenprune.X may cost 1.5 times the aten op, the Python function with its argument checks 4 times; importing
-the package may cost 50 ms on top of torch. Each contestant makes CALLS calls.
+the package may cost 50 ms on top of torch. Each function makes CALLS calls.
 """
 
 import subprocess
@@ -26,7 +26,7 @@ feature = torch.rand(1, 1, 1)
 query = torch.rand(1, 1, 1, 1)
 lse = torch.zeros(1, 1, 1)
 low = torch.zeros(1, dtype=torch.int64)
-place = torch.zeros(1, 1, 2)
+position = torch.zeros(1, 1, 2)
 
 
 def one_output() -> Any:
@@ -69,7 +69,7 @@ OPS: dict[str, tuple[Callable[[], Any], tuple[Any, ...], dict[str, Any]]] = {
     "select_mixture": (three_outputs, (score, score, 1), {}),
     "mask_to_indices": (two_outputs, (mask, 1), {}),
     "repulsion_sample": (two_outputs, (feature, 1), {}),
-    "spatial_semantic_nms": (three_outputs, (score, feature, place, 1), {}),
+    "spatial_semantic_nms": (three_outputs, (score, feature, position, 1), {}),
     "gather_compact": (list_of_outputs, ([feature], index), {"dims": [1]}),
 }
 

@@ -39,17 +39,17 @@ def same_picks(results: dict[str, Any]) -> None:
 def test_max_min(race: Any, case: Any, kind: str, busy: bool) -> None:
     model, width = case
     features = make_features(kind, model, width)
-    contestants = {
+    functions = {
         "ours": lambda: tp.repulsion_sample(features, model.keep)[0],
         "incremental loop": lambda: baselines.incremental(features, model.keep),
         "published loop": lambda: baselines.published(features, model.keep),
         "reference": lambda: tp.reference.repulsion_sample(features, model.keep)[0],
     }
     if model.tokens > 1000:
-        del contestants["reference"]  # the r2 and phi matrices of a general potential: tens of times slower
+        del functions["reference"]  # the r2 and phi matrices of a general potential: tens of times slower
     race(
         f"max-min, {model.name}, {kind}, {model.tokens}x{width} -> {model.keep}",
-        contestants,
+        functions,
         check=same_picks,
         target=None if busy else ("published loop", 2.5 if model.tokens < 1000 else 3.0),
         seconds=1.5,

@@ -57,14 +57,14 @@ def test_topk(race: Any, model: Any, batch: int) -> None:
 def test_topk_of_a_million(race: Any, dtype: str) -> None:
     scores = torch.randperm(1_000_000).float()[None] / 7
     scores, k = (scores % 250 if dtype == "bfloat16" else scores).to(DTYPES[dtype]), 100_000
-    contestants: dict[str, Callable[[], Any]] = {"ours": lambda: tp.select_topk(scores, k)}
+    functions: dict[str, Callable[[], Any]] = {"ours": lambda: tp.select_topk(scores, k)}
     if dtype == "bfloat16":  # a million bfloat16 values tie, and torch.topk does not say which of them it takes
-        contestants["stable sort + sort"] = lambda: (
+        functions["stable sort + sort"] = lambda: (
             scores.sort(dim=-1, descending=True, stable=True).indices[:, :k].sort(dim=-1).values,
         )
     else:
-        contestants["torch.topk + sort"] = lambda: topk_and_sort(scores, k)
-    race(f"select_topk, {dtype}, 1 x 1000000 -> {k}", contestants, check=same_indices, seconds=1.0)
+        functions["torch.topk + sort"] = lambda: topk_and_sort(scores, k)
+    race(f"select_topk, {dtype}, 1 x 1000000 -> {k}", functions, check=same_indices, seconds=1.0)
 
 
 @over_models

@@ -1,4 +1,4 @@
-"""The `race` fixture: contestants of one case, checked for equal results, then timed in turn within one run."""
+"""The `race` fixture: functions of one case, checked for equal results, then timed in turn within one run."""
 
 import contextlib
 import statistics
@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-Contestant = Callable[[], Any]
+Function = Callable[[], Any]
 
 
 @contextlib.contextmanager
 def busy_cores() -> Iterator[int]:
-    """As many other processes that compute without end as torch has threads."""
+    """Starts as many processes that compute without end as torch has threads."""
     command = [sys.executable, "-S", "-c", "while True: pass"]
     others = [subprocess.Popen(command) for _ in range(torch.get_num_threads())]
     try:
@@ -32,14 +32,14 @@ def race(benchmark: Any) -> Callable[..., dict[str, float]]:
     """race(case, {"ours": f, "reference": g, ...}, check=..., target=("reference", 1.4)).
 
     `check(results)` receives {name: result} and must raise when they disagree: an op whose result is wrong is not
-    timed. Contestants then take turns, round by round, so that a drift of the machine hits all alike; the best round
+    timed. Functions then take turns, round by round, so that a drift of the machine hits all alike; the best round
     counts. With `busy` other processes want all cores meanwhile and the median counts, since what is asked is how long
     a call usually takes there. The ratios go into the benchmark's extra_info, of which bench/report.py makes the table.
     """
 
     def run(
         case: str,
-        contestants: dict[str, Contestant],
+        functions: dict[str, Function],
         *,
         check: Callable[[dict[str, Any]], None],
         target: tuple[str, float] | None = None,
@@ -47,15 +47,15 @@ def race(benchmark: Any) -> Callable[..., dict[str, float]]:
         note: str = "",
         busy: bool = False,
     ) -> dict[str, float]:
-        check({name: f() for name, f in contestants.items()})
-        taken: dict[str, list[float]] = {name: [] for name in contestants}
+        check({name: f() for name, f in functions.items()})
+        taken: dict[str, list[float]] = {name: [] for name in functions}
         rounds = 0
         with busy_cores() if busy else contextlib.nullcontext() as others:
             if others:
                 case, note = f"{case}, beside {others} busy processes", "median"
             began = time.perf_counter()
             while rounds < 5 or (time.perf_counter() - began < seconds and rounds < 1000):
-                for name, f in contestants.items():
+                for name, f in functions.items():
                     start = time.perf_counter()
                     f()
                     taken[name].append(time.perf_counter() - start)
@@ -66,7 +66,7 @@ def race(benchmark: Any) -> Callable[..., dict[str, float]]:
             case=case, seconds=best, rounds=rounds, target=target, note=note,
             ratios={name: t / best["ours"] for name, t in best.items()},
         )  # fmt: skip
-        benchmark.pedantic(contestants["ours"], rounds=3, warmup_rounds=0)
+        benchmark.pedantic(functions["ours"], rounds=3, warmup_rounds=0)
         return best
 
     return run

@@ -24,7 +24,7 @@ def grid_positions(model: Model) -> Tensor:
 
 
 def image(model: str | Model, dtype: torch.dtype, patch: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scores, features, positions and groups of one image. Tokens come in patches of similar features, as in a picture
+    """Scores, features, positions and groups of one image. Tokens come in patches of similar features, as in an image
     (patch 1: all tokens differ); scores are the softmax of Gaussian logits, as attention is."""
     torch.manual_seed(seed)
     shape = MODELS[model] if isinstance(model, str) else model

@@ -25,7 +25,7 @@ torch.ops.load_library(library)
 pruner = torch.export.load(program).module()
 for tokens, query, key, hidden in torch.load(inputs):
     kept, indices = pruner(query, key, hidden)
-    print(f"{tokens} tokens: kept {list(kept.shape)}, first places {indices[0, :5].tolist()}")
+    print(f"{tokens} tokens: kept {list(kept.shape)}, first indices {indices[0, :5].tolist()}")
 assert "tokenprune_kernels" not in sys.modules
 """
 
@@ -59,7 +59,7 @@ def main() -> None:
         )  # fmt: skip
     print(done.stdout, end="")
     for n in (576, 2880):
-        print(f"{n} tokens here: first places {Pruner()(*inputs(n))[1][0, :5].tolist()}")
+        print(f"{n} tokens here: first indices {Pruner()(*inputs(n))[1][0, :5].tolist()}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def main() -> None:
     folder = example.model_folder(None)
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    image, question = {"type": "image", "path": str(example.picture_path(folder))}, example.QUESTION
+    image, question = {"type": "image", "path": str(example.image_path(folder))}, example.QUESTION
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": [image, {"type": "text", "text": question}]}],
         tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True,

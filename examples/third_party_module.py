@@ -30,11 +30,11 @@ def main() -> None:
     module = PrunedVisualPrompt(keep=128)
     query, key = torch.randn(1, 32, 20, 128), torch.randn(1, 32, 576, 128)
     hidden, positions = torch.randn(1, 576, 1024), torch.arange(576).view(1, 576)
-    kept, places, counts = module(query, key, hidden, positions)
-    print(f"kept {list(kept.shape)}, count {counts.tolist()}, places {places[0, :6].tolist()} ...")
+    kept, indices, counts = module(query, key, hidden, positions)
+    print(f"kept {list(kept.shape)}, count {counts.tolist()}, indices {indices[0, :6].tolist()} ...")
     compiled = torch.compile(module, fullgraph=True, backend="eager")
     same = all(
-        torch.equal(a, b) for a, b in zip(compiled(query, key, hidden, positions), (kept, places, counts), strict=True)
+        torch.equal(a, b) for a, b in zip(compiled(query, key, hidden, positions), (kept, indices, counts), strict=True)
     )
     print(f"compiled with fullgraph=True: {'equal' if same else 'different'}")
 

@@ -38,8 +38,8 @@ def gather_compact(
 
 
 def _invert_indices(indices: Tensor, size: int) -> Tensor:
-    """[B, size]: for each token the place n with indices[b, n] = token, or -1. Gathering with it undoes a gather."""
+    """[B, size]: for each token the slot n with indices[b, n] = token, or -1. Gathering with it undoes a gather."""
     inside = (indices >= 0) & (indices < size)
     padded = indices.new_full((indices.shape[0], size + 1), -1)  # the last column takes what is no token
-    places = torch.arange(indices.shape[1], device=indices.device).expand_as(indices)
-    return padded.scatter_reduce(1, torch.where(inside, indices, size), places, "amax")[:, :size].contiguous()
+    slots = torch.arange(indices.shape[1], device=indices.device).expand_as(indices)
+    return padded.scatter_reduce(1, torch.where(inside, indices, size), slots, "amax")[:, :size].contiguous()

@@ -22,7 +22,7 @@ def spatial_semantic_nms(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """AdaptPrune (arXiv 2503.08019): pick the best token, then weaken the similar tokens around it, k times."""
     batch, n, _ = features.shape
-    score, unit, place = widen(scores), normalize(features), widen(positions)
+    score, unit, coordinates = widen(scores), normalize(features), widen(positions)
     available = ones_like_mask(scores, mask)
     indices = scores.new_full((batch, k), -1, dtype=torch.int64)
     selected_scores = torch.zeros(batch, k, dtype=score.dtype, device=score.device)
@@ -32,7 +32,7 @@ def spatial_semantic_nms(
         m = pick.clamp_min(0)
         indices[:, step] = pick.squeeze(-1)
         selected_scores[:, step] = torch.where(pick >= 0, score.gather(1, m), 0.0).squeeze(-1)
-        d2 = (place - place.take_along_dim(m.unsqueeze(-1), dim=1)).square().sum(-1)
+        d2 = (coordinates - coordinates.take_along_dim(m.unsqueeze(-1), dim=1)).square().sum(-1)
         cosine = (unit @ unit.take_along_dim(m.unsqueeze(-1), dim=1).mT).squeeze(-1)
         spatial = torch.exp(-d2 / (2.0 * sigma_spatial * sigma_spatial))
         w = spatial * torch.exp(-((1 - cosine) ** 2) / (2.0 * sigma_semantic * sigma_semantic))

@@ -146,7 +146,7 @@ def compared(build: Build, budget: Build) -> set[str]:
     return {kernel.architecture for kernel in build} & {kernel.architecture for kernel in budget}
 
 
-def strangers(build: Build, budget: Build) -> Iterator[str]:
+def unlisted(build: Build, budget: Build) -> Iterator[str]:
     """Kernels that only one of the two knows, on the architectures that both know."""
     common = compared(build, budget)
     for kernel in sorted(build.keys() ^ budget.keys()):
@@ -185,7 +185,7 @@ def main() -> int:
             print(f"{TABLE.relative_to(ROOT)}: {len(build)} kernels")
     else:
         _, budget = read_table(TABLE.read_text())
-        complaints = [*spills(build), *strangers(build, budget), *excesses(build, budget)]
+        complaints = [*spills(build), *unlisted(build, budget), *excesses(build, budget)]
     print("\n".join(complaints), end="\n" if complaints else "")
     return 1 if complaints else 0
 

@@ -27,7 +27,7 @@ export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:max_allocation_si
 export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 export PYTHONPATH=$copy PYTHONMALLOC=malloc TOKENPRUNE_POISON=1
 
-# A library that does not load would leave everything to the references, which nobody wants to sanitize.
+# A library that does not load would leave everything to the references, which are not what is to be sanitized.
 "$python" -c "import tokenprune_kernels._C"
 
 export TOKENPRUNE_FUZZ_CALLS=${TOKENPRUNE_FUZZ_CALLS:-100000}

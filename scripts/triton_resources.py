@@ -33,7 +33,7 @@ class Kernel(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """Of all specialisations of a kernel."""
+    """The largest over all specialisations of a kernel."""
 
     specialisations: int
     registers: int  # of a thread, at most
@@ -108,7 +108,7 @@ def label(kernel: Kernel) -> str:
     return f"{kernel.name} for {kernel.target}"
 
 
-def strangers(got: Table, budget: Table) -> Iterator[str]:
+def unlisted(got: Table, budget: Table) -> Iterator[str]:
     """Kernels that only one of the two knows."""
     for kernel in sorted(got.keys() ^ budget.keys()):
         yield f"{label(kernel)} is only in {'the code' if kernel in got else 'the table'}"
@@ -143,7 +143,7 @@ def main() -> int:
             print(f"{TABLE.relative_to(ROOT)}: {len(got)} rows")
         return 0 if good else 1
     version, budget = read_table(TABLE.read_text())
-    wrong = list(strangers(got, budget))
+    wrong = list(unlisted(got, budget))
     if version == compiled.version:
         wrong += excesses(got, budget)
     else:

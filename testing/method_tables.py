@@ -20,7 +20,7 @@ def code(names: Iterable[str]) -> str:
 
 
 def faithful_to() -> str:
-    """Of README.md: which functions there are, and what each was written from."""
+    """The table of README.md: which functions there are, and what each was written from."""
     return table(
         ("function", "paper", "faithful to"),
         (
@@ -38,13 +38,13 @@ def _where(method: Method) -> str:
     layers = dict.fromkeys(method.layers.values())
     others = [f"{', '.join(f for f, at in method.layers.items() if at == layer)}: {layer}" for layer in layers]
     layer = f"layer {method.layer}" + (f" ({'; '.join(others)})" if others else "")
-    places = [layer if stage.at_layer(None) else "the language model" for stage in method.stages]
+    where = [layer if stage.at_layer(None) else "the language model" for stage in method.stages]
     shares = ["" if stage.share == 1 else f" ({stage.share} `keep`)" for stage in method.stages]
-    return "in front of " + ", then of ".join(map("".join, zip(places, shares, strict=True)))
+    return "in front of " + ", then of ".join(map("".join, zip(where, shares, strict=True)))
 
 
 def where_and_by_what() -> str:
-    """Of docs/transformers.md: where each method prunes, and what it asks for."""
+    """The table of docs/transformers.md: where each method prunes, and what it asks for."""
     return table(
         ("method", "where", "chooses by", "positions"),
         (
@@ -60,5 +60,5 @@ def where_and_by_what() -> str:
 
 
 def arguments() -> str:
-    """Of docs/transformers.md: what a function may ask for."""
+    """The table of docs/transformers.md: what a function may ask for."""
     return table(("parameter", "what it is given"), ((f"`{name}`", text) for name, text in ARGUMENTS.items()))

@@ -26,7 +26,7 @@ class Sizes:
     kv_heads: int = 2
     k: int = 9
     listed: int = 6  # entries of an index list: V, A, R or S
-    places: int = 2  # coordinates of a position
+    axes: int = 2  # coordinates of a position
 
 
 class Call(NamedTuple):
@@ -36,7 +36,7 @@ class Call(NamedTuple):
 
 # Where an op's arguments have a letter, these sizes of a sample stand for it. D is missing: it has to be at least one.
 LETTERS = {
-    "B": "batch", "N": "tokens", "M": "rows", "C": "channels", "Hq": "heads", "P": "places",
+    "B": "batch", "N": "tokens", "M": "rows", "C": "channels", "Hq": "heads", "P": "axes",
     "V": "listed", "A": "listed", "R": "listed", "S": "listed",
 }  # fmt: skip
 OPS = public_ops()
@@ -134,12 +134,12 @@ def _tokens(s: Sizes, dtype: torch.dtype) -> Tensor:
 
 def _one_hot(s: Sizes, dtype: torch.dtype) -> Tensor:
     """Cosines of 0 and 1 only, so that sums of potentials are exact too."""
-    place = integers(0, min(max(s.channels, 1), 5), s.batch, s.tokens, dtype=torch.int64, seed=12)
-    return torch.nn.functional.one_hot(place, max(s.channels, 1))[..., : s.channels].to(dtype)
+    channel = integers(0, min(max(s.channels, 1), 5), s.batch, s.tokens, dtype=torch.int64, seed=12)
+    return torch.nn.functional.one_hot(channel, max(s.channels, 1))[..., : s.channels].to(dtype)
 
 
-def _grid(s: Sizes, dtype: torch.dtype, places: int | None = None) -> Tensor:
-    return integers(0, 8, s.batch, s.tokens, s.places if places is None else places, dtype=dtype, seed=13)
+def _grid(s: Sizes, dtype: torch.dtype, axes: int | None = None) -> Tensor:
+    return integers(0, 8, s.batch, s.tokens, s.axes if axes is None else axes, dtype=dtype, seed=13)
 
 
 def _nms(s: Sizes, dtype: torch.dtype) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Shared test setup: fresh allocations of the package are poisoned, so that an element nobody writes shows up."""
+"""Shared test setup: fresh allocations of the package are poisoned, so that an unwritten element shows up."""
 
 import os
 import sys

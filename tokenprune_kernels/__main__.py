@@ -53,8 +53,8 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="ask a vision-language model about a picture with all visual tokens and with few, by every method",
-        description="Load a small vision-language model, ask it a question about a picture with all visual tokens and "
+        help="ask a vision-language model about an image with all visual tokens and with few, by every method",
+        description="Load a small vision-language model, ask it a question about an image with all visual tokens and "
         "with those that each method keeps, print the answers and times, and draw what was kept.",
         allow_abbrev=False,
     )
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a checkpoint of transformers on this disk, of a family in docs/transformers.md "
         "(default: studies/models/tiny-llava-vqa of the checkout)",
     )
-    demo.add_argument("--image", metavar="FILE", help="any picture Pillow reads (default: the example of the model)")
+    demo.add_argument("--image", metavar="FILE", help="any image Pillow reads (default: the example of the model)")
     demo.add_argument("--question", metavar="TEXT", help="what to ask about it (default: the example's question)")
     demo.add_argument(
         "--method",

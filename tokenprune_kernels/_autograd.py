@@ -67,7 +67,7 @@ class _GatherCompact(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        """Each kept token's gradient goes back to its place, every other token gets zero.
+        """Each kept token's gradient goes back to that token, every other token gets zero.
 
         That is a gather too, with the inverse of the indices, and so differentiable itself. Tensors of one length,
         commonly all, share it.

@@ -106,7 +106,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def described(arguments: argparse.Namespace) -> str:
-    """The command without the folder, which is nobody's business but this machine's."""
+    """The command without the folder, which matters on this machine only."""
     words = ["python -m bench.gpu_suite", *(["--quick"] if arguments.quick else [])]
     if arguments.only != list(STAGES):
         words += ["--only", *arguments.only]

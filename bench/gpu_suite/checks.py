@@ -116,8 +116,8 @@ def streams(device: Device, f: Function, inputs: Inputs, others: Inputs) -> None
         got = flat(f(buffers))
     with device.side_stream() as reader:
         device.join(side)
-        for place, g in zip(landing, got, strict=True):
-            place.copy_(g)
+        for target, g in zip(landing, got, strict=True):
+            target.copy_(g)
     device.join(reader)
     device.synchronize()
     assert_same_bits(landing, want, "on a side stream")

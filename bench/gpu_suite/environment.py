@@ -30,8 +30,8 @@ print("FOUND", json.dumps(found))
 def find_program(name: str) -> str | None:
     """On PATH, or where a CUDA toolkit usually lies."""
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", *sorted(map(str, Path("/usr/local").glob("cuda-*")))]
-    places = [os.path.join(home, "bin") for home in homes if home]
-    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(places))
+    folders = [os.path.join(home, "bin") for home in homes if home]
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
 
 
 def version(package: str) -> str | None:

@@ -45,7 +45,7 @@ def verdicts(item: work.Item, rates: Rates | None) -> list[dict[str, Any]]:
 
 
 def device_microseconds(times: dict[str, Any]) -> float | None:
-    """Of a graph where there is one: the device alone."""
+    """The replay time of the graph if one was captured, else the time between events."""
     best = times.get("graph") or times.get("events")
     return best["median"] if best else None
 

@@ -47,13 +47,13 @@ class Row:
     ours: Function
     check: Check  # raises AssertionError when our result is wrong
     others: dict[str, Function] = field(default_factory=dict)
-    uncapturable: tuple[str, ...] = ()  # contestants that wait for the device: a graph cannot hold them
+    uncapturable: tuple[str, ...] = ()  # functions that wait for the device: a graph cannot hold them
     compile: Function | None = None  # given to torch.compile, in a stage of its own
     bytes: float = 0.0
     flops: float = 0.0
     dtype: torch.dtype = torch.float32  # of the products
     steps: int = 0  # of a greedy loop: each depends on the one before
-    targets: dict[str, float] = field(default_factory=dict)  # contestant -> how many times slower than ours
+    targets: dict[str, float] = field(default_factory=dict)  # function -> how many times slower than ours
     max_launches: int | None = None
     max_microseconds: float | None = None
     min_floor_share: float | None = None  # floor / ours

@@ -41,7 +41,7 @@ def shortfall_of_steps(objective: Tensor, picks: Tensor) -> float:
 
 
 def replay_max_min(features: Tensor, picks: Tensor) -> float:
-    """Of max-min sampling by cosine from the outlier, for one sample."""
+    """Replays max-min sampling by cosine from the outlier in float64: the shortfall of the worst pick."""
     assert_all_different(picks)
     unit = unit_vectors(features)
     first = unit @ torch.nn.functional.normalize(unit.sum(0), dim=0)
@@ -50,7 +50,7 @@ def replay_max_min(features: Tensor, picks: Tensor) -> float:
 
 
 def replay_points(points: Tensor, picks: Tensor) -> float:
-    """Of farthest-point sampling from token 0."""
+    """Replays farthest-point sampling from token 0 in float64."""
     assert_all_different(picks)
     assert picks[0] == 0, "sampling must start from the lowest index"
     nearest = torch.cdist(points[picks[:-1]].double(), points.double()).cummin(0).values
@@ -59,14 +59,14 @@ def replay_points(points: Tensor, picks: Tensor) -> float:
 
 
 def replay_nms(x: Inputs, picks: Tensor, sigma_spatial: float = 1.5, sigma_semantic: float = 0.05) -> float:
-    """Of soft suppression within radius 5; relative to the score that was best."""
+    """Replays soft suppression within radius 5 in float64; the shortfall is relative to the best score."""
     assert_all_different(picks)
-    score, unit, place = x["scores"][0].double(), unit_vectors(x["features"][0]), x["positions"][0].double()
+    score, unit, coordinates = x["scores"][0].double(), unit_vectors(x["features"][0]), x["positions"][0].double()
     worst = torch.zeros((), dtype=torch.float64, device=score.device)
     for m in picks:
         best = score.amax()
         worst = torch.maximum(worst, (best - score[m]) / best)
-        d2 = (place - place[m]).square().sum(-1)
+        d2 = (coordinates - coordinates[m]).square().sum(-1)
         w = (-d2 / (2 * sigma_spatial**2) - (1 - unit @ unit[m]) ** 2 / (2 * sigma_semantic**2)).exp()
         score = torch.where(d2.sqrt() <= 5, score * (1 - w), score)
         score[m] = -torch.inf

@@ -1,7 +1,7 @@
 """Times of every row, after its result has been found right.
 
 Inputs rotate through copies that together exceed the L2, so that every call finds its data in device memory, as it does
-between the layers of a model. Three times per contestant: between events around calls in a row (what a stream sees,
+between the layers of a model. Three times per function: between events around calls in a row (what a stream sees,
 gaps between launches included), of a graph of the same calls (the device alone), and of the host to queue a call.
 """
 
@@ -77,7 +77,7 @@ def measure(device: Device, f: Function, sets: list[Inputs], seconds: float, cap
     return found
 
 
-def contest(device: Device, row: Row, contestants: dict[str, Function], seconds: float) -> Item:
+def time_in_turn(device: Device, row: Row, functions: dict[str, Function], seconds: float) -> Item:
     """Check, then time in turn. An op whose result is wrong raises here and is not timed."""
     found = require(device, *row.ops)
     with torch.inference_mode():
@@ -86,7 +86,7 @@ def contest(device: Device, row: Row, contestants: dict[str, Function], seconds:
         sets = input_sets(device, row, inputs)
         found["rotated_bytes"] = int(len(sets) * (row.bytes or sum(t.nbytes for t in tensors(inputs))))
         found["times"] = {"ours": measure(device, row.ours, sets, seconds, capture=True)}
-        for name, f in contestants.items():
+        for name, f in functions.items():
             try:
                 found["times"][name] = measure(device, f, sets, seconds, capture=name not in row.uncapturable)
             except Exception as error:  # a competitor that cannot do this shape loses its own cell only
@@ -146,7 +146,7 @@ def peak_memory(device: Device, scale: Scale) -> Item:
 
 
 def seconds_of(toy: bool, quick: bool) -> float:
-    """Of one contestant and way of timing."""
+    """The statistics of one function and way of timing."""
     return 0.0 if toy else 0.05 if quick else 0.15
 
 
@@ -154,7 +154,7 @@ def items(device: Device, toy: bool, quick: bool) -> dict[str, Callable[[], Item
     seconds = seconds_of(toy, quick)
     found: dict[str, Callable[[], Item]] = {}
     for row in all_rows(device, toy):
-        found[row.name] = lambda row=row: {"row": described(row), **contest(device, row, row.others, seconds)}
+        found[row.name] = lambda row=row: {"row": described(row), **time_in_turn(device, row, row.others, seconds)}
     found["peak memory of the scores"] = lambda: peak_memory(device, Scale(toy))
     return found
 
@@ -167,7 +167,7 @@ def compiled_items(device: Device, toy: bool, quick: bool) -> dict[str, Callable
         assert row.compile is not None
         torch._dynamo.reset()
         compiled = torch.compile(row.compile, dynamic=False, backend="eager" if toy else "inductor")
-        return {"row": described(row), **contest(device, row, {"torch.compile": lambda x: compiled(**x)}, seconds)}
+        return {"row": described(row), **time_in_turn(device, row, {"torch.compile": lambda x: compiled(**x)}, seconds)}
 
     rows = [row for row in all_rows(device, toy) if row.compile is not None]
     return {row.name: lambda row=row: run(row) for row in (rows[:2] if toy else rows)}

@@ -1,5 +1,5 @@
 // sum: speculation. Every token needs the row of every selected one, but rows can be computed early, many at once, by
-// a matrix product. Which ones is predicted by running the sampler ahead among the best candidates of the moment only;
+// a matrix product. Which ones is predicted by running the sampler ahead among the best candidates so far only;
 // as long as the true picks are among the predicted ones, a step is one pass over N numbers. A wrong prediction costs
 // time, never exactness: each step looks at every token.
 #include <memory>

@@ -120,14 +120,14 @@ Tensor unit_sums(const Tensor& like, const Lists<T>& lists, int64_t batch, int64
 
 // The rows with which one sample's features are multiplied.
 template <class A>
-struct Opponents {
+struct ListedRows {
   const A *panels, *singles, *sum;  // sum is null when no mean is wanted
   int64_t n_panels, n_singles, n_sum, dim;
 };
 
 // max over the list of <x_j, unit row> and <x_j, sum of unit rows> for rows of type T, not yet divided by ||x_j||.
 template <class T, class A>
-void best_and_sum(const T* rows, const A* wide, int64_t row_stride, int64_t n, const Opponents<A>& with, A* tile,
+void best_and_sum(const T* rows, const A* wide, int64_t row_stride, int64_t n, const ListedRows<A>& with, A* tile,
                   A* best, A* sum, A* squares) {
   const auto& few = similarity_kernels<T>();
   const RowKernels<A>& panel = row_kernels<A>();
@@ -200,13 +200,13 @@ Tensor score(const Tensor& features, const Lists<T>& best_of, const Lists<T>& me
     for (int64_t item = items * first / chunks; item < items * last / chunks; ++item) {
       const int64_t b = item / tiles, start = item % tiles * kTile, count = std::min(kTile, n - start);
       const T* x = rows + b * by_batch + start * by_row;
-      const Opponents<A> with{all_panels + units.first_panel[b] * lanes * dim,
-                              all_singles + units.first_single[b] * dim,
-                              mean_of.size(b) > 0 ? all_sums + b * dim : nullptr,
-                              units.first_panel[b + 1] - units.first_panel[b],
-                              units.first_single[b + 1] - units.first_single[b],
-                              mean_of.size(b),
-                              dim};
+      const ListedRows<A> with{all_panels + units.first_panel[b] * lanes * dim,
+                               all_singles + units.first_single[b] * dim,
+                               mean_of.size(b) > 0 ? all_sums + b * dim : nullptr,
+                               units.first_panel[b + 1] - units.first_panel[b],
+                               units.first_single[b + 1] - units.first_single[b],
+                               mean_of.size(b),
+                               dim};
       const bool listed_best = best_of.size(b) > 0;
       A best[kTile], sum[kTile] = {}, squares[kTile];
       const A* keys = nullptr;

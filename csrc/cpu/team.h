@@ -76,7 +76,7 @@ class Team {
   int64_t size_ = 0, total_ = 0;
   const void* context_ = nullptr;
   void (*call_)(const void*, int64_t, int64_t) = nullptr;
-  alignas(64) std::atomic<int64_t> open_{0};  // pieces that nobody has taken
+  alignas(64) std::atomic<int64_t> open_{0};  // pieces that no thread has taken
   alignas(64) std::atomic<int64_t> done_{0};
   alignas(64) std::atomic<bool> over_{false};
   std::atomic_flag failing_ = ATOMIC_FLAG_INIT;

@@ -1,4 +1,4 @@
-// Barriers that are missing, and threads that meet in the wrong place.
+// Barriers that are missing, and threads that wait at the wrong one.
 #pragma once
 
 #include "broken/kernels.h"

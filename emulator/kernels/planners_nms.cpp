@@ -75,7 +75,7 @@ void bind_nms_planner(py::module_& m) {
   m.def("largest_square_within", &largest_square_within);
   m.attr("NMS_ROW_TILE") = kNmsRowTile;
   m.attr("NMS_COLUMN_TILE") = kNmsColumnTile;
-  m.attr("NMS_ROOMY_LISTS") = kNmsRoomyLists;
-  m.attr("NMS_MODEST_CAPACITY") = kNmsModestCapacity;
+  m.attr("NMS_ALWAYS_LIST_BYTES") = kNmsAlwaysListBytes;
+  m.attr("NMS_FEATURE_CAPACITY") = kNmsFeatureCapacity;
   m.attr("NMS_SELECT_STATIC") = kNmsSelectStatic;
 }

@@ -45,8 +45,8 @@ struct Thread {
   int copy_group = 0;
 };
 
-// Lanes that meet: several groups of one warp can be on their way at the same time when their masks are disjoint.
-struct Meeting {
+// Waiting lanes: several groups of one warp can be on their way at the same time when their masks are disjoint.
+struct Collective {
   const char* name;
   uint32_t mask, arrived = 0;
   void* requests[kWarp] = {};
@@ -64,7 +64,7 @@ struct Block {
   };
   std::vector<Static> statics;
   std::vector<Thread> threads;
-  std::vector<std::vector<Meeting>> meetings;  // by warp
+  std::vector<std::vector<Collective>> collectives;  // by warp
   size_t at_barrier = 0, ended = 0;
   int contributions = 0;
 };
@@ -129,7 +129,7 @@ void reorder(std::vector<size_t>& order, size_t n, std::mt19937_64& random) {
   if (settings().schedule == Schedule::kShuffled) std::shuffle(order.begin(), order.end(), random);
 }
 
-// The shared memory of a block that has ended belongs to nobody: whoever still reads it reads poison.
+// The shared memory of a block that has ended belongs to no block: a thread that still reads it reads poison.
 void forget(Block& block) {
   std::memset(block.dynamic.get(), kPoison, block.dynamic_bytes);
   for (Block::Static& s : block.statics) std::memset(s.memory.get(), kPoison, s.bytes);
@@ -199,7 +199,7 @@ std::unique_ptr<Block> make_block(const LaunchRecord& launch, uint3 index, unsig
   const dim3& size = launch.block;
   const size_t count = size_t(size.x) * size.y * size.z;
   block->threads.resize(count);
-  block->meetings.resize((count + kWarp - 1) / kWarp);
+  block->collectives.resize((count + kWarp - 1) / kWarp);
   for (size_t i = 0; i < count; ++i) {
     Thread& t = block->threads[i];
     t.index = {unsigned(i % size.x), unsigned(i / size.x % size.y), unsigned(i / size.x / size.y)};
@@ -226,7 +226,7 @@ void run_grid(const LaunchRecord& launch, const std::function<void()>& thread) {
   const std::function<void()> guarded = [&] {
     try {
       thread();
-      if (!current().copies.empty()) fail(current(), "ends with asynchronous copies that nobody waited for");
+      if (!current().copies.empty()) fail(current(), "ends with asynchronous copies that were not waited for");
     } catch (...) {
       running.failure = std::current_exception();  // the stacks of the other threads are abandoned
     }
@@ -290,22 +290,24 @@ int block_barrier(int contribution) {
 void warp_collective(const char* name, uint32_t mask, void* request, Complete complete) {
   Thread& t = current();
   if (!(mask >> t.lane & 1)) fail(t, std::string(name) + " with a mask that leaves out its own lane");
-  auto& meetings = t.block->meetings[t.warp];
-  auto meeting = std::find_if(meetings.begin(), meetings.end(), [&](const Meeting& m) { return m.mask & mask; });
-  if (meeting == meetings.end()) {
-    meetings.push_back({name, mask});
-    meeting = meetings.end() - 1;
+  auto& collectives = t.block->collectives[t.warp];
+  auto collective =
+      std::find_if(collectives.begin(), collectives.end(), [&](const Collective& m) { return m.mask & mask; });
+  if (collective == collectives.end()) {
+    collectives.push_back({name, mask});
+    collective = collectives.end() - 1;
   }
-  if (meeting->mask != mask) fail(t, std::string(name) + " with another mask than the lanes that wait for it");
-  if (std::strcmp(meeting->name, name) != 0) fail(t, std::string(name) + " while other lanes wait in " + meeting->name);
-  meeting->requests[t.lane] = request;
-  meeting->arrived |= 1u << t.lane;
-  if (meeting->arrived != mask) {
+  if (collective->mask != mask) fail(t, std::string(name) + " with another mask than the lanes that wait for it");
+  if (std::strcmp(collective->name, name) != 0)
+    fail(t, std::string(name) + " while other lanes wait in " + collective->name);
+  collective->requests[t.lane] = request;
+  collective->arrived |= 1u << t.lane;
+  if (collective->arrived != mask) {
     wait(State::kCollective);
     return;
   }
-  complete(meeting->requests, mask);
-  meetings.erase(meeting);
+  complete(collective->requests, mask);
+  collectives.erase(collective);
   const size_t first = t.warp * kWarp;
   for (int i = 0; i < kWarp; ++i)
     if (mask >> i & 1) t.block->threads[first + i].state = State::kReady;

@@ -20,7 +20,7 @@ from .timing import prefill_seconds
 MODEL = ROOT / "studies" / "models" / "tiny-llava-vqa"
 RESULTS = ROOT / "studies" / "results" / "retention.json"
 PAGE = ROOT / "docs" / "retention.md"
-SHOWN_KEEP = 64  # of the pictures of failures
+SHOWN_KEEP = 64  # of the images of failures
 OTHER_LAYER_KEEP = 128  # the budget at which the methods inside the model are tried at a second layer
 PER_METHOD = 4
 
@@ -32,13 +32,13 @@ def _failures(asked: list[Item], outcomes: dict[Run, Outcome], keep: int) -> lis
         run, outcome = next((r, o) for r, o in outcomes.items() if r[:3] == (method, keep, None))
         lost = (outcomes[UNPRUNED].right & ~outcome.right).nonzero().flatten().tolist()
         taken: dict[str, int] = {}
-        for place in lost:
-            taken.setdefault(asked[place].question.family, place)
+        for index in lost:
+            taken.setdefault(asked[index].question.family, index)
         families = [name for name in dict.fromkeys(("relation", "tiny", "count", "patch", *FAMILIES)) if name in taken]
-        for place in (taken[name] for name in families[:PER_METHOD]):
-            given = VOCABULARY[int(outcome.given[place])]
+        for index in (taken[name] for name in families[:PER_METHOD]):
+            given = VOCABULARY[int(outcome.given[index])]
             chosen.append(
-                figures.Failure(f"{method}, {run.keep} of {TOKENS}", asked[place], given, outcome.kept[place])
+                figures.Failure(f"{method}, {run.keep} of {TOKENS}", asked[index], given, outcome.kept[index])
             )
     return chosen
 

@@ -62,7 +62,7 @@ def plot(table: Table, path: Path) -> None:
 
 
 def _tile(failure: Failure, split: str) -> Image.Image:
-    """The picture with dropped tokens dark, a frame around every cell the answer depends on."""
+    """The image with dropped tokens dark, a frame around every cell the answer depends on."""
     pixels = Image.fromarray(scene(split, failure.item.seed).pixels)
     corner = torch.stack([failure.kept % SIDE, failure.kept // SIDE], 1)
     shown = overlay(pixels, torch.cat([corner, corner + 1], 1) / SIDE)
@@ -82,7 +82,7 @@ def _tile(failure: Failure, split: str) -> Image.Image:
 
 
 def failures_sheet(failures: list[Failure], split: str, path: Path, columns: int = 4) -> None:
-    """One row of pictures after the other."""
+    """One row of images after the other."""
     rows = -(-len(failures) // columns)
     width, height = SIZE + GAP, SIZE + CAPTION + GAP
     sheet = Image.new("RGB", (columns * width + GAP, rows * height + GAP), (16, 19, 24))

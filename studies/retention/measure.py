@@ -33,7 +33,7 @@ class Run(NamedTuple):
 class Outcome:
     """Per item [N]: was the answer right, the share of the needed tokens that was kept (nan: none needed), the answer.
 
-    kept: [N, K], the places of the kept tokens.
+    kept: [N, K], the indices of the kept tokens.
     """
 
     right: Tensor
@@ -82,11 +82,11 @@ def one_encoding(model: Any) -> Iterator[None]:
         del tower.forward
 
 
-def ask(model: Any, run: Run, inputs: dict[str, Tensor], place: int = 0) -> tuple[Tensor, Tensor]:
-    """The answers, and [B, K] the kept tokens; `place` lets random draw anew for every batch."""
+def ask(model: Any, run: Run, inputs: dict[str, Tensor], index: int = 0) -> tuple[Tensor, Tensor]:
+    """The answers, and [B, K] the kept tokens; `index` lets random draw anew for every batch."""
     if run == UNPRUNED:
         return answered(model, inputs), torch.arange(TOKENS).expand(len(inputs["input_ids"]), -1)
-    seed = None if run.seed is None else run.seed * 1_000_003 + place
+    seed = None if run.seed is None else run.seed * 1_000_003 + index
     with prune_visual_tokens(model, run.method, run.keep, layer=run.layer, seed=seed) as pruning:
         words = answered(model, inputs)
         assert pruning.kept is not None
@@ -101,19 +101,19 @@ def measure(model: Any, split: str, asked: list[Item], table: list[Run], size: i
     groups = [[run for run in outcomes if (run in reading) is reads] for reads in (False, True)]
     with tqdm(total=len(asked), desc="questions", mininterval=5) as bar:
         for batch in batches(split, asked, size):
-            pairs = zip(batch.pictures, batch.places, strict=True)
-            wanted = torch.stack([needed(picture, asked[n].question) for picture, n in pairs])
+            pairs = zip(batch.images, batch.indices, strict=True)
+            wanted = torch.stack([needed(image, asked[n].question) for image, n in pairs])
             for group, tower in zip(groups, (one_encoding(model), nullcontext()), strict=True):
                 with tower:
                     for run in group:
-                        _record(outcomes[run], batch, wanted, *ask(model, run, batch.inputs, batch.places[0]))
-            bar.update(len(batch.places))
+                        _record(outcomes[run], batch, wanted, *ask(model, run, batch.inputs, batch.indices[0]))
+            bar.update(len(batch.indices))
     return outcomes
 
 
 def _record(outcome: Outcome, batch: Batch, wanted: Tensor, words: Tensor, kept: Tensor) -> None:
     chosen = torch.zeros_like(wanted).scatter_(1, kept, torch.ones_like(kept, dtype=torch.bool))
-    outcome.right[batch.places] = words == batch.answers
-    outcome.given[batch.places] = words
-    outcome.covered[batch.places] = (chosen & wanted).sum(1) / wanted.sum(1)  # 0 / 0 is nan: nothing was needed
-    outcome.kept[batch.places] = kept
+    outcome.right[batch.indices] = words == batch.answers
+    outcome.given[batch.indices] = words
+    outcome.covered[batch.indices] = (chosen & wanted).sum(1) / wanted.sum(1)  # 0 / 0 is nan: nothing was needed
+    outcome.kept[batch.indices] = kept

@@ -94,7 +94,7 @@ def facts_line(table: Table) -> str:
     return (
         f"`{f['command']}` on {f['cpu']}, {f['threads']} threads, torch {f['torch']}, "
         f"transformers {f['transformers']}, "
-        f"commit {f['commit']}; {len(table.families)} questions of the split {f['split']}, each about its own picture."
+        f"commit {f['commit']}; {len(table.families)} questions of the split {f['split']}, each about its own image."
     )
 
 

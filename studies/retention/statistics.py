@@ -31,7 +31,7 @@ def share(right: Tensor) -> Share:
 
 
 def _mean(each: Tensor) -> Change:
-    """Of one value per question; several runs (seeds) [R, N] are averaged first."""
+    """The mean and its interval from one value per question; several runs (seeds) [R, N] are averaged first."""
     each = each.reshape(-1, each.shape[-1]).mean(0)
     return Change(each.mean().item(), NORMAL * (each.std(unbiased=True) / each.numel() ** 0.5).item())
 

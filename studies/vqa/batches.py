@@ -1,6 +1,6 @@
 """Training batches: scenes, as many questions as fit behind each, and what every visual token shows.
 
-The questions of a picture share one sequence. Each attends to the picture and to itself alone, at the positions it
+The questions of an image share one sequence. Each attends to the image and to itself alone, at the positions it
 would have by itself, so a packed question is answered as a single one is.
 """
 
@@ -26,12 +26,12 @@ NONE = -100  # the target that cross_entropy ignores
 
 
 class Batch(NamedTuple):
-    """N visual tokens are the window of S x S = N tokens of the picture; T text tokens."""
+    """N visual tokens are the window of S x S = N tokens of the image; T text tokens."""
 
     pixels: Tensor  # [B, 3, 14 S, 14 S], normalised
-    window: Tensor  # [B, N]: places of the visual tokens in the whole picture of 24 x 24
+    window: Tensor  # [B, N]: indices of the visual tokens in the whole image of 24 x 24
     text: Tensor  # [B, T]
-    places: Tensor  # [B, T]: positions of the text tokens
+    positions: Tensor  # [B, T], of the text tokens
     block: Tensor  # [B, T]: the question each token belongs to, -1 for padding
     targets: Tensor  # [B, T]: what comes next at the answers
     family: Tensor  # [B, T]: index of the family where the answer is predicted
@@ -53,17 +53,17 @@ def _cover(start: int, size: int, patches: int) -> npt.NDArray[np.float64]:
     return np.clip(np.minimum(edge + PATCH, start + size) - np.maximum(edge, start), 0, PATCH) / PATCH
 
 
-def labels(picture: Scene) -> tuple[npt.NDArray[np.int64], ...]:
+def labels(image: Scene) -> tuple[npt.NDArray[np.int64], ...]:
     """Per visual token, row by row: what it shows, the ink, whether it is the tiny digit, what the object lies on."""
-    side = picture.pixels.shape[0] // PATCH
+    side = image.pixels.shape[0] // PATCH
     shown = np.full((side, side), len(SHOWN) - 1)
     ink, tiny, ground = np.full((3, side, side), NONE)
-    for texture in picture.textures:
-        r0, r1, c0, c1 = (CELL_TOKENS * place for place in texture.cells)
+    for texture in image.textures:
+        r0, r1, c0, c1 = (CELL_TOKENS * edge for edge in texture.cells)
         shown[r0:r1, c0:c1] = SHOWN.index(texture.kind)
-    for thing in picture.things:
+    for thing in image.things:
         there = np.outer(_cover(thing.top, thing.size, side), _cover(thing.left, thing.size, side)) >= 0.3
-        ground[there] = GROUND.index(next((t.kind for t in picture.textures if thing in picture.on(t)), "photo"))
+        ground[there] = GROUND.index(next((t.kind for t in image.textures if thing in image.on(t)), "photo"))
         shown[there] = SHOWN.index(thing.kind)
         if thing.colour is not None:
             ink[there] = INK.index(thing.colour)
@@ -72,7 +72,7 @@ def labels(picture: Scene) -> tuple[npt.NDArray[np.int64], ...]:
 
 
 def in_cells(cells: Iterable[tuple[int, int]], side: int) -> npt.NDArray[np.bool_]:
-    """[N]: the visual tokens of those cells, of a picture of side x side."""
+    """[N]: the visual tokens of those cells, of an image of side x side."""
     inside = np.zeros((side, side), dtype=bool)
     for row, column in cells:
         inside[CELL_TOKENS * row :, CELL_TOKENS * column :][:CELL_TOKENS, :CELL_TOKENS] = True
@@ -85,7 +85,7 @@ def _look(question: Question, side: int) -> npt.NDArray[np.bool_]:
 
 
 def _pack(questions: list[Question], length: int, side: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """[5, T] text, places, block, targets, family, and [T, N] look; questions that no longer fit are left out."""
+    """[5, T] text, positions, block, targets, family, and [T, N] look; questions that no longer fit are left out."""
     look = np.zeros((length, side * side), dtype=bool)
     rows = np.full((5, length), NONE)
     rows[0], rows[1], rows[2] = PAD, 0, -1
@@ -130,21 +130,21 @@ class Batches(Dataset[Batch]):
     def __getitem__(self, number: int) -> Batch:
         rng = np.random.default_rng((self.seed, number))
         ease = self.ease(number)
-        pictures = [scene(self.split, (self.seed, number, n), self.cells, ease) for n in range(self.batch)]
+        images = [scene(self.split, (self.seed, number, n), self.cells, ease) for n in range(self.batch)]
         side = CELL_TOKENS * self.cells
         token = np.arange(side * side)
         corner = rng.integers(0, SIDE - side, size=(self.batch, 2), endpoint=True)
         window = (token // side + corner[:, :1]) * SIDE + token % side + corner[:, 1:]
-        questions = [ask(p, rng, self.length // 5, self.families) if self.length else [] for p in pictures]
+        questions = [ask(p, rng, self.length // 5, self.families) if self.length else [] for p in images]
         packed, look = zip(*(_pack(asked, self.length, side) for asked in questions), strict=True)
-        pixels = normalised(torch.from_numpy(np.stack([p.pixels for p in pictures])))
-        seen = np.stack([np.stack(labels(p)) for p in pictures], 1)
+        pixels = normalised(torch.from_numpy(np.stack([p.pixels for p in images])))
+        seen = np.stack([np.stack(labels(p)) for p in images], 1)
         arrays = (window, *np.stack(packed, 1), *seen, np.stack(look))
         return Batch(pixels, *(torch.from_numpy(x) for x in arrays))
 
 
 def mask(batch: Batch) -> Tensor:
-    """[B, 1, T, 1 + N + T] to add to the logits: a text token sees the picture and its own question up to itself."""
+    """[B, 1, T, 1 + N + T] to add to the logits: a text token sees the image and its own question up to itself."""
     length, seen = batch.text.shape[1], 1 + batch.window.shape[1]
     same = batch.block.unsqueeze(2) == batch.block.unsqueeze(1)
     own = same & torch.ones(length, length, dtype=torch.bool).tril()

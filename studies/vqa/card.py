@@ -52,7 +52,7 @@ def accuracy_table(folder: Path, per_family: int) -> str:
 def curriculum_table(log: list[dict[str, str]]) -> str:
     """The stages, and how long each took."""
     lines = [
-        "| stage | scenes | pictures per step | tokens of questions | steps | minutes |",
+        "| stage | scenes | images per step | tokens of questions | steps | minutes |",
         "|---|---|---|---|---|---|",
     ]
     start = 0.0

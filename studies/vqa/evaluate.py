@@ -25,23 +25,23 @@ from .words import BOS, IMAGE, encode
 
 
 class Item(NamedTuple):
-    """A question about a picture of its own."""
+    """A question about an image of its own."""
 
     seed: int
     question: Question
 
 
 class Batch(NamedTuple):
-    """Questions of one length, ready for the model; `places` are where they stand in the list of items."""
+    """Questions of one length, ready for the model; `indices` say which of the items they are."""
 
     inputs: dict[str, Tensor]
     answers: Tensor  # [B]
-    places: list[int]
-    pictures: list[Scene]
+    indices: list[int]
+    images: list[Scene]
 
 
 def items(split: str, per_family: int) -> list[Item]:
-    """So many questions of every family, each about another picture; more of them begin with the same ones."""
+    """So many questions of every family, each about another image; more of them begin with the same ones."""
     found: dict[str, list[Item]] = {name: [] for name in FAMILIES}
     missing = len(found)
     for seed, family in enumerate(itertools.cycle(found)):
@@ -58,34 +58,34 @@ def items(split: str, per_family: int) -> list[Item]:
 
 
 def prompt(text: str) -> list[int]:
-    """The tokens of a picture and a question, as the processor makes them."""
+    """The tokens of an image and a question, as the processor makes them."""
     return [BOS, *[IMAGE] * (SIDE * SIDE), *encode(text)]
 
 
-def needed(picture: Scene, question: Question) -> Tensor:
+def needed(image: Scene, question: Question) -> Tensor:
     """[576] bool: the visual tokens on the objects that the answer depends on; none where something is absent."""
-    shown, *_ = labels(picture)
+    shown, *_ = labels(image)
     return torch.from_numpy((shown < len(KINDS)) & in_cells(question.cells, SIDE))
 
 
 def batches(split: str, asked: list[Item], size: int) -> Iterator[Batch]:
     """Questions of equal length together: no padding, no masks."""
 
-    def length(place: int) -> int:
-        return len(encode(asked[place].question.text))
+    def length(index: int) -> int:
+        return len(encode(asked[index].question.text))
 
     for _, group in itertools.groupby(sorted(range(len(asked)), key=length), key=length):
         same = list(group)
         for start in range(0, len(same), size):
-            places = same[start : start + size]
-            pictures = [scene(split, asked[n].seed) for n in places]
-            tokens = torch.tensor([prompt(asked[n].question.text) for n in places])
-            answers = torch.tensor([encode(asked[n].question.answer)[0] for n in places])
+            indices = same[start : start + size]
+            images = [scene(split, asked[n].seed) for n in indices]
+            tokens = torch.tensor([prompt(asked[n].question.text) for n in indices])
+            answers = torch.tensor([encode(asked[n].question.answer)[0] for n in indices])
             inputs = {
                 "input_ids": tokens, "attention_mask": torch.ones_like(tokens),
-                "pixel_values": normalised(torch.from_numpy(np.stack([p.pixels for p in pictures]))),
+                "pixel_values": normalised(torch.from_numpy(np.stack([p.pixels for p in images]))),
             }  # fmt: skip
-            yield Batch(inputs, answers, places, pictures)
+            yield Batch(inputs, answers, indices, images)
 
 
 @torch.inference_mode()
@@ -113,7 +113,7 @@ def accuracy(model: Any, split: str, per_family: int, size: int = 32) -> tuple[l
     asked = items(split, per_family)
     right = torch.zeros(len(asked), dtype=torch.bool)
     for batch in batches(split, asked, size):
-        right[batch.places] = answered(model, batch.inputs) == batch.answers
+        right[batch.indices] = answered(model, batch.inputs) == batch.answers
     return asked, right
 
 

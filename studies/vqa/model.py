@@ -16,11 +16,11 @@ from transformers import (
 from .scene import PATCH
 from .words import BOS, EOS, IMAGE, PAD, VOCABULARY, tokenizer
 
-SIDE = 24  # visual tokens along a side of the picture
+SIDE = 24  # visual tokens along a side of the image
 WIDTH = 128
 HEADS = 4
 LAYERS = 4
-# A picture, then the question: nothing marks whose turn it is, because there is one turn.
+# An image, then the question: nothing marks whose turn it is, because there is one turn.
 CHAT = (
     "{% for message in messages %}{% for part in message['content'] %}"
     "{{ '<image>' if part['type'] == 'image' else ' ' + part['text'] }}"
@@ -61,7 +61,7 @@ def build(seed: int = 0) -> LlavaForConditionalGeneration:
 def waves() -> Tensor:
     """[576, C]: where the position embeddings begin: waves of 3 to 48 tokens along both axes.
 
-    Then "the token to the left" is one linear map everywhere, and need not be learned for each place anew.
+    Then "the token to the left" is one linear map everywhere, and need not be learned for each coordinate anew.
     """
     length = 3.0 * 16.0 ** torch.linspace(0, 1, WIDTH // 4)
     phase = torch.arange(SIDE)[:, None] * (2 * torch.pi / length)
@@ -71,7 +71,7 @@ def waves() -> Tensor:
 
 
 def processor() -> LlavaProcessor:
-    """Pictures are resized to 336 x 336; `"<image> which digit is tiny?"` becomes <s>, 576 times <image>, the words."""
+    """Images are resized to 336 x 336; `"<image> which digit is tiny?"` becomes <s>, 576 times <image>, the words."""
     side = SIDE * PATCH
     images = CLIPImageProcessor(
         size={"height": side, "width": side}, do_center_crop=False, image_mean=[MEAN] * 3, image_std=[DEVIATION] * 3

@@ -1,6 +1,6 @@
 """Questions about a scene, in families, each with one exact answer of one word.
 
-Answers are balanced inside a family where scenes allow: a model that ignores the picture stays near `chance`.
+Answers are balanced inside a family where scenes allow: a model that ignores the image stays near `chance`.
 """
 
 import itertools
@@ -70,7 +70,7 @@ def _patch(scene: Scene) -> Iterator[Question]:
 
 
 def _corner(scene: Scene) -> Iterator[Question]:
-    """Only of whole pictures: a window's corners are somewhere inside."""
+    """Only of whole images: a window's corners are somewhere inside."""
     if scene.cells < 4:
         return
     for row, column, name in CORNERS:

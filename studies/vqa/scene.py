@@ -1,7 +1,7 @@
 """Random scenes: objects in a grid of cells on a photograph, some of them on a patch of texture.
 
 A scene is known exactly (what, which colour, where), so questions about it have exact answers. The cells are 6 x 6
-visual tokens; sizes and places inside them are random. `cells=4` is the task; smaller scenes are windows of it, which
+visual tokens; sizes and offsets inside them are random. `cells=4` is the task; smaller scenes are windows of it, which
 training begins with.
 """
 
@@ -48,7 +48,7 @@ class Texture(NamedTuple):
 
 @dataclass(frozen=True)
 class Scene:
-    """The picture [S, S, 3], uint8, and what is in it."""
+    """The image [S, S, 3], uint8, and what is in it."""
 
     cells: int
     things: tuple[Thing, ...]
@@ -73,8 +73,8 @@ def _kinds(rng: np.random.Generator, count: int) -> list[str]:
         kinds.append("coin" if draw < 0.12 else "face" if draw < 0.24 else DIGITS[rng.integers(10)])
     if count > 2 and rng.random() < 0.5:
         again = KINDS[rng.integers(len(KINDS))]
-        for place in rng.permutation(count)[: rng.integers(2, 4)]:
-            kinds[place] = again
+        for index in rng.permutation(count)[: rng.integers(2, 4)]:
+            kinds[index] = again
     return kinds
 
 
@@ -84,8 +84,8 @@ def _thing(rng: np.random.Generator, kind: str, cell: tuple[int, int], tiny: boo
     spread = (1 - ease) * JITTER
     size = tokens * PATCH - round(rng.uniform(0, spread))
     top, left = (
-        place * CELL + min(max(0, _slot(rng, tokens, ease) + round(rng.uniform(-spread, spread))), CELL - size)
-        for place in cell
+        coordinate * CELL + min(max(0, _slot(rng, tokens, ease) + round(rng.uniform(-spread, spread))), CELL - size)
+        for coordinate in cell
     )
     colour = list(COLOURS)[rng.integers(len(COLOURS))] if kind in DIGITS else None
     if colour is not None and rng.random() < ease:
@@ -125,16 +125,16 @@ def _round_mask(size: int, power: int = 2) -> npt.NDArray[np.float32]:
     return mask
 
 
-def _turned(picture: Pixels, size: int, rng: np.random.Generator, degrees: float) -> npt.NDArray[np.float32]:
-    """The grey picture at another size, turned by up to so many degrees; [size, size] in 0 to 1."""
+def _turned(pixels: Pixels, size: int, rng: np.random.Generator, degrees: float) -> npt.NDArray[np.float32]:
+    """The grey image at another size, turned by up to so many degrees; [size, size] in 0 to 1."""
     angle = np.deg2rad(rng.uniform(-degrees, degrees))
-    image = Image.fromarray(picture)
+    image = Image.fromarray(pixels)
     cos, sin = np.cos(angle), np.sin(angle)
     scale_x, scale_y = image.width / size, image.height / size
     middle = (size - 1) / 2
     x0 = scale_x * (middle - cos * middle + sin * middle) + (scale_x - 1) / 2
     y0 = scale_y * (middle - sin * middle - cos * middle) + (scale_y - 1) / 2
-    place = (
+    affine = (
         scale_x * cos,
         -scale_x * sin,
         x0 + 0.5 - scale_x / 2,
@@ -142,20 +142,20 @@ def _turned(picture: Pixels, size: int, rng: np.random.Generator, degrees: float
         scale_y * cos,
         y0 + 0.5 - scale_y / 2,
     )
-    turned = image.transform((size, size), Image.Transform.AFFINE, place, Image.Resampling.BICUBIC)
+    turned = image.transform((size, size), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC)
     return np.asarray(turned, dtype=np.float32) / 255
 
 
 def _drawn(here: Pixels, thing: Thing, source: Sources, rng: np.random.Generator) -> npt.NDArray[np.float32]:
     """The background of an object with the object on it, in 0 to 255."""
     if thing.colour is None:
-        pictures = source.coins if thing.kind == "coin" else source.faces
-        picture = pictures[rng.integers(len(pictures))]
-        grey = _turned(picture, thing.size, rng, 25 if thing.kind == "coin" else 8)[..., None]
+        images = source.coins if thing.kind == "coin" else source.faces
+        image = images[rng.integers(len(images))]
+        grey = _turned(image, thing.size, rng, 25 if thing.kind == "coin" else 8)[..., None]
         mask = _round_mask(thing.size)
         return here * (1 - mask) + mask * (255 * grey * np.float32(rng.uniform(0.8, 1.1)))
-    pictures = source.digits[int(thing.kind)]
-    ink = _turned(pictures[rng.integers(len(pictures))], thing.size, rng, 8)[..., None]
+    images = source.digits[int(thing.kind)]
+    ink = _turned(images[rng.integers(len(images))], thing.size, rng, 8)[..., None]
     # White handwriting on a coloured sticker: its shape is the same in all colours.
     cover = np.float32(0.75 if thing.tiny else 0.95) * _round_mask(thing.size, 6)
     sticker = here * (1 - cover) + cover * np.array(COLOURS[thing.colour], dtype=np.float32)
@@ -174,11 +174,11 @@ def _render(
     if rng.random() < 0.5:
         canvas = np.ascontiguousarray(canvas[:, ::-1])
     for texture in textures:
-        r0, r1, c0, c1 = (place * CELL for place in texture.cells)
+        r0, r1, c0, c1 = (edge * CELL for edge in texture.cells)
         part = canvas[r0 + 1 : r1 - 1, c0 + 1 : c1 - 1]
-        picture = source.textures[texture.kind]
-        top, left = (int(rng.integers(picture.shape[axis] - part.shape[axis] + 1)) for axis in (0, 1))
-        part[:] = picture[top : top + part.shape[0], left : left + part.shape[1], None] * rng.uniform(0.7, 1)
+        image = source.textures[texture.kind]
+        top, left = (int(rng.integers(image.shape[axis] - part.shape[axis] + 1)) for axis in (0, 1))
+        part[:] = image[top : top + part.shape[0], left : left + part.shape[1], None] * rng.uniform(0.7, 1)
     for thing in things:
         here = canvas[thing.top : thing.top + thing.size, thing.left : thing.left + thing.size]
         here[:] = np.clip(_drawn(here, thing, source, rng), 0, 255)
@@ -188,7 +188,7 @@ def _render(
 def scene(split: str, seed: int | tuple[int, ...], cells: int = 4, ease: float = 0.0) -> Scene:
     """The scene of a seed; split is "train", "validation" or "test", and `cells` 1 to 4.
 
-    Up to ease=1 stickers are blacker, backgrounds darker, sizes and places more alike: training begins there.
+    Up to ease=1 stickers are blacker, backgrounds darker, sizes and offsets more alike: training begins there.
 
     >>> a, b = scene("test", 7), scene("test", 7)
     >>> a.pixels.shape, bool((a.pixels == b.pixels).all()), a.things == b.things
@@ -197,10 +197,8 @@ def scene(split: str, seed: int | tuple[int, ...], cells: int = 4, ease: float =
     rng = np.random.default_rng((*((seed,) if isinstance(seed, int) else seed), cells, SPLITS.index(split)))
     textures = [_texture(rng, cells)] if rng.random() < 0.75 else []
     count = int(rng.integers(*OBJECTS[cells], endpoint=True))
-    places = [divmod(int(place), cells) for place in rng.permutation(cells * cells)[:count]]
+    taken = [divmod(int(index), cells) for index in rng.permutation(cells * cells)[:count]]
     kinds = _kinds(rng, count)
     tiny = next((n for n, kind in enumerate(kinds) if kind in DIGITS), None) if rng.random() < 0.8 else None
-    things = [
-        _thing(rng, kind, cell, n == tiny, ease) for n, (kind, cell) in enumerate(zip(kinds, places, strict=True))
-    ]
+    things = [_thing(rng, kind, cell, n == tiny, ease) for n, (kind, cell) in enumerate(zip(kinds, taken, strict=True))]
     return Scene(cells, tuple(things), tuple(textures), _render(cells, things, textures, sources(split), rng, ease))

@@ -56,7 +56,7 @@ def _digits(split: str) -> tuple[Pixels, ...]:
 
 
 def _coins(split: str) -> list[Pixels]:
-    """The picture of 24 ancient coins, cut along the outlines of its bright regions."""
+    """The image of 24 ancient coins, cut along the outlines of its bright regions."""
     grey = data.coins()
     filled = morphology.closing(grey > filters.threshold_otsu(grey), morphology.disk(3))
     regions = [r for r in measure.regionprops(measure.label(filled)) if r.area > 500 and r.bbox[0] > 0]
@@ -72,9 +72,9 @@ def _faces(split: str) -> Pixels:
 
 
 def _texture(name: str, split: str) -> Pixels:
-    picture: Pixels = getattr(data, name)()
-    low, high = (round(share * picture.shape[1]) for share in SHARES[split])
-    return picture[:, low:high] if high - low >= 180 else np.tile(picture[:, low:high], (1, 4))
+    image: Pixels = getattr(data, name)()
+    low, high = (round(share * image.shape[1]) for share in SHARES[split])
+    return image[:, low:high] if high - low >= 180 else np.tile(image[:, low:high], (1, 4))
 
 
 def _photo(name: str) -> Pixels:
@@ -87,12 +87,12 @@ def _photo(name: str) -> Pixels:
         "tissue": data.immunohistochemistry,
         "astronaut": lambda: data.astronaut()[240:],
     }
-    picture = special.get(name, getattr(data, name, None))()
-    return np.stack([picture] * 3, -1) if picture.ndim == 2 else picture[..., :3]
+    image = special.get(name, getattr(data, name, None))()
+    return np.stack([image] * 3, -1) if image.ndim == 2 else image[..., :3]
 
 
-def _sizes(picture: Pixels, smallest: int) -> list[Pixels]:
-    image = Image.fromarray(picture)
+def _sizes(pixels: Pixels, smallest: int) -> list[Pixels]:
+    image = Image.fromarray(pixels)
     sized = []
     for scale in SCALES:
         factor = max(420 * scale / image.height, smallest / min(image.size))
@@ -103,7 +103,7 @@ def _sizes(picture: Pixels, smallest: int) -> list[Pixels]:
 
 @cache
 def sources(split: str) -> Sources:
-    """The pictures of `split`: one of train, validation, test."""
+    """The images of `split`: one of train, validation, test."""
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
     return Sources(

@@ -1,6 +1,6 @@
 """`python -m studies.vqa.train`: make the weights of the small model, from nothing, on a CPU.
 
-The curriculum goes from single cells of the picture to whole pictures: first the vision tower learns to name what it
+The curriculum goes from single cells of the image to whole images: first the vision tower learns to name what it
 sees, then questions join. Stopped at any time, the same command goes on from the last checkpoint.
 """
 
@@ -47,9 +47,9 @@ class Stage:
     easy: tuple[int, int] = (0, 0)  # steps at which the easy beginning starts to fade, and has faded
 
 
-# What takes two looks at the picture is learned last.
+# What takes two looks at the image is learned last.
 STRESSED = (*FAMILIES, "relation", "colour", "add")
-PLACES = ("relation", "relation", "patch", "count", "add")
+SPATIAL = ("relation", "relation", "patch", "count", "add")
 STAGES = (
     Stage(cells=1, text=0, batch=32, steps=2000, easy=(300, 1200)),
     Stage(cells=2, text=0, batch=16, steps=600),
@@ -59,7 +59,7 @@ STAGES = (
     Stage(cells=4, text=240, batch=8, steps=250),
     Stage(cells=3, text=360, batch=8, steps=650, families=STRESSED, rate=(1.0, 0.618)),
     Stage(cells=3, text=240, batch=8, steps=500, families=STRESSED, rate=(0.8, 0.8), ground=0.25, look=0.5),
-    Stage(cells=2, text=200, batch=16, steps=450, families=PLACES, rate=(0.8, 0.8), ground=1.0, look=1.0),
+    Stage(cells=2, text=200, batch=16, steps=450, families=SPATIAL, rate=(0.8, 0.8), ground=1.0, look=1.0),
     Stage(cells=4, text=240, batch=8, steps=950, families=STRESSED, rate=(0.8, 0.0), ground=1.0, look=1.0),
 )
 
@@ -193,7 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/vqa"), help="checkpoint and log (default: build/vqa)")
     parser.add_argument("--out", type=Path, help="where the finished model goes (default: nowhere)")
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures (default: 1)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw images (default: 1)")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     torch.set_flush_denormal(True)

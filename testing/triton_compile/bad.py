@@ -12,15 +12,15 @@ from .shapes import meta
 
 @triton.jit
 def too_much_shared_kernel(x_ptr, BLOCK: tl.constexpr):  # noqa: N803
-    place = tl.arange(0, BLOCK)
-    tl.store(x_ptr + place, tl.gather(tl.load(x_ptr + place), (7 * place) % BLOCK, 0))
+    lane = tl.arange(0, BLOCK)
+    tl.store(x_ptr + lane, tl.gather(tl.load(x_ptr + lane), (7 * lane) % BLOCK, 0))
 
 
 @triton.jit
 def spilling_kernel(x_ptr, BLOCK: tl.constexpr):  # noqa: N803
-    place = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + place)
-    tl.store(x_ptr + place, x / tl.sum(x, 0))
+    lane = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + lane)
+    tl.store(x_ptr + lane, x / tl.sum(x, 0))
 
 
 @triton.jit

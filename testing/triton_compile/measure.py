@@ -33,7 +33,7 @@ def compile_one(wanted: Specialisation) -> Result:
 
 
 def cpu_seconds() -> float:
-    """Of this process and what it waited for: ptxas, and the linker of AMD."""
+    """The CPU time of this process and of what it waited for: ptxas, and the linker of AMD."""
     return sum(os.times()[:4])
 
 

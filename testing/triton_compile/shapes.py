@@ -29,7 +29,7 @@ def flags(*shape: int) -> Tensor:
     return meta(*shape, dtype=torch.bool)
 
 
-def places(*shape: int) -> Tensor:
+def integers(*shape: int) -> Tensor:
     return meta(*shape, dtype=torch.int64)
 
 
@@ -56,8 +56,8 @@ def strided_heads(dtype: torch.dtype = HALF) -> dict[str, Tensor]:
 
 LLAVA = heads()
 QWEN = {"query": 28, "kv": 4}
-VISIBLE = {"key_mask": flags(2, 576), "query_positions": places(2, 64), "causal": True}
-LISTED = {"key_indices": places(2, 500), "query_mask": flags(2, 64)}
+VISIBLE = {"key_mask": flags(2, 576), "query_positions": integers(2, 64), "causal": True}
+LISTED = {"key_indices": integers(2, 500), "query_mask": flags(2, 64)}
 
 
 def attended() -> Iterator[Call]:
@@ -99,8 +99,8 @@ def reduced() -> Iterator[Call]:
     for dtype in (HALF, SINGLE):
         yield Call(f"everything {NAMES[dtype]}", {**heads(dtype=dtype), **everything})
     yield Call("everything, one row", {
-        **heads(rows=1), "key_mask": flags(2, 576), "query_positions": places(2, 1), "causal": True,
-        "key_indices": places(2, 500), "query_mask": flags(2, 1), "query_reduction": "last", "head_reduction": "none",
+        **heads(rows=1), "key_mask": flags(2, 576), "query_positions": integers(2, 1), "causal": True,
+        "key_indices": integers(2, 500), "query_mask": flags(2, 1), "query_reduction": "last", "head_reduction": "none",
     })  # fmt: skip
 
 
@@ -144,8 +144,8 @@ def _contrast(
 ) -> dict[str, Tensor]:
     return {
         "features": meta(batch, tokens, channels, dtype=dtype),
-        "anchor_indices": places(batch, anchors),
-        "reference_indices": places(batch, references),
+        "anchor_indices": integers(batch, anchors),
+        "reference_indices": integers(batch, references),
     }
 
 
@@ -176,11 +176,11 @@ def topk() -> Iterator[Call]:
 
 def two_tailed() -> Iterator[Call]:
     for dtype in DTYPES:
-        yield Call(NAMES[dtype], {"scores": meta(2, 576, dtype=dtype), "num_low": places(2), "k": 192})
+        yield Call(NAMES[dtype], {"scores": meta(2, 576, dtype=dtype), "num_low": integers(2), "k": 192})
     for tokens in LENGTHS:
-        yield Call(f"{tokens} tokens", {"scores": meta(2, tokens, dtype=SINGLE), "num_low": places(2), "k": 64})
+        yield Call(f"{tokens} tokens", {"scores": meta(2, tokens, dtype=SINGLE), "num_low": integers(2), "k": 64})
     for tokens in MASKED:
-        call = {"scores": meta(2, tokens, dtype=SINGLE), "num_low": places(2), "k": 64, "mask": flags(2, tokens)}
+        call = {"scores": meta(2, tokens, dtype=SINGLE), "num_low": integers(2), "k": 64, "mask": flags(2, tokens)}
         yield Call(f"{tokens} tokens, mask", call)
 
 
@@ -232,7 +232,7 @@ def _repulsion_options(tokens: int) -> Iterator[Call]:
         call = {**base, "positions": grid, "potential": potential, "aggregate": aggregate}
         yield Call(f"{tokens}: {potential} {aggregate}", call)
     yield Call(f"{tokens}: cosine sum", {**base, "aggregate": "sum"})
-    yield Call(f"{tokens}: seeds", {**base, "seed_indices": places(1, 20)})
+    yield Call(f"{tokens}: seeds", {**base, "seed_indices": integers(1, 20)})
     yield from _repulsion_everything(tokens)
 
 
@@ -241,7 +241,7 @@ def _repulsion_everything(tokens: int) -> Iterator[Call]:
     masked = {"features": meta(1, tokens, 1024), "k": 64, "mask": flags(1, tokens)}
     yield Call(f"{tokens}: isolated, mask", {**masked, "first": "isolated"})
     yield Call(f"{tokens}: seeds, fp32, everything", {
-        "features": meta(1, tokens, 1024, dtype=SINGLE), "k": 64, "seed_indices": places(1, 20), "positions": grid,
+        "features": meta(1, tokens, 1024, dtype=SINGLE), "k": 64, "seed_indices": integers(1, 20), "positions": grid,
         "energy": meta(1, tokens, dtype=SINGLE), "mask": flags(1, tokens), "potential": "riesz", "aggregate": "sum",
     })  # fmt: skip
 
@@ -256,12 +256,12 @@ def suppressions() -> Iterator[Call]:
     for tokens in (576, 16384):
         base = _suppression(tokens, 1024)
         yield Call(f"{tokens}: hard", {**base, "mode": "hard"})
-        yield Call(f"{tokens}: groups", {**base, "groups": places(1, tokens)})
+        yield Call(f"{tokens}: groups", {**base, "groups": integers(1, tokens)})
         yield Call(f"{tokens}: mask", {**base, "mask": flags(1, tokens)})
         yield Call(f"{tokens}: infinite", {
             **base, "radius": float("inf"), "sigma_spatial": float("inf"), "sigma_semantic": float("inf")
         })  # fmt: skip
-        everything = {"groups": places(1, tokens), "mask": flags(1, tokens), "mode": "hard"}
+        everything = {"groups": integers(1, tokens), "mask": flags(1, tokens), "mode": "hard"}
         yield Call(f"{tokens}: everything, fp32", {**_suppression(tokens, 1024, SINGLE), **everything})
     yield Call("64 samples", _suppression(576, 1024, batch=64))
 
@@ -280,24 +280,26 @@ def _suppression(tokens: int, channels: int, dtype: torch.dtype = HALF, batch: i
 
 def compactions() -> Iterator[Call]:
     cache = [meta(1, 32, 640, 128) for _ in range(64)]
-    hidden, rope = meta(1, 640, 4096), places(3, 1, 640)
-    yield Call("LLaVA's cache", {"tensors": cache, "indices": places(1, 192), "dims": [2] * 64})
+    hidden, rope = meta(1, 640, 4096), integers(3, 1, 640)
+    yield Call("LLaVA's cache", {"tensors": cache, "indices": integers(1, 192), "dims": [2] * 64})
     yield Call("LLaVA's cache, mixed dtypes", {
         "tensors": [*cache, hidden, rope, flags(1, 640), meta(1, 640, 1024, dtype=SINGLE)],
-        "indices": places(1, 192), "dims": [2] * 64 + [1, 2, 1, 1], "batch_dims": [0] * 65 + [1, 0, 0],
+        "indices": integers(1, 192), "dims": [2] * 64 + [1, 2, 1, 1], "batch_dims": [0] * 65 + [1, 0, 0],
     })  # fmt: skip
     for dtype in (HALF, BRAIN, SINGLE, torch.int64, torch.bool, torch.complex128):
         tensors = [meta(2, 576, 1024, dtype=dtype)]
-        yield Call(str(dtype).removeprefix("torch."), {"tensors": tensors, "indices": places(2, 192), "dims": [1]})
-    yield Call("odd sizes", {"tensors": [meta(2, 37, 71), meta(2, 4, 37, 33)], "indices": places(2, 9), "dims": [1, 2]})
+        yield Call(str(dtype).removeprefix("torch."), {"tensors": tensors, "indices": integers(2, 192), "dims": [1]})
+    yield Call(
+        "odd sizes", {"tensors": [meta(2, 37, 71), meta(2, 4, 37, 33)], "indices": integers(2, 9), "dims": [1, 2]}
+    )
     unaligned = meta(2, 577, 1025)[:, 1:, 1:]
-    yield Call("unaligned", {"tensors": [unaligned], "indices": places(2, 192), "dims": [1]})
-    yield Call("tokens last", {"tensors": [meta(2, 1024, 576)], "indices": places(2, 192), "dims": [-1]})
+    yield Call("unaligned", {"tensors": [unaligned], "indices": integers(2, 192), "dims": [1]})
+    yield Call("tokens last", {"tensors": [meta(2, 1024, 576)], "indices": integers(2, 192), "dims": [-1]})
 
 
 def inversions() -> Iterator[Call]:
     for kept, size in ((192, 576), (9, 37), (8192, 16384)):
-        yield Call(f"{kept} of {size}", {"indices": places(2, kept), "size": size})
+        yield Call(f"{kept} of {size}", {"indices": integers(2, kept), "size": size})
 
 
 SHAPES: dict[str, list[Call]] = {

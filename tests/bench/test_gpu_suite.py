@@ -46,8 +46,8 @@ def test_a_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
     for item in results["stages"]["timing"]["items"]:
         if item["name"] == "peak memory of the scores":
             continue
-        for contestant, times in item["times"].items():
-            assert times["events"]["median"] > 0, f"{item['name']}: {contestant}: {times}"
+        for function, times in item["times"].items():
+            assert times["events"]["median"] > 0, f"{item['name']}: {function}: {times}"
         assert "graph" in item["times"]["ours"]
         assert all(ratio > 0 for ratio in item["ratios"].values())
     assert len(results["stages"]["timing"]["items"]) > 25
@@ -261,11 +261,11 @@ def test_the_build_here_asks_for_this_gpu_only(tmp_path: Path, monkeypatch: pyte
 def test_a_bare_checkout_finds_its_references(tmp_path: Path) -> None:
     """Without an installation nothing maps tokenprune_kernels.reference to python_ref/."""
     program = "import bench.gpu_suite, tokenprune_kernels as tp; print(tp.reference.__file__)"
-    places = [p for p in sys.path if p and Path(p).resolve() != ROOT]
+    folders = [p for p in sys.path if p and Path(p).resolve() != ROOT]
     # -S: site-packages' import hooks stay away, which would find the references of an editable installation.
     done = subprocess.run(
         [sys.executable, "-S", "-c", program], cwd=ROOT, capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(places)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()) == ROOT / "python_ref" / "__init__.py"

@@ -316,7 +316,7 @@ def test_plans_cover_all_work_once_within_the_limits(data: st.DataObject) -> Non
     assert p.blocks % p.cluster == 0
     assert p.blocks // p.cluster == min(p.items, 64 * sm_count)  # below 2^31; they loop over the items
     assert p.shared + module.column_static_shared <= shared
-    assert p.ring >= 8 * 128 * 16  # the parts meet there
+    assert p.ring >= 8 * 128 * 16  # the parts are combined there
     if p.resident and not per_head:
         assert p.teams == 1  # teams must pass the same barriers
 

@@ -61,13 +61,13 @@ def unaligned(t: Tensor) -> Tensor:
 @pytest.mark.parametrize("rows", [66, 16])
 def test_every_dot_product_of_a_tile(dtype: torch.dtype, dim: int, rows: int) -> None:
     """With one visible key the lse is its logit: exact integers, at every row and at the corners of a tile's keys."""
-    places = [0, 7, 8, 17, 63, 66]
+    visible_keys = [0, 7, 8, 17, 63, 66]
     query = torch.randint(-2, 3, (1, 1, rows, dim)).to(dtype)
     key = torch.randint(-2, 3, (1, 1, 67, dim)).to(dtype)
-    expected = (query[0, 0].float() @ key[0, 0].float().mT).mT[places]
-    query, key = query.expand(len(places), -1, -1, -1), key.expand(len(places), -1, -1, -1)
-    visible = torch.zeros(len(places), 67, dtype=torch.bool)
-    visible[range(len(places)), places] = True
+    expected = (query[0, 0].float() @ key[0, 0].float().mT).mT[visible_keys]
+    query, key = query.expand(len(visible_keys), -1, -1, -1), key.expand(len(visible_keys), -1, -1, -1)
+    visible = torch.zeros(len(visible_keys), 67, dtype=torch.bool)
+    visible[range(len(visible_keys)), visible_keys] = True
     entropy, lse = tp.attention_entropy(query, key, key_mask=visible, scale=1.0, backend="emulator")
     assert torch.equal(lse[:, 0], expected)
     assert (entropy == 0).all()

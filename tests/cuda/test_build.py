@@ -81,8 +81,8 @@ def test_no_kernel_keeps_values_in_local_memory() -> None:
 
 
 def test_the_table_has_every_kernel_that_is_built_and_no_other() -> None:
-    strangers = list(resources.strangers(build(), budget()))
-    assert not strangers, said(strangers)
+    unlisted = list(resources.unlisted(build(), budget()))
+    assert not unlisted, said(unlisted)
 
 
 def test_kernels_stay_within_their_budget() -> None:
@@ -147,7 +147,7 @@ def test_every_kind_of_excess_is_reported() -> None:
         "toy.cu: a for sm_80: 33 registers, the table allows 32",
         "toy.cu: b for sm_80: 16 bytes of shared memory, the table says 0",
     ]
-    assert list(resources.strangers({a: Usage(1, 0), c: Usage(1, 0)}, allowed)) == [
+    assert list(resources.unlisted({a: Usage(1, 0), c: Usage(1, 0)}, allowed)) == [
         "toy.cu: b for sm_80 is only in the table",
         "toy.cu: c for sm_80 is only in the build",
     ]

@@ -119,8 +119,8 @@ def test_schedules_give_the_same_bits():
     results = []
     for schedule in (module.Schedule.forward, module.Schedule.reversed, module.Schedule.shuffled):
         module.settings().schedule = schedule
-        places = torch.ops.tokenprune_emulated._invert_indices(indices, 5000)
-        results.append([*gather(tensors, indices, dims=dims, batch_dims=batch_dims), places])
+        slots = torch.ops.tokenprune_emulated._invert_indices(indices, 5000)
+        results.append([*gather(tensors, indices, dims=dims, batch_dims=batch_dims), slots])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
 

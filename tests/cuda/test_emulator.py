@@ -68,7 +68,7 @@ def in_all_schedules(broken: ModuleType, *args: Any, **kwargs: Any) -> list[Tens
 
 @pytest.mark.parametrize("variant", [0, 1, 2], ids=["correct", "none before the reads", "none before the writes"])
 def test_a_missing_barrier_shows(broken, variant):
-    """As poison (NaN), or as results that depend on the schedule; with every barrier in place there is neither."""
+    """Missing barriers show as poison (NaN) or as results that depend on the schedule; present ones do not."""
     values = torch.arange(1, 97, dtype=torch.float32)
     results = in_all_schedules(
         broken, "reduce_twice", values, out=torch.empty(96, 2), variant=variant, block=(96, 1, 1)
@@ -120,9 +120,9 @@ def test_one_element_too_far_is_found(program, access, memory):
     assert (good.returncode, good.stdout, good.stderr) == (0, "cudaSuccess\n", "")
     assert bad.returncode != 0
     assert "AddressSanitizer: heap-buffer-overflow" in bad.stderr
-    kind, place = bad.stderr.splitlines()[2:4]
+    kind, site = bad.stderr.splitlines()[2:4]
     assert kind.startswith(f"{access.upper()} of size 4 at ")
-    assert f" in broken::{name}(Arguments) " in place
+    assert f" in broken::{name}(Arguments) " in site
     assert "0 bytes to the right of 128-byte region" in bad.stderr or "0 bytes after 128-byte region" in bad.stderr
 
 
@@ -154,7 +154,7 @@ def test_stacks_that_an_error_leaves_behind_are_clean_again(program):
         ("copy_from_null", {"shared": 64}, "asynchronous copy from a null pointer"),
         ("copy_from_null", {"shared": 64, "variant": 16368}, "asynchronous copy from a null pointer"),
         ("cluster_neighbours", {"shared": 227 * 1024}, "more static and dynamic shared memory than a block has"),
-        ("copy_without_wait", {"shared": 64}, "ends with asynchronous copies that nobody waited for"),
+        ("copy_without_wait", {"shared": 64}, "ends with asynchronous copies that were not waited for"),
         ("load_matrices", {"shared": 2048, "variant": 1}, "ldmatrix: misaligned row"),
         ("cluster_misuse", {"grid": (2, 1, 1), "cluster": 2}, "a block that its cluster does not have"),
         ("cluster_misuse", {"grid": (2, 1, 1), "cluster": 2, "variant": 1}, "a block that has ended|32 have ended"),

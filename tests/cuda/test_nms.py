@@ -182,14 +182,14 @@ def test_every_plan_gives_the_same_bits(dtype: torch.dtype, plan: str) -> None:
 
 @over_types
 def test_equal_rows_are_suppressed_equally(dtype: torch.dtype) -> None:
-    """Twins (equal features, place and score) stay equal to the last bit, so that the lower one is picked first."""
+    """Twins (equal features, position and score) stay equal to the last bit, so that the lower one is picked first."""
     given = inputs(1, 40, 77, dtype)
     twins = {name: torch.cat([t, t], 1) for name, t in given.items()}
     for changes in ({}, {"capacity": 0}, {"capacity": 30}):
         indices, _, counts = run_plan(twins, 80, changes, sigma_semantic=0.4)
         assert counts[0] == 2 * given["mask"].sum()
-        place = {token: step for step, token in enumerate(indices[0, : counts[0]].tolist())}
-        assert all(place[token] < place[token + 40] for token in place if token < 40)
+        steps = {token: step for step, token in enumerate(indices[0, : counts[0]].tolist())}
+        assert all(steps[token] < steps[token + 40] for token in steps if token < 40)
 
 
 def test_a_list_may_be_exactly_full() -> None:
@@ -226,7 +226,7 @@ def test_schedules_do_not_matter(dtype: torch.dtype, schedule: str) -> None:
             assert_same_bits(run_plan(given, 10, change), result)
 
 
-def test_the_real_plan_of_a_crowded_sample_overflows() -> None:
+def test_the_real_plan_of_a_dense_sample_overflows() -> None:
     """Everything is near everything, and the lists have no room for that: as the same tokens among fewer others."""
     n, hidden = 1600, 200
     given = inputs(1, n, 2, torch.float32)
@@ -275,7 +275,9 @@ def test_plans_cover_the_work_within_the_limits(
     assert 0 < plan.prepare_blocks <= min(-(-tokens // 8), 2**31 - 1)
     assert 0 <= plan.capacity <= n - 1
     lists = 8 * plan.capacity * tokens
-    assert lists <= max(module.NMS_ROOMY_LISTS, min(8 * module.NMS_MODEST_CAPACITY * tokens, tokens * dim * size))
+    assert lists <= max(
+        module.NMS_ALWAYS_LIST_BYTES, min(8 * module.NMS_FEATURE_CAPACITY * tokens, tokens * dim * size)
+    )
     assert plan.workspace == lists + 16 * tokens
     if plan.capacity == 0:
         assert plan.list_blocks == 0

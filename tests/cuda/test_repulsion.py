@@ -74,11 +74,13 @@ def test_exact_inputs_in_rounds(dtype: torch.dtype, seed: int, n: int, channels:
 
 
 @pytest.mark.usefixtures("rounds")
-@pytest.mark.parametrize(("dtype", "placed"), [(torch.float16, True), (torch.bfloat16, False), (torch.float32, True)])
+@pytest.mark.parametrize(
+    ("dtype", "with_positions"), [(torch.float16, True), (torch.bfloat16, False), (torch.float32, True)]
+)
 @over_aggregates
 @over_potentials
-def test_replay_in_rounds(dtype: torch.dtype, aggregate: str, potential: str, placed: bool) -> None:
-    common.assert_replays(dtype, "emulator", aggregate, potential, placed)
+def test_replay_in_rounds(dtype: torch.dtype, aggregate: str, potential: str, with_positions: bool) -> None:
+    common.assert_replays(dtype, "emulator", aggregate, potential, with_positions)
 
 
 @pytest.mark.usefixtures("rounds")
@@ -117,10 +119,10 @@ def test_identical_tokens_tie(
     limits(tokens)
     n, k = 70, 24
     base = torch.randn(1, n, channels).to(dtype)
-    places = torch.rand(1, n, 2)
+    positions = torch.rand(1, n, 2)
     start: dict[str, Any] = {"first": first} if first != "seeds" else {"seed_indices": torch.tensor([[7, 11]])}
     picks, counts = sample(
-        base.repeat(1, 3, 1), k, positions=places.repeat(1, 3, 1), potential=potential, aggregate=aggregate,
+        base.repeat(1, 3, 1), k, positions=positions.repeat(1, 3, 1), potential=potential, aggregate=aggregate,
         exponent=3.0, **start,
     )  # fmt: skip
     assert counts.item() == k
@@ -241,7 +243,7 @@ def test_rounds_are_few_on_clustered_tokens(options: dict[str, Any]) -> None:
 @both_ways
 @over_aggregates
 def test_fewer_tokens_than_picks(aggregate: str, tokens: int) -> None:
-    """Masked tokens, seeds and a large k: the last ones are picked, and nobody twice."""
+    """Masked tokens, seeds and a large k: the last ones are picked, and none twice."""
     limits(tokens)
     features, mask = torch.randn(3, 140, 16), torch.rand(3, 140) < 0.6
     mask[1] = False

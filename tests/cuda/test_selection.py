@@ -119,7 +119,7 @@ def test_schedules_give_the_same_bits(n, shared):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_every_16_bit_value_has_its_place(dtype):
+def test_every_16_bit_value_has_its_rank(dtype):
     """All bit patterns, in random order: denormals, infinities, both zeros, and every NaN equally bad."""
     module.settings().architecture = 80  # one block: fewer threads to emulate
     scores = torch.randperm(65536).sub(32768).to(torch.int16).view(dtype).view(1, -1)
@@ -158,7 +158,7 @@ VALUES = (0.0, -0.0, 1.0, 2.0, 0.5, -1.0, -2.0, INF, -INF, NAN, 2.0**-20, -(2.0*
 @settings(deadline=None, max_examples=120, print_blob=True)
 @given(data=st.data())
 def test_ties_within_and_between_the_tails(data):
-    """Few different values: the tails meet within a group of equal scores, and among the NaN."""
+    """Few different values: the tails end within a group of equal scores, and among the NaN."""
     batch, n = data.draw(st.integers(0, 3)), data.draw(st.sampled_from([0, 3, 33, 70, 200, 700]))
     k, low = data.draw(st.integers(0, n + 5)), data.draw(st.integers(-2, n + 7))
     dtype = data.draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))

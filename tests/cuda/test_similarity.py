@@ -158,11 +158,11 @@ def test_indices_that_are_no_rows_do_not_count(dtype, anchors, references):
     ("anchors", "references", "multiprocessors"), [(3, 4, 1), (3, 40, 132), (40, 40, 132), (70, 0, 1)]
 )
 def test_special_rows(dtype, special, anchors, references, multiprocessors):
-    """Rows with NaN or infinities spoil what they meet; squares that overflow make a unit vector of zeros."""
+    """Rows with NaN or infinities spoil what they multiply; squares that overflow make a unit vector of zeros."""
     module.settings().sm_count = multiprocessors
-    for places in (slice(None), slice(3, 5)):
+    for part in (slice(None), slice(3, 5)):
         features = torch.randn(BATCH, 36, 260).to(dtype)
-        features[:, 5::10, places] = special
+        features[:, 5::10, part] = special
         features[:, 6::10, 7] = -special
         good = torch.arange(36)[torch.arange(36) % 10 < 5]
         lists = [good[torch.randint(0, len(good), (BATCH, length))] for length in (anchors, references)]

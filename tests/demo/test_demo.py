@@ -53,7 +53,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / example.NAME
     model.save(model.build(), folder)
     noise = np.random.default_rng(0).integers(0, 256, (336, 336, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(folder / example.PICTURE)
+    Image.fromarray(noise).save(folder / example.IMAGE)
     return folder
 
 
@@ -61,9 +61,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loaded(
     folder: Path, photo: str, question: str = "is there a cat?"
 ) -> Iterator[tuple["checkpoint.Checkpoint", dict]]:
-    with checkpoint.quiet(), Image.open(photo) as picture:
+    with checkpoint.quiet(), Image.open(photo) as image:
         found = checkpoint.load(folder, torch.device("cpu"))
-        yield found, found.prompt(picture.convert("RGB"), question)
+        yield found, found.prompt(image.convert("RGB"), question)
 
 
 # --- the command line ----------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def test_help_names_every_method(capsys: pytest.CaptureFixture[str]) -> None:
 
 @needs_extras
 def test_command_shows_every_method(small: Path, tmp_path: Path) -> None:
-    """As a user calls it: a process of its own, with the output in a pipe."""
+    """Called as a user does: a process of its own, with the output in a pipe."""
     out = tmp_path / "panel.png"
     model = [] if small == example.FOLDER else ["--model", str(small)]
     done = subprocess.run(
@@ -132,7 +132,7 @@ def test_command_shows_every_method(small: Path, tmp_path: Path) -> None:
 
 
 @needs_extras
-def test_own_deep_grey_picture_and_question_get_the_note_of_the_small_model(
+def test_own_deep_grey_image_and_question_get_the_note_of_the_small_model(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "deep.png"
@@ -290,8 +290,8 @@ def test_transformers_speaks_again_afterwards() -> None:
     [
         (["--image", "{tmp}/none.png"], "no such file"),
         (["--image", "{tmp}"], "not a file"),
-        (["--image", "{tmp}/text.png"], "not a readable picture"),
-        (["--image", "{tmp}/cut.png"], "not a readable picture"),
+        (["--image", "{tmp}/text.png"], "not a readable image"),
+        (["--image", "{tmp}/cut.png"], "not a readable image"),
         (["--question", "  "], "--question: it is empty"),
         (["--question", "is <image> a cat?"], "--question: the question must not contain the image placeholder"),
         (["--keep", "37"], "at most all 36 visual tokens, got 37"),
@@ -321,7 +321,7 @@ def test_transformers_speaks_again_afterwards() -> None:
 def test_what_cannot_be_done_is_one_line(
     arguments: list[str], says: str, plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     (tmp_path / "folder.png").mkdir()
     whole = tmp_path / "whole.png"
     Image.new("RGB", (64, 64), "red").save(whole)
@@ -355,4 +355,4 @@ def test_without_a_checkout_there_are_no_weights_and_no_example(
     line = refused(capsys, "demo", *out)
     assert line.startswith("tokenprune demo: --model: weights come with a checkout")
     assert f"models/{example.NAME}" in line
-    assert "--image: the example picture is not there" in refused(capsys, "demo", "--model", str(plain), *out)
+    assert "--image: the example image is not there" in refused(capsys, "demo", "--model", str(plain), *out)

@@ -115,27 +115,27 @@ def test_broken_chat_template_is_one_line(
 
 
 def test_what_the_processor_cuts_off_is_not_shown(tmp_path: Path) -> None:
-    """The model gets the same pixels from the cut picture."""
+    """The model gets the same pixels from the cut image."""
     gradient = np.zeros((48, 96, 3), dtype=np.uint8)
     gradient[..., 0] = np.arange(96)[None, :]
     gradient[..., 1] = 4 * np.arange(48)[:, None]
-    picture = Image.fromarray(gradient)
+    image = Image.fromarray(gradient)
     with checkpoint.quiet():
         found = checkpoint.load(saved.llava(tmp_path / "model", crop=True), torch.device("cpu"))
-    seen = found.seen(picture)
+    seen = found.seen(image)
     assert seen.size == (48, 48)
     assert seen.getpixel((0, 0)) == (24, 0, 0)
-    whole, cut = (found.processor.image_processor(p, return_tensors="pt")["pixel_values"] for p in (picture, seen))
+    whole, cut = (found.processor.image_processor(p, return_tensors="pt")["pixel_values"] for p in (image, seen))
     torch.testing.assert_close(whole[..., 2:-2], cut[..., 2:-2], atol=0.05, rtol=0)
 
 
-def test_pictures_without_cutting_are_shown_whole() -> None:
-    picture = Image.new("RGB", (50, 20))
+def test_images_without_cutting_are_shown_whole() -> None:
+    image = Image.new("RGB", (50, 20))
     images = SimpleNamespace(do_center_crop=True, size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
     for kind, crops, size in (("llava", False, (50, 20)), ("llava_next", True, (50, 20)), ("llava", True, (20, 20))):
         images.do_center_crop = crops
         model = SimpleNamespace(config=SimpleNamespace(model_type=kind))
         made = checkpoint.Checkpoint(model, SimpleNamespace(image_processor=images))
-        assert made.seen(picture).size == size
+        assert made.seen(image).size == size
     images.size = {"height": 48, "width": 48}
-    assert made.seen(picture).size == (25, 10)
+    assert made.seen(image).size == (25, 10)

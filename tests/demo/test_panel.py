@@ -1,4 +1,4 @@
-"""The demo's pictures: reading the user's, and the pixels of the panel."""
+"""The demo's images: reading the user's, and the pixels of the panel."""
 
 from pathlib import Path
 
@@ -20,9 +20,9 @@ COLOUR = (200, 60, 20)
 
 
 def _boxes(tokens: list[int], columns: int, rows: int) -> torch.Tensor:
-    places = [(token % columns, token // columns) for token in tokens]
+    coordinates = [(token % columns, token // columns) for token in tokens]
     size = torch.tensor([columns, rows, columns, rows])
-    return torch.tensor([(c, r, c + 1, r + 1) for c, r in places]).reshape(-1, 4) / size
+    return torch.tensor([(c, r, c + 1, r + 1) for c, r in coordinates]).reshape(-1, 4) / size
 
 
 @pytest.mark.parametrize(("size", "grid"), [((100, 100), (24, 24)), ((200, 100), (12, 6)), ((30, 90), (4, 12))])
@@ -30,14 +30,14 @@ def test_panel_shows_kept_boxes_outlined_and_dims_the_rest(size: tuple[int, int]
     columns, rows = grid
     kept = [0, columns + 1, columns * rows - 1]
     tiles = [panel.Tile("All", "7", "note", None), panel.Tile("some", "8", "note", _boxes(kept, *grid))]
-    picture = Image.new("RGB", size, COLOUR)
-    drawn = panel.draw(picture, "heading", "subtitle", tiles)
+    image = Image.new("RGB", size, COLOUR)
+    drawn = panel.draw(image, "heading", "subtitle", tiles)
     plan = panel.layout("heading", tiles)
     assert drawn.size == plan.size
     width, height = panel.fitted(size)
     assert max(width, height) == panel.TILE
     for number in range(2):
-        left, top = plan.place(number)
+        left, top = plan.corner(number)
         left, top = left + (panel.TILE - width) // 2, top + (panel.TILE - height) // 2
         bright = []
         for token in range(columns * rows):
@@ -105,7 +105,7 @@ def test_titles_and_notes_fit_their_column() -> None:
         assert panel.text_width(f"{method.title}: 2880 kept", panel.TITLE_SIZE) <= panel.TILE
 
 
-def test_deep_grey_picture_is_not_clipped(tmp_path: Path) -> None:
+def test_deep_grey_image_is_not_clipped(tmp_path: Path) -> None:
     values = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
     Image.fromarray(values).save(tmp_path / "deep.png")
     loaded = np.asarray(photo.load(tmp_path / "deep.png"))
@@ -113,8 +113,8 @@ def test_deep_grey_picture_is_not_clipped(tmp_path: Path) -> None:
 
 
 def test_turned_photograph_is_upright(tmp_path: Path) -> None:
-    picture = Image.new("RGB", (20, 10))
-    exif = picture.getexif()
+    image = Image.new("RGB", (20, 10))
+    exif = image.getexif()
     exif[0x0112] = 6
-    picture.save(tmp_path / "turned.jpg", exif=exif)
+    image.save(tmp_path / "turned.jpg", exif=exif)
     assert photo.load(tmp_path / "turned.jpg").size == (10, 20)

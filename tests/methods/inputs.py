@@ -29,7 +29,7 @@ class Prompt(NamedTuple):
     query: Tensor  # [Hq, M, D]
     key: Tensor  # [Hkv, N, D]
     rows: Tensor  # [M], positions of the query rows
-    place: Tensor  # [V], positions of the visual tokens
+    indices: Tensor  # [V], positions of the visual tokens
     features: Tensor  # [V, C]
     positions: Tensor  # [V, 2], int64
     groups: Tensor  # [V]
@@ -56,7 +56,7 @@ def prompt(seed: int, dtype: torch.dtype, grid: tuple[int, int] = (5, 6), crops:
         query=torch.randn(4, rows, dim, generator=draw).to(dtype),
         key=torch.randn(2, before + visual + rows, dim, generator=draw).to(dtype),
         rows=torch.arange(before + visual, before + visual + rows),
-        place=torch.arange(before, before + visual),
+        indices=torch.arange(before, before + visual),
         features=features.to(dtype),
         positions=cell.repeat(crops, 1),
         groups=torch.arange(crops).repeat_interleave(grid[0] * grid[1]),
@@ -94,7 +94,7 @@ class Batch(NamedTuple):
 
 
 def batch(prompts: list[Prompt]) -> Batch:
-    key_indices = _stack([p.place for p in prompts], 0, -1)
+    key_indices = _stack([p.indices for p in prompts], 0, -1)
     true = torch.ones_like
     return Batch(
         query=_stack([p.query for p in prompts], 1, 50.0),
@@ -135,7 +135,7 @@ def ragged(seed: int, dtype: torch.dtype) -> list[Prompt]:
 
 
 def decided(make: Callable[[int], Any], transcribe: Callable[[Any], Any]) -> tuple[Any, Any]:
-    """The first inputs whose transcription meets no near tie, and its result."""
+    """The first inputs whose transcription has no near tie, and its result."""
     for seed in range(0, 400, 10):
         inputs = make(seed)
         try:

@@ -71,7 +71,7 @@ def test_identical_lists_are_split_in_the_middle(backend):
     saliency = adafv(text, visual, torch.zeros(1, 24, dtype=dtype), 0, temperature=2.0).details["text"]
     kept = adafv(text, visual, saliency, 12, floor=0.0, temperature=2.0, backend=backend)
     assert kept.details["num_text"].tolist() == [6]
-    # Both halves name the same six tokens; the freed places go to the next six of the one ranking there is.
+    # Both halves name the same six tokens; the freed slots go to the next six of the one ranking there is.
     assert kept.indices.tolist() == [saliency[0].argsort(descending=True)[:12].sort().values.tolist()]
 
 
@@ -80,7 +80,7 @@ def test_identical_lists_are_split_in_the_middle(backend):
 def test_a_floor_of_one_half_is_a_fixed_mixture(k, backend):
     p, expected = decided(lambda seed: prompt(seed, torch.float32), lambda p: _expected(p, k, floor=0.5))
     kept = _kept(p, k, floor=0.5, backend=backend)
-    assert kept.details["num_text"].tolist() == [k // 2]  # an odd place goes to vision: r* = 0 is the first maximum
+    assert kept.details["num_text"].tolist() == [k // 2]  # an odd slot goes to vision: r* = 0 is the first maximum
     assert_selected(kept, [expected["indices"]])
 
 

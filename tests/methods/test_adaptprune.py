@@ -23,7 +23,7 @@ from tokenprune_kernels.methods import adaptprune
 
 
 def _attention(p: Prompt) -> np.ndarray:
-    return transcriptions.row_scores(*p.numpy("query", "key", "rows", "place"), "last")
+    return transcriptions.row_scores(*p.numpy("query", "key", "rows", "indices"), "last")
 
 
 def _expected(p: Prompt, k: int, **options):
@@ -33,7 +33,7 @@ def _expected(p: Prompt, k: int, **options):
 
 def _kept(p: Prompt, k: int, **options):
     return adaptprune(
-        p.query[None], p.key[None], p.features[None], p.positions[None], k, grid=p.grid, key_indices=p.place[None],
+        p.query[None], p.key[None], p.features[None], p.positions[None], k, grid=p.grid, key_indices=p.indices[None],
         groups=p.groups[None], **options,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from tokenprune_kernels.methods import divprune, fastv, random
 
 
 def _last_row(p: Prompt) -> np.ndarray:
-    return transcriptions.row_scores(*p.numpy("query", "key", "rows", "place"), "last")
+    return transcriptions.row_scores(*p.numpy("query", "key", "rows", "indices"), "last")
 
 
 def _fastv(p: Prompt, k: int) -> list[int]:
@@ -24,10 +24,10 @@ def _fastv(p: Prompt, k: int) -> list[int]:
 @pytest.mark.parametrize("k", [0, 1, 9, 30, 33])
 def test_fastv(k, dtype, backend):
     p, expected = decided(lambda seed: prompt(seed, dtype), lambda p: _fastv(p, k))
-    kept = fastv(p.query[None], p.key[None], k, key_indices=p.place[None], backend=backend)
+    kept = fastv(p.query[None], p.key[None], k, key_indices=p.indices[None], backend=backend)
     assert_selected(kept, [expected])
     assert_close(kept.details["attention"][0], _last_row(p))
-    only_last = fastv(p.query[None, :, -1:], p.key[None], k, key_indices=p.place[None], backend=backend)
+    only_last = fastv(p.query[None, :, -1:], p.key[None], k, key_indices=p.indices[None], backend=backend)
     assert only_last.indices.tolist() == kept.indices.tolist()
 
 

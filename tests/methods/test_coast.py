@@ -21,7 +21,7 @@ from tokenprune_kernels.methods import coast
 
 
 def _expected(p: Prompt, k: int, **options):
-    return transcriptions.coast(*p.numpy("query", "key", "rows", "place", "features"), k, **options)
+    return transcriptions.coast(*p.numpy("query", "key", "rows", "indices", "features"), k, **options)
 
 
 @over_backends
@@ -30,7 +30,7 @@ def _expected(p: Prompt, k: int, **options):
 def test_selects_what_the_equations_say(k, dtype, backend):
     p, expected = decided(lambda seed: prompt(seed, dtype), lambda p: _expected(p, k))
     kept = coast(
-        p.query[None], p.key[None], p.features[None], k, key_indices=p.place[None], backend=backend
+        p.query[None], p.key[None], p.features[None], k, key_indices=p.indices[None], backend=backend
     )  # the text stands at the end, so that the default positions are right
     assert_selected(kept, [expected["indices"]])
     assert kept.details["num_low"].tolist() == [expected["num_low"]]
@@ -72,7 +72,7 @@ def test_ratios(options, backend):
     names = {"anchors": "anchor_ratio", "references": "reference_ratio", "context": "context_ratio"}
     p, expected = decided(lambda seed: prompt(seed, torch.float32), lambda p: _expected(p, 16, **options))
     kept = coast(
-        p.query[None], p.key[None], p.features[None], 16, key_indices=p.place[None], backend=backend,
+        p.query[None], p.key[None], p.features[None], 16, key_indices=p.indices[None], backend=backend,
         **{names[n]: v for n, v in options.items()},
     )  # fmt: skip
     assert_selected(kept, [expected["indices"]])
@@ -82,7 +82,7 @@ def test_ratios(options, backend):
 def test_a_given_lse_may_cover_keys_that_are_not_passed(backend):
     p, expected = decided(lambda seed: prompt(seed, widest(backend)), lambda p: _expected(p, 12))
     _, lse = tp.attention_entropy(p.query[None], p.key[None], causal=True)
-    only_visual = p.key[None][:, :, p.place]
+    only_visual = p.key[None][:, :, p.indices]
     kept = coast(p.query[None], only_visual, p.features[None], 12, lse=lse, causal=False, backend=backend)
     assert_selected(kept, [expected["indices"]])
 
@@ -114,8 +114,8 @@ def test_ties_go_to_the_lower_index(backend):
 def test_a_visual_token_with_a_masked_key_is_never_selected():
     p = prompt(0, torch.float32)
     hidden = torch.ones(1, p.key.shape[1], dtype=torch.bool)
-    hidden[0, p.place[3]] = False
-    kept = coast(p.query[None], p.key[None], p.features[None], 40, key_indices=p.place[None], key_mask=hidden)
+    hidden[0, p.indices[3]] = False
+    kept = coast(p.query[None], p.key[None], p.features[None], 40, key_indices=p.indices[None], key_mask=hidden)
     assert_selected(kept, [[i for i in range(30) if i != 3]])
 
 
@@ -125,8 +125,8 @@ def test_rejects_bad_arguments():
     with pytest.raises(ValueError, match="coast: features must have shape"):
         coast(query, key, features, 4)
     with pytest.raises(ValueError, match="coast: k must be non-negative"):
-        coast(query, key, features, -1, key_indices=p.place[None])
+        coast(query, key, features, -1, key_indices=p.indices[None])
     with pytest.raises(TypeError, match="coast: k must be an int"):
-        coast(query, key, features, 2.5, key_indices=p.place[None])
+        coast(query, key, features, 2.5, key_indices=p.indices[None])
     with pytest.raises(ValueError, match="coast: anchor_ratio must lie in"):
-        coast(query, key, features, 4, key_indices=p.place[None], anchor_ratio=1.5)
+        coast(query, key, features, 4, key_indices=p.indices[None], anchor_ratio=1.5)

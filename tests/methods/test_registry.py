@@ -48,7 +48,7 @@ def test_names_are_in_the_order_of_the_tables() -> None:
 
 
 def test_what_functions_are_given_and_what_is_left_to_the_user() -> None:
-    """Of the two functions that do not get everything under its own name."""
+    """The two functions that do not get everything under its own name."""
     structure, semantics = get_method("sts").stages
     assert structure.arguments == {"features": "features", "mask": "mask", "positions": "stacked_positions"}
     own = ["exponent", "feature_weight", "position_weight", "epsilon", "first", "backend"]

@@ -26,7 +26,7 @@ def _structure(p: Prompt, k: int, **options) -> list[int]:
 
 
 def _row_mean(p: Prompt) -> np.ndarray:
-    return transcriptions.row_scores(*p.numpy("query", "key", "rows", "place"), "mean")
+    return transcriptions.row_scores(*p.numpy("query", "key", "rows", "indices"), "mean")
 
 
 def _semantics(p: Prompt, k: int) -> list[int]:
@@ -109,7 +109,7 @@ def test_structure_energy_carries_a_saliency(backend):
 @pytest.mark.parametrize("k", [0, 1, 9, 30, 33])
 def test_semantics_keeps_what_the_instruction_attends_to(k, dtype, backend):
     p, expected = decided(lambda seed: prompt(seed, dtype), lambda p: _semantics(p, k))
-    kept = sts_semantics(p.query[None], p.key[None], k, key_indices=p.place[None], backend=backend)
+    kept = sts_semantics(p.query[None], p.key[None], k, key_indices=p.indices[None], backend=backend)
     assert_selected(kept, [expected])
     assert_close(kept.details["attention"][0], _row_mean(p))
 
@@ -125,12 +125,12 @@ def test_semantics_padding_changes_nothing(k, dtype, backend):
 
 @over_backends
 def test_stage_two_on_the_survivors_of_stage_one(backend):
-    """Stage 1 gives a -1 padded list of visual tokens; their places in the prompt are the key_indices of stage 2."""
+    """Stage 1 gives a -1 padded list of visual tokens; their indices in the prompt are the key_indices of stage 2."""
     prompts = ragged(0, torch.float32)
     b = batch(prompts)
     first = sts_structure(b.features, 20, mask=b.mask, backend=backend)
-    place = torch.where(first.indices >= 0, b.attention["key_indices"].gather(1, first.indices.clamp_min(0)), -1)
-    second = sts_semantics(b.query, b.key, 6, **{**b.attention, "key_indices": place}, backend=backend)
+    indices = torch.where(first.indices >= 0, b.attention["key_indices"].gather(1, first.indices.clamp_min(0)), -1)
+    second = sts_semantics(b.query, b.key, 6, **{**b.attention, "key_indices": indices}, backend=backend)
     for sample, p in enumerate(prompts):
         survivors = [i for i in first.indices[sample].tolist() if i >= 0]
         best = transcriptions.best(_row_mean(p)[survivors], range(len(survivors)), 6)

@@ -49,9 +49,9 @@ def cos(a, b) -> float:
     return float(a @ b) / norms if norms else 0.0
 
 
-def coast(query, key, rows, place, features, k, anchors=0.8, context=(0.05, 0.15), references=0.1):
-    n = len(place)
-    s = attention(query, key, rows).mean(0)[:, place]
+def coast(query, key, rows, indices, features, k, anchors=0.8, context=(0.05, 0.15), references=0.1):
+    n = len(indices)
+    s = attention(query, key, rows).mean(0)[:, indices]
     s_glo, s_last = s.max(0), s[-1]
     p = s_glo / s_glo.sum()
     h = -sum(x * math.log(x) for x in p if x > 0) / math.log(n) if n > 1 else 0.0
@@ -85,9 +85,9 @@ def coast(query, key, rows, place, features, k, anchors=0.8, context=(0.05, 0.15
     }
 
 
-def row_scores(query, key, rows, place, how: str):
+def row_scores(query, key, rows, indices, how: str):
     """Attention of the visual tokens, mean over heads, then the mean over rows or the last row."""
-    s = attention(query, key, rows).mean(0)[:, place]
+    s = attention(query, key, rows).mean(0)[:, indices]
     return s.mean(0) if how == "mean" else s[-1]
 
 
@@ -160,7 +160,10 @@ def centre_prior(positions, grid):
     axes = [(np.linspace(-size / 2, size / 2, size), size / 2) for size in grid]
 
     def g(row, column):
-        squares = (axis[place] ** 2 / (2 * sigma**2) for (axis, sigma), place in zip(axes, (row, column), strict=True))
+        squares = (
+            axis[coordinate] ** 2 / (2 * sigma**2)
+            for (axis, sigma), coordinate in zip(axes, (row, column), strict=True)
+        )
         return math.exp(-sum(squares))
 
     largest = max(g(r, c) for r in range(grid[0]) for c in range(grid[1]))

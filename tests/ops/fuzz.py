@@ -81,7 +81,7 @@ def spoil(rng: random.Random, t: Tensor) -> Tensor:
 
 
 class Subclass(Tensor):
-    """As libraries derive tensors: through __torch_function__."""
+    """A tensor as libraries derive them, through __torch_function__."""
 
 
 def _huge_strides(rng: random.Random, t: Tensor) -> Tensor:
@@ -165,9 +165,9 @@ def garbage(rng: random.Random) -> Call:
 def spoiled(rng: random.Random) -> Call:
     """What gets past the checks: a sample, some of its arguments spoiled, of another kind, or replaced."""
     op, name = rng.choice(SAMPLES)
-    batch, tokens, rows, channels, k, listed, places = (rng.choice((0, 1, 2, 5, 9)) for _ in range(7))
+    batch, tokens, rows, channels, k, listed, axes = (rng.choice((0, 1, 2, 5, 9)) for _ in range(7))
     kv_heads = rng.choice((1, 2))
-    sizes = Sizes(batch, tokens, rows, channels, 2 * kv_heads, kv_heads, k, listed, places)
+    sizes = Sizes(batch, tokens, rows, channels, 2 * kv_heads, kv_heads, k, listed, axes)
     call = make(op, name, sizes, rng.choice(FLOATS))
     call = samples.map_tensors(call, lambda _, t: spoil(rng, t.contiguous().clone()) if rng.random() < 0.3 else t)
     if rng.random() < 0.5:
@@ -178,7 +178,7 @@ def spoiled(rng: random.Random) -> Call:
     return call
 
 
-# --- the states of the dispatcher that a call may meet ----------------------------------------------------------------
+# --- the states of the dispatcher that a call may find ----------------------------------------------------------------
 
 
 def _each_tensor(call: Call, f: Callable[[Tensor], Tensor]) -> Call:

@@ -187,7 +187,7 @@ def test_nested_tensors_under_vmap_are_refused(op: str, components: int) -> None
 
 @over_ops
 def test_scalars_under_vmap_are_refused(op: str) -> None:
-    """The place of the batch is taken modulo the number of dimensions, of which they have none."""
+    """The index of the batch dimension is taken modulo the number of dimensions, of which they have none."""
     call = _rich(op)
     for which, t, _ in list(samples.tensors(call)):
 
@@ -270,7 +270,7 @@ def test_every_byte_but_zero_means_true(op: str, name: str, backend: str, layout
 
 @over_backends
 def test_many_rows_whose_mask_bytes_are_not_one(backend: str) -> None:
-    """Enough rows that several parts of them meet, and count for the mean."""
+    """Enough rows that several parts of them are combined, and count for the mean."""
     rows = 150 if interpreted(backend) else 700
     query, key = (samples.integers(-2, 3, 1, 2, n, 16, dtype=torch.float32, seed=n) for n in (rows, 65))
     mask = samples.flags(1, rows, seed=1)
@@ -286,7 +286,7 @@ def test_many_rows_whose_mask_bytes_are_not_one(backend: str) -> None:
 
 
 def _all_dtypes() -> list[torch.dtype]:
-    """Of whole bytes, and no larger than int64 but for complex128: what torch makes tensors of."""
+    """The dtypes of whole bytes that are no larger than int64 but for complex128: what torch makes tensors of."""
     found = {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
     return sorted((d for d in found if not str(d).startswith(("torch.q", "torch.bits"))), key=str)
 

@@ -354,24 +354,24 @@ class TestDerivatives:
 
 
 class TestInverse:
-    """The private op behind the gradient: for each token its place among the kept ones."""
+    """The private op behind the gradient: for each token its slot among the kept ones."""
 
     @pytest.mark.parametrize("namespace", ["tokenprune", "tokenprune_emulated"])
     @pytest.mark.parametrize(
-        ("indices", "size", "places"),
+        ("indices", "size", "slots"),
         [
             ([[0, 2, 3, -1], [4, 1, -1, -1]], 5, [[0, -1, 1, 2, -1], [-1, 1, -1, -1, 0]]),
-            ([[1, 1, 0, 1]], 2, [[2, 3]]),  # the last of several places
+            ([[1, 1, 0, 1]], 2, [[2, 3]]),  # the last of several slots
             ([[-5, 9, 2, 2**62]], 3, [[-1, -1, 2]]),
             ([[]], 3, [[-1, -1, -1]]),
             ([[0, 1]], 0, [[]]),
         ],
     )
-    def test_values(self, namespace, indices, size, places):
+    def test_values(self, namespace, indices, size, slots):
         if namespace == "tokenprune_emulated" and not set(GPU_BACKENDS) & set(BACKENDS):
             pytest.skip("no C++ compiler")
         listed = torch.tensor(indices, dtype=torch.int64).view(len(indices), -1)
-        want = torch.tensor(places, dtype=torch.int64).view(len(places), -1)
+        want = torch.tensor(slots, dtype=torch.int64).view(len(slots), -1)
         invert = getattr(torch.ops, namespace)._invert_indices
         assert torch.equal(invert(listed, size), want)
         assert torch.equal(invert(listed.t().contiguous().t(), size), want)

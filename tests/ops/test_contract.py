@@ -205,7 +205,7 @@ def test_nan_is_worse_than_every_number(op: str, name: str, backend: str, dtype:
     if op in ("select_topk", "spatial_semantic_nms") and name != "hard_grouped":
         few = run(samples.with_arguments(call, k=20), backend)[0]
         assert not bool(call.arguments["scores"].gather(1, few.clamp_min(0)).isnan().any())
-        assert bool((got[0] == 3).any())  # with places left, NaN tokens are taken too
+        assert bool((got[0] == 3).any())  # with budget left, NaN tokens are taken too
 
 
 @over_backends
@@ -250,9 +250,10 @@ def test_zero_vectors_have_cosine_zero(backend: str, dtype: torch.dtype) -> None
         call = Call("repulsion_sample", {"features": zeros, "k": 4, "first": first})
         assert run(call, backend)[0].tolist() == [[0, 1, 2, 3]] * 2
     # Cosine 0 and sigma_semantic 1: w = exp(-1/2) at distance 0.
-    place, scores = torch.zeros(2, 6, 2), torch.tensor([[6.0, 5, 4, 3, 2, 1]] * 2)
+    positions, scores = torch.zeros(2, 6, 2), torch.tensor([[6.0, 5, 4, 3, 2, 1]] * 2)
     call = Call(
-        "spatial_semantic_nms", {"scores": scores, "features": zeros, "positions": place, "k": 2, "sigma_semantic": 1.0}
+        "spatial_semantic_nms",
+        {"scores": scores, "features": zeros, "positions": positions, "k": 2, "sigma_semantic": 1.0},
     )
     indices, values, _ = run(call, backend)
     assert indices.tolist() == [[0, 1]] * 2

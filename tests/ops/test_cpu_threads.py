@@ -1,4 +1,4 @@
-"""Threads of the CPU greedy ops: one meeting per call, no waiting for threads that others keep from running."""
+"""Threads of the CPU greedy ops: one barrier per call, no waiting for threads that others keep from running."""
 
 import os
 import shutil
@@ -46,7 +46,7 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @needs_compiler
 @pytest.mark.parametrize("late", [False, True], ids=["all threads there", "others come after the end"])
-def test_a_team_shares_work_and_waits_for_nobody_who_has_none(team: Path, late: bool) -> None:
+def test_a_team_shares_work_and_waits_for_no_thread_that_has_none(team: Path, late: bool) -> None:
     """With a barrier per step, the second case would never end."""
     # Address-space randomisation of recent kernels is more than the sanitizer of GCC 12 can map.
     fixed = ["setarch", "-R"] if shutil.which("setarch") else []
@@ -76,8 +76,8 @@ def test_any_number_of_threads_picks_the_same(aggregate: str, first: str) -> Non
 
 @needs_library
 @needs_compiler
-def test_threads_meet_once_in_a_call(tmp_path: Path) -> None:
-    """Not once in a step: under load every meeting lasts until the scheduler has brought all threads back."""
+def test_threads_synchronise_once_in_a_call(tmp_path: Path) -> None:
+    """Not once in a step: under load every barrier lasts until the scheduler has brought all threads back."""
     (tmp_path / "counter.c").write_text(COUNTER)
     counter = tmp_path / "counter.so"
     subprocess.run([*CXX, "-x", "c", "-shared", "-fPIC", str(tmp_path / "counter.c"), "-o", str(counter), "-ldl",

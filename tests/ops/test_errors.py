@@ -158,8 +158,8 @@ def test_index_values_out_of_range_raise_index_errors(op: str, backend: str) -> 
         nothing = make(op, RICHEST[op], Sizes(tokens=0, channels=8))
         wrong = with_arguments(nothing, **{name: torch.zeros_like(nothing.arguments[name])})
         if backend in GPU_BACKENDS:
-            nobody = with_arguments(nothing, **{name: torch.full_like(nothing.arguments[name], -1)})
-            for got, want in zip(run(wrong, backend), run(nobody, backend), strict=True):
+            no_entry = with_arguments(nothing, **{name: torch.full_like(nothing.arguments[name], -1)})
+            for got, want in zip(run(wrong, backend), run(no_entry, backend), strict=True):
                 assert torch.equal(got, want)
         else:
             with pytest.raises(IndexError):

@@ -103,11 +103,11 @@ def potential_bounds(features: Tensor, positions: Tensor | None, potential: str)
     return bounds[0], bounds[1]
 
 
-def assert_replays(dtype: torch.dtype, backend: str, aggregate: str, potential: str, placed: bool) -> None:
+def assert_replays(dtype: torch.dtype, backend: str, aggregate: str, potential: str, with_positions: bool) -> None:
     """No step leaves behind a token that was certainly better than the pick."""
     n, k = 230, 60  # more than two predictions run among
     features = (torch.randn(1, n, 64) + 0.5 * torch.randn(64)).to(dtype)
-    positions = torch.rand(1, n, 2) if placed else None
+    positions = torch.rand(1, n, 2) if with_positions else None
     options = {"exponent": 1.5, "epsilon": 0.01, "sigma": 0.5, "aggregate": aggregate, "potential": potential}
     picks, counts = tp.repulsion_sample(features, k, positions=positions, first="index", **options, backend=backend)
     order = picks[0]
@@ -131,9 +131,9 @@ def assert_replays(dtype: torch.dtype, backend: str, aggregate: str, potential: 
 @over_dtypes
 @over_aggregates
 @over_potentials
-@pytest.mark.parametrize("placed", [False, True])
-def test_replay(dtype: torch.dtype, backend: str, aggregate: str, potential: str, placed: bool) -> None:
-    assert_replays(dtype, backend, aggregate, potential, placed)
+@pytest.mark.parametrize("with_positions", [False, True])
+def test_replay(dtype: torch.dtype, backend: str, aggregate: str, potential: str, with_positions: bool) -> None:
+    assert_replays(dtype, backend, aggregate, potential, with_positions)
 
 
 @over_backends
@@ -190,9 +190,9 @@ def test_isolated_start_over_many_tokens(n: int, backend: str, monkeypatch: pyte
 def test_identical_tokens_tie(dtype: torch.dtype, channels: int, potential: str, aggregate: str) -> None:
     """Copies of a token have bitwise the same U whatever computed it, so the copy with the lower index goes first."""
     base = torch.randn(1, 75, channels).to(dtype)
-    places = torch.rand(1, 75, 2)
+    coordinates = torch.rand(1, 75, 2)
     picks, counts = tp.repulsion_sample(
-        base.repeat(1, 3, 1), 225, positions=places.repeat(1, 3, 1), potential=potential, aggregate=aggregate,
+        base.repeat(1, 3, 1), 225, positions=coordinates.repeat(1, 3, 1), potential=potential, aggregate=aggregate,
         exponent=3.0, seed_indices=torch.tensor([[7, 11]]),
     )  # fmt: skip
     assert counts.item() == 223

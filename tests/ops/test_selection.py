@@ -1,4 +1,4 @@
-"""Selecting tokens: ties, NaN, infinities, masks, more places than tokens; exactly the reference's indices."""
+"""Selecting tokens: ties, NaN, infinities, masks, a budget beyond the tokens; exactly the reference's indices."""
 
 import pytest
 import torch
@@ -150,7 +150,7 @@ class TestMixture:
         assert num_text.item() == 1
         assert indices.tolist() == [[0, 1, 2, 3]]
 
-    def test_duplicates_are_kept_once_and_places_are_filled(self, backend):
+    def test_duplicates_are_kept_once_and_slots_are_filled(self, backend):
         same = row(4, 3, 2, 1, 0.5, 0.25)
         indices, counts, _ = tp.select_mixture(same, same, 4, backend=backend)
         assert indices.tolist() == [[0, 1, 2, 3]]

@@ -30,8 +30,8 @@ reference = tp.reference
 def ternary(batch: int, n: int, channels: int) -> Tensor:
     """Rows of 16 entries +-1, the rest 0: norm 4, so that cosines are exact in every dtype and order of summation."""
     rows = torch.zeros(batch, n, channels)
-    places = torch.rand(batch, n, channels).argsort(-1)[..., :16]
-    return rows.scatter_(2, places, torch.randint(0, 2, places.shape).float() * 2 - 1)
+    channel = torch.rand(batch, n, channels).argsort(-1)[..., :16]
+    return rows.scatter_(2, channel, torch.randint(0, 2, channel.shape).float() * 2 - 1)
 
 
 def index_list(batch: int, n: int, length: int) -> Tensor:

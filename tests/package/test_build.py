@@ -41,8 +41,8 @@ def setup_py(folder: Path, *commands: str, **switches: str) -> subprocess.Comple
 
 
 def build_wheel(folder: Path, **switches: str) -> Path:
-    places = ["build", "--build-base", str(folder / "build"), "--build-temp", str(folder / "objects")]
-    done = setup_py(folder, *places, "bdist_wheel", "-d", str(folder), "-b", str(folder / "wheel"), **switches)
+    folders = ["build", "--build-base", str(folder / "build"), "--build-temp", str(folder / "objects")]
+    done = setup_py(folder, *folders, "bdist_wheel", "-d", str(folder), "-b", str(folder / "wheel"), **switches)
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = folder.glob("*.whl")
     return wheel
@@ -141,8 +141,8 @@ def test_wheel_without_a_compiler_is_pure_and_works(tmp_path: Path) -> None:
         "print(tp.select_topk(torch.tensor([[0.1, 0.9, 0.5]]), 2)[0].tolist())"
     )
     # -S: the import hook of this checkout's editable installation stays away, which would find the library.
-    places = [str(tmp_path / "installed"), *(p for p in sys.path if p and Path(p).resolve() != ROOT)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
+    folders = [str(tmp_path / "installed"), *(p for p in sys.path if p and Path(p).resolve() != ROOT)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
     command = [sys.executable, "-S", "-c", program]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -197,8 +197,8 @@ def test_sdist_has_everything_that_a_build_and_the_tests_need(tmp_path: Path) ->
     ],
 )
 def test_a_demand_that_cannot_be_met_ends_the_build(tmp_path: Path, switches: dict[str, str], message: str) -> None:
-    places = ["build", "--build-base", str(tmp_path / "build")]
-    done = setup_py(tmp_path, *places, **switches)
+    folders = ["build", "--build-base", str(tmp_path / "build")]
+    done = setup_py(tmp_path, *folders, **switches)
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr

@@ -41,9 +41,9 @@ def test_drop_in_selection() -> None:
 @pytest.mark.skipif(tp.config()["backends"]["cpu"] is not None, reason="the compiled library is not loaded")
 def test_export_pruner() -> None:
     printed = run("export_pruner.py")
-    places = re.findall(r"(\d+) tokens.*first places (\[.*\])", printed)
-    assert len(places) == 4
-    there, here = dict(places[:2]), dict(places[2:])
+    found = re.findall(r"(\d+) tokens.*first indices (\[.*\])", printed)
+    assert len(found) == 4
+    there, here = dict(found[:2]), dict(found[2:])
     assert there == here
     assert "576 tokens: kept [1, 64, 256]" in printed
 

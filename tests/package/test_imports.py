@@ -103,7 +103,7 @@ def test_nothing_edits_the_search_path() -> None:
 
 
 def test_all_kinds_of_imports_are_seen() -> None:
-    """Of a module, of a name in it, relative ones, and those inside functions."""
+    """Imports of a module, of a name in it, relative ones, and those inside functions."""
     assert "testing.op_samples" in imported("tests.ops.test_contract")
     assert "tests.ops.test_contract" in imported("tests.ops.test_boundary")
     assert "bench.gpu_suite.work" in imported("bench.gpu_suite.run")

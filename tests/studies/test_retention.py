@@ -83,15 +83,15 @@ def test_measured_answers_are_those_a_user_gets(model, asked, method):
     run = Run(method, 64, None, 7 if method == "random" else None)
     outcome = measure(model, "test", asked, [run], size=1)[run]
     for batch in batches("test", asked[:4], 1):
-        place = batch.places[0]
-        seed = None if run.seed is None else run.seed * 1_000_003 + place
+        index = batch.indices[0]
+        seed = None if run.seed is None else run.seed * 1_000_003 + index
         with torch.inference_mode(), prune_visual_tokens(model, method, 64, seed=seed) as pruning:
             word = answered(model, batch.inputs)
-        assert outcome.given[place] == word
-        assert torch.equal(outcome.kept[place], pruning.kept[0])
-        wanted = needed(scene("test", asked[place].seed), asked[place].question)
+        assert outcome.given[index] == word
+        assert torch.equal(outcome.kept[index], pruning.kept[0])
+        wanted = needed(scene("test", asked[index].seed), asked[index].question)
         share = wanted[pruning.kept[0]].sum() / wanted.sum()
-        assert outcome.covered[place].item() == pytest.approx(share.item(), nan_ok=True)
+        assert outcome.covered[index].item() == pytest.approx(share.item(), nan_ok=True)
 
 
 def test_shared_encoding_ends_with_the_measurement(model, asked):
@@ -166,11 +166,11 @@ def test_committed_results_are_those_of_the_committed_weights():
 
     weights = load(ROOT / "studies" / "models" / "tiny-llava-vqa")
     every = items("test", per_family if per_family < 3 else 3)
-    places = [n * per_family + k for n in range(len(FAMILIES)) for k in range(len(every) // len(FAMILIES))]
+    indices = [n * per_family + k for n in range(len(FAMILIES)) for k in range(len(every) // len(FAMILIES))]
     chosen = [run for run in table.right if run.keep == 128 and run.layer is None and run.method != "random"]
     assert set(chosen) <= set(runs())
     outcomes = measure(weights, "test", every, chosen)
-    differing = sum(int((outcome.right != table.right[run][places]).sum()) for run, outcome in outcomes.items())
+    differing = sum(int((outcome.right != table.right[run][indices]).sum()) for run, outcome in outcomes.items())
     assert differing <= 0.03 * len(every) * len(outcomes), differing
 
 

@@ -17,18 +17,18 @@ from studies.vqa.sources import PHOTOS, SPLITS, sources
 SEEDS = range(60)
 
 
-def _pictures(split: str) -> dict[str, list[bytes]]:
+def _images(split: str) -> dict[str, list[bytes]]:
     source = sources(split)
     return {
-        "digits": [picture.tobytes() for of_class in source.digits for picture in of_class],
-        "coins": [picture.tobytes() for picture in source.coins],
-        "faces": [picture.tobytes() for picture in source.faces],
-        "photos": [picture.tobytes() for picture in source.photos],
+        "digits": [image.tobytes() for of_class in source.digits for image in of_class],
+        "coins": [image.tobytes() for image in source.coins],
+        "faces": [image.tobytes() for image in source.faces],
+        "photos": [image.tobytes() for image in source.photos],
     }
 
 
-def test_no_picture_is_in_two_splits():
-    seen = {split: _pictures(split) for split in SPLITS}
+def test_no_image_is_in_two_splits():
+    seen = {split: _images(split) for split in SPLITS}
     for kind in ("digits", "coins", "faces", "photos"):
         for a, b in (("train", "validation"), ("train", "test"), ("validation", "test")):
             # Some of the 1,797 digits are equal pixel for pixel, though written twice.
@@ -129,7 +129,7 @@ def _looked_up(drawn: Scene, text: str) -> str:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_answers_are_those_of_the_picture(family):
+def test_answers_are_those_of_the_image(family):
     asked = 0
     for seed in SEEDS:
         drawn = scene("test", seed)
@@ -141,7 +141,7 @@ def test_answers_are_those_of_the_picture(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_family_can_be_answered_without_the_picture(family):
+def test_no_family_can_be_answered_without_the_image(family):
     """The best answer to the words alone is right at most two times in three, in the drawn questions."""
     drawn = [
         question

@@ -47,8 +47,8 @@ def test_packed_questions_are_answered_as_single_ones(untrained):
 
 
 @torch.inference_mode()
-def test_windows_stand_at_their_place_of_the_picture(untrained):
-    """A window's class token and tokens see positions of the whole picture: moved, the same pixels are elsewhere."""
+def test_windows_stand_at_their_offset_in_the_image(untrained):
+    """A window's class token and tokens see positions of the whole image: moved, the same pixels are elsewhere."""
     batch = Batches("test", 2, 1, 0, 0)[0]
     here = embed(untrained, batch.pixels, batch.window)
     moved = embed(untrained, batch.pixels, (batch.window + 1) % 576)
@@ -87,26 +87,26 @@ def test_targets_are_the_answers():
     batch = Batches("train", 3, 2, 150, 1)[0]
     asked = batch.family >= 0
     assert int(asked.sum()) > 15
-    for sample, place in asked.nonzero().tolist():
-        assert words.VOCABULARY[batch.text[sample, place]] == "?"
-        assert batch.targets[sample, place] == batch.text[sample, place + 1]
-        assert batch.targets[sample, place + 1] == words.EOS
+    for sample, index in asked.nonzero().tolist():
+        assert words.VOCABULARY[batch.text[sample, index]] == "?"
+        assert batch.targets[sample, index] == batch.text[sample, index + 1]
+        assert batch.targets[sample, index + 1] == words.EOS
     assert int((batch.targets != NONE).sum()) == 2 * int(asked.sum())
 
 
 def test_answers_look_at_the_cells_of_their_objects():
-    """Of a relation at the second object, of a count at all; where nothing is to be seen, nowhere."""
+    """A relation looks at the second object, a count at all; a question about nothing looks nowhere."""
     batch = Batches("train", 4, 2, 150, 1)[0]
-    pictures = [scene("train", (1, 0, n)) for n in range(2)]
+    images = [scene("train", (1, 0, n)) for n in range(2)]
     seen = 0
-    for sample, place in (batch.family >= 0).nonzero().tolist():
-        look = batch.look[sample, place].view(24, 24)
-        answer_word = words.VOCABULARY[batch.text[sample, place + 1]]
-        family = list(FAMILIES)[batch.family[sample, place]]
+    for sample, index in (batch.family >= 0).nonzero().tolist():
+        look = batch.look[sample, index].view(24, 24)
+        answer_word = words.VOCABULARY[batch.text[sample, index + 1]]
+        family = list(FAMILIES)[batch.family[sample, index]]
         cells = [(r, c) for r in range(4) for c in range(4) if look[6 * r + 3, 6 * c + 3]]
         assert int(look.sum()) == 36 * len(cells)
         if family in ("relation", "tiny"):
-            assert [pictures[sample].at(*cell).kind for cell in cells] == [answer_word]
+            assert [images[sample].at(*cell).kind for cell in cells] == [answer_word]
             seen += 1
         if family == "count":
             assert len(cells) == int(answer_word)
@@ -124,18 +124,18 @@ def test_looking_is_the_attention_of_the_last_layer(untrained):
     expected = []
     for block in batch.block[0].unique()[1:]:
         mine = (batch.block[0] == block).nonzero().flatten()
-        place = int(mine[0]) + int((batch.family[0, mine] >= 0).nonzero())
-        if not batch.look[0, place].any():
+        index = int(mine[0]) + int((batch.family[0, mine] >= 0).nonzero())
+        if not batch.look[0, index].any():
             continue
-        asked = batch.text[0, int(mine[0]) : place + 1]
+        asked = batch.text[0, int(mine[0]) : index + 1]
         tokens = torch.cat([torch.tensor([words.BOS, *[words.IMAGE] * 576]), asked])[None]
         untrained.set_attn_implementation("eager")
         weights = untrained(input_ids=tokens, pixel_values=batch.pixels, output_attentions=True).attentions[-1][
             0, :, -1
         ]
         untrained.set_attn_implementation("sdpa")
-        picture = weights[:, 1:577]
-        share = (picture * batch.look[0, place]).sum(-1) / picture.sum(-1)
+        image = weights[:, 1:577]
+        share = (image * batch.look[0, index]).sum(-1) / image.sum(-1)
         expected.append(-share.mean().log())
     assert expected
     torch.testing.assert_close(look, torch.stack(expected).mean(), atol=1e-4, rtol=1e-4)

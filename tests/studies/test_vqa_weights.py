@@ -48,7 +48,7 @@ def test_log_is_that_of_the_curriculum():
     assert seconds == sorted(seconds)
 
 
-def test_weights_answer_questions_about_pictures_they_have_not_seen():
+def test_weights_answer_questions_about_images_they_have_not_seen():
     """The benchmark's floor: 80% over all families, here on 20 questions of each."""
     asked, right = accuracy(load(FOLDER), "test", 20)
     assert right.double().mean() >= 0.8, by_family(asked, right)
@@ -71,7 +71,7 @@ def test_example_is_a_scene_of_the_test_split():
     with Image.open(FOLDER / "example.png") as image:
         pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
     made = torch.from_numpy(scene("test", EXAMPLE).pixels).flatten()
-    # Other versions of the picture libraries may round differently.
+    # Other versions of the image libraries may round differently.
     assert ((pixels.int() - made.int()).abs() <= 8).double().mean() > 0.99
 
 

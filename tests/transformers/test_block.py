@@ -187,11 +187,11 @@ SCALARS = [
 @pytest.mark.parametrize("keep", SCALARS, ids=lambda keep: f"{type(keep).__name__} {keep}")
 def test_scalars_of_numpy_and_torch_are_as_good_as_pythons(keep: Any) -> None:
     prompts = llava()
-    for method, place in (("random", {"seed": torch.tensor(5)}), ("coast", {"layer": np.int32(LAYER)})):
-        plain = {name: value.item() for name, value in place.items()}
+    for method, arguments in (("random", {"seed": torch.tensor(5)}), ("coast", {"layer": np.int32(LAYER)})):
+        plain = {name: value.item() for name, value in arguments.items()}
         with prune_visual_tokens(prompts.model, method, keep.item(), **plain) as expected:
             logits_of(prompts)
-        with prune_visual_tokens(prompts.model, method, keep, **place) as pruning:
+        with prune_visual_tokens(prompts.model, method, keep, **arguments) as pruning:
             logits_of(prompts)
         assert torch.equal(pruning.kept, expected.kept)
         assert pruning.kept.shape[1] == (12 if keep > 1 else 9)
@@ -306,12 +306,12 @@ def test_overlay_darkens_what_no_kept_token_sees(tmp_path: Any) -> None:
     photo.save(tmp_path / "photo.png")
     assert pruning.kept is not None
     for sample in range(2):
-        for picture in range(2):
-            shown = pruning.overlay(photo, sample=sample, image_index=picture)
-            kept = {k - 36 * picture for k in pruning.kept[sample].tolist()}
-            places = [divmod(k, 6) for k in sorted(kept) if 0 <= k < 36]
-            seen = torch.tensor([(c, r, c + 1, r + 1) for r, c in places]) / 6
-            torch.testing.assert_close(pruning.boxes(sample=sample, image_index=picture), seen)
+        for image in range(2):
+            shown = pruning.overlay(photo, sample=sample, image_index=image)
+            kept = {k - 36 * image for k in pruning.kept[sample].tolist()}
+            coordinates = [divmod(k, 6) for k in sorted(kept) if 0 <= k < 36]
+            seen = torch.tensor([(c, r, c + 1, r + 1) for r, c in coordinates]) / 6
+            torch.testing.assert_close(pruning.boxes(sample=sample, image_index=image), seen)
             for token in range(36):
                 row, column = divmod(token, 6)
                 pixels = {shown.getpixel((20 * column + x, 10 * row + y)) for x in (0, 19) for y in (0, 9)}

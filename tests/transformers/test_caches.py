@@ -218,7 +218,7 @@ def test_padding_in_a_later_turn_is_masked() -> None:
     assert torch.equal(*results)
 
 
-def test_a_picture_in_a_later_turn_is_an_error() -> None:
+def test_a_image_in_a_later_turn_is_an_error() -> None:
     prompts = llava()
     ids = torch.tensor([[5, 6, 7]])
     for first in (prompts.inputs, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}):

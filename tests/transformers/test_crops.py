@@ -1,4 +1,4 @@
-"""prune_visual_tokens on models that see pictures in crops, tiles or frames, or in their own size: LLaVA-NeXT,
+"""prune_visual_tokens on models that see images in crops, tiles or frames, or in their own size: LLaVA-NeXT,
 LLaVA-OneVision, InternVL3, LLaVA with Pixtral."""
 
 import copy
@@ -102,7 +102,7 @@ def beams_are_repeated_after_encoding(prompts: Prompts) -> bool:
 def test_beams_keep_what_their_sample_keeps(family: str, method: str) -> None:
     prompts = prompts_of(family, "several")
     if not beams_are_repeated_after_encoding(prompts):
-        # Older versions repeat crop by crop, which mixes the pictures of a sample up even without pruning.
+        # Older versions repeat crop by crop, which mixes the images of a sample up even without pruning.
         prompts = FAMILIES[family]([[(16, 16)], [(16, 16)]])
         if family != "internvl":
             prompts = FAMILIES[family](RAGGED)
@@ -158,7 +158,7 @@ def directly(prompts: Prompts, method: str, b: int, k: int, layout: Any, salienc
     run = eager_run(prompts, layer)
     hidden = run["hidden"][b : b + 1, real]
     features, text = hidden[:, visual], hidden[:, behind]
-    place = {name: t[b : b + 1, : len(visual)] for name, t in vars(layout).items()}
+    geometry = {name: t[b : b + 1, : len(visual)] for name, t in vars(layout).items()}
     if layer:
         attention = {"query": run["query"][b : b + 1, :, real][:, :, behind], "key": run["key"][b : b + 1, :, real]}
         attention["key_indices"] = visual.unsqueeze(0)
@@ -169,7 +169,12 @@ def directly(prompts: Prompts, method: str, b: int, k: int, layout: Any, salienc
     if method == "adaptprune":
         keys = prompts.model.model.language_model.layers[2].self_attn.k_proj(features)
         return methods.adaptprune(
-            features=keys, positions=place["positions"], k=k, grid=place["grids"], groups=place["groups"], **attention
+            features=keys,
+            positions=geometry["positions"],
+            k=k,
+            grid=geometry["grids"],
+            groups=geometry["groups"],
+            **attention,
         ).indices
     if method == "adafv":
         return methods.adafv(text, features, saliency[b].unsqueeze(0).float(), k).indices
@@ -202,8 +207,8 @@ def test_both_stages_of_sts_on_an_unpruned_eager_run(family: str) -> None:
     visual = (prompts.inputs["input_ids"][0] == prompts.visual).nonzero().squeeze(1)
     features = eager_run(prompts, 0)["hidden"][:, visual]
     depth = layout.groups.unsqueeze(-1) * layout.grids.norm(dim=-1).max()
-    places = torch.cat([layout.positions, depth], -1)
-    first = methods.sts_structure(features, 40, positions=places).indices
+    coordinates = torch.cat([layout.positions, depth], -1)
+    first = methods.sts_structure(features, 40, positions=coordinates).indices
     assert torch.equal(pruning.kept_at[0], first)
     is_visual = prompts.inputs["input_ids"][0] == prompts.visual
     columns = torch.cat([(~is_visual).nonzero().squeeze(1), visual[first[0]]]).sort().values
@@ -263,10 +268,10 @@ def test_leaving_the_block_restores_the_model(family: str) -> None:
     assert torch.equal(generate(prompts, 2)[1], logits)
 
 
-def test_pictures_encoded_inside_the_block_are_pruned() -> None:
+def test_images_encoded_inside_the_block_are_pruned() -> None:
     prompts = prompts_of("llava_next", "ragged")
     if not beams_are_repeated_after_encoding(prompts):
-        pytest.skip("this version of transformers takes no encoded pictures")
+        pytest.skip("this version of transformers takes no encoded images")
     names = ("pixel_values", "image_sizes")
     with torch.no_grad(), pruned(prompts, "adafv", 5) as pruning:
         expected = prompts.model(**prompts.inputs).logits

@@ -1,4 +1,4 @@
-"""Where the visual tokens of pictures of several sizes lie, against examples made by hand."""
+"""Where the visual tokens of images of several sizes lie, against examples made by hand."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def check_layout(layout: Any, b: int, expected: list[tuple[Any, ...]]) -> None:
 
 
 def whole(grid: int | tuple[int, int], group: int, image: int) -> list[tuple[Any, ...]]:
-    """A grid that sees all of a picture; a number is the side of a square."""
+    """A grid that sees all of an image; a number is the side of a square."""
     rows, columns = (grid, grid) if isinstance(grid, int) else grid
     return [
         (r, c, (rows, columns), group, image, (c / columns, r / rows, (c + 1) / columns, (r + 1) / rows))
@@ -42,7 +42,7 @@ def inside(value: float) -> float:
 
 
 def next_wide(group: int, image: int) -> list[tuple[Any, ...]]:
-    """20 x 44 pixels in LLaVA-NeXT: 4 x 12 patches in three crops; the picture is 8.8 wide, of 1.6 to 10.4."""
+    """20 x 44 pixels in LLaVA-NeXT: 4 x 12 patches in three crops; the image is 8.8 wide, of 1.6 to 10.4."""
     tokens = whole(4, group, image)
     for r in range(4):
         for x in range(2, 10):
@@ -80,7 +80,7 @@ def test_layout_of_llava_onevision_shrinks_the_grid_of_every_crop() -> None:
     check_layout(layout, 0, expected)
 
 
-def test_layout_of_several_pictures_in_llava_onevision() -> None:
+def test_layout_of_several_images_in_llava_onevision() -> None:
     layout = layout_for(prompts_of("llava_onevision", "several"))
     # No crops: padded to a square. 20 x 44 pixels are 25/11 x 5 patches in the middle of 5 x 5.
     top, high = (5 - 25 / 11) / 2, 25 / 11
@@ -94,7 +94,7 @@ def test_layout_of_several_pictures_in_llava_onevision() -> None:
     check_layout(layout, 0, expected)
 
 
-def test_layout_of_a_picture_and_a_video_in_llava_onevision() -> None:
+def test_layout_of_a_image_and_a_video_in_llava_onevision() -> None:
     layout = layout_for(prompts_of("llava_onevision", "video"))
 
     def video(group: int, image: int) -> list[tuple[Any, ...]]:
@@ -102,14 +102,14 @@ def test_layout_of_a_picture_and_a_video_in_llava_onevision() -> None:
         return [*frames, (2, 3, (3, 3), group + 2, image + 2, (1.0, 2 / 3, 1.0, 1.0))]
 
     check_layout(layout, 0, video(0, 0))
-    # 5 x 15 patches; the picture is 11 wide, of 2 to 13.
-    picture = whole(5, 0, 0)
+    # 5 x 15 patches; the image is 11 wide, of 2 to 13.
+    tokens = whole(5, 0, 0)
     for r in range(5):
         for x in range(2, 13):
             box = ((x - 2) / 11, r / 5, (x - 1) / 11, (r + 1) / 5)
-            picture.append((r, x % 5, (5, 5), 1 + x // 5, 0, box))
-        picture.append((r, 3, (5, 5), 3, 0, (1.0, r / 5, 1.0, (r + 1) / 5)))
-    check_layout(layout, 1, picture + video(4, 1))
+            tokens.append((r, x % 5, (5, 5), 1 + x // 5, 0, box))
+        tokens.append((r, 3, (5, 5), 3, 0, (1.0, r / 5, 1.0, (r + 1) / 5)))
+    check_layout(layout, 1, tokens + video(4, 1))
 
 
 def internvl_tiles(rows: int, columns: int, group: int, image: int) -> list[tuple[Any, ...]]:
@@ -124,8 +124,8 @@ def internvl_tiles(rows: int, columns: int, group: int, image: int) -> list[tupl
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 6), (2, 3), (3, 2), (6, 1)])
 def test_layout_of_internvl_finds_out_how_its_tiles_are_arranged(rows: int, columns: int) -> None:
-    pictures = [[(16 * rows, 16 * columns), (16, 16)], [(16, 32)]]
-    layout = layout_for(FAMILIES["internvl"](pictures))
+    images = [[(16 * rows, 16 * columns), (16, 16)], [(16, 32)]]
+    layout = layout_for(FAMILIES["internvl"](images))
     check_layout(layout, 0, internvl_tiles(rows, columns, 0, 0) + whole(4, 7, 1))
     check_layout(layout, 1, internvl_tiles(1, 2, 0, 0))
 
@@ -136,7 +136,7 @@ def test_layout_of_internvl_frames() -> None:
     check_layout(layout, 1, internvl_tiles(2, 1, 0, 0) + whole(4, 3, 1) + whole(4, 4, 2))
 
 
-def test_layout_of_pixtral_is_that_of_each_pictures_own_size() -> None:
+def test_layout_of_pixtral_is_that_of_each_images_own_size() -> None:
     # 36 patches that are no 6 x 6, and 40 that are no square at all, padded to 20 x 36 pixels in one batch.
     layout = layout_for(FAMILIES["pixtral"]([[(16, 36), (20, 32)], [(36, 16)]]))
     check_layout(layout, 0, whole((4, 9), 0, 0) + whole((5, 8), 1, 1))

@@ -171,10 +171,10 @@ def test_a_decoder_that_embeds_by_itself_decodes_on_a_pruned_cache() -> None:
 
 def test_a_mask_function_of_another_form_is_refused_in_the_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = llava(2, ragged=True)
-    for function in (lambda batch_size, places: None, lambda batch_size, **more: None):
+    for function in (lambda batch_size, slots: None, lambda batch_size, **more: None):
         monkeypatch.setattr(masks, "ALL_MASK_ATTENTION_FUNCTIONS", {"sdpa": function})
         with prune_visual_tokens(prompts.model, "divprune", 9) as pruning:
-            if "places" in function.__code__.co_varnames:
+            if "slots" in function.__code__.co_varnames:
                 with pytest.raises(NotImplementedError, match="neither cache_position nor q_offset, only batch_size"):
                     prompts.model(**prompts.inputs)
                 assert pruning.kept is None

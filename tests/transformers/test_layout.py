@@ -17,12 +17,12 @@ from tests.transformers.vlm.runs_crops import FAMILIES, generate, prompts_of, pr
 from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_tokens, registry
 
 
-class NobodyAskedError(Exception):
+class AskedError(Exception):
     pass
 
 
 def no_layout(*_: Any) -> Any:
-    raise NobodyAskedError
+    raise AskedError
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -32,28 +32,28 @@ def test_only_methods_that_use_a_layout_and_boxes_ask_for_one(method: str, monke
     monkeypatch.setitem(registry._FAMILIES, "llava", family)
     with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)) as pruning:
         if method in ON_LAYOUT:
-            with pytest.raises(NobodyAskedError):
+            with pytest.raises(AskedError):
                 prompts.model(**prompts.inputs)
             return
         prompts.model(**prompts.inputs)
     assert pruning.stats["after"] == [9, 9]
     for ask in (pruning.boxes, lambda: pruning.overlay(None)):
-        with pytest.raises(NobodyAskedError):
+        with pytest.raises(AskedError):
             ask()
 
 
 def encoded_outside(prompts: Prompts) -> dict[str, Any]:
     if "mm_encoder_outputs" not in inspect.signature(prompts.model.forward).parameters:
-        pytest.skip("this version of transformers takes no encoded pictures")
+        pytest.skip("this version of transformers takes no encoded images")
     text = {name: prompts.inputs[name] for name in ("input_ids", "attention_mask")}
-    pictures = {name: t for name, t in prompts.inputs.items() if name not in text}
+    images = {name: t for name, t in prompts.inputs.items() if name not in text}
     with torch.no_grad():
-        encoded = prompts.model.get_image_features(**pictures, return_dict=True)
+        encoded = prompts.model.get_image_features(**images, return_dict=True)
     return {**text, "mm_encoder_outputs": {"image": encoded}}
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "llava"])
-def test_pictures_encoded_outside_the_block_are_refused_where_their_sizes_are_needed(family: str) -> None:
+def test_images_encoded_outside_the_block_are_refused_where_their_sizes_are_needed(family: str) -> None:
     prompts = llava(2) if family == "llava" else prompts_of(family, "ragged")
     inputs = encoded_outside(prompts)
     with torch.no_grad():
@@ -86,7 +86,7 @@ def test_without_a_cache_the_layout_is_that_of_the_first_step(family: str) -> No
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "internvl"])
-def test_what_waits_for_boxes_holds_neither_pictures_nor_caches(family: str) -> None:
+def test_what_waits_for_boxes_holds_neither_images_nor_caches(family: str) -> None:
     prompts = llava(2) if family == "llava" else FAMILIES[family]()
     pixels = prompts.inputs.pop("pixel_values").clone()
     with torch.no_grad(), pruned(prompts, "coast", 9) as pruning:
@@ -103,15 +103,15 @@ def test_what_waits_for_boxes_holds_neither_pictures_nor_caches(family: str) -> 
 
 
 @pytest.mark.parametrize("size", [(16, 36), (20, 32), (4, 12)])
-def test_boxes_of_pixtral_are_parts_of_the_pictures_own_grid(size: tuple[int, int]) -> None:
+def test_boxes_of_pixtral_are_parts_of_the_images_own_grid(size: tuple[int, int]) -> None:
     """36 patches in 4 x 9, 40 that are no square, and 3 in a row."""
     prompts = pixtral([[size]])
     rows, columns = size[0] // 4, size[1] // 4
     with pruned(prompts, "random", 3) as pruning:
         generate(prompts, 1)
     assert pruning.kept is not None
-    places = [divmod(token, columns) for token in pruning.kept[0].tolist()]
-    expected = [(c / columns, r / rows, (c + 1) / columns, (r + 1) / rows) for r, c in places]
+    coordinates = [divmod(token, columns) for token in pruning.kept[0].tolist()]
+    expected = [(c / columns, r / rows, (c + 1) / columns, (r + 1) / rows) for r, c in coordinates]
     torch.testing.assert_close(pruning.boxes(), torch.tensor(expected))
 
 

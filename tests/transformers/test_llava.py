@@ -29,7 +29,7 @@ SEED = {"random": {"seed": 5}}
 
 
 def sample_alone(prompts: Prompts, b: int) -> dict[str, Tensor]:
-    """One sample of a batch with as many pictures in each, without its padding."""
+    """One sample of a batch with as many images in each, without its padding."""
     ids, mask = prompts.inputs["input_ids"][b : b + 1], prompts.inputs["attention_mask"][b : b + 1]
     pixels = prompts.inputs["pixel_values"]
     each = len(pixels) // len(prompts.inputs["input_ids"])
@@ -207,8 +207,8 @@ def test_sts_chooses_twice_as_its_two_functions_do() -> None:
     assert pruning.kept is second
     for b in range(2):
         s = shown_by_an_unpruned_run(prompts, sample_alone(prompts, b))
-        places = torch.cat([s["positions"], torch.zeros(1, TOKENS, 1)], -1)
-        assert torch.equal(first[b], methods.sts_structure(s["embeds"], 16, positions=places).indices[0])
+        coordinates = torch.cat([s["positions"], torch.zeros(1, TOKENS, 1)], -1)
+        assert torch.equal(first[b], methods.sts_structure(s["embeds"], 16, positions=coordinates).indices[0])
     # The second stage sees a model that has only the first one's tokens.
     captured: dict[str, Any] = {}
 
@@ -239,7 +239,7 @@ def test_a_padded_batch_keeps_what_each_sample_alone_keeps(method: str) -> None:
             torch.testing.assert_close(together[b : b + 1], alone, **CLOSE)
 
 
-# --- budgets and places -----------------------------------------------------------------------------------------------
+# --- budgets and positions --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("keep", "count"), [(1, 1), (1000, 36), (0.001, 1), (0.25, 9), (0.222, 8), (0.5, 18)])

@@ -237,7 +237,7 @@ def layouts(prompts: Prompts) -> list[Any]:
     is_visual = torch.isin(inputs["input_ids"], torch.tensor(prompts.visual))
     counts = is_visual.sum(1).tolist()
     made = [family.layout(core, shapes, counts)]
-    # Positions alone are what generate leaves where it encodes the pictures beforehand.
+    # Positions alone are what generate leaves where it encodes the images beforehand.
     if "mm_encoder_outputs" in inspect.signature(core.forward).parameters:
         made.append(family.layout(core, {**text_only, "position_ids": positions}, counts))
     return made
@@ -248,8 +248,8 @@ def test_layout_by_hand(name: str) -> None:
     """Merged grids: a video of two frames 1 x 2 in front of an image 2 x 3; and an image 2 x 1."""
     prompts = qwen.prompts(model(name), [[1, ("video", (2, 2, 4)), 1, (1, 4, 6), 1], [2, (1, 4, 2), 1]])
     for layout in layouts(prompts):
-        places = [[0, 0], [0, 1]] * 2 + [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
-        assert layout.positions[0].tolist() == places
+        coordinates = [[0, 0], [0, 1]] * 2 + [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
+        assert layout.positions[0].tolist() == coordinates
         assert layout.positions[1, :2].tolist() == [[0, 0], [1, 0]]
         assert layout.grids[0].tolist() == [[1, 2]] * 4 + [[2, 3]] * 6
         assert layout.grids[1, :2].tolist() == [[2, 1]] * 2
@@ -386,7 +386,7 @@ def chosen_directly(prompts: Prompts, name: str, method: str, layer: int, sample
     hidden = seen["hidden"][sample : sample + 1, real]
     features, text = hidden[:, columns], hidden[:, columns[-1] + 1 :]
     grids = [[(4, 6), (2, 4), (2, 2), (2, 2), (2, 2)], [(4, 4)]][sample]
-    places = torch.tensor([[[r, c] for h, w in grids for r in range(h) for c in range(w)]]).float()
+    coordinates = torch.tensor([[[r, c] for h, w in grids for r in range(h) for c in range(w)]]).float()
     sizes = torch.tensor([[[h, w] for h, w in grids for _ in range(h * w)]]).float()
     groups = torch.tensor([[g for g, (h, w) in enumerate(grids) for _ in range(h * w)]])
     if method == "divprune":
@@ -409,7 +409,7 @@ def chosen_directly(prompts: Prompts, name: str, method: str, layer: int, sample
         return methods.coast(features=features, k=k, **shown).indices
     assert method == "adaptprune"
     keys = seen["model"].model.language_model.layers[layer].self_attn.k_proj(features).detach()
-    return methods.adaptprune(features=keys, positions=places, grid=sizes, groups=groups, k=k, **shown).indices
+    return methods.adaptprune(features=keys, positions=coordinates, grid=sizes, groups=groups, k=k, **shown).indices
 
 
 @pytest.mark.parametrize("method", ["coast", "adafv", "zspaprune", "adaptprune", "fastv", "divprune"])
@@ -434,7 +434,7 @@ def test_both_stages_of_sts_on_an_eager_run(name: str) -> None:
         prompts.model(**prompts.inputs)
     ids = prompts.inputs["input_ids"]
     columns = torch.isin(ids[1], torch.tensor(prompts.visual)).nonzero().squeeze(1)
-    places = torch.tensor([[[r, c, 0] for r in range(4) for c in range(4)]]).float()
-    want = methods.sts_structure(seen["hidden"][1:, columns], 12, positions=places).indices
+    coordinates = torch.tensor([[[r, c, 0] for r in range(4) for c in range(4)]]).float()
+    want = methods.sts_structure(seen["hidden"][1:, columns], 12, positions=coordinates).indices
     assert torch.equal(pruning.kept_at[0][1, :12], want[0])
     assert set(pruning.kept_at[2][1, :6].tolist()) < set(want[0].tolist())

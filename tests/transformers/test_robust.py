@@ -24,20 +24,20 @@ from tests.transformers.vlm.models import IMAGE, Prompts, left_padded, llava, te
 from tokenprune_kernels.integrations.transformers import prune_visual_tokens
 
 
-def with_samples(samples: list[list[int]], pictures: int) -> Prompts:
+def with_samples(samples: list[list[int]], images: int) -> Prompts:
     prompts = llava()
-    pixels = torch.randn(pictures, 3, 24, 24, generator=torch.Generator().manual_seed(9))
+    pixels = torch.randn(images, 3, 24, 24, generator=torch.Generator().manual_seed(9))
     return Prompts(prompts.model, {**left_padded(samples), "pixel_values": pixels}, IMAGE)
 
 
 def unequal() -> Prompts:
-    """Two pictures with text between them, none, and one behind a long text."""
-    draw, picture = torch.Generator().manual_seed(2), [IMAGE] * 36
+    """Two images with text between them, none, and one behind a long text."""
+    draw, image = torch.Generator().manual_seed(2), [IMAGE] * 36
     return with_samples(
         [
-            [*text(2, draw), *picture, *text(5, draw), *picture, *text(3, draw)],
+            [*text(2, draw), *image, *text(5, draw), *image, *text(3, draw)],
             text(9, draw),
-            [*text(12, draw), *picture, *text(6, draw)],
+            [*text(12, draw), *image, *text(6, draw)],
         ],
         3,
     )
@@ -67,7 +67,7 @@ def test_left_padding_and_unequal_text(method: str) -> None:
 
 @over_four_and_compact
 @pytest.mark.parametrize("keep", [10, 0.25])
-def test_different_numbers_of_pictures_in_a_batch_and_none(method: str, compact: bool, keep: float) -> None:
+def test_different_numbers_of_images_in_a_batch_and_none(method: str, compact: bool, keep: float) -> None:
     prompts = unequal()
     with prune_visual_tokens(prompts.model, method, keep, compact_cache=compact, **layer_of(method)) as pruning:
         out = generate(prompts.model, prompts.inputs, 5)
@@ -84,7 +84,7 @@ def test_different_numbers_of_pictures_in_a_batch_and_none(method: str, compact:
 
 
 @over_four
-def test_several_pictures_and_text_between_them(method: str) -> None:
+def test_several_images_and_text_between_them(method: str) -> None:
     prompts = llava(2, ragged=True, images=3)
     with prune_visual_tokens(prompts.model, method, 0.2, **layer_of(method)) as pruning:
         out = generate(prompts.model, prompts.inputs, 4)
@@ -111,9 +111,9 @@ def test_right_padding_keeps_and_answers_as_left_padding(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["coast", "fastv", "divprune"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_prompt_may_end_with_a_picture(method: str, side: str) -> None:
-    draw, picture = torch.Generator().manual_seed(4), [IMAGE] * 36
-    prompts = with_samples([[*text(7, draw), *picture], [*text(3, draw), *picture, *text(2, draw)]], 2)
+def test_a_prompt_may_end_with_a_image(method: str, side: str) -> None:
+    draw, image = torch.Generator().manual_seed(4), [IMAGE] * 36
+    prompts = with_samples([[*text(7, draw), *image], [*text(3, draw), *image, *text(2, draw)]], 2)
     alone = []
     for b in range(2):
         real = prompts.inputs["attention_mask"][b].bool()
@@ -278,7 +278,7 @@ def test_features_encoded_beforehand_are_pruned_too() -> None:
 @over_four
 @pytest.mark.parametrize("through", ["keyword", "config", "model"])
 def test_a_prefill_in_chunks_is_refused_by_name(method: str, through: str) -> None:
-    """The picture would come in one chunk, and the question about it in the next."""
+    """The image would come in one chunk, and the question about it in the next."""
     prompts = llava(2, ragged=True)
     length = prompts.inputs["input_ids"].shape[1]
     ids = torch.tensor([text(9, torch.Generator().manual_seed(1))])

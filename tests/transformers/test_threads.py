@@ -45,7 +45,7 @@ def same_logits(got: Any, want: Any) -> None:
 
 
 def other_prompts(prompts: Prompts, seed: int) -> dict[str, Tensor]:
-    """As many tokens, other text and other pictures."""
+    """Prompts of as many tokens with other text and other images."""
     draw = torch.Generator().manual_seed(seed)
     ids = prompts.inputs["input_ids"]
     visual = torch.isin(ids, torch.tensor(prompts.visual))
@@ -62,10 +62,10 @@ def test_threads_in_one_block_generate_what_each_generates_alone(method: str, co
     prompts = llava(2, ragged=True)
     core = prompts.model.model
     inputs = [prompts.inputs, other_prompts(prompts, 1), llava(1, images=2).inputs]
-    met = [core.vision_tower, core.language_model.layers[0], core.language_model.layers[LAYER]]
+    joint = [core.vision_tower, core.language_model.layers[0], core.language_model.layers[LAYER]]
     with prune_visual_tokens(prompts.model, method, 9, compact_cache=compact, **layer_of(method)) as pruning:
         want = [generate(prompts.model, given, 6) for given in inputs]
-        with in_step(met, 3):
+        with in_step(joint, 3):
             got = at_once([lambda given=given: generate(prompts.model, given, 6) for given in inputs])
         assert pruning.stats["prefills"] == 6
     for g, w in zip(got, want, strict=True):
@@ -74,8 +74,8 @@ def test_threads_in_one_block_generate_what_each_generates_alone(method: str, co
 
 @pytest.mark.parametrize("method", ["coast", "adafv", "sts"])
 @pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl", "qwen3_vl"])
-def test_threads_with_watched_pictures_and_deepstack(family: str, method: str) -> None:
-    """What the adapters learn of the pictures belongs to their prompt too."""
+def test_threads_with_watched_images_and_deepstack(family: str, method: str) -> None:
+    """What the adapters learn of the images belongs to their prompt too."""
     if family == "llava_onevision":
         first = llava_onevision()
     else:
@@ -136,7 +136,7 @@ def test_a_report_is_of_one_prefill_and_appears_when_it_is_finished() -> None:
         assert seen == [first]
         assert pruning.stats["prefills"] == 2
         assert pruning.stats["after"] == [9, 9, 9]
-        with pytest.raises(ValueError, match=r"visual tokens|[Ii]mage"):  # the prompt has other pictures than the tower
+        with pytest.raises(ValueError, match=r"visual tokens|[Ii]mage"):  # the prompt has other images than the tower
             prompts.model(**{**other.inputs, "pixel_values": prompts.inputs["pixel_values"]})
         assert pruning.stats["after"] == [9, 9, 9]
         assert pruning.stats["prefills"] == 2
@@ -160,7 +160,7 @@ class Nested:
 
 @over_four
 def test_generation_inside_a_streamers_callback(method: str) -> None:
-    """It comes after the pictures were encoded and before the prefill, and between the steps."""
+    """It comes after the images were encoded and before the prefill, and between the steps."""
     prompts = llava(1)
     other = other_prompts(prompts, 1)
     with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)):
@@ -268,8 +268,8 @@ def test_two_blocks_on_models_that_share_their_vision_tower(methods: tuple[str, 
     for first_out in (0, 1):
         for block in blocks:
             block.__enter__()
-        met = [one.model.model.vision_tower]
-        with in_step(met, 2):
+        joint = [one.model.model.vision_tower]
+        with in_step(joint, 2):
             got = at_once([lambda p=p: generate(p.model, p.inputs, 4) for p in pair])
         for g, w in zip(got, want, strict=True):
             same_logits(g, w)

@@ -87,8 +87,8 @@ def test_layout_of_siglip() -> None:
     with pruned(prompts := models_towers.siglip(), "random", 3) as pruning:
         generate(prompts, 1)
     layout = layout_in(pruning)
-    places = torch.cartesian_prod(torch.arange(5.0), torch.arange(5.0))
-    assert torch.equal(layout.positions, places.expand(2, -1, -1))
+    coordinates = torch.cartesian_prod(torch.arange(5.0), torch.arange(5.0))
+    assert torch.equal(layout.positions, coordinates.expand(2, -1, -1))
     assert bool((layout.grids == 5).all())
 
 

@@ -12,7 +12,7 @@ from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_t
 
 
 class Tuner(nn.Module):
-    """As the tuners of PEFT: it has `model`, passes attributes on, and calls its forward without its hooks."""
+    """A wrapper like PEFT's tuners: it has `model`, passes attributes on, and calls its forward without its hooks."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Tuner(nn.Module):
 
 
 class Adapted(nn.Module):
-    """As a PeftModel: `base_model` is the tuner, get_base_model() the transformers model."""
+    """A wrapper like a PeftModel: `base_model` is the tuner, get_base_model() the transformers model."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Adapted(nn.Module):
 
 
 class LowRank(nn.Module):
-    """As PEFT's LoRA layers, which take the place of the projections."""
+    """A layer like PEFT's LoRA layers, which replace the projections."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ def test_a_wrapper_of_no_supported_model_is_refused_with_the_supported_ones() ->
 
 
 def test_random_draws_where_the_work_is_not_where_the_weights_wait() -> None:
-    """As with CPU offload: a module's weights are on the meta device but for the time of its call."""
+    """Works as CPU offload does: a module's weights are on the meta device but for the time of its call."""
     prompts = llava(2, ragged=True)
     with torch.no_grad(), prune_visual_tokens(prompts.model, "random", 9, seed=5) as plain:
         expected = prompts.model(**prompts.inputs).logits
@@ -132,7 +132,7 @@ def test_random_draws_where_the_work_is_not_where_the_weights_wait() -> None:
 @pytest.mark.parametrize("cached", [True, False], ids=["cached", "without a cache"])
 @pytest.mark.parametrize("method", METHODS)
 def test_features_that_a_hook_made_others_of_are_those_that_generate_encoded(method: str, cached: bool) -> None:
-    """As accelerate's hooks do, which send all that a module is called with to its device."""
+    """Does what accelerate's hooks do, which send all that a module is called with to its device."""
     prompts = llava(2, ragged=True)
     more = {**layer_of(method), "seed": 5}
     with prune_visual_tokens(prompts.model, method, 9, **more) as plain:

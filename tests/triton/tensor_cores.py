@@ -32,8 +32,8 @@ def exponents(x: Any) -> Any:
 
 def cut(x: Any, exponent: Any, bits: int) -> Any:
     """x without what lies below the `bits` highest bits of a number with this exponent, towards zero."""
-    place = exponent - bits
-    return np.ldexp(np.trunc(np.ldexp(x, -place)), place)
+    lowest_bit = exponent - bits
+    return np.ldexp(np.trunc(np.ldexp(x, -lowest_bit)), lowest_bit)
 
 
 def multiply(a: Any, b: Any, total: Any, unit: Unit) -> Any:

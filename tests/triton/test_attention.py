@@ -72,13 +72,13 @@ def test_vectors_of_every_kind(dim: int) -> None:
 
 def test_every_dot_product_of_a_tile() -> None:
     """With one visible key the lse is its logit: exact integers, in every row and at the edges of the key tiles."""
-    places = [0, 15, 16, 63, 64, 66]
+    visible_keys = [0, 15, 16, 63, 64, 66]
     query = torch.randint(-2, 3, (1, 1, 66, 72)).half()
     key = torch.randint(-2, 3, (1, 1, 67, 72)).half()
-    expected = (query[0, 0].float() @ key[0, 0].float().mT).mT[places]
-    query, key = query.expand(len(places), -1, -1, -1), key.expand(len(places), -1, -1, -1)
-    visible = torch.zeros(len(places), 67, dtype=torch.bool)
-    visible[range(len(places)), places] = True
+    expected = (query[0, 0].float() @ key[0, 0].float().mT).mT[visible_keys]
+    query, key = query.expand(len(visible_keys), -1, -1, -1), key.expand(len(visible_keys), -1, -1, -1)
+    visible = torch.zeros(len(visible_keys), 67, dtype=torch.bool)
+    visible[range(len(visible_keys)), visible_keys] = True
     entropy, lse = tp.attention_entropy(query, key, key_mask=visible, scale=1.0, backend="triton")
     assert torch.equal(lse[:, 0], expected)
     assert (entropy == 0).all()
@@ -98,16 +98,16 @@ def test_split_keys(dtype: torch.dtype) -> None:
 def test_splits_hold_what_is_not_finite() -> None:
     query, key = inputs(1, 1, 1, 3, 300, 8)
     for value in (math.nan, math.inf, -math.inf):
-        for place in (0, 299):
+        for index in (0, 299):
             changed = key.clone()
-            changed[0, 0, place, 3] = value
+            changed[0, 0, index, 3] = value
             check(query, changed)
 
 
 @pytest.mark.parametrize("heads", ["mean", "max", "none"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_row_parts(heads: str, masked: bool) -> None:
-    """From 512 rows the rows of a column tile are shared: sums and maxima meet in a launch of their own."""
+    """From 512 rows the rows of a column tile are shared: sums and maxima are combined in a launch of their own."""
     query, key = inputs(2, 2, 1, 520, 20, 8)
     mask = torch.rand(2, 520) < 0.3
     mask[0, 200:] = False  # the last row is not in the last part
@@ -131,7 +131,7 @@ def test_more_heads_per_key_head_than_a_tile_has(heads: str) -> None:
 def test_every_width_of_column_tiles(columns: int) -> None:
     """A key that is listed several times scores the same each time, wherever in a tile it lies.
 
-    Small integers: the interpreter's product is BLAS's, whose rounding depends on the place within the tile.
+    Small integers: the interpreter's product is BLAS's, whose rounding depends on the row and column within the tile.
     """
     query, key = torch.randint(-2, 3, (1, 2, 2, 16)).half(), torch.randint(-2, 3, (1, 1, 37, 16)).half()
     indices = torch.randint(-1, 37, (1, columns))

@@ -101,8 +101,8 @@ def test_the_table_of_calls_reaches_every_op_and_configuration(compiled: Any) ->
 def test_kernels_stay_within_their_budget(compiled: Any) -> None:
     version, budget = resources.read_table(resources.TABLE.read_text())
     got = resources.summary(compiled.results)
-    strangers = list(resources.strangers(got, budget))
-    assert not strangers, "\n".join([*strangers, resources.REFRESH])
+    unlisted = list(resources.unlisted(got, budget))
+    assert not unlisted, "\n".join([*unlisted, resources.REFRESH])
     if version != compiled.version:
         pytest.skip(f"the numbers are those of triton {version}; this is triton {compiled.version}")
     excesses = list(resources.excesses(got, budget))
@@ -254,7 +254,7 @@ def test_every_kind_of_excess_is_reported() -> None:
         "a for sm_80: specialisations 2, the table says 3",
         "a for sm_80: matrix , the table says mma.sync",
     ]
-    assert list(resources.strangers({a: allowed[a], c: allowed[b]}, allowed)) == [
+    assert list(resources.unlisted({a: allowed[a], c: allowed[b]}, allowed)) == [
         "b for sm_80 is only in the table",
         "c for sm_80 is only in the code",
     ]

@@ -82,14 +82,14 @@ def test_identical_tokens_tie(first: str, aggregate: str, tokens: int, monkeypat
     from tokenprune_kernels.triton import gram
 
     monkeypatch.setattr(gram, "GRAM_TOKENS", tokens)
-    base, places = torch.randn(1, 22, 72), torch.rand(1, 22, 2)
+    base, positions = torch.randn(1, 22, 72), torch.rand(1, 22, 2)
     if (tokens or first == "isolated") and not gpu_backend.has_gpu():
-        # The interpreter multiplies matrices with BLAS, whose order of summation depends on the place in the tile;
+        # The interpreter multiplies matrices with BLAS, whose order of summation depends on row and column;
         # matrix instructions do not. Inner products of integers have no rounding, norms and cosines still do.
         base = torch.randint(-8, 9, base.shape).float()
     start = {"seed_indices": torch.tensor([[4]])} if first == "seeds" else {"first": first}
     picks, counts = sample(
-        base.repeat(1, 3, 1), 30, positions=places.repeat(1, 3, 1), potential="riesz", aggregate=aggregate,
+        base.repeat(1, 3, 1), 30, positions=positions.repeat(1, 3, 1), potential="riesz", aggregate=aggregate,
         exponent=3.0, **start,
     )  # fmt: skip
     assert counts.tolist() == [30]

@@ -69,7 +69,7 @@ def test_what_lies_below_the_last_place_of_the_largest_is_cut_off() -> None:
     assert dot(1, -tiny, unit=Unit(4, 1)) == 1 - tiny
     assert dot(-1, -tiny, -tiny, unit=Unit(4, 0)) == -1
     assert dot(tiny, tiny, start=1, unit=Unit(4, 0)) == 1  # the accumulator is one of them
-    assert dot(tiny, tiny, 0, 0, 1, unit=Unit(4, 0)) == 1 + 2 * tiny  # these two meet before they meet the 1
+    assert dot(tiny, tiny, 0, 0, 1, unit=Unit(4, 0)) == 1 + 2 * tiny  # these two are added before the 1 is
     assert dot(tiny, tiny, 0, 0, 1, unit=Unit(8, 0)) == 1
     assert dot(0, 0, unit=Unit(4, 0)) == 0
 
@@ -140,7 +140,7 @@ def test_picks_by_cosines(channels: int) -> None:
 @truncating
 @pytest.mark.parametrize("aggregate", ["max", "sum"])
 def test_repulsion_replays(aggregate: str) -> None:
-    test_repulsion.assert_replays(HALF, "triton", aggregate, "riesz", placed=True)
+    test_repulsion.assert_replays(HALF, "triton", aggregate, "riesz", with_positions=True)
 
 
 @needs_triton

@@ -52,17 +52,17 @@ if NO_TRITON is None:
 
     @triton.jit
     def keys_kernel(value_ptr, valid_ptr, key_ptr, LARGEST: tl.constexpr, BLOCK: tl.constexpr):  # noqa: N803
-        place = tl.arange(0, BLOCK)
-        valid = tl.load(valid_ptr + place) != 0
-        tl.store(key_ptr + place, order_key(tl.load(value_ptr + place), valid, LARGEST).to(tl.int64))
+        lane = tl.arange(0, BLOCK)
+        valid = tl.load(valid_ptr + lane) != 0
+        tl.store(key_ptr + lane, order_key(tl.load(value_ptr + lane), valid, LARGEST).to(tl.int64))
 
     @triton.jit
     def best_kernel(key_ptr, index_ptr, best_ptr, n, BLOCK: tl.constexpr):  # noqa: N803
-        place = tl.arange(0, BLOCK)
-        key = tl.load(key_ptr + place, mask=place < n, other=0).to(tl.uint32)
-        index = tl.load(index_ptr + place, mask=place < n, other=0)
+        lane = tl.arange(0, BLOCK)
+        key = tl.load(key_ptr + lane, mask=lane < n, other=0).to(tl.uint32)
+        index = tl.load(index_ptr + lane, mask=lane < n, other=0)
         both = key_with_index(key, index)
-        tl.store(best_ptr + place, index_of(both), mask=place < n)
+        tl.store(best_ptr + lane, index_of(both), mask=lane < n)
         tl.store(best_ptr + n, index_of(tl.max(both, 0)))
 
 
@@ -127,10 +127,10 @@ listed = st.lists(
 @example([(0xFFFFFFFF, (1 << 31) - 1), (0xFFFFFFFF, 0)])
 @given(listed)
 def test_the_largest_key_with_index_is_the_best_candidate(pairs: list[tuple[int, int]]) -> None:
-    keys, places = (torch.tensor(column, dtype=torch.int64, device=DEVICE) for column in zip(*pairs, strict=True))
+    keys, indices = (torch.tensor(column, dtype=torch.int64, device=DEVICE) for column in zip(*pairs, strict=True))
     best = torch.empty(len(pairs) + 1, dtype=torch.int64, device=DEVICE)
     config = runtime.Config({"BLOCK": BLOCK})
-    runtime.launch(best_kernel, (1,), best, keys, places, best, len(pairs), config=config)
+    runtime.launch(best_kernel, (1,), best, keys, indices, best, len(pairs), config=config)
     *each, over_all = best.tolist()
     assert each == [index if key else -1 for key, index in pairs]
     key, minus_index = max((key, -index) for key, index in pairs)

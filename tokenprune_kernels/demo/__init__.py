@@ -1,4 +1,4 @@
-"""`python -m tokenprune_kernels demo`: a question about a picture, answered with all visual tokens and with some."""
+"""`python -m tokenprune_kernels demo`: a question about an image, answered with all visual tokens and with some."""
 
 
 class DemoError(ValueError):

@@ -39,7 +39,7 @@ class Row:
         return statistics.median(self.seconds)
 
     def share(self) -> float:
-        """Of the prefill: what selection and compaction took."""
+        """The part of the prefill that selection and compaction took."""
         return statistics.median(spent / seconds for spent, seconds in zip(self.spent, self.seconds, strict=True))
 
 
@@ -57,7 +57,7 @@ def rows(checkpoint: Checkpoint, names: Sequence[str], before: int, keep: int, s
 
 
 def ask(row: Row, checkpoint: Checkpoint, inputs: Any, max_new_tokens: int) -> None:
-    """The greedy answer, and which boxes of the picture the kept tokens see."""
+    """The greedy answer, and which boxes of the image the kept tokens see."""
     try:
         with torch.inference_mode(), row.block():
             ids = checkpoint.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)

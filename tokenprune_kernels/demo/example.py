@@ -1,4 +1,4 @@
-"""The small model of this repository, and the picture and the question that the demo asks it by default."""
+"""The small model of this repository, and the image and the question that the demo asks it by default."""
 
 import re
 from pathlib import Path
@@ -11,9 +11,9 @@ from . import DemoError
 NAME = "tiny-llava-vqa"
 CHECKOUT = Path(tokenprune_kernels.__file__).resolve().parent.parent
 FOLDER = CHECKOUT / "studies" / "models" / NAME  # which a wheel does not have
-PICTURE = "example.png"  # in the model's folder
+IMAGE = "example.png"  # in the model's folder
 QUESTION = "what is the yellow digit plus the black digit?"
-ANSWER = "14"  # what is true of the picture, whatever a model says
+ANSWER = "14"  # what is true of the image, whatever a model says
 
 # One of each family that the model was trained on (studies/vqa/questions.py).
 QUESTIONS = (
@@ -28,7 +28,7 @@ QUESTIONS = (
     "what is the red digit plus the blue digit?",
 )
 WORLD = (
-    f"{NAME} knows only its small world: pictures of handwritten digits, coins, faces and three textures (brick, "
+    f"{NAME} knows only its small world: images of handwritten digits, coins, faces and three textures (brick, "
     f"grass, gravel), and questions such as {' '.join(QUESTIONS)}"
 )
 
@@ -55,11 +55,11 @@ def is_small(folder: Path) -> bool:
     return folder.resolve().name == NAME
 
 
-def picture_path(folder: Path) -> Path:
+def image_path(folder: Path) -> Path:
     """The example: beside the small model, or for another one in this checkout."""
-    path = (folder if is_small(folder) else FOLDER) / PICTURE
+    path = (folder if is_small(folder) else FOLDER) / IMAGE
     if not path.is_file():
-        raise DemoError(f"--image: the example picture is not there ({path}), name a picture")
+        raise DemoError(f"--image: the example image is not there ({path}), name an image")
     return path
 
 
@@ -73,7 +73,7 @@ def unknown_words(tokenizer: Any, question: str) -> list[str]:
 
 
 def notes(folder: Path, tokenizer: Any, question: str, *, own: bool) -> list[str]:
-    """What the user should know before they judge the answers. own: the picture or the question is theirs."""
+    """What the user should know before they judge the answers. own: the image or the question is theirs."""
     words = unknown_words(tokenizer, question)
     lines = []
     if is_small(folder) and (own or words):

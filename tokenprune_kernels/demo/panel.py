@@ -1,4 +1,4 @@
-"""The picture of the result: the picture with the full answer, and next to it what each method keeps and answers."""
+"""The image of the result: the image with the full answer, and next to it what each method keeps and answers."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-TILE = 432  # pixels: pictures are fitted into such a square
+TILE = 432  # pixels: images are fitted into such a square
 GAP = 28
 COLUMNS = 3
 HEADING_SIZE = 30
@@ -27,7 +27,7 @@ EDGE = (255, 255, 255)
 
 
 class Tile(NamedTuple):
-    """boxes: left, top, right, bottom of what is kept, in parts of the picture; None: the picture itself."""
+    """boxes: left, top, right, bottom of what is kept, in parts of the image; None: the image itself."""
 
     title: str
     answer: str
@@ -46,7 +46,7 @@ def text_width(text: str, size: int) -> float:
 
 
 def _cut(text: str, size: int, width: int) -> str:
-    """As much of the beginning as fits, with an ellipsis."""
+    """The beginning, as much as fits, with an ellipsis."""
     while text and text_width(text + "...", size) > width:
         text = text[:-1]
     return text + "..."
@@ -69,7 +69,7 @@ def wrapped(text: str, size: int, width: int, most: int) -> list[str]:
 
 
 def fitted(size: tuple[int, int]) -> tuple[int, int]:
-    """The size of a picture in its tile."""
+    """The size of an image in its tile."""
     scale = TILE / max(size)
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
@@ -86,21 +86,21 @@ def kept_pixels(boxes: Tensor, size: tuple[int, int]) -> npt.NDArray[np.bool_]:
 
 
 def _outline(kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """The outermost kept pixels, those along the picture's edge included."""
+    """The outermost kept pixels, those along the image's edge included."""
     padded = np.pad(kept, 1)
     inside = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return kept & ~inside
 
 
-def _dimmed(picture: Image.Image) -> Image.Image:
+def _dimmed(image: Image.Image) -> Image.Image:
     """Grey and dark, yet recognisable."""
-    grey = picture.convert("L").convert("RGB")
-    return Image.blend(Image.new("RGB", picture.size, BACKGROUND), grey, 0.30)
+    grey = image.convert("L").convert("RGB")
+    return Image.blend(Image.new("RGB", image.size, BACKGROUND), grey, 0.30)
 
 
-def shown(picture: Image.Image, boxes: Tensor | None) -> Image.Image:
-    """The picture at the size of its tile, dimmed where no kept token looks."""
-    small = picture.resize(fitted(picture.size), Image.Resampling.LANCZOS)
+def shown(image: Image.Image, boxes: Tensor | None) -> Image.Image:
+    """The image at the size of its tile, dimmed where no kept token looks."""
+    small = image.resize(fitted(image.size), Image.Resampling.LANCZOS)
     if boxes is None:
         return small
     kept = kept_pixels(boxes, small.size)
@@ -114,7 +114,7 @@ def _height(size: int, lines: int) -> int:
 
 
 class Layout(NamedTuple):
-    """Where things are: the picture of tile n is in the square of TILE pixels at `place(n)`."""
+    """Where things are: the image of tile n is in the square of TILE pixels at `corner(n)`."""
 
     heading: list[str]
     answers: list[list[str]]
@@ -123,7 +123,7 @@ class Layout(NamedTuple):
     caption: int
     columns: int
 
-    def place(self, number: int) -> tuple[int, int]:
+    def corner(self, number: int) -> tuple[int, int]:
         row, column = divmod(number, self.columns)
         return GAP + column * (TILE + GAP), self.header + row * (self.caption + TILE + GAP) + self.caption
 
@@ -141,7 +141,7 @@ def layout(heading: str, tiles: list[Tile]) -> Layout:
     return Layout(head, answers, (width, header + rows * (caption + TILE + GAP)), header, caption, columns)
 
 
-def draw(picture: Image.Image, heading: str, subtitle: str, tiles: list[Tile]) -> Image.Image:
+def draw(image: Image.Image, heading: str, subtitle: str, tiles: list[Tile]) -> Image.Image:
     """The whole panel."""
     plan = layout(heading, tiles)
     panel = Image.new("RGB", plan.size, BACKGROUND)
@@ -155,10 +155,10 @@ def draw(picture: Image.Image, heading: str, subtitle: str, tiles: list[Tile]) -
     y = write(GAP, 24, plan.heading, HEADING_SIZE, INK)
     write(GAP, y, wrapped(subtitle, SUBTITLE_SIZE, plan.size[0] - 2 * GAP, 1), SUBTITLE_SIZE, QUIET)
     for number, tile in enumerate(tiles):
-        x, top = plan.place(number)
+        x, top = plan.corner(number)
         y = write(x, top - plan.caption + 6, [tile.title], TITLE_SIZE, INK)
         y = write(x, y, [tile.note], NOTE_SIZE, QUIET)
         write(x, y, plan.answers[number], ANSWER_SIZE, OTHER if tile.differs else ACCENT)
-        content = shown(picture, tile.boxes)
+        content = shown(image, tile.boxes)
         panel.paste(content, (x + (TILE - content.width) // 2, top + (TILE - content.height) // 2))
     return panel

@@ -1,4 +1,4 @@
-"""Reading the user's picture."""
+"""Reading the user's image."""
 
 import warnings
 from pathlib import Path
@@ -10,7 +10,7 @@ from . import DemoError
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Pillow clips deeper grey pictures at 255; they are stretched from their darkest to their brightest value."""
+    """Pillow clips deeper grey images at 255; they are stretched from their darkest to their brightest value."""
     if not image.mode.startswith(("I", "F")):
         return image
     values = np.asarray(image).astype(np.float64)
@@ -19,7 +19,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def load(path: Path) -> Image.Image:
-    """The picture in RGB, upright."""
+    """The image in RGB, upright."""
     if not path.is_file():
         raise DemoError(f"--image: {'not a file' if path.exists() else 'no such file'}: {path}")
     try:
@@ -32,4 +32,4 @@ def load(path: Path) -> Image.Image:
         reason = " ".join(str(error).split())
         if str(path) not in reason:
             reason = f"{path}: {reason}"
-        raise DemoError(f"--image: not a readable picture: {reason}") from None
+        raise DemoError(f"--image: not a readable image: {reason}") from None

@@ -1,4 +1,4 @@
-"""The command: ask a model about a picture with all visual tokens and with few; show answers, times, kept tokens."""
+"""The command: ask a model about an image with all visual tokens and with few; show answers, times, kept tokens."""
 
 import argparse
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from .answers import Row, ask_and_time, count_visual, rows
 from .checkpoint import load as load_checkpoint
 from .checkpoint import quiet
 from .options import check, kept_of
-from .photo import load as load_picture
+from .photo import load as load_image
 from .report import caption, progress, table
 
 
 def tiles(results: Sequence[Row]) -> list[panel.Tile]:
-    """The picture with the full answer, then a tile for each method."""
+    """The image with the full answer, then a tile for each method."""
     full, *pruned = results
     out = [panel.Tile("All tokens", _spoken(full), f"{full.before} visual tokens", None)]
     for row in pruned:
@@ -44,15 +44,15 @@ def run(arguments: argparse.Namespace) -> int:
     """The command `demo`; raises DemoError with one line when it cannot do what was asked."""
     options = check(arguments)
     folder = example.model_folder(arguments.model)
-    picture = load_picture(Path(arguments.image) if arguments.image else example.picture_path(folder))
+    image = load_image(Path(arguments.image) if arguments.image else example.image_path(folder))
     question = " ".join((arguments.question or example.QUESTION).split())
     own = arguments.image is not None or question != example.QUESTION
     correct = None if own else example.ANSWER
 
     with quiet():
         checkpoint = load_checkpoint(folder, options.device)
-        picture = checkpoint.seen(picture)
-        inputs = checkpoint.prompt(picture, question)
+        image = checkpoint.seen(image)
+        inputs = checkpoint.prompt(image, question)
         before = count_visual(checkpoint, inputs)
         keep = kept_of(options.keep, before)
         results = rows(checkpoint, options.methods, before, keep, options.seed)
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
             )  # fmt: skip
 
     subtitle = f"{keep} of {before} visual tokens" + (f"; correct: {correct}" if correct else "")
-    _save(panel.draw(picture, question, subtitle, tiles(results)), options.out)
+    _save(panel.draw(image, question, subtitle, tiles(results)), options.out)
 
     console = Console(markup=False, highlight=False, emoji=False)
     note = caption(results, options.repeats, options.device, checkpoint.model.dtype, correct)

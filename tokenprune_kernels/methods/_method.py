@@ -167,9 +167,9 @@ class Method:
     def __post_init__(self) -> None:
         if self.positions not in ("original", "renumber"):
             raise ValueError(f"method {self.name}: positions must be original or renumber, got {self.positions!r}")
-        places = [stage.where for stage in self.stages]
-        if len(places) != 1 and places != ["model", "layer"]:
-            raise ValueError(f"method {self.name}: several stages are one of model and one of layer, got {places}")
+        where = [stage.where for stage in self.stages]
+        if len(where) != 1 and where != ["model", "layer"]:
+            raise ValueError(f"method {self.name}: several stages are one of model and one of layer, got {where}")
 
     @property
     def in_model(self) -> bool:

@@ -25,7 +25,7 @@ def adafv(
 
     1. a_t(j) = max over text rows i of softmax_j(temperature * cos(t_i, v_j)), the softmax over all visual tokens.
     2. a_v(j) = `saliency`: what the CLS token of the vision encoder attends to, mean over heads.
-    3. b = floor(floor * K) tokens of each ranking are always kept; R = K - 2 b places are left. With prefix sums P_t
+    3. b = floor(floor * K) tokens of each ranking are always kept; R = K - 2 b slots are left. With prefix sums P_t
        and P_v of the two rankings after their first b,  r* = argmax over r in 0..R of sqrt(P_t(r) * P_v(R - r)), the
        geometric mean of the masses; the first maximum wins.
     4. Keep the first b + r* of the text ranking and the first b + R - r* of the visual one.
@@ -38,7 +38,7 @@ def adafv(
     AdaV (ACL Findings 2025); that AdaFV uses the same constants is our reading; floor = 0 is the pure geometric mean.
     Three things differ from that code, on purpose: rankings run over all crops (there, the CLS picks of a later crop
     are offset by its number instead of by its tokens, and are not sorted across crops), a token chosen twice is kept
-    once, and the places that this frees go to the best of the others by the larger normalised score: exactly
+    once, and the slots that this frees go to the best of the others by the larger normalised score: exactly
     min(K, V) distinct tokens come out. Without a CLS token, the mean attention received is our substitute.
 
     details: text and saliency [B, V], num_text [B] = b + r*.

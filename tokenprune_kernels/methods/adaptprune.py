@@ -41,7 +41,7 @@ def adaptprune(
        w = exp(-d^2 / (2 sigma_spatial^2)) * exp(-(1 - cos(f_j, f_m))^2 / (2 sigma_semantic^2)),  s(j) <- s(j) (1 - w).
 
     query [B, Hq, M, D] needs only the last row (the last with query_mask [B, M] counts), key [B, Hkv, N, D] are all
-    keys of the prompt, key_indices [B, V] the places of the visual tokens (-1: padding, never selected; default: every
+    keys of the prompt, key_indices [B, V] the indices of the visual tokens (-1: padding, never selected; default: every
     key is visual), key_mask [B, N] marks keys that are not padding. features [B, V, C]: in the authors' code k_proj of
     the hidden states entering layer 2, all heads concatenated, before RoPE and without the layer's norm. positions
     [B, V, 2]: (row, column) within the crop, any number type. grid: (h, w) of a crop, [B, 2] when samples differ,
@@ -60,8 +60,8 @@ def adaptprune(
     >>> from tokenprune_kernels.methods import adaptprune
     >>> attention = torch.tensor([3.0, 2.9, 2.0, 1.0])  # logits; tokens 0 and 1 are neighbours and alike
     >>> features = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]])
-    >>> place = torch.tensor([[[0, 0], [0, 1], [1, 0], [1, 1]]])
-    >>> kept = adaptprune(torch.ones(1, 1, 1, 1), attention.view(1, 1, 4, 1), features, place, 2, grid=(2, 2))
+    >>> positions = torch.tensor([[[0, 0], [0, 1], [1, 0], [1, 1]]])
+    >>> kept = adaptprune(torch.ones(1, 1, 1, 1), attention.view(1, 1, 4, 1), features, positions, 2, grid=(2, 2))
     >>> kept.indices
     tensor([[0, 2]])
     """
@@ -93,12 +93,12 @@ def _centre_prior(positions: Tensor, grid: Grid) -> Tensor:
     return torch.exp((_offset(positions[..., 0], height) + _offset(positions[..., 1], width)) * -0.5)
 
 
-def _offset(place: Tensor, size: int | Tensor) -> Tensor:
-    """(linspace(-size/2, size/2, size)[place] / (size/2))^2, minus the smallest such value on the axis."""
+def _offset(coordinate: Tensor, size: int | Tensor) -> Tensor:
+    """(linspace(-size/2, size/2, size)[coordinate] / (size/2))^2, minus the smallest such value on the axis."""
     last = size - 1
     span = last.clamp_min(1) if isinstance(last, Tensor) else max(last, 1)
     middle = last // 2
-    return (place * (2 / span) - 1) ** 2 - (middle * (2 / span) - 1) ** 2
+    return (coordinate * (2 / span) - 1) ** 2 - (middle * (2 / span) - 1) ** 2
 
 
 ADAPTPRUNE = Method(

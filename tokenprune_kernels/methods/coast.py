@@ -44,7 +44,7 @@ def coast(
     6. Keep A, and of the other tokens the K_rest - n_low highest and the n_low lowest by Score.
 
     query [B, Hq, M, D] are the text rows after the image, key [B, Hkv, N, D] all keys of the prompt, key_indices [B, V]
-    the places of the visual tokens among them (-1: padding, never selected; default: every key is visual), features
+    the indices of the visual tokens among them (-1: padding, never selected; default: every key is visual), features
     [B, V, C] their hidden states. query_mask [B, M] and key_mask [B, N] mark what is not padding; a visual token whose
     key is masked is never selected. lse [B, Hq, M], if the attention that ran has it, saves a pass. The returned
     indices are positions among the V visual tokens.
@@ -118,7 +118,7 @@ def _lowest(scores: Tensor, ratio: float, valid: Tensor | None, backend: str | N
     if valid is None or most == 1:
         return select_topk(scores, most, mask=valid, largest=False, backend=backend)[0]
     # The n-th reference is due when n <= ratio * V; the first always is. A sample with fewer real tokens has room for
-    # more: fillers at -inf, lower than every attention score, take the places that are not due, and leave as -1.
+    # more: fillers at -inf, lower than every attention score, take the slots that are not due, and leave as -1.
     real = valid.sum(-1, keepdim=True, dtype=torch.float64)
     fillers = torch.arange(2, most + 1, device=scores.device) > ratio * real
     scores, valid = pad(scores, (0, most - 1), value=-math.inf), torch.cat([valid, fillers], 1)

@@ -62,7 +62,7 @@ def sts_structure(
 
 
 def _by_diagonal(positions: Tensor, mask: Tensor | None) -> Tensor:
-    """Positions divided by the diagonal of the bounding box of the valid ones; a single point keeps its place."""
+    """Positions divided by the diagonal of the bounding box of the valid ones; a single point keeps its coordinates."""
     if positions.shape[1] == 0:
         return positions
     least, most = positions, positions
@@ -97,7 +97,7 @@ def sts_semantics(
         a(j) = mean over heads, then over the instruction rows, of softmax(q k^T * scale)(row, j);  keep the K best.
 
     query [B, Hq, M, D] are the instruction rows, key [B, Hkv, N, D] all keys of the prompt, key_indices [B, V] the
-    places of the visual tokens that stage 1 kept (-1: padding, never selected; default: every key is visual).
+    indices of the visual tokens that stage 1 kept (-1: padding, never selected; default: every key is visual).
     query_mask [B, M] and key_mask [B, N] mark what is not padding. The layer is open as well; layer 2 is a choice of
     ours. The returned indices are positions among the V visual tokens. details: attention [B, V].
 
@@ -124,7 +124,7 @@ STS = Method(
         Stage(sts_semantics, "layer"),
     ),
     title="STS-style",
-    summary="spread over the picture, then by attention",
+    summary="spread over the image, then by attention",
     paper="2606.03569",
     source="the idea only: the potential, the split and the layers are ours",
 )

@@ -24,11 +24,11 @@ def select_mixture(
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """AdaFV's adaptive mixture (arXiv 2501.09532): k places shared between a text-guided and a visual ranking.
+    """AdaFV's adaptive mixture (arXiv 2501.09532): k slots shared between a text-guided and a visual ranking.
 
-    With b = floor(floor * k), the first b tokens of each ranking are reserved. Of the R = k - 2b places left, the text
+    With b = floor(floor * k), the first b tokens of each ranking are reserved. Of the R = k - 2b slots left, the text
     ranking gets r, the smallest r that maximises P_text(r) * P_visual(R - r), where P(r) is the sum of the r scores
-    after the reserved ones. A token that both rankings keep counts once; the places this frees go to the tokens with
+    after the reserved ones. A token that both rankings keep counts once; the slots this frees go to the tokens with
     the largest share of either list, max(s_text / sum s_text, s_visual / sum s_visual).
 
     Args:
@@ -41,7 +41,7 @@ def select_mixture(
 
     Returns:
         indices [B, k] int64, ascending, -1 after the last; counts [B] int64 = min(k, number of True); and
-        num_text [B] int64 = b + r, the places given to the text ranking.
+        num_text [B] int64 = b + r, the slots given to the text ranking.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value.

@@ -68,7 +68,7 @@ def threshold(held, keys_ptr, n, wanted, KEY: tl.constexpr, BLOCK_N: tl.constexp
         prefix |= digit.to(KEY) << shift.to(KEY)
         fixed |= tl.full([], 255, KEY) << shift.to(KEY)
         shift -= 8
-    # All of what is open: everything above the number before it. The key 0 is nobody's. None: nothing is above the top.
+    # All of what is open: everything above the number before it. Key 0 is no candidate. None: nothing is above the top.
     top: tl.constexpr = TOP_64 if KEY.primitive_bitwidth == 64 else TOP_32
     key = tl.where(undecided, prefix, tl.where(prefix > 0, prefix, 1).to(KEY) - 1)
     return tl.where(asked > 0, key, top).to(KEY), tl.where(undecided, wanted, 0)

@@ -87,7 +87,7 @@ def assume(wanted: Target) -> Iterator[None]:
 
 
 def fresh(*tensors: Tensor) -> Any:
-    """Newly allocated tensors, poisoned when TOKENPRUNE_POISON=1 asks for it: an element nobody writes shows up."""
+    """Newly allocated tensors, poisoned when TOKENPRUNE_POISON=1 asks for it: an unwritten element shows up."""
     if _POISON and not _tracing.active:
         for t in tensors:
             if t.dtype == torch.bool or t.is_meta:

@@ -61,7 +61,7 @@ struct ColumnPass {
   __device__ __forceinline__ float* last_values() const { return reinterpret_cast<float*>(&item() + 1); }
   __device__ __forceinline__ float* results_of(int q) const { return last_values() + (1 + 2 * q) * kTileVectors; }
 
-  // Barrier of all that work on an item.
+  // Barrier of all threads that work on an item.
   __device__ __forceinline__ void sync() const {
     if (plan.cluster > 1)
       cluster_sync();

@@ -60,7 +60,7 @@ constexpr int kMaxTeams = 3;          // of 128 threads: leaves a thread 168 reg
 constexpr int kMaxColumnCluster = 8;  // what every device with clusters can do
 constexpr int kBlocksPerSm = 64;      // cap of the grid: more items are looped over
 constexpr int kCombineThreads = 256;
-constexpr int64_t kPartialFloor = 1 << 20;  // bytes of partial results that nobody misses
+constexpr int64_t kPartialFloor = 1 << 20;  // bytes of partial results that are always allowed
 
 // Shared memory of a block: tiles and three sets of row statistics of every team, what is known of the item, and the
 // parts' results at the end.

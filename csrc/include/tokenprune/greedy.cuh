@@ -16,8 +16,8 @@ __device__ __forceinline__ Candidate warp_best(Candidate mine) {
   return {key, __reduce_min_sync(kAllLanes, mine.key == key ? mine.index : 0xFFFFFFFFu)};
 }
 
-// Where the warps of a cluster leave their candidates; two sets in turn, so that one barrier per step is enough: nobody
-// can write the set of step s + 2 before everybody has passed the barrier of step s + 1, that is, has read set s.
+// Where the warps of a cluster leave their candidates; two sets in turn, so that one barrier per step is enough: none
+// can write the set of step s + 2 before all have passed the barrier of step s + 1, that is, has read set s.
 struct CandidateSlots {
   Candidate warps[2][kWarp], blocks[2][kMaxCluster];
 };

@@ -72,7 +72,7 @@ struct NmsRule {
       }
       if (owns(pick.index)) keys[pick.index - first] = kNoKey;
     }
-    if (slot + 1 == steps) return;  // nobody asks any more
+    if (slot + 1 == steps) return;  // no further pick is made
     if (capacity == 0) {
       apply_to_neighbours(pick.index);
     } else {

@@ -68,10 +68,10 @@ inline NmsSuppression nms_suppression(double radius, double sigma_spatial, doubl
 constexpr int kNmsRowTile = 16;     // picks whose lists one block makes, the rows of one mma
 constexpr int kNmsColumnTile = 64;  // neighbours that it multiplies at a time
 constexpr int kNmsThreads = 256, kNmsMostSelectThreads = 384;
-constexpr int64_t kNmsRoomyLists = 16 << 20;    // bytes of lists that are always allowed
-constexpr int64_t kNmsModestCapacity = 128;     // allowed beyond that when the features are as large
-constexpr int64_t kNmsFewestEntries = 32;       // shorter lists than this would mostly overflow
-constexpr int64_t kNmsSelectStatic = 9 * 1024;  // bytes of static shared memory of the selection kernel
+constexpr int64_t kNmsAlwaysListBytes = 16 << 20;  // bytes of lists that are always allowed
+constexpr int64_t kNmsFeatureCapacity = 128;       // allowed beyond that when the features are as large
+constexpr int64_t kNmsFewestEntries = 32;          // shorter lists than this would mostly overflow
+constexpr int64_t kNmsSelectStatic = 9 * 1024;     // bytes of static shared memory of the selection kernel
 
 struct NmsPlan {
   int64_t steps;                  // picks that can be made at most
@@ -97,9 +97,9 @@ inline NmsPlan plan_nms(int64_t batch, int64_t n, int64_t dim, int64_t element_s
   const int64_t tokens = batch * n;
   // Lists pay off when they are used a few times: a list costs about what the update after one pick costs.
   if (plan.steps > 2) {
-    const int64_t roomy = kNmsRoomyLists / 8 / tokens;
-    const int64_t modest = std::min(kNmsModestCapacity, dim * element_size / 8);
-    plan.capacity = std::min(n - 1, std::max(roomy, modest));
+    const int64_t always = kNmsAlwaysListBytes / 8 / tokens;
+    const int64_t within_features = std::min(kNmsFeatureCapacity, dim * element_size / 8);
+    plan.capacity = std::min(n - 1, std::max(always, within_features));
     if (plan.capacity < std::min(n - 1, kNmsFewestEntries)) plan.capacity = 0;
   }
   plan.prepare_blocks = std::min(ceil_div<int64_t>(tokens, kNmsThreads / 32), kMaxGridX);
@@ -112,8 +112,8 @@ inline NmsPlan plan_nms(int64_t batch, int64_t n, int64_t dim, int64_t element_s
     plan.list_blocks = std::min(tiles * plan.splits, kMaxGridX);
   }
   // Several blocks per sample where a step is long: many tokens to look through, or picks that overflow their lists.
-  const bool crowded = plan.capacity < n - 1 && (plan.capacity == 0 || 3.2 * reach * reach > plan.capacity);
-  const int64_t useful = std::max(n / 4096, crowded ? n / 256 : int64_t(0));
+  const bool overflows = plan.capacity < n - 1 && (plan.capacity == 0 || 3.2 * reach * reach > plan.capacity);
+  const int64_t useful = std::max(n / 4096, overflows ? n / 256 : int64_t(0));
   while (limits.has_clusters() && plan.cluster < kMaxCluster && 2 * plan.cluster <= useful &&
          2 * plan.cluster * batch <= limits.sm_count)
     plan.cluster *= 2;

@@ -202,7 +202,7 @@ __device__ __forceinline__ Threshold<Key> threshold_of_best(const Keys& keys, St
     const uint32_t next = (set + 1) % 3, bins = 1u << min(width, kRadixBits);
     width = max(width - kRadixBits, 0);
     for (int i = threadIdx.x; i < kRadixBins; i += blockDim.x) scratch.histogram[next][i] = 0;
-    // Increments whose result nobody reads: the hardware adds those of a warp that hit the same bin in one go.
+    // Increments whose result is not read: the hardware adds those of a warp that hit the same bin in one go.
     uint32_t* histogram = scratch.histogram[set];
     each_token(of_warp, keys, [&](uint32_t, Key key) {
       const Key bin = static_cast<Key>(key - low) >> width;

@@ -6,7 +6,7 @@
 //    twice, mirrored; those on the diagonal write the inverse norms, so that nothing has to be launched before.
 // 2. gram_start, for the starts that compare tokens: a warp per token reads a row of the matrix. 256 threads.
 // 3. gram_greedy: one block per sample makes all picks. A thread owns every blockDim-th token; state, key, inverse norm
-//    and energy of its tokens are in shared memory (16 bytes per token), where nobody else touches them. A step is one
+//    and energy of its tokens are in shared memory (16 bytes per token), untouched by other threads. A step is one
 //    barrier and one row of the matrix (4 n bytes), read coalesced.
 #pragma once
 

@@ -72,8 +72,8 @@ T& static_shared(const Site&) {
 // Barrier of the block; returns the sum of what the threads contributed.
 int block_barrier(int contribution);
 
-// All lanes of `mask` meet: each passes a request, the last one to come completes them all. `requests` is indexed by
-// lane, null outside the mask. `name` tells collectives apart: lanes that meet in different ones are an error.
+// All lanes of `mask` wait: each passes a request, the last one to come completes them all. `requests` is indexed by
+// lane, null outside the mask. `name` tells collectives apart: lanes that wait in different ones are an error.
 using Complete = void (*)(void* const* requests, uint32_t mask);
 void warp_collective(const char* name, uint32_t mask, void* request, Complete complete);
 int lane();

@@ -1,6 +1,6 @@
-"""Small random models whose pictures come in crops, tiles or frames, and prompts as their processors make them.
+"""Small random models whose images come in crops, tiles or frames, and prompts as their processors make them.
 
-A picture is its height and width in pixels. Its prompt has as many placeholders as the model's own encoder gives
+An image is its height and width in pixels. Its prompt has as many placeholders as the model's own encoder gives
 features.
 """
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from .models import IMAGE, TEXT, Prompts, left_padded, text
 
 VIDEO = 101
-# A batch of samples, each a list of pictures; there is text in front of them, between them and behind them.
-Pictures = Sequence[Sequence[tuple[int, int]]]
-SINGLE: Pictures = [[(20, 44)]]
-RAGGED: Pictures = [[(20, 44)], [(50, 30)]]
-SEVERAL: Pictures = [[(20, 44), (16, 16)], [(30, 18)]]
+# A batch of samples, each a list of images; there is text in front of them, between them and behind them.
+Images = Sequence[Sequence[tuple[int, int]]]
+SINGLE: Images = [[(20, 44)]]
+RAGGED: Images = [[(20, 44)], [(50, 30)]]
+SEVERAL: Images = [[(20, 44), (16, 16)], [(30, 18)]]
 
 
 def random_model(kind: type, config: Any, attention: str) -> Any:
@@ -34,12 +34,12 @@ def random_model(kind: type, config: Any, attention: str) -> Any:
 
 
 def _prompts(batch: Sequence[Sequence[int]], visual: Sequence[int], draw: torch.Generator) -> dict[str, Tensor]:
-    """Samples from the number of placeholders of each picture, whose ids are `visual`, in turn."""
+    """Samples from the number of placeholders of each image, whose ids are `visual`, in turn."""
     ids = iter(visual)
     samples = []
-    for b, pictures in enumerate(batch):
+    for b, images in enumerate(batch):
         sample = text(3, draw)
-        for i, count in enumerate(pictures):
+        for i, count in enumerate(images):
             sample += [next(ids)] * count + text(2 + i, draw)
         samples.append(sample + text(4 + 2 * b, draw))
     return left_padded(samples)
@@ -49,10 +49,10 @@ def _pixels(crops: int, side: int, draw: torch.Generator) -> Tensor:
     return torch.randn(crops, 3, side, side, generator=draw)
 
 
-def _stacked(pictures: list[Tensor]) -> Tensor:
+def _stacked(images: list[Tensor]) -> Tensor:
     """[images, crops, 3, h, w], zeros for the missing crops, as the image processors pad them."""
-    most = max(map(len, pictures))
-    return torch.stack([torch.cat([p, p.new_zeros(most - len(p), *p.shape[1:])]) for p in pictures])
+    most = max(map(len, images))
+    return torch.stack([torch.cat([p, p.new_zeros(most - len(p), *p.shape[1:])]) for p in images])
 
 
 def _crops(size: tuple[int, int], pinpoints: list[list[int]], side: int) -> int:
@@ -63,7 +63,7 @@ def _crops(size: tuple[int, int], pinpoints: list[list[int]], side: int) -> int:
 
 
 def llava_next(
-    pictures: Pictures = SINGLE, *, attention: str = "sdpa", vision: Any = None, language: Any = None, **more: Any
+    images: Images = SINGLE, *, attention: str = "sdpa", vision: Any = None, language: Any = None, **more: Any
 ) -> Prompts:
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
@@ -77,17 +77,17 @@ def llava_next(
     )  # fmt: skip
     model = random_model(LlavaNextForConditionalGeneration, config, attention)
     draw = torch.Generator().manual_seed(3)
-    sizes = [size for sample in pictures for size in sample]
+    sizes = [size for sample in images for size in sample]
     pixels = _stacked([_pixels(_crops(size, pinpoints, side), side, draw) for size in sizes])
     inputs = {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
     with torch.no_grad():
         encoded = model.model.get_image_features(**inputs, return_dict=True).pooler_output
-    return Prompts(model, {**_grouped(pictures, encoded, draw), **inputs}, IMAGE)
+    return Prompts(model, {**_grouped(images, encoded, draw), **inputs}, IMAGE)
 
 
-def _grouped(pictures: Pictures, encoded: Sequence[Tensor], draw: torch.Generator) -> dict[str, Tensor]:
+def _grouped(images: Images, encoded: Sequence[Tensor], draw: torch.Generator) -> dict[str, Tensor]:
     counts = iter(len(features) for features in encoded)
-    batch = [[next(counts) for _ in sample] for sample in pictures]
+    batch = [[next(counts) for _ in sample] for sample in images]
     return _prompts(batch, [IMAGE] * len(encoded), draw)
 
 
@@ -111,28 +111,28 @@ def _onevision(attention: str) -> Any:
     return random_model(LlavaOnevisionForConditionalGeneration, config, attention)
 
 
-def llava_onevision(pictures: Pictures = SINGLE, *, attention: str = "sdpa") -> Prompts:
+def llava_onevision(images: Images = SINGLE, *, attention: str = "sdpa") -> Prompts:
     model = _onevision(attention)
     draw = torch.Generator().manual_seed(3)
-    sizes = [size for sample in pictures for size in sample]
-    # A sample with several pictures has no crops of them.
+    sizes = [size for sample in images for size in sample]
+    # A sample with several images has no crops of them.
     crops = [
         _crops(size, model.config.image_grid_pinpoints, 20) if len(sample) == 1 else 1
-        for sample in pictures
+        for sample in images
         for size in sample
     ]
     inputs = {
         "pixel_values": _stacked([_pixels(n, 20, draw) for n in crops]),
         "image_sizes": torch.tensor(sizes),
-        "batch_num_images": torch.tensor([len(sample) for sample in pictures]),
+        "batch_num_images": torch.tensor([len(sample) for sample in images]),
     }
     with torch.no_grad():
         encoded = model.model.get_image_features(**inputs, return_dict=True).pooler_output
-    return Prompts(model, {**_grouped(pictures, encoded, draw), **inputs}, IMAGE)
+    return Prompts(model, {**_grouped(images, encoded, draw), **inputs}, IMAGE)
 
 
 def llava_onevision_video(*, attention: str = "sdpa") -> Prompts:
-    """Two videos of three frames, and in the second sample a picture in front of its video."""
+    """Two videos of three frames, and in the second sample an image in front of its video."""
     model = _onevision(attention)
     draw = torch.Generator().manual_seed(3)
     size = (20, 44)
@@ -144,9 +144,9 @@ def llava_onevision_video(*, attention: str = "sdpa") -> Prompts:
     }
     with torch.no_grad():
         names = ("pixel_values", "image_sizes")
-        picture = model.model.get_image_features(**{n: inputs[n] for n in names}, return_dict=True).pooler_output[0]
+        image = model.model.get_image_features(**{n: inputs[n] for n in names}, return_dict=True).pooler_output[0]
     video = 3 * 9 + 1
-    ids = _prompts([[video], [len(picture), video]], [VIDEO, IMAGE, VIDEO], draw)
+    ids = _prompts([[video], [len(image), video]], [VIDEO, IMAGE, VIDEO], draw)
     return Prompts(model, {**ids, **inputs}, (IMAGE, VIDEO))
 
 
@@ -164,27 +164,27 @@ def _internvl(attention: str) -> Any:
     return random_model(InternVLForConditionalGeneration, config, attention)
 
 
-def tiled(picture: Tensor, rows: int, columns: int, side: int = 16) -> Tensor:
-    """[tiles, 3, side, side]: the tiles of a picture [3, h, w], and its thumbnail when they are several."""
+def tiled(image: Tensor, rows: int, columns: int, side: int = 16) -> Tensor:
+    """[tiles, 3, side, side]: the tiles of an image [3, h, w], and its thumbnail when they are several."""
     resize = torch.nn.functional.interpolate
-    whole = resize(picture[None], (rows * side, columns * side), mode="bilinear", antialias=True)[0]
+    whole = resize(image[None], (rows * side, columns * side), mode="bilinear", antialias=True)[0]
     tiles = whole.unflatten(2, (columns, side)).unflatten(1, (rows, side)).permute(1, 3, 0, 2, 4).flatten(0, 1)
     if len(tiles) == 1:
         return tiles
-    return torch.cat([tiles, resize(picture[None], (side, side), mode="bilinear", antialias=True)])
+    return torch.cat([tiles, resize(image[None], (side, side), mode="bilinear", antialias=True)])
 
 
-def internvl(pictures: Pictures = SINGLE, *, attention: str = "sdpa") -> Prompts:
-    """The pictures are as in the other families: tiles of 16 pixels, as many as are nearest to their size."""
+def internvl(images: Images = SINGLE, *, attention: str = "sdpa") -> Prompts:
+    """The images are as in the other families: tiles of 16 pixels, as many as are nearest to their size."""
     model = _internvl(attention)
     draw = torch.Generator().manual_seed(3)
     tiles, batch = [], []
-    for sample in pictures:
+    for sample in images:
         counts = []
         for height, width in sample:
             smooth = torch.randn(1, 3, 4, 4, generator=draw)
-            picture = torch.nn.functional.interpolate(smooth, (height, width), mode="bilinear")[0]
-            tiles.append(tiled(picture, max(1, round(height / 16)), max(1, round(width / 16))))
+            image = torch.nn.functional.interpolate(smooth, (height, width), mode="bilinear")[0]
+            tiles.append(tiled(image, max(1, round(height / 16)), max(1, round(width / 16))))
             counts.append(len(tiles[-1]) * 16)
         batch.append(counts)
     ids = _prompts(batch, [IMAGE] * len(tiles), draw)
@@ -192,10 +192,10 @@ def internvl(pictures: Pictures = SINGLE, *, attention: str = "sdpa") -> Prompts
 
 
 def internvl_video(*, attention: str = "sdpa") -> Prompts:
-    """Frames are tiles with text between them; here a picture of 2 x 1 tiles in front of them, in the second sample."""
+    """Frames are tiles with text between them; here an image of 2 x 1 tiles in front of them, in the second sample."""
     model = _internvl(attention)
     draw = torch.Generator().manual_seed(3)
-    picture = tiled(torch.randn(3, 32, 16, generator=draw), 2, 1)
+    image = tiled(torch.randn(3, 32, 16, generator=draw), 2, 1)
     ids = _prompts([[16] * 3, [48, 16, 16]], [IMAGE] * 6, draw)
-    pixels = torch.cat([_pixels(3, 16, draw), picture, _pixels(2, 16, draw)])
+    pixels = torch.cat([_pixels(3, 16, draw), image, _pixels(2, 16, draw)])
     return Prompts(model, {**ids, "pixel_values": pixels}, IMAGE)

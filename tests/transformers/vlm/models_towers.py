@@ -6,14 +6,14 @@ from typing import Any
 import torch
 
 from .models import IMAGE, PAD, TEXT, Prompts, left_padded, text
-from .models_crops import SINGLE, Pictures, llava_next, random_model
+from .models_crops import SINGLE, Images, llava_next, random_model
 
-ROW_END, PICTURE_END = 102, 103
+ROW_END, IMAGE_END = 102, 103
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 4}
 
 
-def pixtral(pictures: Pictures = SINGLE, *, attention: str = "sdpa") -> Prompts:
-    """Pixtral: each picture has patches of its own size, and a token behind each row of them."""
+def pixtral(images: Images = SINGLE, *, attention: str = "sdpa") -> Prompts:
+    """Pixtral: each image has patches of its own size, and a token behind each row of them."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig, PixtralVisionConfig
 
     config = LlavaConfig(
@@ -25,22 +25,22 @@ def pixtral(pictures: Pictures = SINGLE, *, attention: str = "sdpa") -> Prompts:
     )
     model = random_model(LlavaForConditionalGeneration, config, attention)
     draw = torch.Generator().manual_seed(3)
-    grids = [[(height // 4, width // 4) for height, width in sample] for sample in pictures]
+    grids = [[(height // 4, width // 4) for height, width in sample] for sample in images]
     sizes = torch.tensor([(4 * rows, 4 * columns) for sample in grids for rows, columns in sample])
     pixels = torch.zeros(len(sizes), 3, *sizes.amax(0).tolist())
-    for picture, (height, width) in zip(pixels, sizes.tolist(), strict=True):
-        picture[:, :height, :width] = torch.randn(3, height, width, generator=draw)
+    for image, (height, width) in zip(pixels, sizes.tolist(), strict=True):
+        image[:, :height, :width] = torch.randn(3, height, width, generator=draw)
     samples = []
     for b, sample in enumerate(grids):
         ids = text(3, draw)
         for i, (rows, columns) in enumerate(sample):
-            ids += [*([*[IMAGE] * columns, ROW_END] * rows)[:-1], PICTURE_END, *text(2 + i, draw)]
+            ids += [*([*[IMAGE] * columns, ROW_END] * rows)[:-1], IMAGE_END, *text(2 + i, draw)]
         samples.append(ids + text(4 + 2 * b, draw))
     return Prompts(model, {**left_padded(samples), "pixel_values": pixels, "image_sizes": sizes}, IMAGE)
 
 
 def _llava(vision: Any, language: Any, tokens: int, **more: Any) -> Prompts:
-    """Two samples with a picture of 20 x 20 pixels each."""
+    """Two samples with an image of 20 x 20 pixels each."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     config = LlavaConfig(vision_config=vision, text_config=language, image_token_id=IMAGE, **more)
@@ -74,11 +74,11 @@ def fused() -> Prompts:
     return _llava(CLIPVisionConfig(**VISION, image_size=20), language, 25)
 
 
-def granite(pictures: Pictures = SINGLE) -> Prompts:
+def granite(images: Images = SINGLE) -> Prompts:
     """Granite Vision: LLaVA-NeXT with SigLIP, whose features are those of several layers."""
     from transformers import GraniteConfig, SiglipVisionConfig
 
     vision = SiglipVisionConfig(**VISION, image_size=16, vision_use_head=False)
     language = GraniteConfig(**TEXT, attention_multiplier=0.25)
     layers = {"vision_feature_layer": [-3, -1], "vision_feature_select_strategy": "full"}
-    return llava_next(pictures, vision=vision, language=language, **layers)
+    return llava_next(images, vision=vision, language=language, **layers)

@@ -37,8 +37,8 @@ def _attention(drops: Sequence[Drop], prompt_length: int) -> Any:
         groups = query.shape[1] // key.shape[1]
         key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
         rows, columns = query.shape[2], key.shape[2]
-        place = torch.arange(columns)
-        allowed = (place <= place[:rows].unsqueeze(1) + columns - rows).expand(query.shape[0], 1, -1, -1)
+        column = torch.arange(columns)
+        allowed = (column <= column[:rows].unsqueeze(1) + columns - rows).expand(query.shape[0], 1, -1, -1)
         if mask is not None:  # the model's padding
             allowed = allowed & (mask if mask.dtype == torch.bool else mask > -1)
         for drop in drops:
@@ -46,7 +46,7 @@ def _attention(drops: Sequence[Drop], prompt_length: int) -> Any:
             if module.layer_idx < drop.layer:
                 if not drop.everywhere_for_new_rows:
                     continue
-                gone = gone & (place >= prompt_length).view(1, 1, -1, 1)
+                gone = gone & (column >= prompt_length).view(1, 1, -1, 1)
             allowed = allowed & ~gone
         logits = (query @ key.mT * scaling).masked_fill(~allowed, -torch.inf)
         weights = logits.softmax(-1).nan_to_num(0.0)  # padding and dropped rows may see nothing

@@ -1,4 +1,4 @@
-"""Running models whose pictures differ in size inside a block, and how salient their tokens are, computed by hand."""
+"""Running models whose images differ in size inside a block, and how salient their tokens are, computed by hand."""
 
 import functools
 import inspect
@@ -78,7 +78,7 @@ def vision_weights(prompts: Prompts, attention: str, layer: int) -> list[Tensor]
 
 
 def llava_next_saliency(prompts: Prompts) -> list[Tensor]:
-    """By hand for the pictures of RAGGED: 4 x 12 patches of which columns 2..9 are left, and 8 x 8, columns 2..5."""
+    """By hand for the images of RAGGED: 4 x 12 patches of which columns 2..9 are left, and 8 x 8, columns 2..5."""
     (weights,) = vision_weights(prompts, "self_attn", -2)
     crops = weights[:, :, 0, 1:].mean(1).view(-1, 4, 4)
     assert len(crops) == 4 + 5
@@ -128,13 +128,13 @@ def internvl_saliency(prompts: Prompts) -> list[Tensor]:
 
 
 def onevision_video_saliency(prompts: Prompts) -> list[Tensor]:
-    """A video, and a picture with a video: frames of 5 x 5 are pooled to 3 x 3, and a newline ends the video."""
-    pictures, frames = (w.mean((1, 2)).view(-1, 5, 5) for w in vision_weights(prompts, "self_attn", -1))
+    """A video, and an image with a video: frames of 5 x 5 are pooled to 3 x 3, and a newline ends the video."""
+    images, frames = (w.mean((1, 2)).view(-1, 5, 5) for w in vision_weights(prompts, "self_attn", -1))
     zero = frames.new_zeros(1)
     videos = [torch.cat([*(shrunk(f, 3, 3).flatten() for f in each), zero]) for each in frames.view(2, 3, 5, 5)]
-    wide = torch.cat([pictures[1], pictures[2], pictures[3]], 1)[:, 2:13]
-    picture = torch.cat([pictures[0].flatten(), torch.nn.functional.pad(wide, (0, 1)).flatten()])
-    return [videos[0], torch.cat([picture, videos[1]])]
+    wide = torch.cat([images[1], images[2], images[3]], 1)[:, 2:13]
+    image = torch.cat([images[0].flatten(), torch.nn.functional.pad(wide, (0, 1)).flatten()])
+    return [videos[0], torch.cat([image, videos[1]])]
 
 
 def pixtral_saliency(prompts: Prompts) -> list[Tensor]:

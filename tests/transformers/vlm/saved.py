@@ -13,11 +13,11 @@ LLAVA = {IMAGE: "<image>"}
 QWEN = {100: "<|image_pad|>", 101: "<|video_pad|>", 102: "<|vision_start|>", 103: "<|vision_end|>"}
 
 
-def chat(picture: str) -> str:
-    """A chat template: the picture as it stands in a prompt, then the question."""
+def chat(image: str) -> str:
+    """A chat template: the image as it stands in a prompt, then the question."""
     return (
         "{% for message in messages %}{% for part in message['content'] %}"
-        f"{{{{ '{picture}' if part['type'] == 'image' else ' ' + part['text'] }}}}"
+        f"{{{{ '{image}' if part['type'] == 'image' else ' ' + part['text'] }}}}"
         "{% endfor %}{% endfor %}"
     )
 

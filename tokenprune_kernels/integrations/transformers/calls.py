@@ -23,7 +23,7 @@ class Calls(threading.local):
 
     @property
     def encoding(self) -> Encoding | None:
-        """Where to write down what is seen of images now; None when nobody in this thread asked for it."""
+        """Where to write down what is seen of images now; None when no block of this thread asks for it."""
         return self.encodings[-1] if self.encodings else None
 
     @property

@@ -45,7 +45,7 @@ class LayerContext:
         return gather_compact([self.hidden], self.tokens.visual, dims=[1])[0]
 
     def by_origin(self, values: Tensor) -> Tensor:
-        """Of something known of every unpruned visual token, the part of those that are left."""
+        """Values that are known for every unpruned visual token, for those that are left."""
         return gather_compact([values], self.tokens.origin, dims=[1])[0]
 
     def stacked_positions(self) -> Tensor:
