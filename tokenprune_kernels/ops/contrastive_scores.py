@@ -25,7 +25,7 @@ def contrastive_scores(
         features: visual tokens, [B, N, C], float16, bfloat16, float32 or float64, in any strides.
         anchor_indices: [B, A] int64 positions in [0, N), -1 where there is no entry.
         reference_indices: [B, R] int64, likewise. An index that is listed twice counts twice in the mean.
-        backend: `"cpu"`, `"cuda"`, `"triton"`, `"reference"` or `"auto"`; see `use_backend`.
+        backend: which implementation serves the call; see `use_backend`.
 
     Returns:
         Scores [B, N] of all tokens, the listed ones among them: float32, or float64 for float64 features. A list

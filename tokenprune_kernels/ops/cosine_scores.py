@@ -33,7 +33,7 @@ def cosine_scores(
         queries: [B, M, C], of the dtype of `features`.
         query_mask: [B, M] bool, True where a query counts; all of them by default.
         reduction: `"max"` or `"mean"` over the queries that count.
-        backend: `"cpu"`, `"cuda"`, `"triton"`, `"reference"` or `"auto"`; see `use_backend`.
+        backend: which implementation serves the call; see `use_backend`.
 
     Returns:
         Scores [B, N]: float32, or float64 for float64 inputs. Vectors are normalised as x / max(||x||, 1e-12), so a

@@ -49,7 +49,7 @@ def cross_attention_scores(
         head_reduction: "mean", "sum", "max" or "none".
         query_reduction: "mean", "sum", "max", "last" (the last row of `query_mask`), or several joined by "+" and
             computed in one pass. Without any row in `query_mask` the scores are 0.
-        backend: "auto", "cpu", "cuda", "triton" or "reference"; see `use_backend`.
+        backend: which implementation serves the call; see `use_backend`.
 
     Returns:
         scores: [B, V], or [B, R, V] when R > 1 reductions are joined by "+"; with head_reduction="none" [B, Hq, V] or

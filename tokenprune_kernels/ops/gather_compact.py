@@ -75,7 +75,7 @@ def gather_compact(
         indices: [B, K] int64, the tokens to keep; -1 gives zeros. The selecting ops return this.
         dims: for each tensor its token dimension; negative counts from the back.
         batch_dims: for each tensor its batch dimension (of size B); default 0 for all.
-        backend: `cuda`, `triton`, `cpu`, `reference` or `auto`; default: see `use_backend`.
+        backend: which implementation serves the call; see `use_backend`.
 
     Returns:
         For each tensor a contiguous one with K in place of its token dimension. Differentiable in forward and backward

@@ -20,7 +20,7 @@ def mask_to_indices(mask: Tensor, capacity: int, *, backend: str | None = None) 
     Args:
         mask: [B, N] bool.
         capacity: length of the lists, >= 0; may exceed N.
-        backend: `cuda`, `triton`, `cpu`, `reference` or `auto`; default: see `use_backend`.
+        backend: which implementation serves the call; see `use_backend`.
 
     Returns:
         indices [B, capacity] int64, ascending, -1 after the last, and counts [B] int64 = min(number of True, capacity).

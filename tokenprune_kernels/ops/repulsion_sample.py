@@ -78,7 +78,7 @@ def repulsion_sample(
         first: the first pick when there is neither a seed nor `energy` (with `energy` it is the smallest energy).
             `outlier`: the smallest cosine with the sum of all valid unit vectors; `isolated`: the smallest of the
             largest cosines with another valid token; `index`: the lowest valid index.
-        backend: `cuda`, `triton`, `cpu`, `reference` or `auto`; default: see `use_backend`.
+        backend: which implementation serves the call; see `use_backend`.
 
     Returns:
         indices [B, k] int64 in order of selection, -1 after the last, and counts [B] int64, how many were picked:

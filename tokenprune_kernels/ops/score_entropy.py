@@ -16,7 +16,7 @@ def score_entropy(
         scores: [B, N], float16, bfloat16, float32 or float64; negative and NaN count as 0.
         mask: [B, N] bool, True for the n tokens that count; default all.
         normalized: divide by log(n) and clamp to [0, 1]; False gives H = -sum p log p in nats.
-        backend: `cuda`, `triton`, `cpu`, `reference` or `auto`; default: see `use_backend`.
+        backend: which implementation serves the call; see `use_backend`.
 
     Returns:
         [B] float32 (float64 for float64). All-zero scores count as uniform; at most one token gives 0; a score of

@@ -37,7 +37,7 @@ def select_mixture(
         k: how many to keep, >= 0; may exceed N.
         floor: the part of k that each ranking is sure of, in [0, 0.5].
         mask: [B, N] bool, True for the tokens that may be selected; default all.
-        backend: `cuda`, `triton`, `cpu`, `reference` or `auto`; default: see `use_backend`.
+        backend: which implementation serves the call; see `use_backend`.
 
     Returns:
         indices [B, k] int64, ascending, -1 after the last; counts [B] int64 = min(k, number of True); and

@@ -25,7 +25,7 @@ def select_topk(
         k: how many to keep, >= 0; may exceed N.
         mask: [B, N] bool, True for the tokens that may be selected; default all.
         largest: False selects the k smallest instead. NaN stays last.
-        backend: `cuda`, `triton`, `cpu`, `reference` or `auto`; default: see `use_backend`.
+        backend: which implementation serves the call; see `use_backend`.
 
     Returns:
         indices [B, k] int64, ascending, -1 after the last, and counts [B] int64 = min(k, number of True).

@@ -27,7 +27,7 @@ def select_two_tailed(
         num_low: [B] int64, how many of the k go to the lowest scores; values outside [0, k] are clamped.
         k: how many to keep in all, >= 0; may exceed N.
         mask: [B, N] bool, True for the tokens that may be selected; default all.
-        backend: `cuda`, `triton`, `cpu`, `reference` or `auto`; default: see `use_backend`.
+        backend: which implementation serves the call; see `use_backend`.
 
     Returns:
         indices [B, k] int64, ascending, -1 after the last, and counts [B] int64 = min(k, number of True).

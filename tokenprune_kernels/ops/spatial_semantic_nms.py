@@ -55,7 +55,7 @@ def spatial_semantic_nms(
         sigma_spatial, sigma_semantic: widths of the two factors; with an infinite one that factor is 1.
         mode: `"soft"` or `"hard"`.
         threshold: used by mode `"hard"` only.
-        backend: `"cpu"`, `"cuda"`, `"triton"`, `"reference"` or `"auto"`; see `use_backend`.
+        backend: which implementation serves the call; see `use_backend`.
 
     Returns:
         indices: [B, k] int64 in order of selection, -1 when no candidate is left.
