@@ -1,15 +1,11 @@
 """CONTRIBUTING.md's lists of files: they exist, and its steps for a new op are all that it takes."""
 
-import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from testing import ROOT
+from testing import ROOT, scratch
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 SECTIONS = dict(re.findall(r"^## (Add .*?)\n(.*?)(?=^## |\Z)", TEXT, flags=re.S | re.M))
@@ -67,34 +63,22 @@ def test_there_are_steps_for_whatever_the_package_grows_by() -> None:
     assert list(SECTIONS) == ["Add an op", "Add a kernel for a backend", "Add a method", "Add a model family"]
 
 
-def _export(file: Path, line: str) -> None:
-    text = file.read_text()
-    file.write_text(text.replace("__all__ = [", f'{line}\n\n__all__ = [\n    "visible_mean",', 1))
-
-
 def test_the_steps_for_an_op_are_all_that_it_takes(tmp_path: Path) -> None:
     """In a copy: four files, and the promises of the contract are tested, through the reference."""
     steps = [step for step in files_of("Add an op") if step.startswith(("python_ref", "tokenprune_kernels"))]
     assert len(steps) == 4
-    for folder in ("tokenprune_kernels", "python_ref", "testing", "emulator", "tests"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "reference"))
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    (tmp_path / "tokenprune_kernels" / "reference").symlink_to(tmp_path / "python_ref")  # what an installation maps
+    scratch.checkout(tmp_path)
+    ops, references = tmp_path / "tokenprune_kernels" / "ops", tmp_path / "python_ref"
+    (ops / "visible_mean.py").write_text(OP)
+    (references / "visible_mean.py").write_text(REFERENCE)
+    for package in (ops, references):
+        exported = 'from .visible_mean import visible_mean\n\n__all__ = [\n    "visible_mean",'
+        scratch.edit(package / "__init__.py", (("__all__ = [", exported),))
 
-    (tmp_path / "tokenprune_kernels" / "ops" / "visible_mean.py").write_text(OP)
-    (tmp_path / "python_ref" / "visible_mean.py").write_text(REFERENCE)
-    for package in (tmp_path / "tokenprune_kernels" / "ops", tmp_path / "python_ref"):
-        _export(package / "__init__.py", "from .visible_mean import visible_mean")
-
-    tests = ["tests/ops", *(f"tests/package/test_{name}.py" for name in ("dispatch", "registry", "doctests"))]
-    ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "visible_mean", *tests],
-        env={**os.environ, "PYTHONPATH": str(tmp_path), "TOKENPRUNE_TEST_BACKENDS": "cpu,reference"},
-        cwd=tmp_path, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", ran.stdout)
+    files = ["tests/ops", *(f"tests/package/test_{name}.py" for name in ("dispatch", "registry", "doctests"))]
+    printed = scratch.pytest(tmp_path, "-k", "visible_mean", *files)
+    passed = re.search(r"(\d+) passed", printed)
     assert passed is not None
-    assert int(passed.group(1)) >= 50, ran.stdout[-2000:]
-    if "skipped" in ran.stdout:
-        assert "visible_mean has no cpu kernel yet" in ran.stdout
+    assert int(passed.group(1)) >= 50, printed[-2000:]
+    if "skipped" in printed:
+        assert "visible_mean has no cpu kernel yet" in printed
