@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,8 +34,7 @@ _SCHEMA_TYPES: dict[Any, str] = {
 }
 
 
-@dataclass(frozen=True)
-class TensorKind:
+class TensorKind(NamedTuple):
     """A tensor of one of `dtypes`; `shape` names its sizes by letters, which agree over all arguments, or by digits."""
 
     shape: tuple[str, ...]
@@ -48,13 +47,11 @@ class TensorKind:
         return f"[{', '.join(self.shape)}]"
 
 
-@dataclass(frozen=True)
-class Count:
+class Count(NamedTuple):
     """An integer >= 0: how many entries each sample of the result has."""
 
 
-@dataclass(frozen=True)
-class Number:
+class Number(NamedTuple):
     """A real number in [low, high], or in (low, high] with `above`. NaN is outside."""
 
     low: float
@@ -62,8 +59,7 @@ class Number:
     above: bool = False
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """One of some words, or with `joined` several of them joined by "+"."""
 
     words: tuple[str, ...]
@@ -89,8 +85,7 @@ def flags(shape: str) -> TensorKind:
     return TensorKind(tuple(shape.split()), (torch.bool,))
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """A result: `score` (float32, float64 for a float64 first tensor), `index` (-1 padded) or `count` (both int64)."""
 
     kind: str
@@ -109,8 +104,7 @@ def counts(shape: str) -> Output:
     return Output("count", shape)
 
 
-@dataclass(frozen=True)
-class Argument:
+class Argument(NamedTuple):
     name: str
     type: str  # of the schema
     default: Any  # inspect.Parameter.empty for a required one
@@ -129,8 +123,7 @@ class Argument:
         return f"{self.type} {self.name}={default}"
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """A condition on several arguments: check(op, sizes, *arguments) raises.
 
     `cpp` is the call that does the same in C++; `expression`, of the letters, is True where the rule is kept.
