@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 
+# Before the others: they may import Triton, and its interpreter has to be on by then.
+from testing.cases import BACKENDS, dtypes_of, interpreted, lacks
+
+# isort: split
 from bench.report import HEADER, Row, cells, duration
 from studies.retention import results
 from studies.retention.measure import UNPRUNED
 from testing import ROOT, family_table, method_tables
-from testing.cases import BACKENDS, dtypes_of, interpreted, lacks
 from testing.op_samples import OPS, make, run
 from testing.pages import fill
 from tokenprune_kernels.methods import get_method, method_names

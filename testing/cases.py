@@ -15,6 +15,7 @@ from torch import Tensor
 import tokenprune_kernels as tp
 from testing import ROOT, gpu_backend
 from tokenprune_kernels import _backend, _triton
+from tokenprune_kernels._triton import interpreted as interpreting
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DTYPE_IDS = tuple(str(d).removeprefix("torch.") for d in DTYPES)
@@ -56,7 +57,9 @@ def add_triton() -> str | None:
         _backend._extra["triton"] = gpu_backend.OnGpu("tokenprune_triton")
         _triton.namespace()
     else:
-        os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported, which no test does before this
+        if "triton.language" in sys.modules and not interpreting():
+            raise ImportError("testing.cases has to be imported before Triton, whose interpreter it turns on")
+        os.environ["TRITON_INTERPRET"] = "1"
         prepare_interpreter()
     return None
 
