@@ -175,7 +175,7 @@ class Pruning:
     def overlay(self, image: Any, *, sample: int = 0, image_index: int = 0) -> Any:
         """The image with everything darkened that no kept token sees (`boxes`); a PIL image. Needs Pillow.
 
-        source: a PIL image, or anything PIL opens. sample, image: which image of which sample it is.
+        image: a PIL image, or anything PIL opens. sample, image_index: which image of which sample it is.
         """
         return overlay(image, self.boxes(sample=sample, image_index=image_index))
 
@@ -212,7 +212,7 @@ def prune_visual_tokens(
         options: further keywords of the method's function, for instance of those in `tokenprune_kernels.methods`.
 
     Returns:
-        a context manager; what it yields has `kept`, `stats`, `boxes()` and `overlay(source)`.
+        a context manager; what it yields has `kept`, `stats`, `boxes()` and `overlay(image)`.
 
     The model's attention function (sdpa, FlashAttention, flex, eager) goes on doing the attention. Prompts are pruned
     in their prefill, once; outputs then have fewer columns, padded on the left where samples differ, so read logits
