@@ -30,4 +30,5 @@ def density_peaks(
         closest = torch.where(denser.any(-1), closest.amin(-1), alone)
     distance = (closest.reshape(batch, n) / max(channels, 1)).sqrt()
     indices, counts = select_topk(distance.log() - mean, k, mask=valid)
-    return indices, counts, torch.where(valid, torch.exp(-mean), 0), torch.where(valid, distance, 0)
+    density, distance = (torch.where(valid, x, 0).contiguous() for x in (torch.exp(-mean), distance))
+    return indices, counts, density, distance

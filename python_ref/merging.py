@@ -58,7 +58,7 @@ def merge_tokens(
         compared = values if keys is None else keys
         assignment = _nearest(compared, *of_targets, mask, threshold, metric, include_targets)
     else:
-        assignment = assignment.clone()
+        assignment = assignment.clone(memory_format=torch.contiguous_format)
     slot, joins = entries(assignment, slots)
     x = widen(values)
     weight = x.new_ones(batch, n) if weights is None else torch.where(weights > 0, widen(weights).to(x.dtype), 0)
