@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _registry, _triton
-from ._accept import is_good
-from ._checks import check
+from ._accept import checked_sizes
 from ._op import OPS
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
@@ -130,8 +129,6 @@ def lacks(backend: str, op: str) -> str | None:
 
 def call(name: str, backend: str | None, *args: Any, **kwargs: Any) -> Any:
     """Check the arguments of an op, all of them and in the order of its schema, and make one call of the backend."""
-    op, values = OPS[name], (*args, *kwargs.values())
-    if not is_good(op, values):
-        check(op, values)
+    checked_sizes(OPS[name], (*args, *kwargs.values()))
     first = args[0] if isinstance(args[0], Tensor) else args[1]
     return getattr(implementation(backend, first, name), name)(*args, **kwargs)

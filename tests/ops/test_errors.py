@@ -12,8 +12,9 @@ import tokenprune_kernels as tp
 from testing import op_samples as samples
 from testing.cases import BACKENDS, GPU_BACKENDS, backends_of, over_backends
 from testing.op_samples import OPS, Call, Sizes, make, run, run_op, with_arguments
+from tokenprune_kernels import _checks
 from tokenprune_kernels import _op as described
-from tokenprune_kernels._accept import is_good
+from tokenprune_kernels._accept import good_sizes
 from tokenprune_kernels._op import Choice, Number
 
 over_ops = pytest.mark.parametrize("op", OPS)
@@ -44,6 +45,23 @@ def _rich(op: str) -> Call:
     return with_arguments(call, **{**samples.optional_tensors(op, sizes), **call.arguments})
 
 
+def too_much_work(op: str) -> Call:
+    """As few sizes of 2^32 as make the op's work too much; each tensor is of a size that memory might have."""
+    description = described.OPS[op]
+    kinds: dict[str, Any] = {a.name: a.kind for a in description.arguments if a.required}
+    named = {size for name, kind in kinds.items() for size in getattr(kind, "shape", [name])}
+    free = [size for size in description.sizes if size in named]
+    for long in itertools.chain.from_iterable(itertools.combinations(free, n) for n in (1, 2, 3)):
+        sizes = {size: 2**32 if size in long else 1 for size in free}
+        if math.prod(_checks._factors(description)(*(sizes.get(s, -1) for s in description.sizes))) < _checks.MOST_WORK:
+            continue
+        shapes = {name: [sizes.get(s, 2) for s in kind.shape] for name, kind in kinds.items() if name not in sizes}
+        if all(math.prod(shape) < _checks.MOST_ELEMENTS for shape in shapes.values()):
+            far = {name: torch.zeros(1, dtype=kinds[name].dtypes[0]).expand(shape) for name, shape in shapes.items()}
+            return Call(op, {name: far[name] if name in far else sizes[name] for name in kinds})
+    raise AssertionError(f"{op}: no sizes are too much work")
+
+
 def wrong_calls(op: str) -> Iterator[tuple[str, str, Call]]:
     """(what is wrong, the argument that the message must name, the call), one fault at a time."""
     call = _rich(op)
@@ -69,6 +87,9 @@ def wrong_calls(op: str) -> Iterator[tuple[str, str, Call]]:
     for name, number in _of_kind(op, Number):
         for value in _outside(number):
             yield f"number {value}", name, with_arguments(call, **{name: value})
+    work = described.OPS[op].work
+    if work is not None:
+        yield "work", work[0], too_much_work(op)
 
 
 def _assert_good_call_works(op: str) -> None:
@@ -236,14 +257,14 @@ def _values(call: Call) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize(("op", "name"), samples.SAMPLES, ids=samples.SAMPLE_IDS)
 def test_the_fast_check_accepts_good_calls(op: str, name: str) -> None:
-    assert is_good(described.OPS[op], _values(make(op, name)))
+    assert good_sizes(described.OPS[op], _values(make(op, name)))
 
 
 @over_ops
 def test_the_fast_check_accepts_no_wrong_call(op: str) -> None:
     for fault, _, call in wrong_calls(op):
         try:
-            accepted = is_good(described.OPS[op], _values(call))
+            accepted = good_sizes(described.OPS[op], _values(call))
         except ValueError:  # a rule that says itself what is wrong
             continue
-        assert not accepted, fault
+        assert accepted is None, fault
