@@ -15,7 +15,7 @@ from testing.op_samples import OPS, Call, Sizes, make, run, run_op, with_argumen
 from tokenprune_kernels import _checks
 from tokenprune_kernels import _op as described
 from tokenprune_kernels._accept import good_sizes
-from tokenprune_kernels._op import Choice, Number
+from tokenprune_kernels._op import Choice, Number, TensorKind
 
 over_ops = pytest.mark.parametrize("op", OPS)
 RICHEST = {op: list(samples.FACTORIES[op])[-1] for op in OPS} | {
@@ -186,6 +186,28 @@ def test_index_values_out_of_range_raise_index_errors(op: str, backend: str) -> 
             with pytest.raises(IndexError):
                 run(wrong, backend)
     _assert_good_call_works(op)
+
+
+FLOATING = {op: [(a, k) for a, k in _of_kind(op, TensorKind) if k.dtypes is described.FLOATS] for op in OPS}
+# What GPU kernels convert to float32 themselves, beside features that are narrower anyway.
+CONVERTED = (("attention_scores", "lse"), ("repulsion_sample", "positions"), ("repulsion_sample", "energy"))
+
+
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend in GPU_BACKENDS])
+@pytest.mark.parametrize("op", [op for op in OPS if FLOATING[op]])
+def test_float64_is_refused(op: str, backend: str) -> None:
+    """By name, in whichever tensor it is; those that have the dtype of another one change with it."""
+    call = _rich(op)
+    for name in (name for name, kind in FLOATING[op] if not kind.like):
+        alike = [name, *(other for other, kind in FLOATING[op] if kind.like == name)]
+        wide = with_arguments(call, **{other: call.arguments[other].double() for other in alike})
+        if (op, name) in CONVERTED:
+            for got, want in zip(run(wide, backend), run(call, backend), strict=True):
+                assert torch.equal(got, want), name
+        else:
+            expected = rf"tokenprune::{op}: {name} must be float16, bfloat16 or float32 on a GPU \(.*\), got float64"
+            with pytest.raises((RuntimeError, TypeError), match=expected):
+                run(wide, backend)
 
 
 @over_backends
