@@ -47,13 +47,18 @@ def families() -> list[str]:
     return sorted(source.stem for source in (ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
-def nvcc_version() -> str | None:
-    """The version of the nvcc that setup.py takes, or None without one."""
+def nvcc() -> str | None:
+    """The nvcc that setup.py takes, or None without one."""
     home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
-    if nvcc is None:
+    return shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
+
+
+def nvcc_version() -> str | None:
+    """Its version, or None without one."""
+    command = nvcc()
+    if command is None:
         return None
-    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    told = subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
     version = re.search(r"\bV(\d+\.\d+\.\d+)", told)
     return version[1] if version else None
 
