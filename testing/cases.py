@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor
 
 import tokenprune_kernels as tp
-from testing import ROOT, gpu_backend
+from testing import gpu_backend
+from testing.process import printed
 from tokenprune_kernels import _backend, _triton
 from tokenprune_kernels._triton import interpreted as interpreting
 
@@ -159,13 +159,8 @@ def assert_as_good_as_torch(got: Tensor, exact: Tensor, plain: Tensor, scale: fl
 def run_with_capability(capability: str, script: str) -> list[str]:
     """The lines a Python script prints in a process of its own whose CPU kernels use this instruction set."""
     say = "from tokenprune_kernels import _registry\nprint(_registry.build_info()['cpu_capability'])\n"
-    environment = {**os.environ, "TOKENPRUNE_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", say + script], env=environment, cwd=ROOT,
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    chosen, *lines = run.stdout.splitlines()
+    told = printed("-c", say + script, TOKENPRUNE_CPU_CAPABILITY=capability, OMP_NUM_THREADS="1")
+    chosen, *lines = told.splitlines()
     if chosen != capability:
         pytest.skip(f"this machine has {chosen}, not {capability}")
     return lines
