@@ -91,14 +91,14 @@ def unavailable(name: str, device: str) -> str | None:
 unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def served_by(tensor: Tensor) -> str:
-    """The backend that ops on this tensor run on now."""
+def served_by(op: str, tensor: Tensor) -> str:
+    """The backend that this op runs on now, for this tensor."""
     name = _requested.name or _from_environment
     if name != "auto":
         return name
     kind = tensor.device.type
     for candidate in ("cpu", "cuda", "triton"):
-        if unavailable(candidate, kind) is None:
+        if lacks(candidate, op) is None and unavailable(candidate, kind) is None:
             return candidate
     return "reference"
 

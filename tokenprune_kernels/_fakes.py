@@ -23,6 +23,8 @@ def _allocation(op: Op) -> Callable[..., Any]:
     first = next(a.name for a in op.arguments if isinstance(a.kind, TensorKind))
     arguments = [a.name for a in op.arguments]
     names: dict[str, Any] = {"int64": torch.int64, "float32": torch.float32, "float64": torch.float64}
+    wide = f"float64 if {first}.dtype is float64 else float32"
+    dtypes = {"score": wide, "index": "int64", "count": "int64"}
     made = []
     for name, output in op.outputs.items():
         # Sizes one by one: new_empty takes half a microsecond more to look through a list.
@@ -30,8 +32,7 @@ def _allocation(op: Op) -> Callable[..., Any]:
         if callable(output.shape):
             names[f"_{name}"] = output.shape
             shape = f"*_{name}(_sizes, {', '.join(f'{a}={a}' for a in arguments)})"
-        dtype = f"float64 if {first}.dtype is float64 else float32" if output.kind == "score" else "int64"
-        made.append(f"{first}.new_empty({shape}, dtype={dtype})")
+        made.append(f"{first}.new_empty({shape}, dtype={dtypes[output.kind]})")
     results = made[0] if len(made) == 1 else f"({', '.join(made)})"
     allocate: Callable[..., Any] = eval(f"lambda _sizes, {', '.join(arguments)}: {results}", names)
     return allocate

@@ -55,10 +55,14 @@ def too_much_work(op: str) -> Call:
         sizes = {size: 2**32 if size in long else 1 for size in free}
         if math.prod(_checks._factors(description)(*(sizes.get(s, -1) for s in description.sizes))) < _checks.MOST_WORK:
             continue
-        shapes = {name: [sizes.get(s, 2) for s in kind.shape] for name, kind in kinds.items() if name not in sizes}
+        tensors = ((name, kind) for name, kind in kinds.items() if isinstance(kind, TensorKind))
+        shapes = {name: [sizes.get(s, 2) for s in kind.shape] for name, kind in tensors}
         if all(math.prod(shape) < _checks.MOST_ELEMENTS for shape in shapes.values()):
             far = {name: torch.zeros(1, dtype=kinds[name].dtypes[0]).expand(shape) for name, shape in shapes.items()}
-            return Call(op, {name: far[name] if name in far else sizes[name] for name in kinds})
+            return Call(
+                op,
+                {name: (far | sizes).get(name, value) for name, value in make(op).arguments.items() if name in kinds},
+            )
     raise AssertionError(f"{op}: no sizes are too much work")
 
 

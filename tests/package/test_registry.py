@@ -3,6 +3,7 @@
 import inspect
 import os
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -114,6 +115,18 @@ def test_a_gpu_the_build_does_not_fit_is_served_by_triton(monkeypatch: pytest.Mo
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, found=capability: found)
         assert _backend.implementation(None, scores, "select_topk") is chosen
     _registry._fits_device.cache_clear()
+
+
+@needs_library
+def test_the_reference_serves_an_op_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokenprune_kernels._backend import served_by
+
+    assert served_by("select_topk", SCORES) == "cpu"
+    with tp.use_backend("reference"):
+        assert served_by("select_topk", SCORES) == "reference"
+    monkeypatch.setitem(OPS, "select_topk", replace(OPS["select_topk"], backends=("cuda",)))
+    assert served_by("select_topk", SCORES) == "reference"
+    assert served_by("score_entropy", SCORES) == "cpu"
 
 
 def test_use_backend_nests_and_is_restored_after_errors() -> None:
