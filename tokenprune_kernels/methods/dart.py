@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..ops import cosine_scores, select_topk
+from ..ops import cosine_scores, gather_compact, select_topk
 from ._common import Selection, ascending, check_count, check_visual, visual_mask
 from ._method import Method, Stage
 
@@ -38,8 +38,8 @@ def dart(
 
     Where it comes from. The public implementations of others differ from each other, and the authors' repository was
     not available: exactly K kept tokens and pivots by falling norm are AngelSlim's, text pivots only from the text
-    behind the images is LightCompress's. Ours: with fewer than P_t text tokens the others share the budget; the norms are float32;
-    ties go to the lower index. A budget below P_i keeps the first K pivots.
+    behind the images is LightCompress's. Ours: with fewer than P_t text tokens the others share the budget; the norms
+    are float32; ties go to the lower index. A budget below P_i keeps the first K pivots.
 
     details: pivots [B, P_i + P_t], the index of each pivot among the visual or the text tokens, -1 where there is none.
 
@@ -70,7 +70,9 @@ def dart(
     left = k - is_image.sum(1)
     exists = torch.cat([is_image, is_text], 1)
     each = (left + exists.sum(1) - 1).div(exists.sum(1).clamp_min(1), rounding_mode="floor")
-    vectors = torch.cat([_rows(features, of_image), _rows(text_embeddings, of_text)], 1)
+    (of_features,) = gather_compact([features], pivots[:, :image_pivots], dims=[1], backend=backend)
+    (of_embeddings,) = gather_compact([text_embeddings], pivots[:, image_pivots:], dims=[1], backend=backend)
+    vectors = torch.cat([of_features, of_embeddings], 1)
     for p in range(pivots.shape[1]):
         budgets = torch.where(exists[:, p], torch.minimum(each, left), 0)
         similarity = cosine_scores(features, vectors[:, p : p + 1], backend=backend)
@@ -92,12 +94,6 @@ def _largest(norms: Tensor, positions: Tensor, real: Tensor, count: int) -> tupl
     order = padded.sort(dim=1, descending=True, stable=True).indices[:, :count]
     exists = torch.nn.functional.pad(real, (0, count)).gather(1, order)
     return torch.where(exists, order, 0), exists
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    if x.shape[1] == 0:
-        return x.new_zeros(*index.shape, x.shape[2])
-    return x.take_along_dim(index.unsqueeze(-1), dim=1)
 
 
 def _marked(indices: Tensor, size: int) -> Tensor:

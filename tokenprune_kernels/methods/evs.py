@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..ops import paired_cosine, select_topk
+from ..ops import gather_compact, paired_cosine, select_topk
 from ._common import Grid, Selection, check_count, check_visual, grid_sides
 from ._method import Method, Stage
 
@@ -28,12 +28,14 @@ def evs(
 
     features [B, V, C] are the projector's outputs, frame after frame. groups [B, V] int64: the frame of a token. grid:
     (h, w) of a frame after merging, [B, 2] when samples differ, or [B, V, 2] when the frames of a sample do; a frame
-    whose predecessor has another size may count as a first one. mask [B, V] marks real tokens. The engine keeps K = max(h w, floor(T h w (1 - q))) at a pruning rate q.
-    The returned indices are positions among the V visual tokens.
+    after one of another size counts as a first one. mask [B, V] marks real tokens. The engine keeps
+    K = max(h w, floor(T h w (1 - q))) of T frames at a pruning rate q. The returned indices are positions among the V
+    visual tokens.
 
     Where it comes from. The steps are vLLM's, which everybody runs; the paper's text describes differences of pixels
     instead. There, the cosine is rounded to the dtype of the model, so that in bfloat16 most slow changes are ties,
-    which go to the early frames; here bfloat16 inputs are compared exactly, which keeps what float64 keeps. NaN comes last.
+    which go to the early frames; here bfloat16 inputs are compared exactly, which keeps what float64 keeps. NaN comes
+    last.
 
     details: dissimilarity [B, V].
 
@@ -48,12 +50,13 @@ def evs(
     check_visual("evs", "groups", groups, batch, tokens)
     height, width = grid_sides("evs", grid, batch, tokens)
     index = torch.arange(tokens, device=features.device)
-    before = (index - height * width).long().expand(batch, tokens)
+    area = torch.zeros_like(groups) + torch.as_tensor(height * width, device=groups.device).long()
+    before = index - area
     has_one = (before >= 0) & (before < index)
     before = torch.where(has_one, before, 0)
-    if tokens:
-        has_one = has_one & (groups.gather(1, before) == groups - 1)
-    cosine = paired_cosine(features, features.take_along_dim(before.unsqueeze(-1), dim=1), backend=backend)
+    has_one = has_one & (groups.gather(1, before) == groups - 1) & (area.gather(1, before) == area)
+    (previous,) = gather_compact([features], before, dims=[1], backend=backend)
+    cosine = paired_cosine(features, previous, backend=backend)
     dissimilarity = torch.where(has_one, 1 - cosine, FIRST_FRAME)
     indices, counts = select_topk(dissimilarity, k, mask=mask, backend=backend)
     return Selection(indices, counts, {"dissimilarity": dissimilarity})
