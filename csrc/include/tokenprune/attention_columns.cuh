@@ -19,6 +19,7 @@
 #pragma once
 
 #include "tokenprune/attention_column_item.cuh"
+#include "tokenprune/attention_state.cuh"
 
 namespace tokenprune {
 
@@ -47,11 +48,11 @@ struct ColumnPass {
     part = cluster_rank() * plan.teams + team;
   }
 
-  // Shared memory: rings of the teams; statistics of the teams, [3][64] each: factor and lse of the rows of the tile at
-  // work and of the next two; the item; the last row's values [64], of the first block; results [parts][2][64].
+  // Shared memory: rings of the teams; statistics of the teams, [3][64 + 1] each, of the rows of the tile at work and of
+  // the next two; the item; the last row's values [64], of the first block; results [parts][2][64].
   __device__ __forceinline__ unsigned char* ring_of(int t) const { return dynamic_shared() + t * plan.ring; }
   __device__ __forceinline__ float2* statistics(int tile) const {
-    return reinterpret_cast<float2*>(ring_of(plan.teams)) + (team * 3 + tile % 3) * kTileVectors;
+    return reinterpret_cast<float2*>(ring_of(plan.teams)) + (team * 3 + tile % 3) * kStatistics;
   }
   __device__ __forceinline__ ColumnItem& item() const {
     return *reinterpret_cast<ColumnItem*>(ring_of(plan.teams) + plan.teams * kStatisticsBytes);
@@ -138,24 +139,50 @@ struct ColumnPass {
     }
   }
 
-  // What row `thread of the team` of the tile (head, row) multiplies dot products with, and its lse. A row or head that
-  // does not exist sees nothing.
+  // What row `thread of the team` of the tile (head, row) multiplies dot products with, and its lse.
   __device__ __forceinline__ float2 statistics_of(int head, int64_t row) const {
     const int v = tile_thread();
-    if (v >= kTileVectors || row + v >= item().rows.end || head >= head_end()) return make_float2(0.0f, -INFINITY);
+    if (v >= kTileVectors || row + v >= item().rows.end || head >= head_end()) return make_float2(0.0f, 0.0f);
     const int64_t sample = item().sample;
     return make_float2(p.scale * row_factor(p, sample, head, row + v),
                        c.lse[(sample * p.query_heads + head) * p.rows + row + v]);
   }
 
+  // Whole warps call it; the last entry says for either of the two warps whether one of its rows has lse -inf or NaN,
+  // with which exp(logit - lse) is not 0 where it should be.
   __device__ __forceinline__ void put_statistics(int tile, float2 value) {
-    if (tile_thread() < kTileVectors) statistics(tile)[tile_thread()] = value;
+    if (tile_thread() >= kTileVectors) return;
+    statistics(tile)[tile_thread()] = value;
+    const bool special = __any_sync(kAllLanes, !(value.y > -INFINITY));
+    if (lane_id() == 0) (&statistics(tile)[kTileVectors].x)[tile_warp()] = special;
   }
 
-  // Turns dot products into probabilities and adds them to the heads before.
+  // Adds the probabilities of the tile to the heads before; with kEvery no value is hidden.
+  template <bool kEvery>
+  __device__ __forceinline__ void add_probabilities(Tile& dots, const float2* of_row, uint32_t seen) {
+    Tile& into = op == HeadOp::kNone ? dots : mass;
+#pragma unroll
+    for (int j = 0; j < kB; ++j) {
+      if (16 * Tile::block(j) >= present) break;
+      const float2 row = of_row[Tile::b(j)];
+#pragma unroll
+      for (int i = 0; i < kA; ++i) {
+        float probability = exp2_approx(__fmaf_rn(dots.at(i, j), row.x, -row.y) * kLog2e);
+        if (!kEvery && (seen >> (i * kB + j) & 1) == 0) probability = 0.0f;
+        if constexpr (op == HeadOp::kNone)
+          into.at(i, j) = probability;
+        else if constexpr (op == HeadOp::kMax)
+          into.at(i, j) = nan_max(into.at(i, j), probability);
+        else
+          into.at(i, j) += probability;
+      }
+    }
+  }
+
+  // Turns dot products into probabilities and adds them to the heads before. No branch depends on a value: the
+  // exponentials of several overlap.
   __device__ __forceinline__ void add_head(Tile& dots, int head, int tile) {
     const float2* of_row = statistics(tile);
-    Tile& into = op == HeadOp::kNone ? dots : mass;
     if (p.cosine && head < head_end()) {
 #pragma unroll
       for (int i = 0; i < kA; ++i) {
@@ -166,23 +193,20 @@ struct ColumnPass {
         for (int j = 0; j < kB; ++j) dots.at(i, j) *= by;
       }
     }
+    uint32_t seen = head < head_end() ? visible : 0;
+    if (of_row[kTileVectors].x + of_row[kTileVectors].y != 0) {
 #pragma unroll
-    for (int j = 0; j < kB; ++j) {
-      if (8 * unit(j) >= present) break;
-      const float2 row = of_row[Tile::b(j)];
+      for (int j = 0; j < kB; ++j) {
+        const float2 row = of_row[Tile::b(j)];
 #pragma unroll
-      for (int i = 0; i < kA; ++i) {
-        const float logit = dots.at(i, j) * row.x;
-        const bool seen = (visible >> (i * kB + j) & 1) != 0 && logit != -INFINITY && row.y != -INFINITY;
-        const float probability = seen ? expf(logit - row.y) : 0.0f;
-        if constexpr (op == HeadOp::kNone)
-          into.at(i, j) = probability;
-        else if constexpr (op == HeadOp::kMax)
-          into.at(i, j) = nan_max(into.at(i, j), probability);
-        else
-          into.at(i, j) += probability;
+        for (int i = 0; i < kA; ++i)
+          if (row.y == -INFINITY || dots.at(i, j) * row.x == -INFINITY) seen &= ~(1u << (i * kB + j));
       }
     }
+    if (seen == 0xFFFFFFFFu)
+      add_probabilities<true>(dots, of_row, seen);
+    else
+      add_probabilities<false>(dots, of_row, seen);
   }
 
   // Rows 8 n .. 8 n + 7 of a tile are unit n, which one part reduces.

@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks_per_sm(sizeof(T)))
     most = sees[i] > most ? sees[i] : most;
   }
 
-  const auto add_logits = [&](int t, Tile& logits) {
+  const auto add_tile = [&](int t, Tile& logits) {
     if (!active) return;
     const int first = t * kTileVectors;
     uint32_t unmasked = 0xFFFFFFFFu;
@@ -112,27 +112,20 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks_per_sm(sizeof(T)))
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int visible = sees[i] - first;
+      const bool every = visible >= kTileVectors && unmasked == 0xFFFFFFFFu;
+      if (every && add_dots<kKeys>(state[i], factor[i], [&](int j) { return logits.at(i, j); })) continue;
 #pragma unroll
-      for (int j = 0; j < kKeys; ++j) logits.at(i, j) *= factor[i];
-      if (visible < kTileVectors || unmasked != 0xFFFFFFFFu) {
-#pragma unroll
-        for (int j = 0; j < kKeys; ++j)
-          if (Tile::b(j) >= visible || (unmasked >> j & 1) == 0) logits.at(i, j) = -INFINITY;
+      for (int j = 0; j < kKeys; ++j) {
+        const float logit = logits.at(i, j) * factor[i];
+        const bool hidden = (Tile::b(j) >= visible) | ((unmasked >> j & 1) == 0);
+        logits.at(i, j) = hidden ? -INFINITY : logit;
       }
-      float max = state[i].max;
-#pragma unroll
-      for (int j = 0; j < kKeys; ++j) max = fmaxf(max, logits.at(i, j));
-      const float reference = reference_logit(max);
-      float sum = 0, weighted = 0;  // of the tile first: fewer roundings than one long sum
-#pragma unroll
-      for (int j = 0; j < kKeys; ++j) add_term(logits.at(i, j), reference, sum, weighted);
-      const RowState before = raised(state[i], max);
-      state[i] = {max, before.sum + sum, before.weighted + weighted};
+      add_logits<kKeys>(state[i], [&](int j) { return logits.at(i, j); });
     }
   };
   for_each_tile<T>(
       dynamic_shared(), static_cast<int>(p.dim), plan.resident, block.tiles(p, most), [&](int) { return block.rows; },
-      [&](int t) { return block.key_tile(t); }, add_logits);
+      [&](int t) { return block.key_tile(t); }, add_tile);
 
   if (!active) return;
 #pragma unroll
