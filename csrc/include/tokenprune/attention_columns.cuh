@@ -35,7 +35,6 @@ struct ColumnPass {
   const ColumnProblem& c;
   const AttentionProblem& p;
   const ColumnPlan& plan;
-  int team, part;
   // Of the rows at work: how many; bit i * kB + j: row b(j) sees column a(i).
   int present;
   uint32_t visible;
@@ -43,22 +42,23 @@ struct ColumnPass {
   Tile mass;  // P, or what the heads so far make of it
 
   __device__ __forceinline__ ColumnPass(const ColumnProblem& problem, const ColumnPlan& plan_in)
-      : c(problem), p(problem.attention), plan(plan_in) {
-    team = threadIdx.x / kTileThreads;
-    part = cluster_rank() * plan.teams + team;
-  }
+      : c(problem), p(problem.attention), plan(plan_in) {}
+
+  // Found again where needed, like what is known of the item: registers are short.
+  __device__ __forceinline__ static int team() { return threadIdx.x / kTileThreads; }
+  __device__ __forceinline__ int part() const { return cluster_rank() * plan.teams + team(); }
 
   // Shared memory: rings of the teams; statistics of the teams, [3][64 + 1] each, of the rows of the tile at work and of
   // the next two; the item; the last row's values [64], of the first block; results [parts][2][64].
   __device__ __forceinline__ unsigned char* ring_of(int t) const { return dynamic_shared() + t * plan.ring; }
   __device__ __forceinline__ float2* statistics(int tile) const {
-    return reinterpret_cast<float2*>(ring_of(plan.teams)) + (team * 3 + tile % 3) * kStatistics;
+    return reinterpret_cast<float2*>(ring_of(plan.teams)) + (team() * 3 + tile % 3) * kStatistics;
   }
   __device__ __forceinline__ ColumnItem& item() const {
     return *reinterpret_cast<ColumnItem*>(ring_of(plan.teams) + plan.teams * kStatisticsBytes);
   }
-  __device__ __forceinline__ int head_begin() const { return item().heads[team].x; }
-  __device__ __forceinline__ int head_end() const { return item().heads[team].y; }
+  __device__ __forceinline__ int head_begin() const { return item().heads[team()].x; }
+  __device__ __forceinline__ int head_end() const { return item().heads[team()].y; }
   __device__ __forceinline__ float* last_values() const { return reinterpret_cast<float*>(&item() + 1); }
   __device__ __forceinline__ float* results_of(int q) const { return last_values() + (1 + 2 * q) * kTileVectors; }
 
@@ -75,13 +75,13 @@ struct ColumnPass {
     if (threadIdx.x == 0) item().number = number;
     const int64_t first_column = number % plan.key_tiles * kTileVectors;
     number /= plan.key_tiles;
-    const int64_t range = op == HeadOp::kNone ? number % plan.head_ranges : part;
+    const int64_t range = op == HeadOp::kNone ? number % plan.head_ranges : part();
     const int64_t ranges = op == HeadOp::kNone ? plan.head_ranges : plan.parts();
     number /= plan.head_ranges;
     const int64_t row_part = number % plan.row_parts, sample = number / plan.row_parts;
     if (tile_thread() == 0) {
-      item().heads[team].x = static_cast<int>(p.query_heads * range / ranges);
-      item().heads[team].y = static_cast<int>(p.query_heads * (range + 1) / ranges);
+      item().heads[team()].x = static_cast<int>(p.query_heads * range / ranges);
+      item().heads[team()].y = static_cast<int>(p.query_heads * (range + 1) / ranges);
     }
 
     long long lowest = p.keys;
@@ -210,22 +210,25 @@ struct ColumnPass {
   }
 
   // Rows 8 n .. 8 n + 7 of a tile are unit n, which one part reduces.
-  __device__ __forceinline__ bool is_mine(int n) const { return plan.parts() == 1 || n * plan.parts() / 8 == part; }
+  __device__ __forceinline__ bool is_mine(int n, int mine) const {
+    return plan.parts() == 1 || n * plan.parts() / 8 == mine;
+  }
 
   // Combines the parts' heads: each part reads the values of its rows from all parts, in order. A thread's values go to
   // the thread of the same number. The ring is free between tiles.
   __device__ __forceinline__ void combine_parts() {
-    float4* const mine = reinterpret_cast<float4*>(ring_of(team));
+    float4* const values_of = reinterpret_cast<float4*>(ring_of(team()));
+    const int mine = part();
     __syncthreads();
 #pragma unroll
     for (int n = 0; n < 8; ++n)
       if (8 * n < present)
-        mine[n * kTileThreads + tile_thread()] =
+        values_of[n * kTileThreads + tile_thread()] =
             make_float4(mass.sums[n][0], mass.sums[n][1], mass.sums[n][2], mass.sums[n][3]);
     sync();
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
-      if (8 * n >= present || !is_mine(n)) continue;
+      if (8 * n >= present || !is_mine(n, mine)) continue;
       for (int q = 0; q < plan.parts(); ++q) {
         const unsigned char* theirs = cluster_shared(ring_of(q % plan.teams), q / plan.teams);
         const float4 x = reinterpret_cast<const float4*>(theirs)[n * kTileThreads + tile_thread()];
@@ -252,12 +255,13 @@ struct ColumnPass {
   // Adds the rows at work, from `row` on, to the columns' sums. The rows of a tile are added up first: fewer roundings
   // than one long sum.
   __device__ __forceinline__ void add_rows(Tile& from, int64_t row) {
+    const int mine = part();
     float of_tile[kA] = {};
 #pragma unroll
     for (int j = 0; j < kB; ++j) {
       if (8 * unit(j) >= present) break;
       const int64_t r = row + Tile::b(j);
-      if (!is_mine(unit(j)) || Tile::b(j) >= present || !row_counts(r)) continue;
+      if (!is_mine(unit(j), mine) || Tile::b(j) >= present || !row_counts(r)) continue;
 #pragma unroll
       for (int i = 0; i < kA; ++i) {
         of_tile[i] += from.at(i, j);
@@ -271,7 +275,7 @@ struct ColumnPass {
 
   // Combines the lanes' and the parts' sums in the first block, which writes them.
   __device__ __forceinline__ void finish(int head) {
-    float* const to = cluster_shared(results_of(part), 0);
+    float* const to = cluster_shared(results_of(part()), 0);
 #pragma unroll
     for (int i = 0; i < kA; ++i) {
       const float s = warp_reduce(sum[i], Sum(), Tile::kLanesPerA), m = warp_reduce(max[i], NanMax(), Tile::kLanesPerA);
@@ -308,24 +312,22 @@ struct ColumnPass {
   __device__ __forceinline__ void run_tiles(int first_head, int row_tile, int tiles, bool over_rows) {
     const auto head_of = [&](int t) { return first_head + (over_rows ? 0 : t); };
     const auto row_of = [&](int t) { return row_of_tile(row_tile + (over_rows ? t : 0)); };
+    // A team with fewer heads than others multiplies its last one again, for nothing.
+    const auto loaded_head = [&](int t) { return head_of(t) < head_end() ? head_of(t) : head_end() - 1; };
     const auto keys_of = [&](int t) {
-      const int head = head_of(t);
-      if (head >= head_end()) return TileVectors<T, ColumnKeys<T>>{};
-      const VectorList<T> list = keys_of_head<T>(p, item().sample, head / plan.group);
+      const VectorList<T> list = keys_of_head<T>(p, item().sample, loaded_head(t) / plan.group);
       const int64_t left = c.columns - item().first_column, columns = left < kTileVectors ? left : kTileVectors;
       return TileVectors<T, ColumnKeys<T>>{{list, item().keys, columns, list.aligned}, 0};
     };
     const auto queries_of = [&](int t) {
-      const int head = head_of(t);
-      if (head >= head_end()) return TileVectors<T>{};
-      VectorList<T> list = query_rows_of_head<T>(p, item().sample, head);
+      VectorList<T> list = query_rows_of_head<T>(p, item().sample, loaded_head(t));
       list.count = item().rows.end;
       return TileVectors<T>{list, row_of(t)};
     };
     __syncthreads();  // the last run's reads of statistics
     put_statistics(0, statistics_of(head_of(0), row_of(0)));
     put_statistics(1, statistics_of(head_of(1), row_of(1)));
-    for_each_tile<T>(ring_of(team), static_cast<int>(p.dim), plan.resident, tiles, keys_of, queries_of,
+    for_each_tile<T>(ring_of(team()), static_cast<int>(p.dim), plan.resident, tiles, keys_of, queries_of,
                      [&](int t, Tile& dots) {
                        // Read before the work and stored after it: the store waits for nothing, and no register holds
                        // the values while a tile is multiplied.

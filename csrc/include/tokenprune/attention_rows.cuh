@@ -25,25 +25,26 @@ namespace tokenprune {
 // What a block of the first launch works on.
 template <class T>
 struct RowBlock {
-  int64_t sample, key_head, split, begin;  // first key
-  int range;                               // keys
+  int sample, key_head, split;
+  int64_t begin;  // first key
+  int range;      // keys
   TileVectors<T> rows;
   VectorList<T> keys;
 
   // With causality the last rows see most keys and start first.
   __device__ __forceinline__ RowBlock(const AttentionProblem& p, const AttentionRowPlan& plan) {
-    int64_t rest = blockIdx.x;
-    int64_t row_tile = rest % plan.row_tiles;
-    if (p.causal) row_tile = plan.row_tiles - 1 - row_tile;
-    rest /= plan.row_tiles;
-    split = rest % plan.splits;
+    // The grid is below 2^31, and so are its factors.
+    const auto row_tiles = static_cast<unsigned>(plan.row_tiles), key_heads = static_cast<unsigned>(p.key_heads);
+    unsigned row_tile = blockIdx.x % row_tiles, rest = blockIdx.x / row_tiles;
+    if (p.causal) row_tile = row_tiles - 1 - row_tile;
+    split = static_cast<int>(rest % plan.splits);
     rest /= plan.splits;
-    sample = rest / p.key_heads;
-    key_head = rest % p.key_heads;
+    sample = static_cast<int>(rest / key_heads);
+    key_head = static_cast<int>(rest % key_heads);
     begin = split * plan.split_tiles * kTileVectors;
     const int64_t left = p.keys - begin, wanted = plan.split_tiles * kTileVectors;
     range = static_cast<int>(left < wanted ? left : wanted);
-    rows = {query_rows_of_group<T>(p, sample, key_head), row_tile * kTileVectors};
+    rows = {query_rows_of_group<T>(p, sample, key_head), int64_t(row_tile) * kTileVectors};
     keys = keys_of_head<T>(p, sample, key_head);
   }
 
@@ -72,7 +73,7 @@ struct RowBlock {
   __device__ __forceinline__ void write(const AttentionProblem& p, const AttentionRowPlan& plan,
                                         const AttentionRowOutputs& out, int r, const RowState& state) const {
     const int64_t row = (sample * p.key_heads + key_head) * p.group_rows() + rows.first + r;
-    write_row(out, row, state, static_cast<int>(split), plan.splits);
+    write_row(out, row, state, split, plan.splits);
   }
 };
 
