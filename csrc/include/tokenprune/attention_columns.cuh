@@ -11,8 +11,8 @@
 // column in 4 (float32: 8) neighbouring lanes, so rows are reduced in registers. Row tiles of which no row counts
 // or sees any of these keys (query_mask, causality) are skipped at both ends.
 //
-// Launch 1: grid items x cluster, block 128 x teams; shared memory per team 48 KiB (24 KiB + 8 KiB per 128 bytes of a
-//   vector with the key tile resident) + 1 KiB, and 512 bytes per part. Every block reads its 64 keys of every key head
+// Launch 1: grid items x cluster, block 128 x teams; shared memory per team 50 KiB (26 KiB + 8 KiB per 128 bytes of a
+//   vector with the key tile resident) + 1.5 KiB, and 512 bytes per part. Every block reads its 64 keys of every key head
 //   once per row tile (from L2 after the first time) and all rows' queries, from L2 as well: at the minimum, the keys
 //   cross the memory bus once, and so do the queries.
 // Launch 2 (several row parts only): attention_column_rows.cuh.

@@ -4,17 +4,17 @@
 //   keys                                                                 ranges of tiles    64 x 64 dot products a step
 //
 // Every thread keeps, for each row it has sums of, the softmax statistics of the keys it has seen
-// (attention_state.cuh). At the end those of the lanes of a row are combined in a fixed order, and in a second launch
-// those of the ranges of keys.
+// (attention_state.cuh). At the end those of the lanes of a row are combined in a fixed order, then those of the ranges
+// of keys: in the first block of a cluster, or in a second launch.
 //
 // `wide` takes the rows as operand A: a warp has 16 rows and all 64 keys. Of at most 16 rows three warps would have
 // nothing to do: there `thin` takes the keys as A, a warp has 16 keys and all rows, and at the end the warps'
 // statistics are combined.
 //
-// Launch 1: grid row tiles * ranges * key heads * batch, 128 threads, 32 to 56 KiB shared memory. The rows of a group
-//   are read once per range; K is read once per row tile, the tiles of one range running side by side: from L2 but
-//   once.
-// Launch 2, only with several ranges: a warp per row; 16 bytes per row and range.
+// Launch 1: grid row tiles * ranges (or blocks of a cluster) * key heads * batch, 128 threads, 34 to 58 KiB shared
+//   memory. The rows of a group are read once per range; K is read once per row tile, the tiles of one range running
+//   side by side: from L2 but once.
+// Launch 2, only with several ranges and no cluster: a warp per row; 16 bytes per row and range.
 #pragma once
 
 #include "tokenprune/attention_state.cuh"

@@ -12,7 +12,7 @@
 //
 // Shared memory: a chunk of a vector is 8 units of 16 bytes; unit u of vector v lies at unit u ^ (v % 8) of row v. The
 // 8 rows that one ldmatrix phase (or 8 neighbouring lanes) reads at the same unit then lie in distinct banks.
-// 48 KiB with both operands streamed, 24 KiB + 8 KiB per chunk with one resident.
+// 50 KiB with both operands streamed, 26 KiB + 8 KiB per chunk with one resident.
 #pragma once
 
 #include "tokenprune/attention.h"
@@ -259,7 +259,6 @@ struct TileCopy {
 template <class T, bool kKeptIsB = false, int kBlocks = 4, class KeptOf, class StreamedOf, class Visit>
 __device__ __forceinline__ void for_each_tile(unsigned char* shared, int dim, bool resident, int tiles,
                                               KeptOf&& kept_of, StreamedOf&& streamed_of, Visit&& visit) {
-  static_assert(kTileStages == 3, "two chunks ahead");
   constexpr int kChunk = DotTile<T>::kChunk;
   unsigned char* const ring = shared;
   unsigned char* const kept_ring = shared + kTileStages * kChunkTileBytes;  // resident: all chunks
@@ -289,8 +288,8 @@ __device__ __forceinline__ void for_each_tile(unsigned char* shared, int dim, bo
     cp_async_commit();
   };
   __syncthreads();  // an earlier call's last reads
-  load();
-  load();
+#pragma unroll 1
+  for (int ahead = 1; ahead < kTileStages; ++ahead) load();
   int stage = 0;
   for (int t = 0; t < tiles; ++t) {
     const int kept = kept_of(resident ? 0 : t).present(), streamed = streamed_of(t).present();
@@ -298,7 +297,7 @@ __device__ __forceinline__ void for_each_tile(unsigned char* shared, int dim, bo
     DotTile<T> tile;
     tile.clear();
     for (int c = 0; c < chunks; ++c) {
-      cp_async_wait<1>();
+      cp_async_wait<kTileStages - 2>();
       __syncthreads();
       load();
       const unsigned char* x = kept_ring + (resident ? c : stage) * kChunkTileBytes;
