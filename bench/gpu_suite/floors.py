@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from bench.rows import Scale, gpu_rows
+from testing.gpu_device import Device
+
 from .costs import FLOATS, floor_seconds, predicted_rates
-from .device import Device
 
 
 def copy_rate(device: Device) -> dict[str, Any]:
@@ -79,11 +81,8 @@ def items(device: Device) -> dict[str, Callable[[], dict[str, Any]]]:
 
 def lines() -> list[str]:
     """A table row for every row with a floor, at the assumed rates."""
-    from .device import Host
-    from .rows import all_rows
-
     table = []
-    for row in all_rows(Host(emulate=False), toy=False):
+    for row in gpu_rows(Scale(toy=False)):
         if row.bytes:
             times = floor_seconds(row, predicted_rates())
             table.append(f"| {row.name} | " + " | ".join(f"{seconds * 1e6:.2f}" for seconds in times.values()) + " |")

@@ -9,10 +9,9 @@ import sys
 import torch
 
 from testing import op_samples
+from testing.gpu_device import pick
+from testing.gpu_samples import run_sample
 from testing.op_samples import Sizes
-
-from . import device
-from .samples import run_sample
 
 SMALL = Sizes(tokens=37, channels=40, k=9)
 LARGER = Sizes(tokens=300, rows=17, channels=72, k=40, listed=30)  # more than one warp, one tile, one block
@@ -21,7 +20,7 @@ CASES = ((SMALL, torch.float32), (LARGER, torch.float16))
 
 def main() -> None:
     (op,) = sys.argv[1:]
-    where = device.pick()
+    where = pick()
     for sizes, dtype in CASES:
         for name in op_samples.FACTORIES[op]:
             print(f"SAMPLE {op}-{name}-{str(dtype).removeprefix('torch.')}-N{sizes.tokens}", flush=True)

@@ -1,4 +1,4 @@
-"""Runs the items of one stage in this process: `python -m bench.gpu_suite.worker STAGE RECORD [--quick]`.
+"""Runs the items of one stage in this process: `python -m bench.gpu_suite.worker STAGE RECORD [--quick] [--rows NAME]`.
 
 The device is the GPU, or with TOKENPRUNE_TEST_GPU=emulated its CPU twin.
 """
@@ -9,28 +9,43 @@ from pathlib import Path
 
 import torch
 
-from . import behaviour, device, floors, samples, timing, triton_rows, work
+from bench.rows import Row, Scale, gpu_rows, matching
+from testing import gpu_samples
+from testing.gpu_device import Device, dry, pick
 
-STAGES = ("contact", "samples", "floors", "behaviour", "timing", "triton", "triton_warm", "compiled")
+from . import floors, timing, triton_rows, tune, work
+
+Items = dict[str, Callable[[], work.Item]]
+ROW_STAGES: dict[str, Callable[[Device, list[Row], bool, bool], Items]] = {
+    "timing": timing.items,
+    "behaviour": timing.behaviour_items,
+    "tune": tune.items,
+    "peers": timing.peer_items,
+    "triton": triton_rows.items,
+    "triton_warm": triton_rows.warm_items,
+    "compiled": timing.compiled_items,
+}
+STAGES = ("contact", "samples", "floors", "once", *ROW_STAGES)
 
 
-def items_of(stage: str, quick: bool) -> tuple[dict[str, Callable[[], work.Item]], device.Device]:
-    where, toy = device.pick(), device.dry()
+def items_of(stage: str, device: Device, pattern: str, quick: bool) -> Items:
     if stage == "contact":
-        return samples.first_contact(where), where
+        return {"device limits": device.limits, **gpu_samples.first_contact(device)}
     if stage == "samples":
-        return samples.all_samples(where), where
+        return gpu_samples.all_samples(device)
     if stage == "floors":
-        return floors.items(where), where
-    if stage == "behaviour":
-        return behaviour.items(where, toy, quick), where
-    if stage == "timing":
-        return timing.items(where, toy, quick), where
-    if stage == "triton":
-        return triton_rows.items(where, toy, quick), where
-    if stage == "triton_warm":
-        return triton_rows.warm_items(where, toy, quick), where
-    return timing.compiled_items(where, toy, quick), where
+        return floors.items(device)
+    return ROW_STAGES[stage](device, matching(gpu_rows(Scale(dry())), pattern), dry(), quick)
+
+
+def once(device: Device, pattern: str) -> None:
+    """A few plain calls of the first row of that name, for a profiler to look at."""
+    row = matching(gpu_rows(Scale(dry())), pattern)[0]
+    ours, inputs = device.serve(row.ours, *row.ops), row.make(device.torch_device, 0)
+    with torch.inference_mode():
+        for _ in range(3):
+            ours(inputs)
+    device.synchronize()
 
 
 def main() -> None:
@@ -38,12 +53,16 @@ def main() -> None:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("record", type=Path)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--rows", default="")
     arguments = parser.parse_args()
     # Plain float32 products: a reference in TF32 would be neither a reference nor a fair opponent.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.manual_seed(0)
-    items, where = items_of(arguments.stage, arguments.quick)
-    work.run_items(items, arguments.record, where.broken)
+    device = pick()
+    if arguments.stage == "once":
+        return once(device, arguments.rows)
+    items = items_of(arguments.stage, device, arguments.rows, arguments.quick)
+    return work.run_items(items, arguments.record, device.broken)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -13,6 +14,7 @@
 
 #include "emulator/grid.h"
 
+#define CUDART_VERSION 13000
 #define __global__
 #define __device__
 #define __host__
@@ -300,6 +302,8 @@ struct cudaLaunchConfig_t {
 
 namespace tokenprune::emulator {
 
+// How often a property of the device or of a kernel was asked for or set.
+std::atomic<int>& query_count();
 // One grid runs at a time, whichever threads launch them.
 std::mutex& launch_mutex();
 cudaError_t check_configuration(const LaunchRecord& launch, const void* kernel);
@@ -315,7 +319,8 @@ const char* cudaGetErrorString(cudaError_t status);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream);
 
-// Tests change the device by changing the settings; what differs in shared memory counts as another device.
+// Tests change the device by changing the settings: every combination is a device with a number of its own. Which one is
+// current is known to the thread and no query of the device.
 cudaError_t cudaGetDevice(int* device);
 
 struct cudaFuncAttributes {
@@ -324,12 +329,14 @@ struct cudaFuncAttributes {
 };
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  ++::tokenprune::emulator::query_count();
   *attributes = {0, ::tokenprune::emulator::settings().architecture};
   return cudaSuccess;
 }
 
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
+  ++::tokenprune::emulator::query_count();
   if (value < 0 || value > ::tokenprune::emulator::settings().shared_per_block) return cudaErrorInvalidValue;
   ::tokenprune::emulator::allow_shared(reinterpret_cast<const void*>(kernel), value);
   return cudaSuccess;

@@ -1,11 +1,13 @@
 // The Python side of the emulator: the ops as torch.ops.tokenprune_emulated (on CPU tensors, through the real CUDA
 // bindings and launchers), and the settings and the launch log through pybind11.
+#include <cuda_runtime.h>
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "emulator/log.h"
 #include "generated/ops.h"
+#include "tokenprune/overrides.h"
 
 STABLE_TORCH_LIBRARY(tokenprune_emulated, m) { tokenprune::define_ops(m); }
 
@@ -52,6 +54,12 @@ PYBIND11_MODULE(_emulator, m) {
     emulator::launch_log().clear();
     return launches;
   });
+  // How often a device or kernel property was asked for or set since the last call.
+  m.def("take_queries", [] { return emulator::query_count().exchange(0); });
+  // What TOKENPRUNE_PLAN would be in a fresh process, and the names it knows.
+  m.def("set_plan",
+        [](const std::string& text) { tokenprune::plan_overrides() = tokenprune::PlanOverrides::parse(text); });
+  m.attr("PLANNED") = py::cast(tokenprune::kPlannedNames);
   bind_planners(m);
   bind_order(m);
 }

@@ -3,6 +3,8 @@
 #include <cxxabi.h>
 #include <dlfcn.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <map>
 
@@ -21,6 +23,11 @@ std::pair<const void*, int> on_this_device(const void* kernel) {
 }
 
 }  // namespace
+
+std::atomic<int>& query_count() {
+  static std::atomic<int> count{0};
+  return count;
+}
 
 std::vector<LaunchRecord>& launch_log() {
   static std::vector<LaunchRecord> log;
@@ -71,7 +78,15 @@ cudaError_t check_configuration(const LaunchRecord& launch, const void* kernel) 
 }  // namespace tokenprune::emulator
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = tokenprune::emulator::settings().shared_per_block;
+  using Properties = std::array<int, 3>;
+  static std::mutex mutex;
+  static std::vector<Properties> known;
+  const tokenprune::emulator::Settings& now = tokenprune::emulator::settings();
+  const Properties properties{now.sm_count, now.shared_per_block, now.architecture};
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto found = std::find(known.begin(), known.end(), properties);
+  if (found == known.end()) found = known.insert(known.end(), properties);
+  *device = static_cast<int>(found - known.begin());
   return cudaSuccess;
 }
 
@@ -105,6 +120,7 @@ const char* cudaGetErrorString(cudaError_t status) {
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const tokenprune::emulator::Settings& now = tokenprune::emulator::settings();
+  ++tokenprune::emulator::query_count();
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
       *value = now.sm_count;

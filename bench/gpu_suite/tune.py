@@ -1,0 +1,84 @@
+"""Sweeps what the launch planners choose (TOKENPRUNE_PLAN) and keeps the best of every row.
+
+One choice after the other, each with the best of those before it. Every plan's result is checked before it is timed, so
+that no plan wins by being wrong. The table plans.csv is what a planner's rule has to be changed to, or the proof that
+it need not be.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from bench.rows import Row
+from testing.gpu_device import Device
+from testing.gpu_samples import require
+
+from .timing import checked, device_microseconds, input_sets, measure
+from .work import Item
+
+POWERS = (1, 2, 4, 8)
+THREADS = (64, 128, 256, 512, 1024)
+# The values of each name of csrc/include/tokenprune/overrides.h, and the ops whose plans they change.
+SCORES = ("cross_attention_scores", "attention_scores")
+SWEEPS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
+    "attention.splits": (("cross_attention_scores", "attention_entropy"), (1, 2, 4, 8, 16, 32, 64)),
+    "attention.cluster": (SCORES, POWERS),
+    "attention.teams": (SCORES, POWERS),
+    "attention.row_parts": (SCORES, (1, 2, 4, 8, 16)),
+    "repulsion.matrix": (("repulsion_sample",), (0, 1 << 20)),
+    "repulsion.tile": (("repulsion_sample",), (64, 128)),
+    "repulsion.threads": (("repulsion_sample",), THREADS),
+    "nms.capacity": (("spatial_semantic_nms",), (0, 32, 64, 128, 256, 512)),
+    "nms.splits": (("spatial_semantic_nms",), (1, 2, 4, 8, 16)),
+    "nms.cluster": (("spatial_semantic_nms",), POWERS),
+    "nms.threads": (("spatial_semantic_nms",), (128, 256, 384)),
+    "similarity.cluster": (("cosine_scores", "contrastive_scores"), POWERS),
+    "similarity.rows_per_warp": (("cosine_scores", "contrastive_scores"), (1, 4)),
+    "select.cluster": (("select_topk", "select_two_tailed", "mask_to_indices"), POWERS),
+    "select.threads": (("select_topk", "select_two_tailed", "mask_to_indices"), (64, 128, 256, 512)),
+    "mixture.threads": (("select_mixture",), (64, 128, 256, 512)),
+    "gather.vectors": (("gather_compact",), (256, 512, 1024)),
+}
+MARGIN = 0.98  # of the best time so far: a smaller gain is noise
+
+
+def tune(device: Device, row: Row, seconds: float) -> Item:
+    found, ours = require(device, *row.ops), device.serve(row.ours, *row.ops)
+    tried: dict[str, float | None] = {}
+    with torch.inference_mode():
+        inputs = row.make(device.torch_device, 0)
+        sets = input_sets(device, row, inputs)
+
+        def microseconds(plan: str) -> float:
+            device.set_plan(plan)
+            checked(row, inputs, ours(inputs))
+            tried[plan] = device_microseconds(measure(device, ours, sets, seconds))
+            return tried[plan] or float("inf")
+
+        try:
+            own = least = microseconds("")
+            best = ""
+            for name, (ops, values) in SWEEPS.items():
+                base = best
+                for value in values if set(ops) & set(row.ops) else ():
+                    plan = ",".join(filter(None, [base, f"{name}={value}"]))
+                    if (taken := microseconds(plan)) < MARGIN * least:
+                        best, least = plan, taken
+        finally:
+            device.set_plan("")
+    return {**found, "own_us": own, "best_us": least, "best": best, "tried": tried}
+
+
+def items(device: Device, rows: list[Row], toy: bool, quick: bool) -> dict[str, Callable[[], Item]]:
+    swept = {op for ops, _ in SWEEPS.values() for op in ops}
+    tuned = [row for row in rows if len(row.ops) == 1 and row.ops[0] in swept]
+    if toy:
+        tuned = list({row.ops: row for row in tuned}.values())
+    return {row.name: lambda row=row: tune(device, row, 0.0 if toy else 0.02) for row in tuned}
+
+
+def table(items: list[Item]) -> str:
+    """plans.csv: what is best for every row. An empty plan is the planner's own."""
+    lines = ["row,plan,us,planner's own us"]
+    lines += [f'"{i["name"]}","{i["best"]}",{i["best_us"]:.2f},{i["own_us"]:.2f}' for i in items if "best" in i]
+    return "\n".join(lines) + "\n"
