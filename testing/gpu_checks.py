@@ -150,14 +150,15 @@ def two_threads(device: Device, f: Function, inputs: Inputs, others: Inputs, rep
                 assert_same_bits(one, want, "beside another thread")
 
 
-def promises(device: Device, f: Function, inputs: Inputs, others: Inputs, repeats: int) -> None:
+def promises(device: Device, f: Function, inputs: Inputs, others: Inputs, repeats: int, threads: bool = True) -> None:
     """All of the above; `others` are inputs of the same shapes."""
     inputs_unchanged(device, f, inputs)
     determinism(device, f, inputs, repeats)
     no_waiting(device, f, inputs)
     streams(device, f, inputs, others)
     graph(device, f, inputs, others)
-    two_threads(device, f, inputs, others, min(repeats, 10))
+    if threads:
+        two_threads(device, f, inputs, others, min(repeats, 10))
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -1,7 +1,7 @@
 """Tables from results.json, and the part of it that is worth keeping.
 
-`python -m bench.gpu_suite.report DIR...` prints the report again, of several runs as one; with `--save FILE` it keeps the
-facts of the environment, the state of every stage and the rows, without logs.
+`python -m bench.gpu_suite.report DIR...` prints the report again, of several runs as one; with `--save FILE` it keeps
+the facts of the environment, the state of every stage and the rows, without logs.
 """
 
 import argparse
@@ -150,9 +150,8 @@ def remarks(stages: dict[str, Stage]) -> list[str]:
             lines += ["", f"{item['name']}: {item['share']:.3%} of the logits (promised: under {item['max']:.0%})."]
     if missing := [item["name"] for item in items_of(stages, "contact") if item["status"] == "missing"]:
         lines += ["", f"No CUDA kernel in this build: {', '.join(missing)}."]
-    if stand_ins := sorted(
-        {op for name in stages for item in items_of(stages, name) for op in item.get("stand_in", [])}
-    ):
+    every = [(name, item) for name in stages for item in items_of(stages, name)]
+    if stand_ins := sorted({op for _, item in every for op in item.get("stand_in", [])}):
         lines += ["", f"The CPU kernel stood in, because the emulator has no CUDA kernel: {', '.join(stand_ins)}."]
     bad = [(name, item) for name, item in every if item["status"] in work.DONE_BADLY]
     told = [f"- {n}: {item['name']}: {item['status']}: {one_line(item.get('reason', ''))}" for n, item in bad[:60]]

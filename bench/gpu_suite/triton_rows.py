@@ -63,7 +63,8 @@ def compare(device: Device, row: Row, repeats: int, seconds: float) -> Item:
     with torch.inference_mode():
         result, calls = first_calls(triton, row)
         inputs, others = (row.make(device.torch_device, seed) for seed in (0, 1))
-        gpu_checks.promises(device, ours, inputs, others, repeats)
+        # Triton's interpreter knows one thread.
+        gpu_checks.promises(device, ours, inputs, others, repeats, threads=device.real)
         found = {**time_in_turn(triton, row, {"cuda": cuda} if ported else {}, seconds), **calls}
         if ported:
             found["agreement"] = agreement(result, cuda(inputs))

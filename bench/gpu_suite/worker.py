@@ -30,7 +30,7 @@ STAGES = ("contact", "samples", "floors", "once", *ROW_STAGES)
 
 def items_of(stage: str, device: Device, pattern: str, quick: bool) -> Items:
     if stage == "contact":
-        return {"device limits": device.limits, **gpu_samples.first_contact(device)}
+        return {"device limits": lambda: {"limits": device.limits()}, **gpu_samples.first_contact(device)}
     if stage == "samples":
         return gpu_samples.all_samples(device)
     if stage == "floors":
