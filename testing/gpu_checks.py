@@ -183,3 +183,17 @@ def close(got: Any, want: Any, tolerance: float = 1e-3) -> dict[str, float]:
             wrong = int((g != w).sum())
             assert wrong == 0, f"output {i}: {wrong} of {g.numel()} elements differ"
     return {"relative_error": worst}
+
+
+def agreement(got: Any, ours: Any) -> dict[str, Any]:
+    """How far two results agree, in the outputs that both have: floats by their largest relative error, integers by the
+    share that is equal, and by the share that both have somewhere."""
+    pairs = [(g.reshape(o.shape), o) for g, o in zip(flat(got), flat(ours), strict=False) if g.numel() == o.numel()]
+    whole = [(g, o) for g, o in pairs if not o.is_floating_point()]
+    errors = [relative_error(g, o) for g, o in pairs if o.is_floating_point()]
+    compared = sum(o.numel() for _, o in whole)
+    return {
+        "relative_error": max(errors, default=None),
+        "equal_integers": sum(int((g == o).sum()) for g, o in whole) / compared if compared else None,
+        "in_common": [len({*g.flatten().tolist()} & {*o.flatten().tolist()}) / max(o.numel(), 1) for g, o in whole],
+    }

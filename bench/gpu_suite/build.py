@@ -11,10 +11,10 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 from . import ROOT
 from .environment import find_program
@@ -76,23 +76,9 @@ def setup_module() -> ModuleType:
     return module
 
 
-@contextlib.contextmanager
-def environment(settings: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value
-
-
 def direct_command(settings: dict[str, str], folder: Path, target: Path) -> list[str]:
     """Writes the ninja file that setup.py would write, and returns the command that runs it."""
-    with environment(settings):
+    with patch.dict(os.environ, settings):
         setup = setup_module()
         compiler = setup.find_compiler()
         if compiler is None:

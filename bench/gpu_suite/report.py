@@ -7,12 +7,14 @@ the facts of the environment, the state of every stage and the rows, without log
 import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+from bench.gpu_timer import device_microseconds
 
 from . import work
 from .costs import Rates, floor_seconds, measured_rates
 from .run import Stage
-from .timing import device_microseconds
 from .tune import table as plans_table
 
 NOT_A_MEASUREMENT = "DRY RUN on a CPU: no number below means anything."
@@ -20,13 +22,6 @@ TIMED = ("timing", "peers", "compiled", "triton")
 # What is kept of a row beside its floor and promises.
 FIELDS = ("name", "backend", "times", "ratios", "launches", "check", "rotated_bytes", "agreement", "first_call_ms",
           "second_call_ms", "warm_first_call_ms")  # fmt: skip
-
-
-class _Described:
-    """A row's numbers as floors.py reads them."""
-
-    def __init__(self, row: dict[str, Any]) -> None:
-        self.bytes, self.flops, self.dtype = row["bytes"], row["flops"], row["dtype"]
 
 
 def items_of(stages: dict[str, Stage], name: str) -> list[work.Item]:
@@ -62,7 +57,7 @@ def floor_share(item: work.Item, rates: Rates | None) -> float | None:
     ours = device_microseconds(item["times"]["ours"])
     if rates is None or not ours or not item["row"]["bytes"]:
         return None
-    return floor_seconds(_Described(item["row"]), rates)["floor"] * 1e6 / ours
+    return floor_seconds(SimpleNamespace(**item["row"]), rates)["floor"] * 1e6 / ours
 
 
 def cell(times: dict[str, Any], kind: str) -> str:

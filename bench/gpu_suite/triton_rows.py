@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
+from bench.gpu_timer import seconds_of
 from bench.rows import Row
 from testing import gpu_checks
-from testing.gpu_checks import relative_error
-from testing.gpu_device import Device, flat
+from testing.gpu_device import Device
 from testing.gpu_samples import require
 
-from .timing import DRY_REPEATS, seconds_of, time_in_turn
+from .timing import DRY_REPEATS, time_in_turn
 from .work import Item
 
 REPEATS = 10
@@ -31,19 +31,6 @@ def timed_call(device: Device, f: Callable[[], Any]) -> tuple[Any, float]:
     result = f()
     device.synchronize()
     return result, round((time.perf_counter() - began) * 1e3, 3)
-
-
-def agreement(got: Any, other: Any) -> Item:
-    """How far two backends agree: the share of equal integers, and the largest relative error of the floats."""
-    pairs = list(zip(flat(got), flat(other), strict=True))
-    whole = [(a, b) for a, b in pairs if not a.is_floating_point()]
-    compared = sum(a.numel() for a, _ in whole)
-    equal = sum(int((a == b).sum()) for a, b in whole)
-    errors = [relative_error(a, b) for a, b in pairs if a.is_floating_point()]
-    return {
-        "equal_integers": equal / compared if compared else None,
-        "relative_error": max(errors) if errors else None,
-    }
 
 
 def first_calls(triton: Device, row: Row) -> tuple[Any, Item]:
@@ -67,7 +54,7 @@ def compare(device: Device, row: Row, repeats: int, seconds: float) -> Item:
         gpu_checks.promises(device, ours, inputs, others, repeats, threads=device.real)
         found = {**time_in_turn(triton, row, {"cuda": cuda} if ported else {}, seconds), **calls}
         if ported:
-            found["agreement"] = agreement(result, cuda(inputs))
+            found["agreement"] = gpu_checks.agreement(result, cuda(inputs))
     return found
 
 

@@ -9,11 +9,12 @@ from collections.abc import Callable
 
 import torch
 
+from bench.gpu_timer import device_microseconds, input_sets, measure
 from bench.rows import Row
 from testing.gpu_device import Device
 from testing.gpu_samples import require
 
-from .timing import checked, device_microseconds, input_sets, measure
+from .timing import checked
 from .work import Item
 
 POWERS = (1, 2, 4, 8)
