@@ -8,7 +8,7 @@ import torch
 import tokenprune_kernels as tp
 from bench.gpu_timer import input_sets, measure, ratios, seconds_of
 from bench.rows import Row, Scale, normal, on
-from bench.rows.peers import Peer, peers_of
+from bench.rows.peers import PEERS, Peer, peers_of
 from testing import gpu_checks
 from testing.gpu_checks import Function, Inputs, agreement, tensors
 from testing.gpu_device import Device
@@ -108,7 +108,8 @@ def peer_items(device: Device, rows: list[Row], toy: bool, quick: bool) -> dict[
             agreed = agreement(call(inputs), row.ours(inputs))
         return {**time_in_turn(device, row, {peer.name: call}, seconds_of(toy, quick)), "agreement": agreed}
 
-    return {f"{row.name}: {p.name}": lambda row=row, p=p: run(row, p) for row in rows for p in peers_of(row.name)}
+    pairs = [(row, peer) for peer in PEERS for row in rows if peer in peers_of(row.name)]  # what compiles comes last
+    return {f"{row.name}: {peer.name}": lambda row=row, peer=peer: run(row, peer) for row, peer in pairs}
 
 
 def behaviour_items(device: Device, rows: list[Row], toy: bool, quick: bool) -> dict[str, Callable[[], Item]]:
