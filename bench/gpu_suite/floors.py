@@ -4,7 +4,7 @@
 measurement. The suite measures the rates on the machine that it runs on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import median
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from .costs import FLOATS, floor_seconds, predicted_rates
 from .device import Device
+from .model import calls_of, predicted
 
 
 def copy_rate(device: Device) -> dict[str, Any]:
@@ -77,21 +78,24 @@ def items(device: Device) -> dict[str, Callable[[], dict[str, Any]]]:
     }
 
 
-def lines() -> list[str]:
-    """A table row for every row with a floor, at the assumed rates."""
+def lines() -> Iterator[str]:
+    """A table row for every row with a floor."""
     from .device import Host
     from .rows import all_rows
 
-    table = []
     for row in all_rows(Host(emulate=False), toy=False):
-        if row.bytes:
-            times = floor_seconds(row, predicted_rates())
-            table.append(f"| {row.name} | " + " | ".join(f"{seconds * 1e6:.2f}" for seconds in times.values()) + " |")
-    return table
+        if not row.bytes:
+            continue
+        floor = floor_seconds(row, predicted_rates())
+        parts = predicted(calls_of(row))
+        binds = max(parts, key=lambda limit: parts[limit])
+        cells = [*floor.values(), sum(parts.values())]
+        yield f"| {row.name} | {' | '.join(f'{seconds * 1e6:.2f}' for seconds in cells)} | {binds} |"
 
 
 def main() -> None:
-    print("| row | bytes, us | products, us | floor with one launch, us |\n|---|---|---|---|", *lines(), sep="\n")
+    print("| row | bytes, us | products, us | floor with one launch, us | predicted, us | what binds |")
+    print("|---|---|---|---|---|---|", *lines(), sep="\n")
 
 
 if __name__ == "__main__":
