@@ -1,18 +1,18 @@
 """The rates of this machine that the floors of the timing table are made of.
 
-`python -m bench.gpu_suite.floors` prints what the formulas predict for every row at assumed rates: predictions, and no
-measurement. The suite measures the rates on the machine that it runs on.
+`python -m bench.gpu_suite.floors` prints what the formulas and the machine code predict for every row at assumed rates:
+predictions, and no measurement (predictions.py). The suite measures the rates on the machine that it runs on.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
 import torch
 
-from .costs import FLOATS, floor_seconds, predicted_rates
+from . import predictions
+from .costs import FLOATS
 from .device import Device
-from .model import calls_of, predicted
 
 
 def copy_rate(device: Device) -> dict[str, Any]:
@@ -78,25 +78,5 @@ def items(device: Device) -> dict[str, Callable[[], dict[str, Any]]]:
     }
 
 
-def lines() -> Iterator[str]:
-    """A table row for every row with a floor."""
-    from .device import Host
-    from .rows import all_rows
-
-    for row in all_rows(Host(emulate=False), toy=False):
-        if not row.bytes:
-            continue
-        floor = floor_seconds(row, predicted_rates())
-        parts = predicted(calls_of(row))
-        binds = max(parts, key=lambda limit: parts[limit])
-        cells = [*floor.values(), sum(parts.values())]
-        yield f"| {row.name} | {' | '.join(f'{seconds * 1e6:.2f}' for seconds in cells)} | {binds} |"
-
-
-def main() -> None:
-    print("| row | bytes, us | products, us | floor with one launch, us | predicted, us | what binds |")
-    print("|---|---|---|---|---|---|", *lines(), sep="\n")
-
-
 if __name__ == "__main__":
-    main()
+    predictions.main()
