@@ -143,7 +143,7 @@ __device__ __forceinline__ float warp_norm(const T* row, int64_t dim, bool wide)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kNmsPrepareThreads) nms_prepare_kernel(const NmsProblem p) {
+__global__ void __launch_bounds__(kNmsPrepareThreads, 4) nms_prepare_kernel(const NmsProblem p) {
   const NmsWorkspace w = nms_workspace(p);
   constexpr int64_t warps = kNmsPrepareThreads / kWarp;
   for (int64_t at = blockIdx.x * warps + warp_id(); at < p.batch * p.n; at += gridDim.x * warps) {
