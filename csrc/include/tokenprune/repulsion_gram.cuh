@@ -5,12 +5,12 @@
 //    rows (from the L2 cache but for the first time: n * channels elements), writes n * n floats. Tiles are written
 //    twice, mirrored; those on the diagonal write the inverse norms, so that nothing has to be launched before.
 // 2. gram_start, for the starts that compare tokens: a warp per token reads a row of the matrix. 256 threads.
-// 3. gram_greedy: one block per sample makes all picks. A thread owns every blockDim-th token; state, key, inverse norm
-//    and energy of its tokens are in shared memory (16 bytes per token), untouched by other threads. A step is one
-//    barrier and one row of the matrix (4 n bytes), read coalesced.
+// 3. gram_greedy: one block per sample makes all picks. A thread owns every blockDim-th token, kOwnTokens at most; their
+//    states, inverse norms and energies are in its registers. A step is one barrier and one row of the matrix (4 n
+//    bytes), read coalesced.
 #pragma once
 
-#include "tokenprune/repulsion_objective.cuh"
+#include "tokenprune/repulsion_tokens.cuh"
 
 namespace tokenprune {
 
@@ -76,138 +76,56 @@ __global__ void __launch_bounds__(kStartThreads)
   if (lane_id() == 0) start[sample * n + i] = result;
 }
 
-// The objectives of a sample's tokens and how a selected token changes them. Of `state` and `key` only the thread that
-// owns a token, one of every blockDim, touches its entry.
-struct StoredRows {
-  const RepulsionObjective& objective;
-  const float* energy;  // or null
-  const float* inverse;
-  float* state;
-  uint32_t* key;  // kNoKey: not available
-  int n;
-  Candidate mine = kNoCandidate;  // the best of the thread's tokens
-
-  // f(token, row[token]) for the thread's tokens. Three loads run ahead: all there are when a matrix is in memory.
-  template <class F>
-  __device__ __forceinline__ void for_own(const float* row, F&& f) const {
-    const int step = blockDim.x;
-    const auto load = [&](int i) { return i < n ? row[i] : 0; };
-    int i = threadIdx.x;
-    float here = load(i), next = load(i + step), last = load(i + 2 * step);
-#pragma unroll 1
-    for (; i < n; i += step) {
-      const float ahead = load(i + 3 * step);
-      f(i, here);
-      here = next;
-      next = last;
-      last = ahead;
-    }
-  }
-
-  __device__ __forceinline__ void offer(int i, uint32_t value) {
-    key[i] = value;
-    const Candidate offered = {value, static_cast<uint32_t>(i)};
-    if (offered < mine) mine = offered;
-  }
-
-  __device__ __forceinline__ uint32_t key_of(int i) const {
-    return objective.key(state[i], energy == nullptr ? 0 : energy[i]);
-  }
-
-  // Applies j, whose inner products are `row`, to all tokens.
-  __device__ __forceinline__ void apply(const float* row, int64_t j) {
-    const float other = inverse[j];
-    for_own(row,
-            [&](int i, float dot) { state[i] = objective.updated(state[i], cosine_of(dot, inverse[i], other), i, j); });
-  }
-
-  // Applies j to the available tokens, of which it is none from now on, and brings `mine` up to date.
-  __device__ __forceinline__ void apply_pick(const float* row, int64_t j) {
-    mine = kNoCandidate;
-    const float other = inverse[j];
-    for_own(row, [&](int i, float dot) {
-      if (key[i] == kNoKey) return;
-      if (i == j) {
-        key[i] = kNoKey;
-        return;
-      }
-      state[i] = objective.updated(state[i], cosine_of(dot, inverse[i], other), i, j);
-      offer(i, key_of(i));
-    });
-  }
-};
-
+// The rule of the block that makes the picks. The loads of a row are all under way before the first one is used.
+template <ObjectiveKind kind>
 struct GramRule {
-  StoredRows tokens;
-  const float* gram;  // of the sample
+  OwnTokens<kind> tokens;
+  const float *gram, *inverse_norms;  // of the sample
+  const float* positions;             // or null
+  int axes;
   int64_t* indices;
+  float inverse[kOwnTokens] = {};
 
-  __device__ __forceinline__ const float* row(int64_t j) const { return gram + j * tokens.n; }
+  __device__ __forceinline__ void load(const RepulsionProblem& p, int64_t sample, const uint32_t* seeds) {
+    tokens.load(p, sample, seeds);
+    tokens.for_each([&](int e, int i) { inverse[e] = inverse_norms[i]; });
+  }
+  __device__ __forceinline__ void apply(int j) {
+    const float* row = gram + int64_t(j) * tokens.end;
+    const float other = inverse_norms[j];
+    float dots[kOwnTokens];
+    tokens.for_each([&](int e, int i) { dots[e] = row[i]; });
+    tokens.apply(
+        j, [&](int e, int) { return cosine_of(dots[e], inverse[e], other); },
+        [&](int, int i) {
+          return positions == nullptr ? 0 : squared_distance(positions + i * axes, 1, positions + j * axes, 1, axes);
+        });
+  }
   __device__ __forceinline__ Candidate best() const { return tokens.mine; }
   __device__ __forceinline__ void commit(int64_t slot, Candidate pick) {
     if (threadIdx.x == 0) indices[slot] = pick.index;
-    tokens.apply_pick(row(pick.index), pick.index);
+    apply(static_cast<int>(pick.index));
   }
 };
 
-// Keys until the seeds are known.
-constexpr uint32_t kMasked = 0, kAvailable = 1, kSeed = 2;
-
-// Applies the seeds to all tokens, in ascending order and each once; true if there are any.
-__device__ __forceinline__ bool apply_seeds(GramRule& rule, const int64_t* seeds, int64_t n_seeds) {
-  StoredRows& tokens = rule.tokens;
-  const int n = tokens.n;
-  bool any = false;
-  for (int64_t s = threadIdx.x; s < n_seeds; s += blockDim.x) {
-    const int64_t j = valid_seed(seeds[s], n);
-    if (j < 0) continue;
-    atomicMax(&tokens.key[j], kSeed);
-    any = true;
-  }
-  any = __syncthreads_or(any);
-  for (int base = 0; any && base < n; base += kWarp) {
-    const int j = base + lane_id();
-    unsigned found = __ballot_sync(kAllLanes, j < n && tokens.key[j] == kSeed);
-    for (; found != 0; found &= found - 1) {
-      const int seed = base + __ffs(found) - 1;
-      tokens.apply(rule.row(seed), seed);
-    }
-  }
-  __syncthreads();  // all have seen the marks
-  return any;
-}
-
+template <ObjectiveKind kind>
 __global__ void __launch_bounds__(1024)
     gram_greedy_kernel(const RepulsionProblem p, const float* gram, const float* inverse, const float* start) {
   TOKENPRUNE_SHARED(CandidateSlots, slots);
+  TOKENPRUNE_SHARED(uint32_t[kBlockTokens / 32], seeds);
   const int64_t sample = blockIdx.x;
   const int n = static_cast<int>(p.n);
-  float* shared = reinterpret_cast<float*>(dynamic_shared());
-  float *state = shared, *norms = shared + n, *energy = p.energy == nullptr ? nullptr : shared + 3 * n;
-  const RepulsionObjective objective(p, sample);
   int64_t* indices = p.indices + sample * p.k;
-  uint32_t* key = reinterpret_cast<uint32_t*>(shared + 2 * n);
-  GramRule rule{{objective, energy, norms, state, key, n}, gram + sample * n * n, indices};
-  StoredRows& tokens = rule.tokens;
+  GramRule<kind> rule{
+      {p, 0, n}, gram + sample * p.n * n, inverse + sample * n, positions_of(p, sample), static_cast<int>(p.axes),
+      indices};
   if (p.k > 0) {
-    for (int i = threadIdx.x; i < n; i += blockDim.x) {
-      state[i] = objective.initial_state();
-      norms[i] = inverse[sample * n + i];
-      key[i] = is_valid(p, sample, i) ? kAvailable : kMasked;
-      if (energy != nullptr) energy[i] = p.energy[sample * n + i];
-    }
-    __syncthreads();
-    const bool started = p.seeds != nullptr && apply_seeds(rule, p.seeds + sample * p.n_seeds, p.n_seeds);
-    for (int i = threadIdx.x; i < n; i += blockDim.x) {
-      if (key[i] != kAvailable) {
-        key[i] = kNoKey;
-      } else if (started) {
-        tokens.offer(i, tokens.key_of(i));
-      } else {
-        const float first = energy != nullptr ? energy[i] : (start != nullptr ? start[sample * n + i] : 0);
-        tokens.offer(i, order_key(-first));
-      }
-    }
+    const bool seeded = mark_seeds(p.seeds + sample * p.n_seeds, p.n_seeds, n, seeds);
+    rule.load(p, sample, seeds);
+    for_seeds(seeds, n, [&](int seed) { rule.apply(seed); });
+    rule.tokens.start(seeded, [&](int e, int i) {
+      return order_key(-(p.energy == nullptr && start != nullptr ? start[sample * n + i] : rule.tokens.energy[e]));
+    });
   }
   const int64_t picked = greedy_select(rule, slots, p.k);
   for (int64_t slot = picked + threadIdx.x; slot < p.k; slot += blockDim.x) indices[slot] = -1;
@@ -238,8 +156,10 @@ cudaError_t launch_repulsion_gram(const RepulsionProblem& p, const RepulsionPlan
                                       blocks, gram, inverse, start);
     if (status != cudaSuccess) return status;
   }
-  return launch({dim3(p.batch), dim3(plan.greedy_block), static_cast<size_t>(plan.greedy_shared), stream},
-                gram_greedy_kernel, p, gram, inverse, plan.start ? start : nullptr);
+  return dispatch_objective(p, [&](auto kind) {
+    return launch({dim3(p.batch), dim3(plan.greedy_block), 0, stream}, gram_greedy_kernel<decltype(kind)::value>, p,
+                  gram, inverse, plan.start ? start : nullptr);
+  });
 }
 
 }  // namespace tokenprune

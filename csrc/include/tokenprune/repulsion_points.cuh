@@ -1,0 +1,94 @@
+// repulsion_sample for many tokens of few channels and coordinates: a block, or a cluster of blocks, has all tokens of a
+// sample in shared memory and makes all its picks in one launch, a step at a time (greedy.cuh).
+//
+// A token is `fields` floats: features, coordinates, inverse norm. Block r of the cluster owns tokens [r * share,
+// (r + 1) * share): their fields are in its shared memory, [fields, share], and the rest in registers (OwnTokens). The
+// block that has the best candidate of a step has already sent its fields to all others when they learn of it. A step is
+// one barrier of the block and one of the cluster, and `fields` multiply-adds for every token.
+//
+// grid: samples * cluster; block: up to 1024 threads; shared: point_shared(). Reads fields * n floats.
+#pragma once
+
+#include "tokenprune/repulsion_start.cuh"
+
+namespace tokenprune {
+
+template <ObjectiveKind kind>
+struct PointsRule {
+  OwnTokens<kind> tokens;
+  int channels, fields, share;
+  const float* own;  // [fields, share]
+  float* sent;       // [2, kMaxCluster, fields]: the candidates of all blocks, two sets in turn
+  int64_t* indices;
+
+  // Sends the fields of the block's candidate to the whole cluster.
+  __device__ __forceinline__ void publish(Candidate candidate, unsigned set) const {
+    if (candidate.key == kNoKey) return;
+    const int local = static_cast<int>(candidate.index) - tokens.first;
+    for (int q = threadIdx.x; q < fields * static_cast<int>(cluster_size()); q += blockDim.x)
+      cluster_shared(sent, q / fields)[(set * kMaxCluster + cluster_rank()) * fields + q % fields] =
+          own[q % fields * share + local];
+  }
+
+  // Applies j, whose fields are `step` floats apart.
+  __device__ __forceinline__ void apply(int j, const float* point, int step) {
+    const int norm = fields - 1;
+    tokens.apply(
+        j,
+        [&](int, int i) {
+          const float* mine = own + i - tokens.first;
+          float dot = 0;
+#pragma unroll 4
+          for (int c = 0; c < channels; ++c) dot = __fmaf_rn(mine[c * share], point[c * step], dot);
+          return cosine_of(dot, mine[norm * share], point[norm * step]);
+        },
+        [&](int, int i) {
+          return squared_distance(own + channels * share + i - tokens.first, share, point + channels * step, step,
+                                  norm - channels);
+        });
+  }
+
+  __device__ __forceinline__ Candidate best() const { return tokens.mine; }
+  __device__ __forceinline__ void commit(int64_t slot, Candidate pick) {
+    const int j = static_cast<int>(pick.index);
+    if (cluster_rank() == 0 && threadIdx.x == 0) indices[slot] = j;
+    if (cluster_size() == 1)
+      apply(j, own + j, share);
+    else
+      apply(j, sent + (slot % 2 * kMaxCluster + j / share) * fields, 1);
+  }
+};
+
+template <ObjectiveKind kind>
+__global__ void __launch_bounds__(1024) points_kernel(const RepulsionProblem p, const RepulsionWorkspace w, int share) {
+  TOKENPRUNE_SHARED(CandidateSlots, slots);
+  TOKENPRUNE_SHARED(uint32_t[kMaxCluster * kBlockTokens / 32], seeds);
+  const int64_t sample = blockIdx.x / cluster_size();
+  const int n = static_cast<int>(p.n), fields = w.fields;
+  const int first = min(static_cast<int>(cluster_rank()) * share, n), end = min(first + share, n);
+  const float* points = w.points + sample * n * fields;
+  float* own = reinterpret_cast<float*>(dynamic_shared());
+  PointsRule<kind> rule{{p, first, end},      static_cast<int>(p.channels), fields, share, own,
+                        own + fields * share, p.indices + sample * p.k};
+  for (int q = threadIdx.x; q < fields * (end - first); q += blockDim.x)
+    own[q % fields * share + q / fields] = points[int64_t(first) * fields + q];
+  if (cluster_size() > 1) cluster_sync();  // all blocks are there: their shared memory can be written
+  const bool seeded = mark_seeds(p.seeds + sample * p.n_seeds, p.n_seeds, n, seeds);
+  rule.tokens.load(p, sample, seeds);
+  for_seeds(seeds, n, [&](int seed) { rule.apply(seed, points + int64_t(seed) * fields, 1); });
+  rule.tokens.start(seeded, [&](int, int i) { return w.key[sample * n + i]; });
+  const int64_t picked =
+      greedy_select(rule, slots, p.k, [&](Candidate best, unsigned set) { rule.publish(best, set); });
+  if (cluster_rank() == 0 && threadIdx.x == 0) p.counts[sample] = picked;
+}
+
+inline cudaError_t launch_points(const RepulsionProblem& p, const RepulsionPlan& plan, const RepulsionWorkspace& w,
+                                 cudaStream_t stream) {
+  return dispatch_objective(p, [&](auto kind) {
+    return launch({dim3(p.batch * plan.cluster), dim3(plan.greedy_block), static_cast<size_t>(plan.greedy_shared),
+                   stream, static_cast<unsigned>(plan.cluster)},
+                  points_kernel<decltype(kind)::value>, p, w, plan.share);
+  });
+}
+
+}  // namespace tokenprune
