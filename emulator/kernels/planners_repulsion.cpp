@@ -39,6 +39,7 @@ void bind_repulsion_planner(py::module_& m) {
       .def_readonly("start", &RepulsionPlan::start)
       .def_readonly("samples", &RepulsionPlan::samples)
       .def_readonly("tile", &RepulsionPlan::tile)
+      .def_readonly("parts", &RepulsionPlan::parts)
       .def_readonly("greedy_block", &RepulsionPlan::greedy_block)
       .def_readonly("greedy_shared", &RepulsionPlan::greedy_shared)
       .def_readonly("fields", &RepulsionPlan::fields)

@@ -162,12 +162,17 @@ def test_all_tokens_identical() -> None:
     [
         ({"first": "index"}, ["gram_kernel", "gram_greedy_kernel"]),
         ({"energy": torch.zeros(2, 70)}, ["gram_kernel", "gram_greedy_kernel"]),
-        ({"first": "outlier"}, ["gram_kernel", "gram_start_kernel", "gram_greedy_kernel"]),
-        ({"first": "isolated"}, ["gram_kernel", "gram_start_kernel", "gram_greedy_kernel"]),
+        ({"first": "outlier"}, ["gram_kernel", "gram_rows_kernel", "gram_greedy_kernel"]),
+        ({"first": "isolated"}, ["gram_kernel", "gram_rows_kernel", "gram_greedy_kernel"]),
     ],
     ids=["index", "energy", "outlier", "isolated"],
 )
-def test_launches_with_a_matrix(options: dict[str, Any], launches: list[str]) -> None:
+@pytest.mark.parametrize("potential", ["cosine", "riesz", "gaussian"])
+def test_launches_with_a_matrix(options: dict[str, Any], launches: list[str], potential: str) -> None:
+    """Potentials other than the cosine are worked out beforehand, with the start if there is one."""
+    options = {**options, "potential": potential}
+    if potential != "cosine":
+        launches = ["gram_kernel", "gram_rows_kernel", "gram_greedy_kernel"]
     features = torch.randn(2, 70, 24)
     sample(features, 9, **options)
     assert kernels() == launches
@@ -255,6 +260,25 @@ def test_large_tiles_compute_the_same_matrix(dtype: torch.dtype) -> None:
     same(large, small)
 
 
+@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
+@pytest.mark.parametrize(("channels", "parts"), [(255, 1), (256, 2), (600, 4), (1024, 8), (1030, 8)])
+def test_blocks_share_a_tile_by_channels(channels: int, parts: int, dtype: torch.dtype) -> None:
+    """A few small tiles go to clusters; the parts of an exact sum are exact, and copies of a token still tie."""
+    generator = torch.Generator().manual_seed(channels)
+    features = exact_features(generator, 1, 50, channels).repeat(2, 2, 1).to(dtype)
+    got = sample(features, 60, first="isolated")
+    launch = module.take_launches()[0]
+    assert (launch["cluster"], launch["grid"][0]) == (parts, 2 * 3 * parts)
+    same(got, reference.repulsion_sample(features.double(), 60, first="isolated"))
+    module.settings().architecture = 80
+    same(sample(features, 60, first="isolated"), got)
+    assert module.take_launches()[0]["cluster"] == 1
+    module.settings().architecture = 90
+    noisy = torch.randn(1, 50, channels, generator=generator).repeat(1, 2, 1).to(dtype)
+    picks = sample(noisy, 100)[0][0]
+    assert (picks.argsort()[:50] < picks.argsort()[50:]).all()
+
+
 def test_samples_wait_their_turn() -> None:
     """Two matrices of 50 tokens fit into the limit, so five samples are three groups."""
     limits(50, matrices=2 * 50 * 50 * 4)
@@ -262,7 +286,7 @@ def test_samples_wait_their_turn() -> None:
     options: dict[str, Any] = {"mask": mask, "positions": torch.rand(5, 50, 2), "potential": "riesz"}
     options |= {"seed_indices": torch.tensor([[3, -1], [-1, -1], [0, 49], [7, 7], [-1, -1]])}
     grouped = sample(features, 20, **options)
-    assert kernels() == ["gram_kernel", "gram_start_kernel", "gram_greedy_kernel"] * 3
+    assert kernels() == ["gram_kernel", "gram_rows_kernel", "gram_greedy_kernel"] * 3
     limits(50, matrices=1)
     same(sample(features, 20, **options), grouped)
     limits(50)
@@ -343,7 +367,7 @@ def test_more_tokens_than_a_matrix_has(channels: int, way: str, first: str) -> N
 
 
 def test_farthest_points() -> None:
-    """Positions alone: the tokens are points of five fields, four of a thread."""
+    """Positions alone: the tokens are points of five fields."""
     n = module.GRAM_TOKEN_LIMIT + 1000
     points = torch.randint(64, (1, n, 3), generator=torch.Generator().manual_seed(4)).float()
     options: dict[str, Any] = {"potential": "riesz", "feature_weight": 0.0, "first": "index", "epsilon": 1.0}
@@ -473,7 +497,14 @@ def test_plans(
         assert plan.words == 0
         assert 4 * plan.greedy_block >= n  # the tokens of a thread are in four registers
         side = -(-n // plan.tile)
-        grids += [plan.samples * side * (side + 1) // 2, plan.samples * -(-n // 8)]
+        tiles = plan.samples * side * (side + 1) // 2
+        assert plan.parts in (1, 2, 4, 8)
+        if plan.parts > 1:
+            assert limits.architecture >= 90
+            assert plan.tile == 64
+            assert channels >= 128 * plan.parts
+            assert plan.parts * tiles <= 2 * limits.sm_count
+        grids += [tiles * plan.parts, plan.samples * -(-n // 8)]
         assert plan.tile == 64 or plan.samples * pairs * (pairs + 1) // 2 >= 2 * limits.sm_count
     else:
         points, rows = plan.algorithm == ways.points, 0
@@ -482,8 +513,9 @@ def test_plans(
             assert plan.fields == channels + axes + 1 <= 64
             assert plan.cluster == (8 if limits.architecture >= 90 else 1)
             assert plan.cluster * plan.share >= n
-            assert 4 * plan.greedy_block >= plan.share
-            assert plan.greedy_shared == 4 * plan.fields * (plan.share + 16) <= limits.shared_per_block - 8192
+            assert plan.share <= 32 * plan.greedy_block  # a bit for every token of a thread
+            assert plan.greedy_shared == 4 * (plan.fields * (plan.share + 16) + plan.share)
+            assert plan.greedy_shared <= limits.shared_per_block - 12 * 1024
             grids.append(plan.samples * plan.cluster)
         else:
             assert plan.fields == 0

@@ -57,11 +57,11 @@ inline int64_t point_field_limit = 64;
 inline int64_t round_limit = std::numeric_limits<int64_t>::max();
 
 constexpr int kCandidates = 64;  // of a round: tokens that may be picked before all objectives are brought up to date
-constexpr int kDirectionParts = 32;              // the sum of all unit vectors is taken in so many parts
-constexpr int kControlWords = 5;                 // of a sample, see RepulsionControl
-constexpr int kOwnTokens = 4;                    // of a thread whose tokens are in registers
-constexpr int kBlockTokens = kOwnTokens * 1024;  // of a block of such threads
-constexpr int kPointStatic = 8 * 1024;           // static shared memory of the kernel that takes points, at most
+constexpr int kDirectionParts = 32;  // the sum of all unit vectors is taken in so many parts
+constexpr int kControlWords = 5;     // of a sample, see RepulsionControl
+constexpr int kOwnTokens = 4;        // of a thread that has them in registers
+// The kernel that takes points has room for so many marks of seeds, and so much static shared memory at most.
+constexpr int kPointMostTokens = 65536, kPointStatic = 12 * 1024;
 // The kernel that makes rounds: blocks per multiprocessor, as its registers allow, and what one of them takes of the
 // shared memory, with static variables and the system's kilobyte.
 constexpr int kRoundBlocks = 2, kRoundShared = 64 * 1024;
@@ -73,6 +73,7 @@ struct RepulsionPlan {
   bool start;         // tokens are compared for the first pick (outlier or isolated)
   int64_t samples;    // at once
   int tile;           // of the cosine matrix
+  int parts;          // of the channels, each by one block of a cluster
   int greedy_block;   // threads of a block that makes the picks of a sample, alone or in a cluster
   int greedy_shared;  // its bytes of dynamic shared memory
   int fields;         // of a point, or 0
@@ -92,20 +93,29 @@ inline void plan_matrix(const RepulsionProblem& p, const DeviceLimits& limits, R
   const int64_t large = ceil_div<int64_t>(p.n, 128);
   // Large tiles read the features half as often, but only many of them occupy the device.
   if (plan.samples * (large * (large + 1) / 2) >= 2 * limits.sm_count) plan.tile = 128;
+  // A few small tiles are shared by blocks that take 128 channels or more each.
+  plan.parts = 1;
+  const int64_t small = ceil_div<int64_t>(p.n, 64), tiles = plan.samples * (small * (small + 1) / 2);
+  if (plan.tile == 64 && limits.has_clusters())
+    while (plan.parts < static_cast<int>(kMaxCluster) && 2 * plan.parts * tiles <= 2 * limits.sm_count &&
+           p.channels >= 2 * plan.parts * 128)
+      plan.parts *= 2;
   // Two tokens per thread: a barrier of fewer warps is quicker.
   plan.greedy_block = static_cast<int>(std::min<int64_t>(1024, round_up<int64_t>(ceil_div<int64_t>(p.n, 2), 32)));
   plan.gram_floats = plan.samples * p.n * p.n;
   plan.token_floats = plan.samples * p.n * 2;  // inverse norms, what the first pick minimises
 }
 
-// Shared memory of a block of `share` points: their fields, and two sets of candidates of the cluster.
-inline int64_t point_shared(int64_t fields, int64_t share) { return 4 * fields * (share + 2 * kMaxCluster); }
+// Shared memory of a block of `share` points: their fields and states, and two sets of candidates of the cluster.
+inline int64_t point_shared(int64_t fields, int64_t share) {
+  return 4 * ((fields + 1) * share + fields * 2 * kMaxCluster);
+}
 
 // False if one block, or one cluster, cannot hold the tokens of a sample as points.
 inline bool plan_points(const RepulsionProblem& p, const DeviceLimits& limits, RepulsionPlan& plan) {
   const int64_t cluster = limits.has_clusters() ? kMaxCluster : 1, share = ceil_div(p.n, cluster);
   const int64_t fields = p.channels + (p.has_distances() ? p.axes : 0) + 1;
-  if (fields > point_field_limit || share > kBlockTokens) return false;
+  if (fields > point_field_limit || p.n > kPointMostTokens) return false;
   if (point_shared(fields, share) > limits.shared_per_block - kPointStatic) return false;
   plan.algorithm = RepulsionAlgorithm::kPoints;
   plan.fields = static_cast<int>(fields);
@@ -152,7 +162,7 @@ inline RepulsionPlan plan_repulsion(const RepulsionProblem& p, const DeviceLimit
   plan.samples = std::min(p.batch, kMaxGridX);
   plan.greedy_block = 32;
   plan.algorithm = RepulsionAlgorithm::kRounds;
-  if (nothing || p.n <= std::min<int64_t>(gram_token_limit, kBlockTokens)) {
+  if (nothing || p.n <= std::min<int64_t>(gram_token_limit, kOwnTokens * 1024)) {
     plan.algorithm = RepulsionAlgorithm::kMatrix;
     if (!nothing) plan_matrix(p, limits, plan);
   } else {

@@ -28,11 +28,17 @@ auto dispatch_objective(const RepulsionProblem& p, F&& f) {
 // floats further; symmetric to the bit.
 __device__ __forceinline__ float squared_distance(const float* i, int i_step, const float* j, int j_step, int axes) {
   float result = 0;
-  for (int a = 0; a < axes; ++a) {
-    const float difference = i[a * i_step] - j[a * j_step];
+#pragma unroll 1  // two or three times, without the start and the end of something longer
+  for (; axes > 0; --axes, i += i_step, j += j_step) {
+    const float difference = *i - *j;
     result = __fmaf_rn(difference, difference, result);
   }
   return result;
+}
+
+// The same of tokens i and j of a sample, without positions 0.
+__device__ __forceinline__ float squared_distance(const float* positions, int axes, int64_t i, int64_t j) {
+  return positions == nullptr ? 0 : squared_distance(positions + i * axes, 1, positions + j * axes, 1, axes);
 }
 
 template <ObjectiveKind kind = ObjectiveKind::kOther>

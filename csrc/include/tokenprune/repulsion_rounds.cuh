@@ -104,9 +104,7 @@ struct StoredTokens {
         axes(static_cast<int>(p.axes)) {}
 
   __device__ __forceinline__ float updated(float before, float cosine, int64_t i, int64_t j) const {
-    return objective.updated(before, cosine, [&] {
-      return positions == nullptr ? 0 : squared_distance(positions + i * axes, 1, positions + j * axes, 1, axes);
-    });
+    return objective.updated(before, cosine, [&] { return squared_distance(positions, axes, i, j); });
   }
 
   // Applies j, whose inner products are `row`, to the available tokens, of which it is none from now on; returns the
@@ -243,7 +241,8 @@ __device__ __forceinline__ void choose(const RepulsionProblem& p, const Repulsio
       for (int r = threadIdx.x; r < kCandidates; r += blockDim.x)
         candidates[r] = ranks[r] == 0 ? kNoRow : static_cast<int>(index_of_packed(ranks[r]));
       __syncthreads();
-      dots = gram_tile<T, 64>(rows_of(p, sample, sizeof(T)), candidates, candidates, kCandidates, dynamic_shared());
+      dots = gram_tile<T, 64, kRoundThreads>(rows_of(p, sample, sizeof(T)), candidates, candidates, kCandidates,
+                                             dynamic_shared());
     }
     if (warp_id() == 0) {
       control.selected = pick_candidates(tokens, p.sum, ranks, outside, dots, left < kCandidates ? left : kCandidates,
@@ -280,7 +279,8 @@ __device__ __forceinline__ void apply(const RepulsionProblem& p, const Repulsion
     norms[r] = r < count ? all.inverse[selected[r]] : 0;
   }
   __syncthreads();
-  const float* dots = gram_tile<T, 64>(rows_of(p, sample, sizeof(T)), tokens, selected, count, dynamic_shared());
+  const float* dots =
+      gram_tile<T, 64, kRoundThreads>(rows_of(p, sample, sizeof(T)), tokens, selected, count, dynamic_shared());
   if (control.stored) {
     for (int q = threadIdx.x; q < count * 64; q += kRoundThreads)
       if (first + q % 64 < all.n) rows[q / 64 * p.n + first + q % 64] = dots[q % 64 * GramTile<64>::kOutPitch + q / 64];
