@@ -21,8 +21,7 @@ void bind_planners(py::module_& m) {
       .def_readwrite("sm_count", &tokenprune::DeviceLimits::sm_count)
       .def_readwrite("shared_per_block", &tokenprune::DeviceLimits::shared_per_block)
       .def_readwrite("architecture", &tokenprune::DeviceLimits::architecture)
-      // The overrides of this process, which planners called from Python do without otherwise.
-      .def("take_overrides", [](tokenprune::DeviceLimits& l) { l.overrides = &tokenprune::plan_overrides(); });
+      .def_readwrite("cooperative", &tokenprune::DeviceLimits::cooperative);
   bind_attention_rows_planner(m);
   bind_compaction_planner(m);
   bind_selection_planner(m);
