@@ -174,6 +174,25 @@ def test_nan_reaches_exactly_the_scores_of_its_key(regime: str, heads: str) -> N
     assert not scores[..., [0, 1, 2, 4]].isnan().any()
 
 
+@pytest.mark.parametrize("regime", ["one block per tile", "cluster of 8, two teams", "each head, rows inside"])
+def test_a_row_with_lse_minus_infinity_gives_nothing_to_any_key(regime: str) -> None:
+    """Not even to a NaN or an infinite one, in whichever tile and head it is; a logit of -inf gives 0 with NaN."""
+    (query, key, lse), options = set_up(regime)
+    key[0, 0, 2, 0], key[0, 0, 4, 0], key[0, :, 6, 0] = torch.nan, torch.inf, -torch.inf
+    query[..., 0] = 1.0
+    for blind in (slice(1, None), slice(0, -1)):
+        given = lse.clone()
+        given[:, :, blind] = -torch.inf
+        scores, _ = check(query, key, given, **options)
+        assert scores[..., 2].isnan().any()
+        given[:, :, blind] = torch.nan
+        scores, _ = check(query, key, given, **options)
+        assert scores[..., 7].isnan().any()
+        assert (scores[..., 6] == 0).all()
+    lse[:] = -torch.inf
+    assert (tp.attention_scores(query, key, lse, backend="emulator", **options) == 0).all()
+
+
 def test_rows_that_do_not_count_may_hold_anything() -> None:
     """Whole tiles of rows, and single ones within a tile that counts."""
     query, key, lse = inputs(1, 2, 2, 260, 130, 8)

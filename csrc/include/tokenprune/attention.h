@@ -63,9 +63,11 @@ inline int tile_chunks(int64_t dim, int element_size) {
   return static_cast<int>(ceil_div<int64_t>(dim * element_size, kChunkBytes));
 }
 
-// Dynamic shared memory of a tile, with one operand resident (all its chunks stay) or both streamed.
+// Dynamic shared memory of a tile, with one operand resident (all its chunks stay) or both streamed, and what every
+// thread copies of it.
 inline int tile_shared_bytes(int64_t dim, int element_size, bool resident) {
-  return (kTileStages + (resident ? tile_chunks(dim, element_size) : kTileStages)) * kChunkTileBytes;
+  const int chunks = kTileStages + (resident ? tile_chunks(dim, element_size) : kTileStages);
+  return chunks * kChunkTileBytes + kTileThreads * 2 * static_cast<int>(sizeof(void*));
 }
 
 // Up to 4 chunks (D <= 256 in 16 bits): beyond, fewer than 4 blocks would fit in an SM's shared memory.

@@ -64,7 +64,8 @@ constexpr int64_t kPartialFloor = 1 << 20;  // bytes of partial results that are
 
 // Shared memory of a block: tiles and three sets of row statistics of every team, what is known of the item, and the
 // parts' results at the end.
-constexpr int kStatisticsBytes = 3 * kTileVectors * 2 * sizeof(float);
+constexpr int kStatistics = kTileVectors + 1;  // pairs of floats, of a tile
+constexpr int kStatisticsBytes = 3 * kStatistics * 2 * sizeof(float);
 constexpr int kColumnItemBytes = (kTileVectors + 12) * sizeof(int64_t);
 constexpr int kColumnStaticBytes = 1024;  // of block_reduce, and what the system keeps
 constexpr int kResultBytes = 2 * kTileVectors * sizeof(float);

@@ -25,25 +25,26 @@ namespace tokenprune {
 // What a block of the first launch works on.
 template <class T>
 struct RowBlock {
-  int64_t sample, key_head, split, begin;  // first key
-  int range;                               // keys
+  int sample, key_head, split;
+  int64_t begin;  // first key
+  int range;      // keys
   TileVectors<T> rows;
   VectorList<T> keys;
 
   // With causality the last rows see most keys and start first.
   __device__ __forceinline__ RowBlock(const AttentionProblem& p, const AttentionRowPlan& plan) {
-    int64_t rest = blockIdx.x;
-    int64_t row_tile = rest % plan.row_tiles;
-    if (p.causal) row_tile = plan.row_tiles - 1 - row_tile;
-    rest /= plan.row_tiles;
-    split = rest % plan.splits;
+    // The grid is below 2^31, and so are its factors.
+    const auto row_tiles = static_cast<unsigned>(plan.row_tiles), key_heads = static_cast<unsigned>(p.key_heads);
+    unsigned row_tile = blockIdx.x % row_tiles, rest = blockIdx.x / row_tiles;
+    if (p.causal) row_tile = row_tiles - 1 - row_tile;
+    split = static_cast<int>(rest % plan.splits);
     rest /= plan.splits;
-    sample = rest / p.key_heads;
-    key_head = rest % p.key_heads;
+    sample = static_cast<int>(rest / key_heads);
+    key_head = static_cast<int>(rest % key_heads);
     begin = split * plan.split_tiles * kTileVectors;
     const int64_t left = p.keys - begin, wanted = plan.split_tiles * kTileVectors;
     range = static_cast<int>(left < wanted ? left : wanted);
-    rows = {query_rows_of_group<T>(p, sample, key_head), row_tile * kTileVectors};
+    rows = {query_rows_of_group<T>(p, sample, key_head), int64_t(row_tile) * kTileVectors};
     keys = keys_of_head<T>(p, sample, key_head);
   }
 
@@ -72,7 +73,7 @@ struct RowBlock {
   __device__ __forceinline__ void write(const AttentionProblem& p, const AttentionRowPlan& plan,
                                         const AttentionRowOutputs& out, int r, const RowState& state) const {
     const int64_t row = (sample * p.key_heads + key_head) * p.group_rows() + rows.first + r;
-    write_row(out, row, state, static_cast<int>(split), plan.splits);
+    write_row(out, row, state, split, plan.splits);
   }
 };
 
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks_per_sm(sizeof(T)))
     most = sees[i] > most ? sees[i] : most;
   }
 
-  const auto add_logits = [&](int t, Tile& logits) {
+  const auto add_tile = [&](int t, Tile& logits) {
     if (!active) return;
     const int first = t * kTileVectors;
     uint32_t unmasked = 0xFFFFFFFFu;
@@ -112,27 +113,20 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks_per_sm(sizeof(T)))
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int visible = sees[i] - first;
+      const bool every = visible >= kTileVectors && unmasked == 0xFFFFFFFFu;
+      if (every && add_dots<kKeys>(state[i], factor[i], [&](int j) { return logits.at(i, j); })) continue;
 #pragma unroll
-      for (int j = 0; j < kKeys; ++j) logits.at(i, j) *= factor[i];
-      if (visible < kTileVectors || unmasked != 0xFFFFFFFFu) {
-#pragma unroll
-        for (int j = 0; j < kKeys; ++j)
-          if (Tile::b(j) >= visible || (unmasked >> j & 1) == 0) logits.at(i, j) = -INFINITY;
+      for (int j = 0; j < kKeys; ++j) {
+        const float logit = logits.at(i, j) * factor[i];
+        const bool hidden = (Tile::b(j) >= visible) | ((unmasked >> j & 1) == 0);
+        logits.at(i, j) = hidden ? -INFINITY : logit;
       }
-      float max = state[i].max;
-#pragma unroll
-      for (int j = 0; j < kKeys; ++j) max = fmaxf(max, logits.at(i, j));
-      const float reference = reference_logit(max);
-      float sum = 0, weighted = 0;  // of the tile first: fewer roundings than one long sum
-#pragma unroll
-      for (int j = 0; j < kKeys; ++j) add_term(logits.at(i, j), reference, sum, weighted);
-      const RowState before = raised(state[i], max);
-      state[i] = {max, before.sum + sum, before.weighted + weighted};
+      add_logits<kKeys>(state[i], [&](int j) { return logits.at(i, j); });
     }
   };
   for_each_tile<T>(
       dynamic_shared(), static_cast<int>(p.dim), plan.resident, block.tiles(p, most), [&](int) { return block.rows; },
-      [&](int t) { return block.key_tile(t); }, add_logits);
+      [&](int t) { return block.key_tile(t); }, add_tile);
 
   if (!active) return;
 #pragma unroll
