@@ -20,24 +20,33 @@ from .work import Item
 POWERS = (1, 2, 4, 8)
 THREADS = (64, 128, 256, 512, 1024)
 # The values of each name of csrc/include/tokenprune/overrides.h, and the ops whose plans they change.
+ROWS = ("cross_attention_scores", "attention_entropy")
 SCORES = ("cross_attention_scores", "attention_scores")
+REPULSION, NMS = ("repulsion_sample",), ("spatial_semantic_nms",)
+SIMILARITY = ("cosine_scores", "contrastive_scores")
+SELECT = ("select_topk", "select_two_tailed", "mask_to_indices")
 SWEEPS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
-    "attention.splits": (("cross_attention_scores", "attention_entropy"), (1, 2, 4, 8, 16, 32, 64)),
+    "attention.splits": (ROWS, (1, 2, 4, 8, 16, 32, 64)),
     "attention.cluster": (SCORES, POWERS),
     "attention.teams": (SCORES, POWERS),
-    "attention.row_parts": (SCORES, (1, 2, 4, 8, 16)),
-    "repulsion.matrix": (("repulsion_sample",), (0, 1 << 20)),
-    "repulsion.tile": (("repulsion_sample",), (64, 128)),
-    "repulsion.threads": (("repulsion_sample",), THREADS),
-    "nms.capacity": (("spatial_semantic_nms",), (0, 32, 64, 128, 256, 512)),
-    "nms.splits": (("spatial_semantic_nms",), (1, 2, 4, 8, 16)),
-    "nms.cluster": (("spatial_semantic_nms",), POWERS),
-    "nms.threads": (("spatial_semantic_nms",), (128, 256, 384)),
-    "similarity.cluster": (("cosine_scores", "contrastive_scores"), POWERS),
-    "similarity.rows_per_warp": (("cosine_scores", "contrastive_scores"), (1, 4)),
-    "select.cluster": (("select_topk", "select_two_tailed", "mask_to_indices"), POWERS),
-    "select.threads": (("select_topk", "select_two_tailed", "mask_to_indices"), (64, 128, 256, 512)),
-    "mixture.threads": (("select_mixture",), (64, 128, 256, 512)),
+    "attention.row_parts": (("attention_scores",), (1, 2, 4, 8, 16)),
+    "repulsion.matrix": (REPULSION, (0, 4096)),
+    "repulsion.tile": (REPULSION, (64, 128)),
+    "repulsion.parts": (REPULSION, POWERS),
+    "repulsion.threads": (REPULSION, THREADS),
+    "repulsion.cluster": (REPULSION, POWERS),
+    "repulsion.blocks": (REPULSION, (8, 16, 32, 64, 128)),
+    "nms.table": (NMS, (0, 1)),
+    "nms.capacity": (NMS, (0, 32, 64, 128, 256, 512)),
+    "nms.splits": (NMS, (1, 2, 4, 8, 16)),
+    "nms.cluster": (NMS, POWERS),
+    "nms.threads": (NMS, (128, 256, 384)),
+    "similarity.cluster": (SIMILARITY, POWERS),
+    "similarity.teams": (SIMILARITY, (1, 2)),
+    "similarity.rows_per_warp": (SIMILARITY, (1, 4)),
+    "select.cluster": (SELECT, POWERS),
+    "select.threads": (SELECT, (64, 128, 256, 512)),
+    "mixture.threads": (("select_mixture",), (128, 256, 512)),
     "gather.vectors": (("gather_compact",), (256, 512, 1024)),
 }
 MARGIN = 0.98  # of the best time so far: a smaller gain is noise

@@ -4,6 +4,7 @@ import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -74,39 +75,53 @@ def test_no_override_makes_a_result_wrong(planned: str, value: int) -> None:
             close(run(op, name, SIZES), want, 1e-6)
 
 
-def launched(plan: str, op: str) -> list[dict]:
+def launched(plan: str, op: str, tokens: int, **arguments: Any) -> list[dict[str, Any]]:
+    call = op_samples.make(op, "plain", Sizes(batch=1, tokens=tokens, rows=100, channels=512, k=40, listed=30))
+    args, kwargs = op_samples.positional(op_samples.Call(op, call.arguments | arguments))
     module.set_plan(plan)
     module.take_launches()
-    run(op, "plain", Sizes(batch=1, tokens=1000, rows=100, channels=40, k=40, listed=30))
+    getattr(tp, op)(*args, **kwargs, backend="emulator")
     return module.take_launches()
 
 
-# A value of every name that changes a launch of an op.
-CHANGES = {
-    "attention.splits": (1, "attention_entropy"),
-    "attention.cluster": (1, "cross_attention_scores"),
-    "attention.teams": (1, "cross_attention_scores"),
-    "attention.row_parts": (1, "attention_scores"),
-    "repulsion.matrix": (0, "repulsion_sample"),
-    "repulsion.tile": (128, "repulsion_sample"),
-    "repulsion.threads": (64, "repulsion_sample"),
-    "nms.capacity": (0, "spatial_semantic_nms"),
-    "nms.splits": (1, "spatial_semantic_nms"),
-    "nms.cluster": (4, "spatial_semantic_nms"),
-    "nms.threads": (128, "spatial_semantic_nms"),
-    "similarity.cluster": (1, "cosine_scores"),
-    "similarity.rows_per_warp": (4, "cosine_scores"),
-    "select.cluster": (8, "select_topk"),
-    "select.threads": (64, "select_topk"),
-    "mixture.threads": (64, "select_mixture"),
-    "gather.vectors": (1024, "gather_compact"),
+FEW = torch.arange(3 * 4500).remainder(17).float().view(1, 4500, 3)
+# For every name a value that changes a launch, and the call: op, tokens, and other arguments than its sample's.
+CHANGES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
+    "attention.splits": ("1", "attention_entropy", 1000, {}),
+    "attention.cluster": ("1", "cross_attention_scores", 300, {}),
+    "attention.teams": ("1", "cross_attention_scores", 300, {}),
+    "attention.row_parts": ("1", "attention_scores", 300, {}),
+    "repulsion.matrix": ("0", "repulsion_sample", 300, {}),
+    "repulsion.tile": ("128", "repulsion_sample", 300, {}),
+    "repulsion.parts": ("1", "repulsion_sample", 300, {}),
+    "repulsion.threads": ("96", "repulsion_sample", 300, {}),
+    "repulsion.cluster": ("2", "repulsion_sample", 4500, {"features": FEW}),
+    "repulsion.blocks": ("2,repulsion.matrix=0", "repulsion_sample", 300, {}),
+    "nms.table": ("0", "spatial_semantic_nms", 300, {}),
+    "nms.capacity": ("0,nms.table=0", "spatial_semantic_nms", 300, {}),
+    "nms.splits": ("1,nms.table=0", "spatial_semantic_nms", 300, {}),
+    "nms.cluster": ("4", "spatial_semantic_nms", 300, {}),
+    "nms.threads": ("128", "spatial_semantic_nms", 300, {}),
+    "similarity.cluster": ("1", "cosine_scores", 300, {}),
+    "similarity.teams": ("1", "cosine_scores", 300, {}),
+    "similarity.rows_per_warp": ("4", "contrastive_scores", 300, {"anchor_indices": torch.arange(3).unsqueeze(0)}),
+    "select.cluster": ("8", "select_topk", 300, {}),
+    "select.threads": ("64", "select_topk", 300, {}),
+    "mixture.threads": ("128", "select_mixture", 1000, {}),
+    "gather.vectors": ("1024", "gather_compact", 300, {}),
 }
 
 
 @pytest.mark.parametrize("planned", PLANNED)
 def test_an_override_changes_the_launch(planned: str) -> None:
-    value, op = CHANGES[planned]
-    assert launched(f"{planned}={value}", op) != launched("", op)
+    value, op, tokens, arguments = CHANGES[planned]
+    beside = value.partition(",")[2]
+    assert launched(f"{planned}={value}", op, tokens, **arguments) != launched(beside, op, tokens, **arguments)
+
+
+def test_the_page_explains_every_name() -> None:
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    assert [name for name in PLANNED if f"`{name}`" not in page] == []
 
 
 def test_overrides_change_nothing_about_determinism() -> None:

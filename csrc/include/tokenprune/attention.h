@@ -118,6 +118,10 @@ inline AttentionRowPlan plan_attention_rows(int64_t batch, int64_t key_heads, in
     plan.splits = static_cast<int>(used);
     plan.split_tiles = each;
   }
+  const int64_t splits =
+      limits.planned(Planned::kAttentionSplits, plan.splits, ceil_div(key_tiles, kMaxSplitTiles), key_tiles);
+  plan.split_tiles = ceil_div(key_tiles, std::max<int64_t>(1, splits));
+  if (key_tiles > 0) plan.splits = static_cast<int>(ceil_div(key_tiles, plan.split_tiles));
   plan.blocks = tiles * plan.splits;
   if (plan.splits > 1) plan.workspace = batch * key_heads * group_rows * plan.splits * kPartialFloats;
   return plan;

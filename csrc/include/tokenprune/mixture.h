@@ -59,8 +59,10 @@ inline MixturePlan plan_mixture(int64_t n, int64_t k, int64_t reserved, const De
   constexpr int64_t kTokensPerThread = 2, kMinThreads = 128;
   MixturePlan plan{};
   const int64_t listed = std::min(k - reserved, n);
-  plan.threads = static_cast<unsigned>(
-      std::clamp<int64_t>(round_up<int64_t>(ceil_div(n, kTokensPerThread), 32), kMinThreads, kMixtureMaxThreads));
+  const int64_t threads =
+      limits.planned(Planned::kMixtureThreads, ceil_div(n, kTokensPerThread), kMinThreads, kMixtureMaxThreads);
+  plan.threads =
+      static_cast<unsigned>(std::clamp<int64_t>(round_up<int64_t>(threads, 32), kMinThreads, kMixtureMaxThreads));
   plan.n = n;
   plan.sorted = 2;
   while (plan.sorted < listed) plan.sorted *= 2;

@@ -101,7 +101,7 @@ inline NmsPlan plan_nms(int64_t batch, int64_t n, int64_t dim, int64_t element_s
   // pick costs. A table of all of them is made faster than lists, and a step that reads it has one barrier less.
   const bool table = limits.has_clusters() && 4 * tokens <= kNmsAlwaysListBytes / n &&
                      kNmsWeightShared + kNmsSelectStatic <= limits.shared_per_block;
-  if (plan.steps > 2 && table) {
+  if (plan.steps > 2 && table && limits.planned(Planned::kNmsTable, 1, 0, 1) == 1) {
     const int64_t tiles = ceil_div<int64_t>(n, kNmsWeightTile);
     plan.weight_blocks = batch * tiles * (tiles / 2 + 1) * kNmsWeightCluster;
   } else if (plan.steps > 2) {
@@ -109,13 +109,15 @@ inline NmsPlan plan_nms(int64_t batch, int64_t n, int64_t dim, int64_t element_s
     const int64_t within_features = std::min(kNmsFeatureCapacity, dim * element_size / 8);
     plan.capacity = std::min(n - 1, std::max(always, within_features));
     if (plan.capacity < std::min(n - 1, kNmsFewestEntries)) plan.capacity = 0;
+    plan.capacity = limits.planned(Planned::kNmsCapacity, plan.capacity, 0, n - 1);
   }
   plan.prepare_blocks = std::min(ceil_div<int64_t>(tokens, kNmsPrepareThreads / 32), kMaxGridX);
   if (plan.capacity > 0) {
     const int64_t tiles = batch * ceil_div<int64_t>(n, kNmsRowTile);
     const int64_t most = ceil_div<int64_t>(n, kNmsColumnTile);
     const int64_t wanted = std::clamp<int64_t>(ceil_div<int64_t>(3 * limits.sm_count, tiles), 1, most);
-    plan.split_columns = round_up(ceil_div(n, wanted), int64_t(kNmsColumnTile));
+    const int64_t splits = limits.planned(Planned::kNmsSplits, wanted, 1, most);
+    plan.split_columns = round_up(ceil_div(n, splits), int64_t(kNmsColumnTile));
     plan.splits = ceil_div(n, plan.split_columns);
     plan.list_blocks = std::min(tiles * plan.splits, kMaxGridX);
   }
@@ -126,8 +128,10 @@ inline NmsPlan plan_nms(int64_t batch, int64_t n, int64_t dim, int64_t element_s
   while (limits.has_clusters() && plan.cluster < kMaxCluster && 2 * plan.cluster <= useful &&
          2 * plan.cluster * batch <= limits.sm_count)
     plan.cluster *= 2;
+  plan.cluster = limits.planned_power(Planned::kNmsCluster, plan.cluster, 1, limits.has_clusters() ? kMaxCluster : 1);
   plan.owned = ceil_div(n, plan.cluster);
-  plan.select_threads = std::min(round_up<int64_t>(plan.owned, 128), int64_t(kNmsMostSelectThreads));
+  const int64_t threads = limits.planned(Planned::kNmsThreads, plan.owned, 128, kNmsMostSelectThreads);
+  plan.select_threads = std::min(round_up<int64_t>(threads, 128), int64_t(kNmsMostSelectThreads));
   plan.keys_in_shared = 4 * plan.owned + kNmsSelectStatic <= limits.shared_per_block;
   plan.shared = plan.keys_in_shared ? 4 * plan.owned : 0;
   plan.workspace = tokens * (16 + 8 * plan.capacity + (plan.weight_blocks > 0 ? 4 * n : 0));

@@ -93,6 +93,7 @@ inline void plan_matrix(const RepulsionProblem& p, const DeviceLimits& limits, R
   const int64_t large = ceil_div<int64_t>(p.n, 128);
   // Large tiles read the features half as often, but only many of them occupy the device.
   if (plan.samples * (large * (large + 1) / 2) >= 2 * limits.sm_count) plan.tile = 128;
+  plan.tile = limits.planned(Planned::kRepulsionTile, plan.tile, 64, 128) < 128 ? 64 : 128;
   // A few small tiles are shared by blocks that take 128 channels or more each.
   plan.parts = 1;
   const int64_t small = ceil_div<int64_t>(p.n, 64), tiles = plan.samples * (small * (small + 1) / 2);
@@ -100,8 +101,13 @@ inline void plan_matrix(const RepulsionProblem& p, const DeviceLimits& limits, R
     while (plan.parts < static_cast<int>(kMaxCluster) && 2 * plan.parts * tiles <= 2 * limits.sm_count &&
            p.channels >= 2 * plan.parts * 128)
       plan.parts *= 2;
+  const int64_t most =
+      plan.tile == 64 && limits.has_clusters() ? std::clamp<int64_t>(p.channels / 128, 1, kMaxCluster) : 1;
+  plan.parts = static_cast<int>(limits.planned_power(Planned::kRepulsionParts, plan.parts, 1, most));
   // Two tokens per thread: a barrier of fewer warps is quicker.
-  plan.greedy_block = static_cast<int>(std::min<int64_t>(1024, round_up<int64_t>(ceil_div<int64_t>(p.n, 2), 32)));
+  const int64_t threads =
+      limits.planned(Planned::kRepulsionThreads, ceil_div<int64_t>(p.n, 2), ceil_div<int64_t>(p.n, kOwnTokens), 1024);
+  plan.greedy_block = static_cast<int>(std::min<int64_t>(1024, round_up<int64_t>(threads, 32)));
   plan.gram_floats = plan.samples * p.n * p.n;
   plan.token_floats = plan.samples * p.n * 2;  // inverse norms, what the first pick minimises
 }
@@ -113,7 +119,9 @@ inline int64_t point_shared(int64_t fields, int64_t share) {
 
 // False if one block, or one cluster, cannot hold the tokens of a sample as points.
 inline bool plan_points(const RepulsionProblem& p, const DeviceLimits& limits, RepulsionPlan& plan) {
-  const int64_t cluster = limits.has_clusters() ? kMaxCluster : 1, share = ceil_div(p.n, cluster);
+  const int64_t most = limits.has_clusters() ? kMaxCluster : 1;
+  const int64_t cluster = limits.planned_power(Planned::kRepulsionCluster, most, 1, most),
+                share = ceil_div(p.n, cluster);
   const int64_t fields = p.channels + (p.has_distances() ? p.axes : 0) + 1;
   if (fields > point_field_limit || p.n > kPointMostTokens) return false;
   if (point_shared(fields, share) > limits.shared_per_block - kPointStatic) return false;
@@ -141,8 +149,10 @@ inline void plan_picks(const RepulsionProblem& p, const DeviceLimits& limits, Re
   const bool rows = !points && p.sum;
   if (rows) plan.groups = std::min(plan.groups, std::max<int64_t>(1, gram_byte_limit / (p.n * kCandidates * 4)));
   plan.group_blocks = 1;
-  if (limits.cooperative && plan.groups > 0)
+  if (limits.cooperative && plan.groups > 0) {
     plan.group_blocks = std::min(ceil_div<int64_t>(p.n, 64), places / plan.groups);
+    plan.group_blocks = limits.planned(Planned::kRepulsionBlocks, plan.group_blocks, 1, plan.group_blocks);
+  }
   // Every round but those of seeds makes a pick.
   plan.rounds = std::min(round_limit, std::min(p.k, p.n) + ceil_div<int64_t>(std::min(p.n_seeds, p.n), kCandidates));
   plan.token_floats = plan.samples * p.n * 2;                                        // inverse norms, states
@@ -162,7 +172,9 @@ inline RepulsionPlan plan_repulsion(const RepulsionProblem& p, const DeviceLimit
   plan.samples = std::min(p.batch, kMaxGridX);
   plan.greedy_block = 32;
   plan.algorithm = RepulsionAlgorithm::kRounds;
-  if (nothing || p.n <= std::min<int64_t>(gram_token_limit, kOwnTokens * 1024)) {
+  constexpr int64_t kMost = kOwnTokens * 1024;
+  if (nothing ||
+      p.n <= limits.planned(Planned::kRepulsionMatrix, std::min<int64_t>(gram_token_limit, kMost), 0, kMost)) {
     plan.algorithm = RepulsionAlgorithm::kMatrix;
     if (!nothing) plan_matrix(p, limits, plan);
   } else {

@@ -90,14 +90,20 @@ inline SimilarityPlan plan_similarity(int64_t batch, int64_t n, int64_t dim, int
            tiles * plan.cluster * 2 <= kSimilarityBlocksPerMultiprocessor * limits.sm_count &&
            chunks >= plan.cluster * 4)
       plan.cluster *= 2;
+    const int64_t most = limits.has_clusters() ? std::clamp<int64_t>(chunks / 2, 1, kMaxCluster) : 1;
+    plan.cluster = static_cast<unsigned>(limits.planned_power(Planned::kSimilarityCluster, plan.cluster, 1, most));
     plan.blocks = tiles * plan.cluster;
     const bool room = kSimilarityMaxTeams * kSimilarityTeamBytes + kSimilarityStaticShared <= limits.shared_per_block;
     if (room && plan.blocks <= limits.sm_count && chunks >= plan.cluster * kSimilarityMaxTeams)
       plan.teams = kSimilarityMaxTeams;
+    const bool two = room && chunks >= plan.cluster * kSimilarityMaxTeams;
+    plan.teams =
+        static_cast<int>(limits.planned(Planned::kSimilarityTeams, plan.teams, 1, two ? kSimilarityMaxTeams : 1));
   } else {
     constexpr int kWarps = kSimilarityThreads / 32;
     // Four features per warp read the listed rows a quarter as often, once there is enough work for every SM.
     if (batch * ceil_div<int64_t>(n, 4 * kWarps) >= 4 * limits.sm_count) plan.rows_per_warp = 4;
+    plan.rows_per_warp = limits.planned(Planned::kSimilarityRowsPerWarp, plan.rows_per_warp, 1, 4) < 4 ? 1 : 4;
     plan.blocks = batch * ceil_div<int64_t>(n, plan.rows_per_warp * kWarps);
   }
   return plan;
