@@ -240,6 +240,8 @@ CALLS = {
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_cross_attention_scores_takes_at_most_three_launches(call: str, architecture: int) -> None:
+    """Two where the ranges of a row's keys meet in a cluster and all rows of a column in another."""
+    at_most = 2 if architecture >= 90 and call in ("LLaVA-1.5", "last row", "grouped") else 3
     device(architecture=architecture)
     query, key, _ = inputs(*CALLS[call], dtype=torch.float16)
     for heads, rows in (("mean", "max+last"), ("none", "mean")):
@@ -247,7 +249,7 @@ def test_cross_attention_scores_takes_at_most_three_launches(call: str, architec
             continue
         module.take_launches()
         got = tp.cross_attention_scores(query, key, head_reduction=heads, query_reduction=rows, backend="emulator")
-        assert len(module.take_launches()) <= 3
+        assert len(module.take_launches()) <= at_most
         want = tp.reference.cross_attention_scores(query, key, head_reduction=heads, query_reduction=rows)
         for g, w in zip(got, want, strict=True):
             torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
@@ -369,6 +371,8 @@ def test_plans_of_the_usual_shapes() -> None:
     assert (prefill.cluster, prefill.teams, prefill.row_parts, prefill.launches()) == (8, 2, 2, 2)
     last = plan("H200", 1, 32, 32, 4096, 576, 128, last_only=True)
     assert (last.cluster, last.teams, last.row_parts, last.launches()) == (8, 2, 1, 1)
+    rows = module.plan_attention_rows(1, 32, 64, 576, 128, 2, limits_of("H200"))
+    assert rows.launches() + llava.launches() == 2
     ampere = plan("A100", 1, 32, 32, 64, 576, 128)
     assert (ampere.cluster, ampere.teams, ampere.blocks) == (1, 3, 9)
     for p in (llava, qwen, square, prefill, last, ampere):

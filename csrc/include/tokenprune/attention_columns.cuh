@@ -404,9 +404,7 @@ cudaError_t launch_attention_columns(const ColumnProblem& c, const ColumnPlan& p
                                                      : attention_columns_kernel<T, HeadOp::kSum>;
   const cudaError_t status = launch(where, kernel, c, plan);
   if (status != cudaSuccess || plan.launches() < 2) return status;
-  const int64_t blocks = c.attention.batch * ceil_div<int64_t>(c.out_heads() * c.columns, kCombineThreads);
-  return launch({dim3(static_cast<unsigned>(blocks)), dim3(kCombineThreads), 0, stream},
-                attention_columns_combine_kernel<kCombineThreads>, c, plan);
+  return launch_attention_columns_combine(c, plan, stream);
 }
 
 }  // namespace tokenprune

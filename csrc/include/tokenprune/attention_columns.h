@@ -1,6 +1,6 @@
 // The column pass of attention as the host sees it: probabilities from a given lse, reduced over heads and then over
 // rows to scores of keys. No kernel code; defined in attention_columns.cuh, instantiated in
-// csrc/cuda/attention_columns.cu.
+// csrc/cuda/attention_columns_<type>.cu.
 #pragma once
 
 #include <algorithm>
@@ -141,5 +141,8 @@ inline ColumnPlan plan_attention_columns(const ColumnShape& s, const DeviceLimit
 // Launches the column pass, and the combination of row parts when there are several.
 template <class T>
 cudaError_t launch_attention_columns(const ColumnProblem& problem, const ColumnPlan& plan, cudaStream_t stream);
+
+// Its second launch.
+cudaError_t launch_attention_columns_combine(const ColumnProblem& problem, const ColumnPlan& plan, cudaStream_t stream);
 
 }  // namespace tokenprune

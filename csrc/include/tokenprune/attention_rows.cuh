@@ -33,17 +33,18 @@ struct RowBlock {
 
   // With causality the last rows see most keys and start first.
   __device__ __forceinline__ RowBlock(const AttentionProblem& p, const AttentionRowPlan& plan) {
-    // The grid is below 2^31, and so are its factors.
+    // The grid is below 2^31, and so are its factors. The blocks of a cluster follow each other.
     const auto row_tiles = static_cast<unsigned>(plan.row_tiles), key_heads = static_cast<unsigned>(p.key_heads);
-    unsigned row_tile = blockIdx.x % row_tiles, rest = blockIdx.x / row_tiles;
+    unsigned rest = blockIdx.x / plan.cluster, row_tile = rest % row_tiles;
+    rest /= row_tiles;
     if (p.causal) row_tile = row_tiles - 1 - row_tile;
-    split = static_cast<int>(rest % plan.splits);
-    rest /= plan.splits;
+    split = static_cast<int>(plan.cluster > 1 ? blockIdx.x % plan.cluster : rest % plan.splits);
+    if (plan.cluster == 1) rest /= plan.splits;
     sample = static_cast<int>(rest / key_heads);
     key_head = static_cast<int>(rest % key_heads);
     begin = split * plan.split_tiles * kTileVectors;
     const int64_t left = p.keys - begin, wanted = plan.split_tiles * kTileVectors;
-    range = static_cast<int>(left < wanted ? left : wanted);
+    range = static_cast<int>(left < 0 ? 0 : left < wanted ? left : wanted);
     rows = {query_rows_of_group<T>(p, sample, key_head), int64_t(row_tile) * kTileVectors};
     keys = keys_of_head<T>(p, sample, key_head);
   }
@@ -70,12 +71,38 @@ struct RowBlock {
     return ((p.causal ? most : range) + kTileVectors - 1) / kTileVectors;
   }
 
+  __device__ __forceinline__ int64_t row(const AttentionProblem& p, int r) const {
+    return (sample * p.key_heads + key_head) * p.group_rows() + rows.first + r;
+  }
+
+  // Writes the state of row r of the tile, in a cluster to its first block's shared memory, [splits][64].
   __device__ __forceinline__ void write(const AttentionProblem& p, const AttentionRowPlan& plan,
                                         const AttentionRowOutputs& out, int r, const RowState& state) const {
-    const int64_t row = (sample * p.key_heads + key_head) * p.group_rows() + rows.first + r;
-    write_row(out, row, state, split, plan.splits);
+    if (plan.cluster > 1)
+      cluster_shared(reinterpret_cast<RowState*>(dynamic_shared()), 0)[split * kTileVectors + r] = state;
+    else
+      write_row(out, row(p, r), state, split, plan.splits);
+  }
+
+  // Between the last tile and the first write(): all blocks of the cluster have started and use no tile any more.
+  __device__ __forceinline__ static void begin_writing(const AttentionRowPlan& plan) {
+    if (plan.cluster > 1) cluster_sync();
+  }
+
+  // After the last write(). The first block combines the ranges in order.
+  __device__ __forceinline__ void end_writing(const AttentionProblem& p, const AttentionRowPlan& plan,
+                                              const AttentionRowOutputs& out) const {
+    if (plan.cluster == 1) return;
+    cluster_sync();
+    const int r = threadIdx.x;
+    if (split > 0 || r >= rows.present()) return;
+    const RowState* const states = reinterpret_cast<const RowState*>(dynamic_shared()) + r;
+    RowState total = states[0];
+    for (int q = 1; q < plan.splits; ++q) total = merged(total, states[q * kTileVectors]);
+    write_row(out, row(p, r), total);
   }
 };
+static_assert(kMaxCluster * kTileVectors * sizeof(RowState) <= kTileStages * kChunkTileBytes);
 
 template <class T>
 __global__ void __launch_bounds__(kTileThreads, tile_blocks_per_sm(sizeof(T)))
@@ -128,13 +155,16 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks_per_sm(sizeof(T)))
       dynamic_shared(), static_cast<int>(p.dim), plan.resident, block.tiles(p, most), [&](int) { return block.rows; },
       [&](int t) { return block.key_tile(t); }, add_tile);
 
-  if (!active) return;
+  block.begin_writing(plan);
+  if (active) {
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    const RowState total = warp_merged(state[i], Tile::kLanesPerA);
-    if (lane_id() % Tile::kLanesPerA == 0 && Tile::a(i) < block.rows.present())
-      block.write(p, plan, out, Tile::a(i), total);
+    for (int i = 0; i < kRows; ++i) {
+      const RowState total = warp_merged(state[i], Tile::kLanesPerA);
+      if (lane_id() % Tile::kLanesPerA == 0 && Tile::a(i) < block.rows.present())
+        block.write(p, plan, out, Tile::a(i), total);
+    }
   }
+  block.end_writing(p, plan, out);
 }
 
 template <class T>
@@ -195,12 +225,15 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks_per_sm(sizeof(T)))
     if (lane_id() < kStride) partial[warp_id()][Tile::b(j)] = total;
   }
   __syncthreads();
+  block.begin_writing(plan);
   const int r = threadIdx.x;
-  if (r >= block.rows.present()) return;
-  RowState total = partial[0][r];
+  if (r < block.rows.present()) {
+    RowState total = partial[0][r];
 #pragma unroll
-  for (int warp = 1; warp < kTileThreads / kWarp; ++warp) total = merged(total, partial[warp][r]);
-  block.write(p, plan, out, r, total);
+    for (int warp = 1; warp < kTileThreads / kWarp; ++warp) total = merged(total, partial[warp][r]);
+    block.write(p, plan, out, r, total);
+  }
+  block.end_writing(p, plan, out);
 }
 
 // `rows` is that of the whole batch.
@@ -217,10 +250,10 @@ template <class T>
 cudaError_t launch_attention_rows(const AttentionProblem& p, const AttentionRowPlan& plan,
                                   const AttentionRowOutputs& out, cudaStream_t stream) {
   const Launch tiles{dim3(static_cast<unsigned>(plan.blocks)), dim3(kTileThreads), static_cast<size_t>(plan.shared),
-                     stream};
+                     stream, static_cast<unsigned>(plan.cluster)};
   const cudaError_t status =
       launch(tiles, plan.thin ? attention_rows_thin_kernel<T> : attention_rows_wide_kernel<T>, p, plan, out);
-  if (status != cudaSuccess || plan.splits == 1) return status;
+  if (status != cudaSuccess || plan.launches() == 1) return status;
   constexpr int kCombineThreads = 128;
   const int64_t rows = p.batch * p.key_heads * p.group_rows();
   const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(rows, kCombineThreads / kWarp)));
