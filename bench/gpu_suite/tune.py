@@ -28,7 +28,7 @@ SELECT = ("select_topk", "select_two_tailed", "mask_to_indices")
 SWEEPS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
     "attention.splits": (ROWS, (1, 2, 4, 8, 16, 32, 64)),
     "attention.cluster": (SCORES, POWERS),
-    "attention.teams": (SCORES, POWERS),
+    "attention.teams": (SCORES, (1, 2, 3)),
     "attention.row_parts": (("attention_scores",), (1, 2, 4, 8, 16)),
     "repulsion.matrix": (REPULSION, (0, 4096)),
     "repulsion.tile": (REPULSION, (64, 128)),
