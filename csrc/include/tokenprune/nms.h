@@ -128,7 +128,8 @@ inline NmsPlan plan_nms(int64_t batch, int64_t n, int64_t dim, int64_t element_s
   while (limits.has_clusters() && plan.cluster < kMaxCluster && 2 * plan.cluster <= useful &&
          2 * plan.cluster * batch <= limits.sm_count)
     plan.cluster *= 2;
-  plan.cluster = limits.planned_power(Planned::kNmsCluster, plan.cluster, 1, limits.has_clusters() ? kMaxCluster : 1);
+  const bool shared_out = limits.has_clusters() && plan.weight_blocks == 0;  // a table is read by one block
+  plan.cluster = limits.planned_power(Planned::kNmsCluster, plan.cluster, 1, shared_out ? kMaxCluster : 1);
   plan.owned = ceil_div(n, plan.cluster);
   const int64_t threads = limits.planned(Planned::kNmsThreads, plan.owned, 128, kNmsMostSelectThreads);
   plan.select_threads = std::min(round_up<int64_t>(threads, 128), int64_t(kNmsMostSelectThreads));
