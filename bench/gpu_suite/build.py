@@ -16,7 +16,8 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-from . import ROOT
+from testing import ROOT
+
 from .environment import find_program
 from .run import Run
 

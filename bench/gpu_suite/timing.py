@@ -13,6 +13,7 @@ from testing import gpu_checks
 from testing.gpu_checks import Function, Inputs, agreement, tensors
 from testing.gpu_device import Device
 from testing.gpu_samples import require
+from tokenprune_kernels._backend import served_by
 
 from .work import Item
 
@@ -46,7 +47,7 @@ def time_in_turn(device: Device, row: Row, functions: dict[str, Function], secon
     ours = device.serve(row.ours, *row.ops)
     with torch.inference_mode():
         inputs = row.make(device.torch_device, 0)
-        found["backend"] = tp._backend.served_by(tensors(inputs)[0]) if device.real else "emulator"
+        found["backend"] = served_by(row.ops[0], tensors(inputs)[0]) if device.real else "emulator"
         found["check"] = checked(row, inputs, ours(inputs))
         sets = input_sets(device, row, inputs)
         found["rotated_bytes"] = int(len(sets) * (row.bytes or sum(t.nbytes for t in tensors(inputs))))

@@ -17,9 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from testing import ROOT
 from testing.gpu_device import MissingError, UnavailableError
-
-from . import ROOT
 
 BROKEN = 75  # exit code: the device is unusable in this process
 DONE_BADLY = ("failed", "crashed", "hung")
