@@ -235,7 +235,7 @@ class Host:
         try:
             import emulator
 
-            _backend._extra["emulator"] = emulator.ops()
+            _backend._extra["emulator"] = emulator.ops(), "cuda"
         except Exception as error:
             self.no_emulator = f"{type(error).__name__}: {str(error)[:300]}"
 

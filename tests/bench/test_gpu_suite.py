@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.gpu_suite import floors, ncu, report, sanitizer, tune, work
+from bench.gpu_suite import ncu, report, sanitizer, tune, work
 from bench.gpu_suite.__main__ import GROUPS, PARTS, STAGES
 from bench.gpu_suite.build import architecture, direct_command, settings
 from bench.gpu_suite.costs import floor_seconds, predicted_rates
@@ -128,13 +128,6 @@ def test_rows_promise_no_fewer_launches_than_there_are() -> None:
             made[row.name] = (kernels, row.max_launches)
     assert len(made) > 8
     assert not {name: counts for name, counts in made.items() if counts[0] > counts[1]}
-
-
-def test_the_notes_have_the_predictions_of_every_row() -> None:
-    """bench/NOTES.md holds what `python -m bench.gpu_suite.floors` prints."""
-    notes = (ROOT / "bench" / "NOTES.md").read_text()
-    for line in floors.lines():
-        assert line in notes, line
 
 
 # --- plans, kernels, peers ------------------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ def test_the_variable_is_read_by_the_first_call() -> None:
     program = (
         "import torch, emulator, tokenprune_kernels as tp\n"
         "from tokenprune_kernels import _backend\n"
-        "_backend._extra['emulator'] = emulator.ops()\n"
+        "_backend._extra['emulator'] = emulator.ops(), 'cuda'\n"
         "tp.select_topk(torch.rand(1, 100), 5, backend='emulator')\n"
         "print([l['block'] for l in emulator.load().take_launches()])\n"
     )
