@@ -22,6 +22,7 @@ from torch import Tensor
 
 import tokenprune_kernels as tp
 from tokenprune_kernels import _backend, _registry, _triton
+from tokenprune_kernels._op import OPS
 
 SPIN_CYCLES = 20_000_000  # about 10 ms on a GPU: work that comes too early is sure to come before its end
 SYNCHRONIZING = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy"}
@@ -245,9 +246,9 @@ class Host:
     def has_kernel(self, op: str) -> bool:
         if self.forced == "triton":
             return _triton.absent() is None and _triton.interpreted()
-        return self.no_emulator is None and torch._C._dispatch_has_kernel_for_dispatch_key(
-            f"tokenprune_emulated::{op}", "CPU"
-        )
+        if self.no_emulator is not None or "cuda" not in OPS[op].backends:
+            return False
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"tokenprune_emulated::{op}", "CPU")
 
     def _backend(self, *ops: str) -> str:
         return (self.forced or "emulator") if all(map(self.has_kernel, ops)) else "auto"

@@ -14,7 +14,7 @@ KERNELS = (
     ("scores long", "attention_columns"),
     ("scores square", "attention_rows"),
     ("repulsion 2880x4096", "gram_greedy"),
-    ("NMS 576x4096", "nms_lists"),
+    ("NMS 576x4096", "nms_weights"),
     ("cosine_scores 2880x4096", "similarity_kernel"),
     ("gather_compact .* 16384", "gather_compact"),
 )
