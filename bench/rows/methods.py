@@ -69,7 +69,8 @@ def gpu_rows(scale: Scale) -> list[Row]:
     return [
         method_row(
             model, method, f"method {method}, {model.name}, {model.keep} of {model.tokens}", ops_of(method),
-            torch.bfloat16, targets={"eager reference": 15.0}, max_launches=LAUNCHES.get(method, 8), max_microseconds=120.0,
+            torch.bfloat16, targets={"eager reference": 15.0}, max_launches=LAUNCHES.get(method, 8),
+            max_microseconds=120.0,
         )
         for method in method_calls.STAGES
     ]  # fmt: skip
