@@ -1,10 +1,11 @@
 """The machine code of CUDA kernels as loops: what one iteration of each takes to issue, read from the disassembly.
 
 Nothing is executed, so rules say which way an iteration goes. A warp stays together: BRA.DIV, which leaves for the
-code of divergent warps, is never taken. Of two ways the one with more matrix instructions is taken, then the one with
-more 16-byte accesses, then the one with more instructions: copies of aligned memory are counted, and not the fallback.
-Every condition on the way holds, so that the count is that of the heaviest iteration, not of a common one.
-An instruction is one issue slot of its warp, predicated off or not.
+code of divergent warps, is never taken. Operands are ordinary: where there is a way around a routine of the compiler
+(a division of 64 bits, the root of a denormal number), it is taken. Of two other ways it is the one with more matrix
+instructions, then the one with more 16-byte accesses, then the one with more instructions: copies of aligned memory are
+counted, and not the fallback. Every condition on the way holds, so that the count is that of the heaviest iteration,
+not of a common one. An instruction is one issue slot of its warp, predicated off or not.
 """
 
 from __future__ import annotations
@@ -120,6 +121,9 @@ def blocks_of(lines: Iterable[str]) -> tuple[list[Block], nx.DiGraph]:
         graph.add_edges_from((number, labels[target]) for target in targets)
         if (falls_through(last) or not LEAVES.match(last.text)) and number + 1 < len(blocks):
             graph.add_edge(number, number + 1)
+    calls = {n for n, block in enumerate(blocks) if any(i.text.startswith("CALL.") for i in block.instructions)}
+    avoidable = [(a, b) for a, b in graph.edges if b in calls and set(graph.successors(a)) - calls]
+    graph.remove_edges_from(avoidable)
     return blocks, graph
 
 

@@ -22,7 +22,7 @@ namespace {
 constexpr int kWarp = 32;
 constexpr unsigned char kPoison = 0xFF;  // NaN in every floating type, -1 as an integer
 
-enum class State { kReady, kBlockBarrier, kClusterBarrier, kCollective, kDone };
+enum class State { kReady, kBlockBarrier, kClusterBarrier, kCollective, kCounter, kDone };
 
 struct Copy {
   void* to;
@@ -32,6 +32,7 @@ struct Copy {
 };
 
 struct Block;
+struct Cluster;
 
 struct Thread {
   uint3 index;
@@ -43,6 +44,8 @@ struct Thread {
   int barrier_result = 0;
   std::vector<Copy> copies;
   int copy_group = 0;
+  const uint32_t* counter = nullptr;  // of group_barrier
+  uint32_t target = 0;
 };
 
 // Waiting lanes: several groups of one warp can be on their way at the same time when their masks are disjoint.
@@ -55,6 +58,7 @@ struct Collective {
 struct Block {
   uint3 index;
   unsigned rank;
+  Cluster* cluster;
   std::unique_ptr<unsigned char[]> dynamic;
   size_t dynamic_bytes;
   struct Static {
@@ -69,6 +73,11 @@ struct Block {
   int contributions = 0;
 };
 
+struct Cluster {
+  std::vector<std::unique_ptr<Block>> blocks;
+  size_t at_barrier = 0;
+};
+
 // Exactly as many bytes as asked for, so that AddressSanitizer sees the first byte past the end.
 std::unique_ptr<unsigned char[]> poisoned(size_t bytes) {
   std::unique_ptr<unsigned char[]> memory(new unsigned char[bytes]);
@@ -78,8 +87,7 @@ std::unique_ptr<unsigned char[]> poisoned(size_t bytes) {
 
 struct Running {
   const LaunchRecord* launch = nullptr;
-  std::vector<std::unique_ptr<Block>> cluster;
-  size_t at_cluster_barrier = 0;
+  std::vector<std::unique_ptr<Cluster>> clusters;  // at the same time: one, or all of a cooperative launch
   Thread* thread = nullptr;
   std::exception_ptr failure;
 };
@@ -108,14 +116,21 @@ void wait(State state) {
 }
 
 std::string deadlock() {
-  size_t counts[5] = {};
-  for (const auto& block : running.cluster)
-    for (const Thread& t : block->threads) ++counts[static_cast<int>(t.state)];
+  size_t counts[6] = {};
+  for (const auto& cluster : running.clusters)
+    for (const auto& block : cluster->blocks)
+      for (const Thread& t : block->threads) ++counts[static_cast<int>(t.state)];
+  const auto& first = running.clusters.front()->blocks;
   std::string text = "kernel " + running.launch->kernel + " cannot go on: of the threads of block " +
-                     describe(running.cluster.front()->index) + (running.cluster.size() > 1 ? " and its cluster" : "");
-  const char* names[] = {"are ready", "wait at a block barrier", "wait at a cluster barrier",
-                         "wait in a warp collective", "have ended"};
-  for (int i = 1; i < 5; ++i) text += (i > 1 ? ", " : " ") + std::to_string(counts[i]) + " " + names[i];
+                     describe(first.front()->index) + (first.size() > 1 ? " and its cluster" : "") +
+                     (running.launch->cooperative ? " and all others" : "");
+  const char* names[] = {"are ready",
+                         "wait at a block barrier",
+                         "wait at a cluster barrier",
+                         "wait in a warp collective",
+                         "wait for other blocks",
+                         "have ended"};
+  for (int i = 1; i < 6; ++i) text += (i > 1 ? ", " : " ") + std::to_string(counts[i]) + " " + names[i];
   return text;
 }
 
@@ -158,17 +173,18 @@ uint64_t turns_of_a_warp(std::mt19937_64& random) {
 
 // Warps run ahead of each other as far as barriers let them, so that a barrier too few shows: the first warp writes
 // what the last one has not read yet, or reads what it has not written.
-void run_cluster(const std::function<void()>& guarded, std::mt19937_64& random) {
+void run_clusters(const std::function<void()>& guarded, std::mt19937_64& random) {
   std::vector<std::vector<Thread*>> warps;
   size_t count = 0;
-  for (const auto& block : running.cluster)
-    for (Thread& t : block->threads) {
-      if (t.lane == 0) warps.emplace_back();
-      warps.back().push_back(&t);
-      if (fibers.size() == count) fibers.push_back(std::make_unique<Fiber>());
-      t.fiber = fibers[count++].get();
-      t.fiber->start(&guarded);
-    }
+  for (const auto& cluster : running.clusters)
+    for (const auto& block : cluster->blocks)
+      for (Thread& t : block->threads) {
+        if (t.lane == 0) warps.emplace_back();
+        warps.back().push_back(&t);
+        if (fibers.size() == count) fibers.push_back(std::make_unique<Fiber>());
+        t.fiber = fibers[count++].get();
+        t.fiber->start(&guarded);
+      }
   std::vector<size_t> order, lanes;
   for (size_t done = 0; done < count;) {
     bool moved = false;
@@ -180,6 +196,7 @@ void run_cluster(const std::function<void()>& guarded, std::mt19937_64& random) 
         reorder(lanes, warps[w].size(), random);
         for (size_t i : lanes) {
           Thread& t = *warps[w][i];
+          if (t.state == State::kCounter && static_cast<int32_t>(*t.counter - t.target) >= 0) t.state = State::kReady;
           if (t.state != State::kReady) continue;
           going = moved = true;
           if (resume(t)) ++done;
@@ -190,10 +207,11 @@ void run_cluster(const std::function<void()>& guarded, std::mt19937_64& random) 
   }
 }
 
-std::unique_ptr<Block> make_block(const LaunchRecord& launch, uint3 index, unsigned rank) {
+std::unique_ptr<Block> make_block(const LaunchRecord& launch, uint3 index, unsigned rank, Cluster* cluster) {
   auto block = std::make_unique<Block>();
   block->index = index;
   block->rank = rank;
+  block->cluster = cluster;
   block->dynamic = poisoned(launch.shared);
   block->dynamic_bytes = launch.shared;
   const dim3& size = launch.block;
@@ -243,14 +261,15 @@ void run_grid(const LaunchRecord& launch, const std::function<void()>& thread) {
   blockDim = launch.block;
   gridDim = launch.grid;
   for (size_t c : order) {
-    running.cluster.clear();
+    if (!launch.cooperative) running.clusters.clear();
+    running.clusters.push_back(std::make_unique<Cluster>());
+    Cluster& cluster = *running.clusters.back();
     for (unsigned rank = 0; rank < launch.cluster; ++rank) {
       const uint3 index{unsigned(c % clusters_x * launch.cluster + rank), unsigned(c / clusters_x % launch.grid.y),
                         unsigned(c / clusters_x / launch.grid.y)};
-      running.cluster.push_back(make_block(launch, index, rank));
+      cluster.blocks.push_back(make_block(launch, index, rank, &cluster));
     }
-    running.at_cluster_barrier = 0;
-    run_cluster(guarded, random);
+    if (!launch.cooperative || running.clusters.size() == count) run_clusters(guarded, random);
   }
 }
 
@@ -341,22 +360,35 @@ unsigned cluster_rank() { return current().block->rank; }
 unsigned cluster_size() { return running.launch->cluster; }
 
 void cluster_barrier() {
+  Cluster& cluster = *current().block->cluster;
   size_t expected = 0;
-  for (const auto& block : running.cluster) expected += block->threads.size();
-  if (++running.at_cluster_barrier < expected) {
+  for (const auto& block : cluster.blocks) expected += block->threads.size();
+  if (++cluster.at_barrier < expected) {
     wait(State::kClusterBarrier);
     return;
   }
-  running.at_cluster_barrier = 0;
-  for (const auto& block : running.cluster) release(*block, State::kClusterBarrier);
+  cluster.at_barrier = 0;
+  for (const auto& block : cluster.blocks) release(*block, State::kClusterBarrier);
   wait(State::kReady);
+}
+
+void group_barrier(uint32_t* counter, uint32_t target) {
+  Thread& t = current();
+  block_barrier(0);
+  if (&t == &t.block->threads.front()) {
+    ++*counter;
+    t.counter = counter;
+    t.target = target;
+    wait(State::kCounter);
+  }
+  block_barrier(0);
 }
 
 void* cluster_address(void* pointer, unsigned rank) {
   Thread& t = current();
   const Block& mine = *t.block;
-  if (rank >= running.cluster.size()) fail(t, "asks for a block that its cluster does not have");
-  Block& other = *running.cluster[rank];
+  if (rank >= mine.cluster->blocks.size()) fail(t, "asks for a block that its cluster does not have");
+  Block& other = *mine.cluster->blocks[rank];
   for (const Thread& theirs : other.threads)
     if (theirs.state != State::kDone) {
       const auto offset_in = [&](const unsigned char* memory, size_t bytes) {

@@ -73,9 +73,15 @@ def test_every_kind_of_excess_is_reported() -> None:
         "toy.cu: h for sm_90a is only in the table",
         "toy.cu: f<float> for sm_90a: slots is 40, the table says 41",
     ]
-    tight = costs.tightened({a: cost}, {"f<": Limit(900, 900, 9, 9, 9, 2), "g": limits["g"]})
-    assert tight == {"f<": Limit(100, 13, 1, 1, 2, 2)}
-    assert costs.tightened({a: cost}, {"f<": Limit(50, 1, 0, 0, 0, 2)}) == {"f<": Limit(50, 1, 0, 0, 0, 2)}
+
+
+def test_limits_are_lowered_but_not_raised() -> None:
+    kernel, other = (Kernel("toy", name, "sm_90a") for name in ("f<float>", "h"))
+    cost = Cost(101, 40, 4, 16, 16, 20, 100, 1, 1, 2)
+    low, high = Limit(50, 1, 0, 0, 0, 2), Limit(900, 900, 9, 9, 9, 2)
+    assert costs.tightened({kernel: cost}, {"f<": high, "g": high}) == {"f<": Limit(110, 13, 1, 1, 2, 2)}
+    assert costs.tightened({kernel: cost}, {"f<": low}) == {"f<": low}
+    assert costs.tightened({kernel: cost, other: cost}, {"f<": low})["h"] == Limit(110, 15, 1, 1, 2, 1)
 
 
 # --- how it counts --------------------------------------------------------------------------------------------------

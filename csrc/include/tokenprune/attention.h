@@ -129,6 +129,14 @@ inline AttentionRowPlan plan_attention_rows(int64_t batch, int64_t key_heads, in
          cluster *= 2)
       consider(cluster, cluster);
   }
+  const int64_t splits =
+      limits.planned(Planned::kAttentionSplits, plan.splits, ceil_div(key_tiles, kMaxSplitTiles), key_tiles);
+  if (splits != plan.splits && key_tiles > 0) {  // up to kMaxCluster ranges meet in a cluster then
+    plan.split_tiles = ceil_div(key_tiles, splits);
+    plan.splits = static_cast<int>(ceil_div(key_tiles, plan.split_tiles));
+    for (plan.cluster = 1; limits.has_clusters() && plan.splits <= int(kMaxCluster) && plan.cluster < plan.splits;)
+      plan.cluster *= 2;
+  }
   plan.blocks = tiles * (plan.cluster > 1 ? plan.cluster : plan.splits);
   if (plan.launches() > 1) plan.workspace = batch * key_heads * group_rows * plan.splits * kPartialFloats;
   return plan;
