@@ -9,8 +9,8 @@ of one launch, with the names that `limit_seconds` gives them:
     DRAM, L2   bytes / the rate; what a launch before it has read is taken from L2 if it fits
     latency    steps that wait for each other x (slots of one warp, barriers and fences of a step)
 
-Every branch of a loop counts as taken (scripts/machine_code.py), so that this is an upper estimate of what the counts
-explain, and a prediction: no measurement is in it.
+What the machine code says of an iteration is a range (scripts/machine_code.py), and so is the time: every condition
+met, or everything skipped that can be. It is a prediction: no measurement is in it.
 """
 
 from collections.abc import Iterator
@@ -159,14 +159,15 @@ OPS: dict[str, Any] = {
 # --- what a launch takes ---------------------------------------------------------------------------------------------
 
 
-def limit_seconds(launch: Launch, cost: Cost) -> dict[str, float]:
-    """Every limit of one launch, without the launch itself."""
+def limit_seconds(launch: Launch, cost: Cost, least: bool = False) -> dict[str, float]:
+    """Every limit of one launch, at most or at least, without the launch itself."""
     sms, clock = ASSUMED["multiprocessors"], ASSUMED["clock"]
     # The last round of blocks leaves multiprocessors idle.
     share = -(-launch.pieces // sms) / max(launch.pieces, 1)
-    slots = launch.units * cost.per_unit(launch.trips)
+    slots = launch.units * cost.per_unit(launch.trips, least)
     matrix = launch.units if cost.matrix else 0.0
-    step = (cost.nest + (launch.step_trips - 1) * cost.slots) * ASSUMED["cycles of a lone warp"]
+    nest, hot = (cost.nest_least, cost.least) if least else (cost.nest, cost.slots)
+    step = (nest + (launch.step_trips - 1) * hot) * ASSUMED["cycles of a lone warp"]
     step += cost.barriers * ASSUMED["cycles of a barrier"]
     step += cost.fences * ASSUMED["cycles of a fence"] if launch.cluster else 0
     return {
@@ -179,15 +180,15 @@ def limit_seconds(launch: Launch, cost: Cost) -> dict[str, float]:
     }
 
 
-def predicted(calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]]) -> dict[str, float]:
-    """Seconds of the calls of a row by the limit that binds; `launch` is what starting them takes."""
+def predicted(calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]], least: bool = False) -> dict[str, float]:
+    """Seconds that the calls of a row take at most, or at least, by the limit that binds; `launch` is starting them."""
     _, table = read_table(TABLE.read_text())
     parts = {"launch": 0.0}
     launches = [launch for op, args, kwargs in calls for launch in OPS[op](*args, **kwargs)]
     for number, launch in enumerate(launches):
         cost = next((c for kernel, c in table.items() if kernel.name.startswith(launch.kernel)), None)
         assert cost is not None, f"model.py knows a kernel {launch.kernel} that {TABLE.name} has not"
-        limits = limit_seconds(launch, cost)
+        limits = limit_seconds(launch, cost, least)
         binds = max(limits, key=lambda name: limits[name])
         parts[binds] = parts.get(binds, 0.0) + limits[binds]
         parts["launch"] += ASSUMED["next launch" if number else "launch"]
