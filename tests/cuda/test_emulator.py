@@ -102,7 +102,7 @@ def test_blocks_that_wait_for_each_other_in_vain_are_an_error(broken):
     """Because one of them ends, or because the launch is not cooperative and they run one after the other."""
     given, out = torch.zeros(1, dtype=torch.int32), torch.zeros(200, dtype=torch.int32)
     pair = {"grid": (2, 1, 1)}
-    with pytest.raises(RuntimeError, match=r"and all others .* 31 wait at a block .* 1 wait for other blocks"):
+    with pytest.raises(RuntimeError, match=r"and all others 31 wait at a block .* 1 wait for other blocks"):
         run(broken, "sum_over_grid", given, out, variant=2, cooperative=True, **pair)
     with pytest.raises(RuntimeError, match="1 wait for other blocks"):
         run(broken, "sum_over_grid", given, out.zero_(), **pair)

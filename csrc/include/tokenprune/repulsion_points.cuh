@@ -83,7 +83,7 @@ struct PointsRule {
 };
 
 template <ObjectiveKind kind>
-__global__ void __launch_bounds__(1024) points_kernel(const RepulsionProblem p, const RepulsionWorkspace w, int share) {
+__global__ void __launch_bounds__(1024, 1) points_kernel(const RepulsionProblem p, const RepulsionWorkspace w, int share) {
   TOKENPRUNE_SHARED(CandidateSlots, slots);
   TOKENPRUNE_SHARED(uint32_t[kPointMostTokens / 32], seeds);
   const int64_t sample = blockIdx.x / cluster_size();
