@@ -10,29 +10,17 @@ compiler, so that the table names the nvcc it comes from, and holds for that one
 from __future__ import annotations
 
 import argparse
-import os
 import re
-import shutil
-import subprocess
-import sys
-import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+from testing import ROOT
+
+from .cuda_kernels import OBJECTS, REFRESH, Kernel, demangle, families, label, nvcc_version, order, unlisted
+
 TABLE = ROOT / "tests" / "cuda" / "resources.csv"
-OBJECTS = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "cuda"
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
-REFRESH = "make cuda-table writes the table anew: look at its diff"
-
-
-class Kernel(NamedTuple):
-    """One instantiation for one architecture."""
-
-    family: str  # of csrc/cuda/<family>.cu
-    name: str
-    architecture: str
 
 
 class Usage(NamedTuple):
@@ -43,23 +31,6 @@ class Usage(NamedTuple):
 
 
 Build = dict[Kernel, Usage]
-
-
-def short_name(demangled: str) -> str:
-    """`void tokenprune::f<float, 2>(tokenprune::P)` -> `f<float, 2>`."""
-    name = demangled.replace("(anonymous namespace)::", "").replace("tokenprune::", "").removeprefix("void ")
-    depth = 0
-    for i, character in enumerate(name):
-        depth += (character == "<") - (character == ">")
-        if character == "(" and depth == 0:
-            return name[:i]
-    return name
-
-
-def demangle(names: list[str]) -> list[str]:
-    """The short names of mangled ones; c++filt comes with the linker that the build needs."""
-    plain = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    return [short_name(line) for line in plain.splitlines()]
 
 
 def read_log(family: str, text: str, names_of: Callable[[list[str]], list[str]] = demangle) -> Build:
@@ -82,10 +53,6 @@ def read_log(family: str, text: str, names_of: Callable[[list[str]], list[str]] 
     return dict(zip(kernels, usages, strict=True))
 
 
-def families() -> list[str]:
-    return sorted(source.stem for source in (ROOT / "csrc" / "cuda").glob("*.cu"))
-
-
 def read_build(folder: Path = OBJECTS) -> Build:
     """What ptxas said of every .cu file; FileNotFoundError for one that was not built."""
     build: Build = {}
@@ -94,25 +61,10 @@ def read_build(folder: Path = OBJECTS) -> Build:
     return build
 
 
-def nvcc_version() -> str | None:
-    """The version of the nvcc that setup.py takes, or None without one."""
-    home = os.environ.get("CUDA_HOME")
-    nvcc = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
-    if nvcc is None:
-        return None
-    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    version = re.search(r"\bV(\d+\.\d+\.\d+)", told)
-    return version[1] if version else None
-
-
-def by_family(item: tuple[Kernel, Usage]) -> tuple[str, str, int]:
-    kernel = item[0]
-    return kernel.family, kernel.name, int(re.sub(r"\D", "", kernel.architecture))
-
-
 def table_text(version: str, build: Build) -> str:
     lines = [f"# nvcc {version}; {REFRESH}", "family,architecture,registers,shared,kernel"]
-    for kernel, usage in sorted(build.items(), key=by_family):
+    for kernel in sorted(build, key=order):
+        usage = build[kernel]
         lines.append(f"{kernel.family},{kernel.architecture},{usage.registers},{usage.shared},{kernel.name}")
     return "\n".join(lines) + "\n"
 
@@ -129,33 +81,18 @@ def read_table(text: str) -> tuple[str, Build]:
     return version[1], budget
 
 
-def label(kernel: Kernel) -> str:
-    return f"{kernel.family}.cu: {kernel.name} for {kernel.architecture}"
-
-
 def spills(build: Build) -> Iterator[str]:
-    for kernel, usage in sorted(build.items(), key=by_family):
+    for kernel in sorted(build, key=order):
+        usage = build[kernel]
         if usage.spilled:
             yield f"{label(kernel)} spills {usage.spilled} bytes"
         elif usage.stack:
             yield f"{label(kernel)} keeps {usage.stack} bytes of local variables in memory"
 
 
-def compared(build: Build, budget: Build) -> set[str]:
-    """The architectures that were built and have a budget."""
-    return {kernel.architecture for kernel in build} & {kernel.architecture for kernel in budget}
-
-
-def unlisted(build: Build, budget: Build) -> Iterator[str]:
-    """Kernels that only one of the two knows, on the architectures that both know."""
-    common = compared(build, budget)
-    for kernel in sorted(build.keys() ^ budget.keys()):
-        if kernel.architecture in common:
-            yield f"{label(kernel)} is only in {'the build' if kernel in build else 'the table'}"
-
-
 def excesses(build: Build, budget: Build) -> Iterator[str]:
-    for kernel, usage in sorted(build.items(), key=by_family):
+    for kernel in sorted(build, key=order):
+        usage = build[kernel]
         allowed = budget.get(kernel)
         if allowed is None:
             continue

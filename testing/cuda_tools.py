@@ -5,14 +5,23 @@ import importlib.metadata
 import shutil
 
 
-@functools.cache
-def cuobjdump() -> str | None:
-    """cuobjdump, from its package (it finds nvdisasm beside it) or from a toolkit."""
+def tool(name: str) -> str | None:
+    """A program, from its package nvidia-cuda-<name> or from a toolkit."""
     try:
-        files = importlib.metadata.files("nvidia-cuda-cuobjdump") or []
+        files = importlib.metadata.files(f"nvidia-cuda-{name}") or []
     except importlib.metadata.PackageNotFoundError:
         files = []
     for file in files:
-        if file.name == "cuobjdump":
+        if file.name == name:
             return str(file.locate())
-    return shutil.which("cuobjdump")
+    return shutil.which(name)
+
+
+@functools.cache
+def cuobjdump() -> str | None:
+    return tool("cuobjdump")
+
+
+@functools.cache
+def nvdisasm() -> str | None:
+    return tool("nvdisasm")

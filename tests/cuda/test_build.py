@@ -9,10 +9,11 @@ import sys
 
 import pytest
 
+from scripts import cuda_kernels as kernels
 from scripts import cuda_resources as resources
 from testing.cuda_tools import cuobjdump
 
-Kernel, Usage = resources.Kernel, resources.Usage
+Kernel, Usage = kernels.Kernel, resources.Usage
 
 # What machine code has to contain, and why.
 ASYNCHRONOUS = {r"LDGSTS\.\S*\b128": "tiles come by 16-byte asynchronous copies"}
@@ -39,12 +40,12 @@ INSTRUCTIONS = {
 
 @functools.cache
 def build() -> dict:
-    if resources.nvcc_version() is None:
+    if kernels.nvcc_version() is None:
         pytest.skip("no nvcc here: there are no CUDA kernels to look at")
     if os.environ.get("TOKENPRUNE_CUDA") == "0":
         pytest.skip("TOKENPRUNE_CUDA=0: the CUDA kernels were not built")
-    objects = [f"cuda/{family}.cu.o" for family in resources.families()]
-    folder = resources.OBJECTS.parent
+    objects = [f"cuda/{family}.cu.o" for family in kernels.families()]
+    folder = kernels.OBJECTS.parent
     missing = [name for name in objects if not (folder / name).exists()]
     assert not missing, f"{folder} lacks {', '.join(missing)}: run `make build`"
     command = [sys.executable, "-m", "ninja", "-C", str(folder), "-n", *objects]
@@ -62,14 +63,14 @@ def table() -> tuple[str, dict]:
 
 def budget() -> dict:
     """The table, for an architecture that was built."""
-    if not resources.compared(build(), table()[1]):
+    if not kernels.compared(build(), table()[1]):
         built = sorted({kernel.architecture for kernel in build()})
         pytest.skip(f"the build is for {', '.join(built)}; the table is for {', '.join(resources.ARCHITECTURES)}")
     return table()[1]
 
 
 def said(complaints: list[str]) -> str:
-    return "\n".join([*complaints, resources.REFRESH])
+    return "\n".join([*complaints, kernels.REFRESH])
 
 
 # --- the budget -----------------------------------------------------------------------------------------------------
@@ -81,23 +82,23 @@ def test_no_kernel_keeps_values_in_local_memory() -> None:
 
 
 def test_the_table_has_every_kernel_that_is_built_and_no_other() -> None:
-    unlisted = list(resources.unlisted(build(), budget()))
+    unlisted = list(kernels.unlisted(build(), budget()))
     assert not unlisted, said(unlisted)
 
 
 def test_kernels_stay_within_their_budget() -> None:
     allowed, version = budget(), table()[0]
-    if resources.nvcc_version() != version:
-        pytest.skip(f"register counts are those of nvcc {version}; this is nvcc {resources.nvcc_version()}")
+    if kernels.nvcc_version() != version:
+        pytest.skip(f"register counts are those of nvcc {version}; this is nvcc {kernels.nvcc_version()}")
     excesses = list(resources.excesses(build(), allowed))
     assert not excesses, said(excesses)
 
 
 def test_the_table_is_complete_and_as_the_script_writes_it() -> None:
     version, rows = table()
-    assert resources.table_text(version, rows) == resources.TABLE.read_text(), resources.REFRESH
+    assert resources.table_text(version, rows) == resources.TABLE.read_text(), kernels.REFRESH
     assert {kernel.architecture for kernel in rows} == set(resources.ARCHITECTURES)
-    assert {kernel.family for kernel in rows} == set(resources.families()), resources.REFRESH
+    assert {kernel.family for kernel in rows} == set(kernels.families()), kernels.REFRESH
 
 
 LOG = """\
@@ -133,7 +134,7 @@ def test_a_log_is_read_as_ptxas_means_it() -> None:
 
 
 def test_names_are_shortened_to_what_tells_kernels_apart() -> None:
-    short = resources.short_name
+    short = kernels.short_name
     assert short("void tokenprune::f<float, (tokenprune::Kind)2>(tokenprune::P, int (*)(int))") == "f<float, (Kind)2>"
     assert short("tokenprune::(anonymous namespace)::plain(tokenprune::P)") == "plain"
 
@@ -147,7 +148,7 @@ def test_every_kind_of_excess_is_reported() -> None:
         "toy.cu: a for sm_80: 33 registers, the table allows 32",
         "toy.cu: b for sm_80: 16 bytes of shared memory, the table says 0",
     ]
-    assert list(resources.unlisted({a: Usage(1, 0), c: Usage(1, 0)}, allowed)) == [
+    assert list(kernels.unlisted({a: Usage(1, 0), c: Usage(1, 0)}, allowed)) == [
         "toy.cu: b for sm_80 is only in the table",
         "toy.cu: c for sm_80 is only in the build",
     ]
@@ -166,15 +167,15 @@ def code() -> dict[str, str]:
     """The machine code of every kernel, by name, for one of the architectures that were built."""
     built = {kernel.architecture for kernel in build()}
     architecture = "sm_90a" if "sm_90a" in built else max(built, key=lambda a: int(re.sub(r"\D", "", a)))
-    kernels: dict[str, str] = {}
-    for family in resources.families():
-        command = [disassembler(), "-sass", "-arch", architecture, str(resources.OBJECTS / f"{family}.cu.o")]
+    found: dict[str, str] = {}
+    for family in kernels.families():
+        command = [disassembler(), "-sass", "-arch", architecture, str(kernels.OBJECTS / f"{family}.cu.o")]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, f"{' '.join(command)}:\n{done.stdout[-500:]}\n{done.stderr[-500:]}"
         _, *functions = re.split(r"^\s*Function : ", done.stdout, flags=re.MULTILINE)
-        names = resources.demangle([function.split("\n", 1)[0].strip() for function in functions])
-        kernels |= dict(zip(names, functions, strict=True))
-    return kernels
+        names = kernels.demangle([function.split("\n", 1)[0].strip() for function in functions])
+        found |= dict(zip(names, functions, strict=True))
+    return found
 
 
 @pytest.mark.parametrize("name", INSTRUCTIONS)
