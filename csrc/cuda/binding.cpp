@@ -47,6 +47,7 @@ DeviceLimits query_limits(int device) {
   DeviceLimits limits;
   limits.sm_count = attribute(cudaDevAttrMultiProcessorCount, device);
   limits.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  limits.cooperative = attribute(cudaDevAttrCooperativeLaunch, device) != 0;
   int compiled = 0;
   check_query(compiled_architecture(&compiled));
   limits.architecture = std::min(compiled, 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +

@@ -18,6 +18,7 @@ const std::map<std::string, Kernel>& kernels() {
       {"library_reductions", library_reductions},
       {"half_at_a_barrier", half_at_a_barrier},
       {"half_at_a_cluster_barrier", half_at_a_cluster_barrier},
+      {"sum_over_grid", sum_over_grid},
       {"lanes_in_different_collectives", lanes_in_different_collectives},
       {"lanes_with_different_masks", lanes_with_different_masks},
       {"mask_without_its_lane", mask_without_its_lane},
@@ -55,8 +56,8 @@ std::vector<std::string> kernel_names() {
 }
 
 cudaError_t run_kernel(const std::string& name, dim3 grid, dim3 block, size_t shared, unsigned cluster,
-                       const Arguments& arguments) {
+                       bool cooperative, const Arguments& arguments) {
   const auto found = kernels().find(name);
   if (found == kernels().end()) throw std::invalid_argument("no kernel is named " + name);
-  return tokenprune::launch({grid, block, shared, nullptr, cluster}, found->second, arguments);
+  return tokenprune::launch({grid, block, shared, nullptr, cluster, cooperative}, found->second, arguments);
 }

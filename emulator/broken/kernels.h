@@ -16,4 +16,4 @@ struct Arguments {
 std::vector<std::string> kernel_names();
 // Launches a kernel by name. Throws KernelError for what the emulator finds, returns the status of a refused launch.
 cudaError_t run_kernel(const std::string& name, dim3 grid, dim3 block, size_t shared, unsigned cluster,
-                       const Arguments& arguments);
+                       bool cooperative, const Arguments& arguments);

@@ -268,16 +268,19 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
-  cudaErrorNoKernelImageForDevice = 209
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorCooperativeLaunchTooLarge = 720,
+  cudaErrorNotSupported = 801
 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrCooperativeLaunch,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension, cudaLaunchAttributeCooperative };
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 
@@ -285,6 +288,7 @@ union cudaLaunchAttributeValue {
   struct {
     unsigned x, y, z;
   } clusterDim;
+  int cooperative;
 };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -342,8 +346,15 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (const auto before = std::exchange(emulator::settings().before_launch, nullptr)) before();
   const std::lock_guard<std::mutex> lock(emulator::launch_mutex());
   const auto* address = reinterpret_cast<const void*>(kernel);
-  const emulator::LaunchRecord launch{emulator::kernel_name(address), config->gridDim, config->blockDim,
-                                      config->numAttrs ? config->attrs->val.clusterDim.x : 1, config->dynamicSmemBytes};
+  emulator::LaunchRecord launch{
+      emulator::kernel_name(address), config->gridDim, config->blockDim, 1, config->dynamicSmemBytes, false};
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id == cudaLaunchAttributeClusterDimension)
+      launch.cluster = attribute.val.clusterDim.x;
+    else
+      launch.cooperative = attribute.val.cooperative != 0;
+  }
   const cudaError_t status = emulator::check_configuration(launch, address);
   if (status != cudaSuccess) return status;
   const std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);

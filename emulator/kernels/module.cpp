@@ -29,6 +29,7 @@ PYBIND11_MODULE(_emulator, m) {
       .def_readwrite("sm_count", &emulator::Settings::sm_count)
       .def_readwrite("shared_per_block", &emulator::Settings::shared_per_block)
       .def_readwrite("architecture", &emulator::Settings::architecture)
+      .def_readwrite("cooperative", &emulator::Settings::cooperative)
       .def_readwrite("mma_rounding", &emulator::Settings::mma_rounding)
       .def_readwrite("mma_extra_bits", &emulator::Settings::mma_extra_bits)
       .def_readwrite("mma_group", &emulator::Settings::mma_group)
@@ -37,7 +38,7 @@ PYBIND11_MODULE(_emulator, m) {
       .def_readwrite("before_launch", &emulator::Settings::before_launch)
       .def("reset", [](emulator::Settings& s) { s = emulator::Settings(); });
   m.def("settings", &emulator::settings, py::return_value_policy::reference);
-  // The launches since the last call: dicts of kernel, grid, block, cluster and shared.
+  // The launches since the last call: dicts of kernel, grid, block, cluster, shared, cooperative.
   m.def("take_launches", [] {
     py::list launches;
     for (const emulator::LaunchRecord& l : emulator::launch_log()) {
@@ -47,6 +48,7 @@ PYBIND11_MODULE(_emulator, m) {
       entry["block"] = py::make_tuple(l.block.x, l.block.y, l.block.z);
       entry["cluster"] = l.cluster;
       entry["shared"] = l.shared;
+      entry["cooperative"] = l.cooperative;
       launches.append(entry);
     }
     emulator::launch_log().clear();

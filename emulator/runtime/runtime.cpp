@@ -3,6 +3,7 @@
 #include <cxxabi.h>
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <map>
 
@@ -64,6 +65,13 @@ cudaError_t check_configuration(const LaunchRecord& launch, const void* kernel) 
   const auto limit = shared_limits.find(on_this_device(kernel));
   if (launch.shared > std::max<size_t>(48 * 1024, limit == shared_limits.end() ? 0 : limit->second))
     return cudaErrorInvalidValue;
+  if (launch.cooperative) {
+    if (!now.cooperative || launch.cluster != 1) return cudaErrorNotSupported;
+    // 1 KB of every block is the system's. What static memory and registers take shows on a GPU only.
+    const size_t by_memory = (now.shared_per_block + 1024) / (launch.shared + 1024), by_threads = 2048 / threads;
+    if (uint64_t(g.x) * g.y * g.z > now.sm_count * std::min({by_memory, by_threads, size_t(32)}))
+      return cudaErrorCooperativeLaunchTooLarge;
+  }
   launch_log().push_back(launch);
   return cudaSuccess;
 }
@@ -85,6 +93,10 @@ const char* cudaGetErrorName(cudaError_t status) {
       return "cudaErrorInvalidValue";
     case cudaErrorNoKernelImageForDevice:
       return "cudaErrorNoKernelImageForDevice";
+    case cudaErrorCooperativeLaunchTooLarge:
+      return "cudaErrorCooperativeLaunchTooLarge";
+    case cudaErrorNotSupported:
+      return "cudaErrorNotSupported";
     default:
       return "cudaErrorInvalidConfiguration";
   }
@@ -117,6 +129,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       break;
     case cudaDevAttrComputeCapabilityMinor:
       *value = now.architecture % 10;
+      break;
+    case cudaDevAttrCooperativeLaunch:
+      *value = now.cooperative;
       break;
   }
   return cudaSuccess;

@@ -34,9 +34,10 @@ def _fresh(broken: ModuleType) -> Any:
 def run(
     broken: ModuleType, name: str, given: Tensor | None = None, out: Tensor | None = None, variant: int = 0,
     grid: tuple[int, int, int] = (1, 1, 1), block: tuple[int, int, int] = (32, 1, 1), shared: int = 0, cluster: int = 1,
+    cooperative: bool = False,
 ) -> Tensor | None:  # fmt: skip
     status = broken.run(
-        name, grid, block, shared, cluster,
+        name, grid, block, shared, cluster, cooperative,
         given.data_ptr() if given is not None else 0, out.data_ptr() if out is not None else 0, variant,
     )  # fmt: skip
     assert status == "cudaSuccess"
@@ -82,6 +83,31 @@ def test_a_missing_barrier_shows(broken, variant):
     poisoned = any(bool(got.isnan().any()) for got in results)
     differ = any(not torch.equal(got, results[0]) for got in results[1:])
     assert poisoned if variant == 1 else differ
+
+
+@pytest.mark.parametrize("begin", [0, 2**32 - 3])
+def test_blocks_of_a_cooperative_launch_wait_for_each_other(broken, begin):
+    """Their counter is memory, and may run over; without the barrier a block sees what only some have written."""
+    blocks, given = 5, torch.tensor([begin - 2**32 if begin else 0], dtype=torch.int32)
+    out = torch.cat([given, torch.zeros(blocks + blocks * 64, dtype=torch.int32)])
+    where = {"grid": (blocks, 1, 1), "block": (64, 1, 1), "cooperative": True}
+    for got in in_all_schedules(broken, "sum_over_grid", given, out=out, **where):
+        assert got[0] == given + blocks
+        assert (got[1 + blocks :] == 2**blocks - 1).all()
+    unordered = in_all_schedules(broken, "sum_over_grid", given, out=out, variant=1, **where)
+    assert any((got[1 + blocks :] != 2**blocks - 1).any() for got in unordered)
+
+
+def test_blocks_that_wait_for_each_other_in_vain_are_an_error(broken):
+    """Because one of them ends, or because the launch is not cooperative and they run one after the other."""
+    given, out = torch.zeros(1, dtype=torch.int32), torch.zeros(200, dtype=torch.int32)
+    pair = {"grid": (2, 1, 1)}
+    with pytest.raises(RuntimeError, match=r"and all others 31 wait at a block .* 1 wait for other blocks"):
+        run(broken, "sum_over_grid", given, out, variant=2, cooperative=True, **pair)
+    with pytest.raises(RuntimeError, match="1 wait for other blocks"):
+        run(broken, "sum_over_grid", given, out.zero_(), **pair)
+    run(broken, "sum_over_grid", given, out.zero_(), cooperative=True, **pair)
+    assert (out[3:67] == 3).all()
 
 
 def test_the_reductions_of_the_kernels_have_their_barriers(broken):
@@ -225,14 +251,33 @@ def test_errors_leave_usable_stacks(broken):
     ],
 )  # fmt: skip
 def test_launches_are_refused_as_a_gpu_refuses_them(broken, grid, block, shared, cluster, status):
-    assert broken.launch_raw(grid, block, shared, cluster) == status
+    assert broken.launch_raw(grid, block, shared, cluster, False) == status
 
 
 def test_clusters_need_an_architecture_that_has_them(broken):
-    assert broken.launch_raw((2, 1, 1), (32, 1, 1), 0, 2) == "cudaSuccess"
+    assert broken.launch_raw((2, 1, 1), (32, 1, 1), 0, 2, False) == "cudaSuccess"
     broken.settings().architecture = 80
-    assert broken.launch_raw((2, 1, 1), (32, 1, 1), 0, 2) == "cudaErrorInvalidConfiguration"
-    assert broken.launch_raw((2, 1, 1), (32, 1, 1), 0, 1) == "cudaSuccess"
+    assert broken.launch_raw((2, 1, 1), (32, 1, 1), 0, 2, False) == "cudaErrorInvalidConfiguration"
+    assert broken.launch_raw((2, 1, 1), (32, 1, 1), 0, 1, False) == "cudaSuccess"
+
+
+def test_cooperative_launches_must_fit_on_the_device(broken):
+    """All their blocks are there at the same time, as many of a multiprocessor as its memory and threads allow."""
+    settings = broken.settings()
+    settings.sm_count = 2
+
+    def status(blocks: int, threads: int, shared: int = 0, cluster: int = 1) -> str:
+        return broken.launch_raw((blocks, 1, 1), (threads, 1, 1), shared, cluster, True)
+
+    assert status(64, 32) == "cudaSuccess"
+    assert status(65, 32) == "cudaErrorCooperativeLaunchTooLarge"
+    assert status(4, 1024) == "cudaSuccess"
+    assert status(5, 1024) == "cudaErrorCooperativeLaunchTooLarge"
+    assert status(8, 32, 48 * 1024) == "cudaSuccess"
+    assert status(9, 32, 48 * 1024) == "cudaErrorCooperativeLaunchTooLarge"
+    assert status(2, 32, cluster=2) == "cudaErrorNotSupported"
+    settings.cooperative = False
+    assert status(1, 32) == "cudaErrorNotSupported"
 
 
 def test_launches_ask_for_the_shared_memory_they_need(broken):
@@ -240,7 +285,9 @@ def test_launches_ask_for_the_shared_memory_they_need(broken):
     out, given = torch.empty(512, dtype=torch.int32), torch.zeros(512, dtype=torch.int32)
 
     def status(shared: int, grid: int = 1) -> str:
-        return broken.run("load_matrices", (grid, 1, 1), (32, 1, 1), shared, 1, given.data_ptr(), out.data_ptr(), 0)
+        return broken.run(
+            "load_matrices", (grid, 1, 1), (32, 1, 1), shared, 1, False, given.data_ptr(), out.data_ptr(), 0
+        )
 
     assert status(227 * 1024) == "cudaSuccess"
     assert status(227 * 1024 + 1) == "cudaErrorInvalidValue"

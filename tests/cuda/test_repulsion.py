@@ -1,4 +1,4 @@
-"""repulsion_sample on the CUDA emulator: both algorithms on the same inputs, launches, layouts, schedules, planner."""
+"""repulsion_sample on the CUDA emulator: all algorithms on the same inputs, launches, layouts, schedules, planner."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -29,22 +29,28 @@ def _own_limits() -> Iterator[None]:
     limits()
 
 
-def limits(tokens: int | None = None, matrices: int | None = None, rounds: int | None = None) -> None:
+def limits(
+    tokens: int | None = None, matrices: int | None = None, fields: int | None = None, rounds: int | None = None
+) -> None:
     """The planner's limits; those that are not given are those of the package."""
     module.set_repulsion_limits(
         module.GRAM_TOKEN_LIMIT if tokens is None else tokens,
         module.GRAM_BYTE_LIMIT if matrices is None else matrices,
+        module.POINT_FIELD_LIMIT if fields is None else fields,
         module.ROUND_LIMIT if rounds is None else rounds,
     )
 
 
-@pytest.fixture
-def rounds() -> None:
-    """Small inputs go the way of large ones."""
-    limits(tokens=0)
+def go(way: str) -> None:
+    """Small inputs go one of the three ways; as points, tokens may have as many channels as fit."""
+    if way == "matrix":
+        limits()
+    else:
+        limits(tokens=0, fields=2**30 if way == "points" else 0)
 
 
-both_ways = pytest.mark.parametrize("tokens", [0, 3072], ids=["rounds", "matrix"])
+every_way = pytest.mark.parametrize("way", ["matrix", "points", "rounds"])
+not_by_matrix = pytest.mark.parametrize("way", ["points", "rounds"])
 
 
 def sample(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -56,50 +62,55 @@ def kernels() -> list[str]:
     return [launch["kernel"].split("<")[0] for launch in module.take_launches()]
 
 
-# --- the promises of test_repulsion.py, for small inputs in rounds ---------------------------------------------------
+# --- the promises of test_repulsion.py, for small inputs the ways of large ones --------------------------------------
 
 
+@not_by_matrix
 @over_dtypes
-@hypothesis_settings(deadline=None, max_examples=16, print_blob=True)
+@hypothesis_settings(deadline=None, max_examples=12, print_blob=True)
 @given(seed=st.integers(0, 2**32), n=st.integers(1, 150), channels=st.sampled_from([1, 3, 17, 64, 72]))
-def test_exact_inputs_in_rounds(dtype: torch.dtype, seed: int, n: int, channels: int) -> None:
+def test_exact_inputs(way: str, dtype: torch.dtype, seed: int, n: int, channels: int) -> None:
     if dtype == torch.float64:
         return
-    limits(tokens=0)  # not a fixture: hypothesis runs the body many times
+    go(way)  # not a fixture: hypothesis runs the body many times
     features, k, options = exact_case(seed, n, channels)
     k = min(k, 30)
     got = sample(features.to(dtype), k, **options)
     same(got, reference.repulsion_sample(features.double(), k, **options))
-    assert ("choose_kernel" in kernels()) == (k > 0)
+    assert (f"{way}_kernel" in kernels()) == (k > 0)
 
 
-@pytest.mark.usefixtures("rounds")
+@not_by_matrix
 @pytest.mark.parametrize(
     ("dtype", "with_positions"), [(torch.float16, True), (torch.bfloat16, False), (torch.float32, True)]
 )
 @over_aggregates
 @over_potentials
-def test_replay_in_rounds(dtype: torch.dtype, aggregate: str, potential: str, with_positions: bool) -> None:
+def test_replay(way: str, dtype: torch.dtype, aggregate: str, potential: str, with_positions: bool) -> None:
+    go(way)
     common.assert_replays(dtype, "emulator", aggregate, potential, with_positions)
 
 
-@pytest.mark.usefixtures("rounds")
+@not_by_matrix
 @pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
-def test_first_pick_in_rounds(dtype: torch.dtype) -> None:
+def test_first_pick(way: str, dtype: torch.dtype) -> None:
+    go(way)
     common.test_first_pick(dtype, "emulator")
 
 
-@pytest.mark.usefixtures("rounds")
+@not_by_matrix
 @over_aggregates
-def test_edge_cases_in_rounds(aggregate: str) -> None:
+def test_edge_cases(way: str, aggregate: str) -> None:
+    go(way)
     common.test_everything_is_picked_once("emulator", aggregate)
     common.test_nothing_to_pick("emulator", aggregate)
     common.test_seeds("emulator", aggregate)
     common.test_nan_and_infinite_energies("emulator", aggregate)
 
 
-@pytest.mark.usefixtures("rounds")
-def test_special_cases_in_rounds() -> None:
+@not_by_matrix
+def test_special_cases(way: str) -> None:
+    go(way)
     common.test_maximal_marginal_relevance("emulator")
     common.test_large_riesz_exponent_is_max_min("emulator")
 
@@ -107,16 +118,16 @@ def test_special_cases_in_rounds() -> None:
 # --- ties ------------------------------------------------------------------------------------------------------------
 
 
-@both_ways
+@every_way
 @pytest.mark.parametrize("first", ["outlier", "isolated", "seeds"])
 @over_aggregates
 @over_potentials
 @pytest.mark.parametrize(("dtype", "channels"), [(torch.float16, 72), (torch.bfloat16, 1), (torch.float32, 136)])
 def test_identical_tokens_tie(
-    dtype: torch.dtype, channels: int, potential: str, aggregate: str, first: str, tokens: int
+    dtype: torch.dtype, channels: int, potential: str, aggregate: str, first: str, way: str
 ) -> None:
     """Copies of a token have bitwise the same U whatever computed it, so the copy with the lower index goes first."""
-    limits(tokens)
+    go(way)
     n, k = 70, 24
     base = torch.randn(1, n, channels).to(dtype)
     positions = torch.rand(1, n, 2)
@@ -136,8 +147,8 @@ def test_identical_tokens_tie(
 
 
 def test_all_tokens_identical() -> None:
-    for tokens in (0, 3072):
-        limits(tokens)
+    for way in ("matrix", "points", "rounds"):
+        go(way)
         for first in ("outlier", "isolated", "index"):
             picks, _ = sample(torch.randn(1, 1, 40).expand(2, 90, 40), 20, first=first)
             assert picks.tolist() == [list(range(20))] * 2
@@ -151,12 +162,17 @@ def test_all_tokens_identical() -> None:
     [
         ({"first": "index"}, ["gram_kernel", "gram_greedy_kernel"]),
         ({"energy": torch.zeros(2, 70)}, ["gram_kernel", "gram_greedy_kernel"]),
-        ({"first": "outlier"}, ["gram_kernel", "gram_start_kernel", "gram_greedy_kernel"]),
-        ({"first": "isolated"}, ["gram_kernel", "gram_start_kernel", "gram_greedy_kernel"]),
+        ({"first": "outlier"}, ["gram_kernel", "gram_rows_kernel", "gram_greedy_kernel"]),
+        ({"first": "isolated"}, ["gram_kernel", "gram_rows_kernel", "gram_greedy_kernel"]),
     ],
     ids=["index", "energy", "outlier", "isolated"],
 )
-def test_launches_with_a_matrix(options: dict[str, Any], launches: list[str]) -> None:
+@pytest.mark.parametrize("potential", ["cosine", "riesz", "gaussian"])
+def test_launches_with_a_matrix(options: dict[str, Any], launches: list[str], potential: str) -> None:
+    """Potentials other than the cosine are worked out beforehand, with the start if there is one."""
+    options = {**options, "potential": potential}
+    if potential != "cosine":
+        launches = ["gram_kernel", "gram_rows_kernel", "gram_greedy_kernel"]
     features = torch.randn(2, 70, 24)
     sample(features, 9, **options)
     assert kernels() == launches
@@ -166,20 +182,70 @@ def test_launches_with_a_matrix(options: dict[str, Any], launches: list[str]) ->
     assert kernels() == []
 
 
-@pytest.mark.usefixtures("rounds")
-def test_launches_in_rounds() -> None:
-    """Two launches per pick, less the last update; 64 seeds more are one round more."""
-    features = torch.randn(1, 70, 24)
-    every_round = ["choose_kernel", "apply_kernel"]
-    sample(features, 3, first="index")
-    assert kernels() == ["prepare_kernel", *(3 * every_round)[:-1]]
-    sample(features, 2, seed_indices=torch.arange(65).unsqueeze(0), energy=torch.zeros(1, 70))
-    assert kernels() == ["prepare_kernel", "mark_seeds_kernel", *(4 * every_round)[:-1]]
-    sample(features, 1)
-    directions = ["direction_parts_kernel", "direction_sum_kernel", "outlier_keys_kernel"]
-    assert kernels() == ["prepare_kernel", *directions, "choose_kernel"]
-    sample(features, 1, first="isolated")
-    assert kernels() == ["prepare_kernel", "isolated_keys_kernel", "choose_kernel"]
+@not_by_matrix
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("k", [1, 9])
+def test_launches_without_a_matrix(way: str, batch: int, k: int) -> None:
+    """At most three, whatever k and the seeds are."""
+    go(way)
+    features, picks = torch.randn(batch, 70, 24), f"{way}_kernel"
+    sample(features, k, first="index")
+    assert kernels() == ["prepare_kernel", picks]
+    sample(features, k, seed_indices=torch.arange(65).repeat(batch, 1), energy=torch.zeros(batch, 70))
+    assert kernels() == ["prepare_kernel", picks]
+    sample(features, k)
+    assert kernels() == ["prepare_kernel", "outlier_keys_kernel", picks]
+    sample(features, k, first="isolated")
+    assert kernels() == ["prepare_kernel", "isolated_keys_kernel", picks]
+
+
+@pytest.mark.parametrize(
+    ("batch", "sm_count", "grid"),
+    [(1, 132, 2), (3, 132, 6), (3, 2, 3), (5, 2, 4), (3, 1, 2)],
+    ids=["one sample", "a group per sample", "no place for two blocks", "groups with two samples", "two blocks"],
+)
+def test_groups_of_blocks(batch: int, sm_count: int, grid: int) -> None:
+    """Two blocks of rounds fit into a multiprocessor, and 70 tokens are two tiles."""
+    features, seeds = torch.randn(batch, 70, 24), torch.randint(-1, 70, (batch, 2))
+    options: list[dict[str, Any]] = [{"aggregate": "sum"}, {"seed_indices": seeds, "mask": torch.rand(batch, 70) < 0.8}]
+    for calls in options:
+        go("matrix")
+        expected = sample(features, 20, **calls)
+        go("rounds")
+        module.settings().sm_count = sm_count
+        module.take_launches()
+        same(sample(features, 20, **calls), expected)
+        launches = module.take_launches()
+        assert [launch["grid"][0] for launch in launches[1:]] == [grid] * 2
+        assert [launch["cooperative"] for launch in launches] == [False] + [grid > batch] * 2
+        module.settings().sm_count = 132
+
+
+def test_a_device_whose_blocks_cannot_wait_for_each_other() -> None:
+    """Every sample has one block then."""
+    go("rounds")
+    features = torch.randn(2, 150, 24)
+    expected = sample(features, 30)
+    module.settings().cooperative = False
+    module.take_launches()
+    same(sample(features, 30), expected)
+    assert [(entry["grid"][0], entry["cooperative"]) for entry in module.take_launches()[1:]] == [(2, False)] * 2
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("n", [40, 300])
+def test_points_of_a_cluster_and_of_a_block(architecture: int, n: int) -> None:
+    """Architectures without clusters have a block per sample, with up to four tokens per thread."""
+    go("points")
+    generator = torch.Generator().manual_seed(n)
+    features, seeds = exact_features(generator, 2, n, 20), torch.randint(-1, n, (2, 7), generator=generator)
+    module.settings().architecture = architecture
+    for options in ({}, {"seed_indices": seeds, "aggregate": "sum", "first": "index"}):
+        options = {"first": "isolated", **options}
+        module.take_launches()
+        got = sample(features, 30, **options)
+        assert module.take_launches()[-1]["cluster"] == (8 if architecture >= 90 else 1)
+        same(got, reference.repulsion_sample(features.double(), 30, **options))
 
 
 @pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
@@ -194,6 +260,25 @@ def test_large_tiles_compute_the_same_matrix(dtype: torch.dtype) -> None:
     same(large, small)
 
 
+@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
+@pytest.mark.parametrize(("channels", "parts"), [(255, 1), (256, 2), (600, 4), (1024, 8), (1030, 8)])
+def test_blocks_share_a_tile_by_channels(channels: int, parts: int, dtype: torch.dtype) -> None:
+    """A few small tiles go to clusters; the parts of an exact sum are exact, and copies of a token still tie."""
+    generator = torch.Generator().manual_seed(channels)
+    features = exact_features(generator, 1, 50, channels).repeat(2, 2, 1).to(dtype)
+    got = sample(features, 60, first="isolated")
+    launch = module.take_launches()[0]
+    assert (launch["cluster"], launch["grid"][0]) == (parts, 2 * 3 * parts)
+    same(got, reference.repulsion_sample(features.double(), 60, first="isolated"))
+    module.settings().architecture = 80
+    same(sample(features, 60, first="isolated"), got)
+    assert module.take_launches()[0]["cluster"] == 1
+    module.settings().architecture = 90
+    noisy = torch.randn(1, 50, channels, generator=generator).repeat(1, 2, 1).to(dtype)
+    picks = sample(noisy, 100)[0][0]
+    assert (picks.argsort()[:50] < picks.argsort()[50:]).all()
+
+
 def test_samples_wait_their_turn() -> None:
     """Two matrices of 50 tokens fit into the limit, so five samples are three groups."""
     limits(50, matrices=2 * 50 * 50 * 4)
@@ -201,7 +286,7 @@ def test_samples_wait_their_turn() -> None:
     options: dict[str, Any] = {"mask": mask, "positions": torch.rand(5, 50, 2), "potential": "riesz"}
     options |= {"seed_indices": torch.tensor([[3, -1], [-1, -1], [0, 49], [7, 7], [-1, -1]])}
     grouped = sample(features, 20, **options)
-    assert kernels() == ["gram_kernel", "gram_start_kernel", "gram_greedy_kernel"] * 3
+    assert kernels() == ["gram_kernel", "gram_rows_kernel", "gram_greedy_kernel"] * 3
     limits(50, matrices=1)
     same(sample(features, 20, **options), grouped)
     limits(50)
@@ -214,13 +299,13 @@ def test_a_round_makes_many_picks(aggregate: str, potential: str) -> None:
     """Orthogonal tokens disturb all others alike: after the start, one round picks 64 of them, the lowest first."""
     options: dict[str, Any] = {"aggregate": aggregate, "potential": potential, "first": "index"}
     features = torch.eye(100).unsqueeze(0)
-    limits(tokens=0, rounds=3)
+    limits(tokens=0, fields=0, rounds=3)
     picks, counts = sample(features, 66, **options)
     assert counts.tolist() == [66]
     assert picks.tolist() == [list(range(66))]
-    limits(tokens=0, rounds=2)  # of a sum, the second round makes its first pick and predicts the others
+    limits(tokens=0, fields=0, rounds=2)  # of a sum, the second round makes its first pick and predicts the others
     assert sample(features, 66, **options)[1].tolist() == [65 if aggregate == "max" else 2]
-    limits(tokens=0, rounds=4)  # one for the seeds
+    limits(tokens=0, fields=0, rounds=4)  # one for the seeds
     picks, counts = sample(features, 120, seed_indices=torch.tensor([[99, 3, 99, 200, -1, 40]]), **options)
     assert counts.tolist() == [97]
     assert picks[0, :97].tolist() == [i for i in range(100) if i not in (3, 40, 99)]
@@ -233,18 +318,18 @@ def test_rounds_are_few_on_clustered_tokens(options: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(16, 64, generator=generator).repeat_interleave(16, 0)
     features = (centres + 0.5 * torch.randn(256, 64, generator=generator)).unsqueeze(0)
-    limits(tokens=0)
+    go("rounds")
     complete = sample(features, 60, **options)
     assert complete[1].tolist() == [60]
-    limits(tokens=0, rounds=16)
+    limits(tokens=0, fields=0, rounds=16)
     same(sample(features, 60, **options), complete)
 
 
-@both_ways
+@every_way
 @over_aggregates
-def test_fewer_tokens_than_picks(aggregate: str, tokens: int) -> None:
+def test_fewer_tokens_than_picks(aggregate: str, way: str) -> None:
     """Masked tokens, seeds and a large k: the last ones are picked, and none twice."""
-    limits(tokens)
+    go(way)
     features, mask = torch.randn(3, 140, 16), torch.rand(3, 140) < 0.6
     mask[1] = False
     seeds = torch.randint(-1, 140, (3, 20))
@@ -256,10 +341,11 @@ def test_fewer_tokens_than_picks(aggregate: str, tokens: int) -> None:
         assert (picks[b, len(left) :] == -1).all()
 
 
-@pytest.mark.usefixtures("rounds")
+@every_way
 @over_aggregates
-def test_many_seeds_in_rounds(aggregate: str) -> None:
+def test_many_seeds(aggregate: str, way: str) -> None:
     """More of them than a round takes, in blocks of the search, in any order and repeated."""
+    go(way)
     generator = torch.Generator().manual_seed(5)
     features = exact_features(generator, 2, 700, 64)
     seeds = torch.randint(-1, 700, (2, 300), generator=generator)
@@ -267,24 +353,41 @@ def test_many_seeds_in_rounds(aggregate: str) -> None:
     same(sample(features, 12, **options), reference.repulsion_sample(features.double(), 12, **options))
 
 
-def test_more_tokens_than_a_matrix_has() -> None:
+@pytest.mark.parametrize(("channels", "way"), [(20, "points"), (70, "rounds")])
+@pytest.mark.parametrize("first", ["index", "isolated"])
+def test_more_tokens_than_a_matrix_has(channels: int, way: str, first: str) -> None:
     generator = torch.Generator().manual_seed(3)
-    features = exact_features(generator, 1, module.GRAM_TOKEN_LIMIT + 28, 20).half()
+    features = exact_features(generator, 1, module.GRAM_TOKEN_LIMIT + 28, channels).half()
     mask = torch.rand(1, features.shape[1], generator=generator) < 0.9
-    got = sample(features, 40, mask=mask, first="index")
-    assert "choose_kernel" in kernels()
-    same(got, reference.repulsion_sample(features.double(), 40, mask=mask, first="index"))
+    got = sample(features, 40, mask=mask, first=first)
+    launched = kernels()
+    assert launched[-1] == f"{way}_kernel"
+    assert len(launched) == (2 if first == "index" else 3)
+    same(got, reference.repulsion_sample(features.double(), 40, mask=mask, first=first))
+
+
+def test_farthest_points() -> None:
+    """Positions alone: the tokens are points of five fields."""
+    n = module.GRAM_TOKEN_LIMIT + 1000
+    points = torch.randint(64, (1, n, 3), generator=torch.Generator().manual_seed(4)).float()
+    options: dict[str, Any] = {"potential": "riesz", "feature_weight": 0.0, "first": "index", "epsilon": 1.0}
+    module.settings().architecture = 80  # one block, of 1024 threads
+    got = sample(torch.ones(1, n, 1), 24, positions=points, **options)
+    launches = module.take_launches()
+    assert [(entry["kernel"].split("<")[0], entry["grid"][0]) for entry in launches[1:]] == [("points_kernel", 1)]
+    assert launches[1]["block"] == (1024, 1, 1)
+    same(got, reference.repulsion_sample(torch.ones(1, n, 1).double(), 24, positions=points.double(), **options))
 
 
 # --- layouts, schedules, errors --------------------------------------------------------------------------------------
 
 
-@both_ways
+@every_way
 @pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
 @pytest.mark.parametrize("channels", [0, 5, 32, 71, 200])
-def test_any_alignment(channels: int, dtype: torch.dtype, tokens: int) -> None:
+def test_any_alignment(channels: int, dtype: torch.dtype, way: str) -> None:
     """Rows at odd addresses and of odd lengths, beside memory that must not enter."""
-    limits(tokens)
+    go(way)
     generator = torch.Generator().manual_seed(channels)
     wanted = exact_features(generator, 2, 66, channels)
     expected = reference.repulsion_sample(wanted.double(), 12, first="isolated")
@@ -297,9 +400,9 @@ def test_any_alignment(channels: int, dtype: torch.dtype, tokens: int) -> None:
     same(sample(wanted.to(dtype)[:1].expand(2, -1, -1), 12, first="isolated"), (expected[0][[0, 0]], expected[1]))
 
 
-@both_ways
-def test_the_order_of_threads_does_not_matter(tokens: int) -> None:
-    limits(tokens)
+@every_way
+def test_the_order_of_threads_does_not_matter(way: str) -> None:
+    go(way)
     features, mask = torch.randn(2, 150, 72).half(), torch.rand(2, 150) < 0.9
     shared: dict[str, Any] = {"mask": mask, "positions": torch.rand(2, 150, 2)}
     calls: list[dict[str, Any]] = [
@@ -317,11 +420,11 @@ def test_the_order_of_threads_does_not_matter(tokens: int) -> None:
             same(other, results[0])
 
 
-@both_ways
+@every_way
 @pytest.mark.parametrize("first", ["outlier", "isolated"])
-def test_a_refused_launch_is_reported(first: str, tokens: int) -> None:
+def test_a_refused_launch_is_reported(first: str, way: str) -> None:
     """Whichever it is; nothing is launched after it."""
-    limits(tokens)
+    go(way)
     features, seeds = torch.randn(1, 40, 8), torch.tensor([[1]])
     sample(features, 2, first=first, seed_indices=seeds)
     count = len(module.take_launches())
@@ -336,10 +439,10 @@ def test_a_refused_launch_is_reported(first: str, tokens: int) -> None:
 # --- numerics --------------------------------------------------------------------------------------------------------
 
 
-@both_ways
-def test_gaussian_with_infinite_sigma(tokens: int) -> None:
+@every_way
+def test_gaussian_with_infinite_sigma(way: str) -> None:
     """Every potential is 1 and the first of equals goes first; an infinite distance over an infinite sigma is NaN."""
-    limits(tokens)
+    go(way)
     features, positions = torch.randn(1, 30, 8), torch.rand(1, 30, 2)
     positions[0, 3] = torch.inf
     options: dict[str, Any] = {"potential": "gaussian", "sigma": torch.inf, "positions": positions, "first": "index"}
@@ -351,58 +454,84 @@ def test_gaussian_with_infinite_sigma(tokens: int) -> None:
 # --- the planner -----------------------------------------------------------------------------------------------------
 
 
-@hypothesis_settings(deadline=None, max_examples=200, print_blob=True)
+@hypothesis_settings(deadline=None, max_examples=300, print_blob=True)
 @given(
     batch=st.integers(0, 70000),
     n=st.one_of(st.integers(0, 65536), st.integers(3000, 3100), st.integers(0, 200)),
-    channels=st.integers(0, 8192),
+    channels=st.one_of(st.integers(0, 8192), st.integers(0, 70)),
+    axes=st.integers(0, 3),
     k=st.integers(0, 70000),
     n_seeds=st.integers(0, 70000),
     first=st.integers(0, 2),
     energy=st.booleans(),
     total=st.booleans(),
-    sm_count=st.integers(1, 200),
+    device=st.tuples(st.integers(1, 200), st.sampled_from([(99, 86), (163, 80), (227, 90)]), st.booleans()),
 )
 def test_plans(
-    batch: int, n: int, channels: int, k: int, n_seeds: int, first: int, energy: bool, total: bool, sm_count: int
-) -> None:
-    device = module.DeviceLimits()
-    device.sm_count = sm_count
-    plan = module.plan_repulsion(batch, n, channels, k, n_seeds, first, energy, total, device)
+    batch: int, n: int, channels: int, axes: int, k: int, n_seeds: int, first: int, energy: bool, total: bool,
+    device: tuple[int, tuple[int, int], bool],
+) -> None:  # fmt: skip
+    limits = module.DeviceLimits()
+    limits.sm_count, (kilobytes, limits.architecture), limits.cooperative = device
+    limits.shared_per_block = kilobytes * 1024
+    plan = module.plan_repulsion(batch, n, channels, axes, k, n_seeds, first, energy, total, limits)
     assert 0 <= plan.samples <= batch
     assert (plan.samples == 0) == (batch == 0)
     assert plan.greedy_block % 32 == 0
     assert 32 <= plan.greedy_block <= 1024
     assert plan.tile in (64, 128)
+    ways = module.RepulsionAlgorithm
     if n == 0 or k == 0:
-        assert plan.gram
+        assert plan.algorithm == ways.matrix
         assert not plan.start
         assert plan.floats == plan.words == 0
         assert plan.samples <= LARGEST_GRID
         return
-    assert plan.gram == (n <= 3072)
+    assert (plan.algorithm == ways.matrix) == (n <= 3072)
     assert plan.start == (not energy and first != 2)
-    tiles, pairs, slices = -(-n // 64), -(-n // 128), -(-channels // 256)
+    pairs = -(-n // 128)
     grids = [plan.samples]
-    if plan.gram:
+    if plan.algorithm == ways.matrix:
         assert plan.samples * n * n * 4 <= 2**28 or plan.samples == 1
-        assert plan.floats == plan.samples * (n * n + 2 * n)
+        assert plan.floats == plan.samples * (n * n + 2 * n) + 384
         assert plan.words == 0
-        assert plan.greedy_shared == n * (16 if energy else 12) <= 48 * 1024
+        assert 8 * plan.greedy_block >= n  # the tokens of a thread are in eight registers
         side = -(-n // plan.tile)
-        grids += [plan.samples * side * (side + 1) // 2, plan.samples * -(-n // 8)]
-        assert plan.tile == 64 or plan.samples * pairs * (pairs + 1) // 2 >= 2 * sm_count
+        tiles = plan.samples * side * (side + 1) // 2
+        assert plan.parts in (1, 2, 4, 8)
+        if plan.parts > 1:
+            assert limits.architecture >= 90
+            assert channels >= 128 * plan.parts
+            # In units of a whole tile: what the device takes for all of them, two blocks of a multiprocessor at a time.
+            places = 2 * limits.sm_count
+            assert -(-plan.parts * tiles // places) / plan.parts <= 0.8 * -(-tiles // places)
+        grids += [tiles * plan.parts, plan.samples * -(-n // 8)]
+        assert plan.tile == 64 or plan.samples * pairs * (pairs + 1) // 2 >= 2 * limits.sm_count
     else:
+        points, rows = plan.algorithm == ways.points, 0
         direction = 33 * channels if plan.start and first == 0 else 0
-        assert plan.floats == plan.samples * (2 * n + direction + (64 * n if total else 0))
-        assert plan.words == plan.samples * (2 * n + 64 + 5)
-        assert not total or plan.samples * 64 * n * 4 <= 2**28 or plan.samples == 1
+        if points:
+            assert plan.fields == channels + axes + 1 <= 64
+            assert plan.cluster == (8 if limits.architecture >= 90 else 1)
+            assert plan.cluster * plan.share >= n
+            assert plan.share <= 32 * plan.greedy_block  # a bit for every token of a thread
+            assert plan.greedy_shared == 4 * (plan.fields * (plan.share + 16) + plan.share)
+            assert plan.greedy_shared <= limits.shared_per_block - 12 * 1024
+            grids.append(plan.samples * plan.cluster)
+        else:
+            assert plan.fields == 0
+            rows = 64 * n if total else 0
+        assert plan.floats == plan.samples * n * (2 + plan.fields) + plan.groups * (direction + rows)
+        assert plan.words == plan.samples * (2 * n + 5) + plan.groups * (64 + 2)
+        assert plan.groups * rows * 4 <= 2**28 or plan.groups == 1
         # Every round but those of seeds makes a pick while there is one to make.
         assert plan.rounds == min(k, n) + -(-min(n_seeds, n) // 64)
-        assert plan.greedy_block & (plan.greedy_block - 1) == 0
-        assert 128 <= plan.greedy_block <= 512
-        grids += [plan.samples * tiles, plan.samples * -(-n // 8), plan.samples * n_seeds // 256 + 1]
-        grids += [plan.samples * 32 * slices]
+        # All blocks of a cooperative launch are on the device at the same time.
+        assert plan.groups <= plan.samples
+        assert plan.groups * plan.group_blocks <= limits.sm_count * (2 if kilobytes >= 128 else 1)
+        assert (plan.groups == 0) == (batch == 0)
+        assert 1 <= plan.group_blocks <= (-(-n // 64) if limits.cooperative else 1)
+        grids.append(plan.samples * -(-n // 8))
         if first == 1:
             grids.append(plan.samples * pairs * (pairs + 1) // 2)
     assert max(grids) <= LARGEST_GRID

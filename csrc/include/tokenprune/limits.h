@@ -11,6 +11,7 @@ struct DeviceLimits {
   int sm_count = 132;
   int shared_per_block = 227 * 1024;  // bytes of dynamic shared memory a block may opt in to
   int architecture = 90;              // compute capability, 10 * major + minor
+  bool cooperative = true;            // can blocks of one launch wait for each other?
   bool has_clusters() const { return architecture >= 90; }
 };
 

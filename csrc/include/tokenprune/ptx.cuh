@@ -69,6 +69,21 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
+// --- blocks of a cooperative launch ----------------------------------------------------------------------------------
+
+// Barrier of a group of blocks; what their threads wrote to device memory before is visible after it. Each call adds
+// the number of blocks to `target`; `counter` belongs to the group and is `target` before the first call.
+__device__ __forceinline__ void group_sync(uint32_t* counter, uint32_t target) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    uint32_t seen;
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+    while (static_cast<int32_t>(seen - target) < 0);
+  }
+  __syncthreads();
+}
+
 // --- thread-block clusters (compute capability 9.0; elsewhere a block is its own cluster) ---------------------------
 
 __device__ __forceinline__ uint32_t cluster_rank() {

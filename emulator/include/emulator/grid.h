@@ -36,6 +36,7 @@ struct Settings {
   int sm_count = 132;
   int shared_per_block = 227 * 1024;
   int architecture = 90;
+  bool cooperative = true;  // does the device run grids whose blocks wait for each other?
   // The worst tensor core there is: it adds four products at a time to the accumulator, in as many bits as the largest
   // of the five has in float32. Others keep up to three more and add 8 or 16 products at a time.
   MmaRounding mma_rounding = MmaRounding::kTruncate;
@@ -51,6 +52,7 @@ struct LaunchRecord {
   dim3 grid, block;
   unsigned cluster;
   size_t shared;
+  bool cooperative;  // all blocks of the grid run at the same time
 };
 
 // Runs `thread` once for every thread of the grid.
@@ -88,5 +90,9 @@ unsigned cluster_rank();
 unsigned cluster_size();
 void cluster_barrier();
 void* cluster_address(void* pointer, unsigned rank);
+
+// The block adds one to `counter`, in memory, and waits until others have brought it to `target`, modulo 2^32. Only
+// blocks that run at the same time can.
+void group_barrier(uint32_t* counter, uint32_t target);
 
 }  // namespace tokenprune::emulator

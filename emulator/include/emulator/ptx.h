@@ -77,6 +77,8 @@ void cp_async_wait() {
   emulator::wait_for_copies(pending);
 }
 
+inline void group_sync(uint32_t* counter, uint32_t target) { emulator::group_barrier(counter, target); }
+
 inline uint32_t cluster_rank() { return emulator::cluster_rank(); }
 inline uint32_t cluster_size() { return emulator::cluster_size(); }
 inline void cluster_sync() { emulator::cluster_barrier(); }
