@@ -59,6 +59,7 @@ void bind_nms_planner(py::module_& m) {
   py::class_<NmsSuppression>(m, "NmsSuppression").def(py::init(&nms_suppression));
   py::class_<NmsPlan>(m, "NmsPlan")
       .def_readwrite("steps", &NmsPlan::steps)
+      .def_readwrite("weight_blocks", &NmsPlan::weight_blocks)
       .def_readwrite("capacity", &NmsPlan::capacity)
       .def_readwrite("splits", &NmsPlan::splits)
       .def_readwrite("split_columns", &NmsPlan::split_columns)

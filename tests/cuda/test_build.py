@@ -31,6 +31,8 @@ INSTRUCTIONS = {
     **{f"{name}_kernel<float": {**PLAIN_FLOAT32, **ASYNCHRONOUS} for name in TILED},
     **{f"nms_{name}_kernel<__": {**TENSOR_CORES, **WIDE_LOADS} for name in ("lists", "select")},
     **{f"nms_{name}_kernel<float": {**PLAIN_FLOAT32, **WIDE_LOADS} for name in ("lists", "select")},
+    "nms_weights_kernel<__": {**TENSOR_CORES, **ASYNCHRONOUS},
+    "nms_weights_kernel<float": {**PLAIN_FLOAT32, **ASYNCHRONOUS},
     "gather_compact_kernel": {**WIDE_LOADS, **WIDE_STORES},
     "warp_similarity_kernel<": WIDE_LOADS,
     "select_kernel<": ONE_INCREMENT,
