@@ -93,7 +93,8 @@ struct CopiedRows {
                                                  int dim) const {
 #pragma unroll 1
     for (int i = 0; i < kCopiedRows; ++i)
-      copy_elements(reinterpret_cast<T*>(to + i * 16 * kChunkBytes), row(rows, i), element, dim);
+      TileCopy<T>::copy_elements(reinterpret_cast<T*>(to + i * 16 * kChunkBytes), row(rows, i) + element,
+                                 dim - element);
   }
 };
 
