@@ -137,7 +137,7 @@ __device__ __forceinline__ float direction_part(const RepulsionProblem& p, const
 }
 
 template <class T>
-__global__ void __launch_bounds__(kStartThreads)
+__global__ void __launch_bounds__(kStartThreads, kRoundBlocks)
     outlier_keys_kernel(const RepulsionProblem p, const RepulsionWorkspace w) {
   TOKENPRUNE_SHARED(BlockGroup, group);
   group.form(w, 0);
