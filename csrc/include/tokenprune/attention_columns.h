@@ -1,6 +1,6 @@
 // The column pass of attention as the host sees it: probabilities from a given lse, reduced over heads and then over
 // rows to scores of keys. No kernel code; defined in attention_columns.cuh, instantiated in
-// csrc/cuda/attention_columns.cu.
+// csrc/cuda/attention_columns_<type>.cu.
 #pragma once
 
 #include <algorithm>
@@ -64,7 +64,8 @@ constexpr int64_t kPartialFloor = 1 << 20;  // bytes of partial results that are
 
 // Shared memory of a block: tiles and three sets of row statistics of every team, what is known of the item, and the
 // parts' results at the end.
-constexpr int kStatisticsBytes = 3 * kTileVectors * 2 * sizeof(float);
+constexpr int kStatistics = kTileVectors + 1;  // pairs of floats, of a tile
+constexpr int kStatisticsBytes = 3 * kStatistics * 2 * sizeof(float);
 constexpr int kColumnItemBytes = (kTileVectors + 12) * sizeof(int64_t);
 constexpr int kColumnStaticBytes = 1024;  // of block_reduce, and what the system keeps
 constexpr int kResultBytes = 2 * kTileVectors * sizeof(float);
@@ -134,5 +135,8 @@ inline ColumnPlan plan_attention_columns(const ColumnShape& s, const DeviceLimit
 // Launches the column pass, and the combination of row parts when there are several.
 template <class T>
 cudaError_t launch_attention_columns(const ColumnProblem& problem, const ColumnPlan& plan, cudaStream_t stream);
+
+// Its second launch.
+cudaError_t launch_attention_columns_combine(const ColumnProblem& problem, const ColumnPlan& plan, cudaStream_t stream);
 
 }  // namespace tokenprune
