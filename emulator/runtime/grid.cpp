@@ -356,13 +356,13 @@ void cluster_barrier() {
   wait(State::kReady);
 }
 
-void group_barrier(uint32_t* counter, uint32_t target) {
+void group_barrier(uint32_t* counter, uint32_t& target, uint32_t blocks) {
   Thread& t = current();
   block_barrier(0);
   if (&t == &t.block->threads.front()) {
     ++*counter;
     t.counter = counter;
-    t.target = target;
+    t.target = target += blocks;
     wait(State::kCounter);
   }
   block_barrier(0);
