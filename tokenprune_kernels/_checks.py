@@ -13,14 +13,15 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ._op import FLOATS, OPS, Argument, Choice, Count, Number, Op, TensorKind
+from ._op import FLOATS, OPS, Argument, AtLeast, Choice, Count, Number, Op, TensorKind
 
 QUANTIZED = frozenset(
     getattr(torch, name) for name in ("qint8", "quint8", "qint32", "quint4x2", "quint2x4") if hasattr(torch, name)
 )
 # Stride 0 makes dimensions of any size, which no loop gets through. No argument may have more elements than this, which
-# is beyond every memory.
+# is beyond every memory, and no call needs that many multiplications.
 MOST_ELEMENTS, _MOST = 1 << 40, "2^40"
+MOST_WORK, _MOST_WORK = 1 << 56, "2^56"
 _is_compiling = torch.compiler.is_compiling
 
 Sizes = dict[str, Any]  # by letter
@@ -56,6 +57,8 @@ def check(op: Op, values: Sequence[Any]) -> Sizes:
         elif isinstance(kind, Count):
             _count(op.name, argument.name, value)
             sizes[argument.name] = value
+        elif isinstance(kind, AtLeast):
+            _at_least(op.name, argument.name, kind, value)
         elif isinstance(kind, Number):
             _number(op.name, argument.name, kind, value)
         elif isinstance(kind, Choice):
@@ -63,6 +66,7 @@ def check(op: Op, values: Sequence[Any]) -> Sizes:
     if op.rule is not None:
         op.rule.check(op.name, sizes, *values)
     _check_bounds(op, sizes, values)
+    _check_work(op, sizes)
     return sizes
 
 
@@ -97,6 +101,13 @@ def _count(op: str, name: str, k: int) -> None:
         fail(ValueError, op, name, "be non-negative", k)
 
 
+def _at_least(op: str, name: str, kind: AtLeast, value: int) -> None:
+    if not isinstance(value, (int, torch.SymInt)):
+        fail(TypeError, op, name, "be an int", _what_else(value))
+    if value < kind.low:
+        fail(ValueError, op, name, f"be >= {kind.low}", value)
+
+
 def _number(op: str, name: str, kind: Number, value: float) -> None:
     if not isinstance(value, (int, float)):
         fail(TypeError, op, name, "be a number", _what_else(value))
@@ -129,6 +140,24 @@ def _check_bounds(op: Op, sizes: Sizes, values: Sequence[Any]) -> None:
             if type(value) is int and type(batch) is int and value * max(batch, 1) >= MOST_ELEMENTS:
                 expected = f"keep B * {argument.name} below {_MOST}"
                 fail(ValueError, op.name, argument.name, expected, [batch, value])
+
+
+@functools.cache
+def _factors(op: Op) -> Callable[..., list[int]]:
+    """The factors of an op's work as a function of its sizes by name."""
+    assert op.work is not None
+    factors: Callable[..., list[int]] = eval(f"lambda {', '.join(op.sizes)}: [{op.work[1].replace(' * ', ', ')}]")
+    return factors
+
+
+def _check_work(op: Op, sizes: Sizes) -> None:
+    """The sizes of several arguments together: a size of 0 counts as 1 here too, and symbolic ones pass."""
+    if op.work is None or _is_compiling() or any(type(size) is not int for size in sizes.values()):
+        return
+    factors = _factors(op)(*(sizes.get(name, -1) for name in op.sizes))  # -1: of a tensor that is absent
+    if math.prod(factor for factor in factors if factor > 0) >= MOST_WORK:
+        blamed, product = op.work
+        fail(ValueError, op.name, blamed, f"keep {product} below {_MOST_WORK}", factors)
 
 
 def is_bounded(t: Tensor) -> bool:

@@ -40,7 +40,7 @@ class TensorKind(NamedTuple):
     shape: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     like: str = ""  # the first tensor, whose dtype it has
-    listed: bool = False  # its values are token indices, -1 for none
+    listed: str = ""  # the letter of what its values are indices into, -1 for none
 
     @property
     def text(self) -> str:
@@ -49,6 +49,12 @@ class TensorKind(NamedTuple):
 
 class Count(NamedTuple):
     """An integer >= 0: how many entries each sample of the result has."""
+
+
+class AtLeast(NamedTuple):
+    """An integer >= low that is no size of a result."""
+
+    low: int
 
 
 class Number(NamedTuple):
@@ -66,7 +72,7 @@ class Choice(NamedTuple):
     joined: bool = False
 
 
-Kind = TensorKind | Count | Number | Choice
+Kind = TensorKind | Count | AtLeast | Number | Choice
 
 
 def floats(shape: str, like: str = "") -> TensorKind:
@@ -77,8 +83,8 @@ def integers(shape: str) -> TensorKind:
     return TensorKind(tuple(shape.split()), (torch.int64,))
 
 
-def indices(shape: str) -> TensorKind:
-    return TensorKind(tuple(shape.split()), (torch.int64,), listed=True)
+def indices(shape: str, into: str = "N") -> TensorKind:
+    return TensorKind(tuple(shape.split()), (torch.int64,), listed=into)
 
 
 def flags(shape: str) -> TensorKind:
@@ -86,18 +92,24 @@ def flags(shape: str) -> TensorKind:
 
 
 class Output(NamedTuple):
-    """A result: `score` (float32, float64 for a float64 first tensor), `index` (-1 padded) or `count` (both int64)."""
+    """A result: `score` (float32, float64 for a float64 first tensor), `value` (of the first tensor's dtype), `index`
+    (-1 padded) or `count` (both int64)."""
 
     kind: str
     shape: str | Callable[..., list[int]]  # letters, or a function of the letters' sizes and all arguments by name
+    ascending: bool = True  # indices: by token; False: in the order of selection
 
 
 def scores(shape: str | Callable[..., list[int]]) -> Output:
     return Output("score", shape)
 
 
-def picks(shape: str) -> Output:
-    return Output("index", shape)
+def values(shape: str) -> Output:
+    return Output("value", shape)
+
+
+def picks(shape: str, ascending: bool = True) -> Output:
+    return Output("index", shape, ascending)
 
 
 def counts(shape: str) -> Output:
@@ -140,13 +152,24 @@ class Op:
     arguments: tuple[Argument, ...]
     outputs: dict[str, Output]  # in order; empty for a list of tensors
     backends: tuple[str, ...]  # that have a kernel; elsewhere the reference serves
-    work: tuple[str, str] | None  # the argument to blame, and the product of sizes that has to stay below 2^56
+    work: tuple[str, str] | None  # the argument to blame, and the product of sizes that _checks.MOST_WORK bounds
     rule: Rule | None
     fake: Callable[..., Any] | None  # for outputs that are not of the kinds above
 
     @property
     def private(self) -> bool:
         return self.name.startswith("_")
+
+    @cached_property
+    def sizes(self) -> tuple[str, ...]:
+        """The names of what its shapes are made of: the letters of its tensors and its counts, in order."""
+        named: list[str] = []
+        for a in self.arguments:
+            if isinstance(a.kind, TensorKind):
+                named += [letter for letter in a.kind.shape if not letter.isdigit()]
+            elif isinstance(a.kind, Count):
+                named.append(a.name)
+        return tuple(dict.fromkeys(named))
 
     @cached_property
     def schema(self) -> str:

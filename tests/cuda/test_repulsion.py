@@ -493,17 +493,18 @@ def test_plans(
     grids = [plan.samples]
     if plan.algorithm == ways.matrix:
         assert plan.samples * n * n * 4 <= 2**28 or plan.samples == 1
-        assert plan.floats == plan.samples * (n * n + 2 * n)
+        assert plan.floats == plan.samples * (n * n + 2 * n) + 384
         assert plan.words == 0
-        assert 4 * plan.greedy_block >= n  # the tokens of a thread are in four registers
+        assert 8 * plan.greedy_block >= n  # the tokens of a thread are in eight registers
         side = -(-n // plan.tile)
         tiles = plan.samples * side * (side + 1) // 2
         assert plan.parts in (1, 2, 4, 8)
         if plan.parts > 1:
             assert limits.architecture >= 90
-            assert plan.tile == 64
             assert channels >= 128 * plan.parts
-            assert plan.parts * tiles <= 2 * limits.sm_count
+            # In units of a whole tile: what the device takes for all of them, two blocks of a multiprocessor at a time.
+            places = 2 * limits.sm_count
+            assert -(-plan.parts * tiles // places) / plan.parts <= 0.8 * -(-tiles // places)
         grids += [tiles * plan.parts, plan.samples * -(-n // 8)]
         assert plan.tile == 64 or plan.samples * pairs * (pairs + 1) // 2 >= 2 * limits.sm_count
     else:

@@ -71,11 +71,12 @@ __device__ __forceinline__ void cp_async_wait() {
 
 // --- blocks of a cooperative launch ----------------------------------------------------------------------------------
 
-// Barrier of a group of blocks; what their threads wrote to device memory before is visible after it. Each call adds
-// the number of blocks to `target`; `counter` belongs to the group and is `target` before the first call.
-__device__ __forceinline__ void group_sync(uint32_t* counter, uint32_t target) {
+// Barrier of a group of `blocks` blocks; what their threads wrote to device memory before is visible after it. `counter`
+// belongs to the group; `target` is the block's, is equal to it before the first call, and nobody else's business.
+__device__ __forceinline__ void group_sync(uint32_t* counter, uint32_t& target, uint32_t blocks) {
   __syncthreads();
   if (threadIdx.x == 0) {
+    target += blocks;
     uint32_t seen;
     asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
     do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");

@@ -98,8 +98,8 @@ void* cluster_address(void* pointer, unsigned rank);
 
 void wait_for_launch_before();
 
-// The block adds one to `counter`, in memory, and waits until others have brought it to `target`, modulo 2^32. Only
-// blocks that run at the same time can.
-void group_barrier(uint32_t* counter, uint32_t target);
+// The block adds one to `counter`, in memory, and `blocks` to its `target`, and waits until others have brought the counter
+// there, modulo 2^32. Only blocks that run at the same time can.
+void group_barrier(uint32_t* counter, uint32_t& target, uint32_t blocks);
 
 }  // namespace tokenprune::emulator
