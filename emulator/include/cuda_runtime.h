@@ -280,7 +280,11 @@ enum cudaDeviceAttr {
   cudaDevAttrCooperativeLaunch,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension, cudaLaunchAttributeCooperative };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeClusterDimension,
+  cudaLaunchAttributeCooperative,
+  cudaLaunchAttributeProgrammaticStreamSerialization
+};
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 
@@ -289,6 +293,7 @@ union cudaLaunchAttributeValue {
     unsigned x, y, z;
   } clusterDim;
   int cooperative;
+  int programmaticStreamSerializationAllowed;
 };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -304,7 +309,7 @@ struct cudaLaunchConfig_t {
 
 namespace tokenprune::emulator {
 
-// One grid runs at a time, whichever threads launch them.
+// Launches of one thread run at a time, whichever threads launch them.
 std::mutex& launch_mutex();
 cudaError_t check_configuration(const LaunchRecord& launch, const void* kernel);
 // The limit of dynamic shared memory, of the kernel on the current device, for every thread.
@@ -347,17 +352,19 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const std::lock_guard<std::mutex> lock(emulator::launch_mutex());
   const auto* address = reinterpret_cast<const void*>(kernel);
   emulator::LaunchRecord launch{
-      emulator::kernel_name(address), config->gridDim, config->blockDim, 1, config->dynamicSmemBytes, false};
+      emulator::kernel_name(address), config->gridDim, config->blockDim, 1, config->dynamicSmemBytes, false, false};
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config->attrs[i];
     if (attribute.id == cudaLaunchAttributeClusterDimension)
       launch.cluster = attribute.val.clusterDim.x;
-    else
+    else if (attribute.id == cudaLaunchAttributeCooperative)
       launch.cooperative = attribute.val.cooperative != 0;
+    else
+      launch.dependent = attribute.val.programmaticStreamSerializationAllowed != 0;
   }
   const cudaError_t status = emulator::check_configuration(launch, address);
   if (status != cudaSuccess) return status;
   const std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);
-  emulator::run_grid(launch, [&] { std::apply(kernel, values); });
+  emulator::submit(launch, [kernel, values] { std::apply(kernel, values); });
   return cudaSuccess;
 }

@@ -85,6 +85,24 @@ __device__ __forceinline__ void group_sync(uint32_t* counter, uint32_t& target, 
   __syncthreads();
 }
 
+// --- dependent launches (Launch::dependent; compute capability 9.0) --------------------------------------------------
+
+// Lets a dependent launch behind this one start, once all blocks of this one have called it or ended. It may be called
+// at once: the other launch still waits.
+__device__ __forceinline__ void let_next_launch_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Until the launches in front have ended and what they wrote can be read. Every thread of a dependent launch calls it:
+// otherwise the launch could end before the one in front of it, and what comes next would not wait for that.
+__device__ __forceinline__ void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // --- thread-block clusters (compute capability 9.0; elsewhere a block is its own cluster) ---------------------------
 
 __device__ __forceinline__ uint32_t cluster_rank() {
