@@ -9,8 +9,8 @@ of one launch, with the names that `limit_seconds` gives them:
     DRAM, L2   bytes / the rate; what a launch before it has read is taken from L2 if it fits
     latency    steps that wait for each other x (slots of one warp, barriers and fences of a step)
 
-Every branch of a loop counts as taken (scripts/machine_code.py), so that this is an upper estimate of what the counts
-explain, and a prediction: no measurement is in it.
+What the machine code says of an iteration is a range (scripts/machine_code.py), and so is the time: every condition
+met, or everything skipped that can be. It is a prediction: no measurement is in it.
 """
 
 from collections.abc import Iterator
@@ -75,7 +75,8 @@ def attention(rows: bool, columns: bool, query: Any, key: Any, *_: Any, **option
             batch * heads / group * (16 if thin else up(m * group, 64)) * up(n, 64) * up(dim, 16) / 2048,
             trips, pieces, exponentials=exps, **seen,
         )  # fmt: skip
-        yield Launch("attention_rows_combine_kernel<")
+        if n > 4096:  # more ranges of keys than meet in a cluster
+            yield Launch("attention_rows_combine_kernel<")
         seen = {"l2": read}
     if columns:
         op = {"sum": 0, "mean": 0, "max": 1, "none": 2}[options.get("head_reduction", "mean")]
@@ -92,7 +93,8 @@ def similarity(features: Any, best: Any, mean: Any = None, *_: Any, **options: A
     listed = best.shape[1] + (mean is not None)
     if isinstance(mean, torch.Tensor):
         yield Launch(f"unit_sum_kernel<{kind}", mean.shape[1] * dim * size / 512, pieces=-(-mean.shape[1] // 32))
-        yield Launch("combine_sums_kernel")
+        if mean.shape[1] > 128:
+            yield Launch("combine_sums_kernel")
     split = max(1, min(8, 132 // max(1, batch * -(-n // 64))))  # blocks of a cluster that share the channels
     tiles = batch * -(-n // 64) * -(-listed // 64)
     name = "tile" if best.shape[1] > 8 else "warp"
@@ -103,14 +105,30 @@ def similarity(features: Any, best: Any, mean: Any = None, *_: Any, **options: A
 
 def repulsion(features: Any, k: int, positions: Any = None, *_: Any, **options: Any) -> Iterator[Launch]:
     batch, n, dim = features.shape
-    kind, size = CPP[features.dtype], features.element_size()
-    moved = float(batch * n * dim * size)
+    kind, size, steps = CPP[features.dtype], features.element_size(), min(k, n)
+    moved, first = float(batch * n * dim * size), options.get("first", "outlier")
+    objective = ("Max", "Sum")[options.get("aggregate", "max") == "sum"] if options.get("potential") == "riesz" else ""
+    if n <= 3072:
+        tile = 128 if -(-n // 128) * (-(-n // 128) + 1) // 2 >= 264 else 64
+        side = -(-n // tile)
+        tiles = batch * side * (side + 1) // 2
+        parts = min(8, max(1, 264 // tiles), max(1, dim // 128))  # blocks of a cluster that share the channels
+        yield Launch(f"gram_kernel<{kind}, {tile}", tiles * tile * tile * up(dim, 16) / 2048, 1, tiles * parts,
+                     dram=moved, l2=tiles * 2.0 * tile * dim * size)  # fmt: skip
+        if objective or first != "index":
+            yield Launch("gram_rows_kernel", batch * n * n / 128, pieces=batch * n / 8, l2=4.0 * batch * n * n)
+        yield Launch("gram_greedy_kernel", steps=steps, pieces=batch)
+        return
     yield Launch(f"prepare_kernel<{kind}", moved / 512, pieces=batch * n / 8, dram=moved)
-    tile = 128 if -(-n // 128) * (-(-n // 128) + 1) // 2 >= 264 else 64
-    tiles = -(-n // tile) * (-(-n // tile) + 1) // 2
-    yield Launch(f"gram_kernel<{kind}, {tile}", batch * tiles * tile * tile * up(dim, 16) / 2048, 1, batch * tiles,
-                 l2=batch * tiles * 2 * tile * dim * size)  # fmt: skip
-    yield Launch("gram_greedy_kernel", steps=min(k, n), step_trips=-(-n // 1024), pieces=batch)
+    if first == "outlier":
+        yield Launch(f"outlier_keys_kernel<{kind}", moved / 512, pieces=264, l2=moved)
+    elif first == "isolated":
+        yield Launch(f"isolated_keys_kernel<{kind}", batch * products(n, n, dim) / 2, pieces=(n / 128) ** 2 / 2)
+    if dim < 64:
+        number = {"": 0, "Max": 1, "Sum": 2}[objective]  # of ObjectiveKind
+        yield Launch(f"points_kernel<(ObjectiveKind){number}", steps=steps, pieces=8 * batch, cluster=True)
+    else:
+        yield Launch(f"rounds_kernel<{kind}", steps=steps / 4, pieces=264, cluster=True)  # some picks a round
 
 
 def nms(scores: Any, features: Any, positions: Any, k: int, *_: Any, **options: Any) -> Iterator[Launch]:
@@ -118,8 +136,14 @@ def nms(scores: Any, features: Any, positions: Any, k: int, *_: Any, **options: 
     kind, size = CPP[features.dtype], features.element_size()
     moved, k, near = batch * n * dim * size, min(k, n), 81  # tokens of a window
     yield Launch(f"nms_prepare_kernel<{kind}", moved / 512, pieces=batch * n / 8, dram=moved)
-    yield Launch(f"nms_lists_kernel<{kind}", batch * k * up(near, 64) / 8 * dim / 16, -(-dim // 16), batch * k,
-                 l2=batch * k * near * dim * size)  # fmt: skip
+    tiles = -(-n // 64)
+    if 4 * batch * n * n <= 16 << 20:
+        pairs = batch * tiles * (tiles // 2 + 1)
+        yield Launch(f"nms_weights_kernel<{kind}", pairs * products(64, 64, dim), -(-dim // 256), 4 * pairs,
+                     l2=128.0 * pairs * dim * size)  # fmt: skip
+    else:
+        yield Launch(f"nms_lists_kernel<{kind}", batch * k * up(near, 64) / 8 * dim / 16, -(-dim // 16), batch * k,
+                     l2=batch * k * near * dim * size)  # fmt: skip
     yield Launch(f"nms_select_kernel<{kind}", steps=k, pieces=batch)
 
 
@@ -159,14 +183,15 @@ OPS: dict[str, Any] = {
 # --- what a launch takes ---------------------------------------------------------------------------------------------
 
 
-def limit_seconds(launch: Launch, cost: Cost) -> dict[str, float]:
-    """Every limit of one launch, without the launch itself."""
+def limit_seconds(launch: Launch, cost: Cost, least: bool = False) -> dict[str, float]:
+    """Every limit of one launch, at most or at least, without the launch itself."""
     sms, clock = ASSUMED["multiprocessors"], ASSUMED["clock"]
     # The last round of blocks leaves multiprocessors idle.
     share = -(-launch.pieces // sms) / max(launch.pieces, 1)
-    slots = launch.units * cost.per_unit(launch.trips)
+    slots = launch.units * cost.per_unit(launch.trips, least)
     matrix = launch.units if cost.matrix else 0.0
-    step = (cost.nest + (launch.step_trips - 1) * cost.slots) * ASSUMED["cycles of a lone warp"]
+    nest, hot = (cost.nest_least, cost.least) if least else (cost.nest, cost.slots)
+    step = (nest + (launch.step_trips - 1) * hot) * ASSUMED["cycles of a lone warp"]
     step += cost.barriers * ASSUMED["cycles of a barrier"]
     step += cost.fences * ASSUMED["cycles of a fence"] if launch.cluster else 0
     return {
@@ -179,15 +204,15 @@ def limit_seconds(launch: Launch, cost: Cost) -> dict[str, float]:
     }
 
 
-def predicted(calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]]) -> dict[str, float]:
-    """Seconds of the calls of a row by the limit that binds; `launch` is what starting them takes."""
+def predicted(calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]], least: bool = False) -> dict[str, float]:
+    """Seconds that the calls of a row take at most, or at least, by the limit that binds; `launch` is starting them."""
     _, table = read_table(TABLE.read_text())
     parts = {"launch": 0.0}
     launches = [launch for op, args, kwargs in calls for launch in OPS[op](*args, **kwargs)]
     for number, launch in enumerate(launches):
         cost = next((c for kernel, c in table.items() if kernel.name.startswith(launch.kernel)), None)
         assert cost is not None, f"model.py knows a kernel {launch.kernel} that {TABLE.name} has not"
-        limits = limit_seconds(launch, cost)
+        limits = limit_seconds(launch, cost, least)
         binds = max(limits, key=lambda name: limits[name])
         parts[binds] = parts.get(binds, 0.0) + limits[binds]
         parts["launch"] += ASSUMED["next launch" if number else "launch"]

@@ -11,8 +11,8 @@ from typing import NamedTuple
 from bench.rows import Scale, gpu_rows
 from testing import ROOT, pages
 
+from . import model
 from .costs import floor_seconds, predicted_rates
-from .model import calls_of, predicted
 
 PAGE = ROOT / "docs" / "kernels.md"
 SECTION = "predictions"
@@ -25,19 +25,25 @@ class Figures(NamedTuple):
     memory: float | None  # None for a row without a floor
     products: float | None
     floor: float | None
-    predicted: float
+    least: float  # predicted
+    most: float
     binds: str
 
 
 def figures() -> Iterator[tuple[str, Figures]]:
     for row in gpu_rows(Scale(toy=False)):
         floor = floor_seconds(row, predicted_rates()) if row.bytes else dict.fromkeys(("memory", "products", "floor"))
-        parts = predicted(calls_of(row))
-        yield row.name, Figures(*floor.values(), sum(parts.values()), max(parts, key=lambda limit: parts[limit]))
+        calls = model.calls_of(row)
+        parts, least = model.predicted(calls), sum(model.predicted(calls, least=True).values())
+        yield row.name, Figures(*floor.values(), least, sum(parts.values()), max(parts, key=lambda name: parts[name]))
 
 
 def microseconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds * 1e6:.{0 if seconds >= 1e-4 else 2}f}"
+
+
+def span(least: float, most: float) -> str:
+    return microseconds(most) if most < 1.02 * least else f"{microseconds(least)} to {microseconds(most)}"
 
 
 class Line(NamedTuple):
@@ -68,7 +74,8 @@ def refreshed(text: str, found: dict[str, Figures]) -> str:
     for line in lines:
         if line.row:
             of = found[line.row]
-            line = line._replace(predicted=microseconds(of.predicted), floor=microseconds(of.floor), binds=of.binds)
+            predicted = span(of.least, of.most)
+            line = line._replace(predicted=predicted, floor=microseconds(of.floor), binds=of.binds)
         name, *which = line.op.split(", ", 1)
         cells = (", ".join([f"`{name}`", *which]), *line[1:])
         written.append(" ".join(["|", *(f"{cell} |" if cell != "" else "|" for cell in cells)]))
@@ -85,4 +92,5 @@ def main() -> None:
     print("| row | bytes, us | products, us | floor with one launch, us | predicted, us | what binds |")
     print("|---|---|---|---|---|---|")
     for name, of in found.items():
-        print("|", name, "|", " | ".join(map(microseconds, of[:-1])), "|", of.binds, "|")
+        floors = " | ".join(map(microseconds, (of.memory, of.products, of.floor)))
+        print(f"| {name} | {floors} | {span(of.least, of.most)} | {of.binds} |")

@@ -100,6 +100,9 @@ void fill_bytes(const Tensor& t, int byte) {
 #endif
 
 void check_launch(const char* op, cudaError_t status, std::initializer_list<NamedTensor> inputs) {
+#if defined(TOKENPRUNE_EMULATOR)
+  emulator::finish_launches();  // CPU tensors have no stream that later work would wait in
+#endif
   if (status == cudaSuccess) return;
   (void)cudaGetLastError();  // a refused launch must not be reported again by the next call
   std::ostringstream text;

@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "broken/barriers.cuh"
+#include "broken/launches.cuh"
 #include "broken/memory.cuh"
 #include "broken/twins.cuh"
 
@@ -59,5 +60,18 @@ cudaError_t run_kernel(const std::string& name, dim3 grid, dim3 block, size_t sh
                        bool cooperative, const Arguments& arguments) {
   const auto found = kernels().find(name);
   if (found == kernels().end()) throw std::invalid_argument("no kernel is named " + name);
-  return tokenprune::launch({grid, block, shared, nullptr, cluster, cooperative}, found->second, arguments);
+  const cudaError_t status =
+      tokenprune::launch({grid, block, shared, nullptr, cluster, cooperative}, found->second, arguments);
+  tokenprune::emulator::finish_launches();
+  return status;
+}
+
+cudaError_t run_dependent(unsigned followers, const Arguments& arguments) {
+  tokenprune::Launch where{1, tokenprune::kWarp, 0, nullptr};
+  cudaError_t status = tokenprune::launch(where, broken::lead, arguments);
+  where.dependent = true;
+  for (unsigned i = 0; i < followers && status == cudaSuccess; ++i)
+    status = tokenprune::launch(where, broken::follow, arguments);
+  tokenprune::emulator::finish_launches();
+  return status;
 }

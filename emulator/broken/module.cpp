@@ -28,7 +28,9 @@ std::string launch_raw(const Size& grid, const Size& block, size_t shared, unsig
   config.attrs = attributes;
   config.numAttrs = 2;
   void (*const nothing)(int) = [](int) {};
-  return cudaGetErrorName(cudaLaunchKernelEx(&config, nothing, 0));
+  const cudaError_t status = cudaLaunchKernelEx(&config, nothing, 0);
+  emulator::finish_launches();
+  return cudaGetErrorName(status);
 }
 
 template <class From, class To, class F>
@@ -73,6 +75,10 @@ PYBIND11_MODULE(_broken, m) {
     const Arguments arguments{reinterpret_cast<const void*>(in), reinterpret_cast<void*>(out), variant};
     return std::string(
         cudaGetErrorName(run_kernel(name, dim(grid), dim(block), shared, cluster, cooperative, arguments)));
+  });
+  m.def("run_dependent", [](unsigned followers, uintptr_t in, uintptr_t out, int variant) {
+    const Arguments arguments{reinterpret_cast<const void*>(in), reinterpret_cast<void*>(out), variant};
+    return std::string(cudaGetErrorName(run_dependent(followers, arguments)));
   });
   m.def("launch_raw", launch_raw);
   m.def("kernel_names", kernel_names);

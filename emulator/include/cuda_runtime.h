@@ -282,7 +282,11 @@ enum cudaDeviceAttr {
   cudaDevAttrCooperativeLaunch,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension, cudaLaunchAttributeCooperative };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeClusterDimension,
+  cudaLaunchAttributeCooperative,
+  cudaLaunchAttributeProgrammaticStreamSerialization
+};
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 
@@ -291,6 +295,7 @@ union cudaLaunchAttributeValue {
     unsigned x, y, z;
   } clusterDim;
   int cooperative;
+  int programmaticStreamSerializationAllowed;
 };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -308,7 +313,7 @@ namespace tokenprune::emulator {
 
 // How often a property of the device or of a kernel was asked for or set.
 std::atomic<int>& query_count();
-// One grid runs at a time, whichever threads launch them.
+// Launches of one thread run at a time, whichever threads launch them.
 std::mutex& launch_mutex();
 cudaError_t check_configuration(const LaunchRecord& launch, const void* kernel);
 // The limit of dynamic shared memory, of the kernel on the current device, for every thread.
@@ -354,17 +359,19 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const std::lock_guard<std::mutex> lock(emulator::launch_mutex());
   const auto* address = reinterpret_cast<const void*>(kernel);
   emulator::LaunchRecord launch{
-      emulator::kernel_name(address), config->gridDim, config->blockDim, 1, config->dynamicSmemBytes, false};
+      emulator::kernel_name(address), config->gridDim, config->blockDim, 1, config->dynamicSmemBytes, false, false};
   for (unsigned i = 0; i < config->numAttrs; ++i) {
     const cudaLaunchAttribute& attribute = config->attrs[i];
     if (attribute.id == cudaLaunchAttributeClusterDimension)
       launch.cluster = attribute.val.clusterDim.x;
-    else
+    else if (attribute.id == cudaLaunchAttributeCooperative)
       launch.cooperative = attribute.val.cooperative != 0;
+    else
+      launch.dependent = attribute.val.programmaticStreamSerializationAllowed != 0;
   }
   const cudaError_t status = emulator::check_configuration(launch, address);
   if (status != cudaSuccess) return status;
   const std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);
-  emulator::run_grid(launch, [&] { std::apply(kernel, values); });
+  emulator::submit(launch, [kernel, values] { std::apply(kernel, values); });
   return cudaSuccess;
 }

@@ -68,6 +68,7 @@ cudaError_t check_configuration(const LaunchRecord& launch, const void* kernel) 
   const bool clusters = now.architecture >= 90;
   if (launch.cluster == 0 || launch.cluster > (clusters ? 8 : 1) || g.x % launch.cluster != 0)
     return cudaErrorInvalidConfiguration;
+  if (launch.dependent && !clusters) return cudaErrorInvalidConfiguration;
   const auto limit = shared_limits.find(on_this_device(kernel));
   if (launch.shared > std::max<size_t>(48 * 1024, limit == shared_limits.end() ? 0 : limit->second))
     return cudaErrorInvalidValue;
@@ -153,6 +154,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 }
 
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  tokenprune::emulator::finish_launches();
   std::memset(memory, value, bytes);
   return cudaSuccess;
 }

@@ -21,19 +21,21 @@ def test_the_page_has_the_figures_of_the_tables() -> None:
 
 
 def test_no_prediction_is_below_its_floor() -> None:
-    low = {name: of for name, of in figures().items() if of.floor is not None and of.predicted < 0.999 * of.floor}
+    low = {name: of for name, of in figures().items() if of.floor is not None and of.least < 0.999 * of.floor}
     assert not low
 
 
 def test_a_row_without_a_line_on_the_page_is_reported() -> None:
     page = predictions.PAGE.read_text()
-    more = figures() | {"another row": predictions.Figures(0.0, 0.0, 1.0, 1.0, "issue")}
+    more = figures() | {"another row": predictions.Figures(0.0, 0.0, 1.0, 1.0, 2.0, "issue")}
     with pytest.raises(SystemExit, match="another row"):
         predictions.refreshed(page, more)
 
 
 def test_limits_of_a_launch_by_hand() -> None:
-    cost = Cost(1000, slots=64, matrix=16, around=128, nest=192, fences=1, barriers=2)
+    cost = Cost(
+        1000, slots=64, least=48, matrix=16, around=128, around_least=32, nest=192, nest_least=80, fences=1, barriers=2
+    )
     launch = model.Launch(
         "f", units=1600, trips=2, pieces=198, exponentials=3200, dram=4.3e6, l2=5.5e6, steps=10, step_trips=3
     )
@@ -47,6 +49,10 @@ def test_limits_of_a_launch_by_hand() -> None:
     assert found["L2"] == pytest.approx(1e-6)
     step = (192 + 2 * 64) * ASSUMED["cycles of a lone warp"] + 2 * ASSUMED["cycles of a barrier"]
     assert found["latency"] == pytest.approx(10 * step * cycle)
+    least = model.limit_seconds(launch, cost, least=True)
+    assert least["issue"] == pytest.approx(1600 * (48 + 32 / 2) / 16 * share / 4 * cycle)
+    step = (80 + 2 * 48) * ASSUMED["cycles of a lone warp"] + 2 * ASSUMED["cycles of a barrier"]
+    assert least["latency"] == pytest.approx(10 * step * cycle)
 
 
 def test_matrix_instructions_of_attention_are_those_of_its_tiles() -> None:

@@ -64,6 +64,47 @@ def in_all_schedules(broken: ModuleType, *args: Any, **kwargs: Any) -> list[Tens
     return results
 
 
+# --- dependent launches -----------------------------------------------------------------------------------------------
+
+
+def lead_and_follow(broken: ModuleType, variant: int, followers: int = 1) -> list[Tensor]:
+    given, out = torch.arange(32.0), torch.cat([torch.zeros(64), torch.ones(32)])
+    assert broken.run_dependent(followers, given.data_ptr(), out.data_ptr(), variant) == "cudaSuccess"
+    return list(out.view(3, 32))
+
+
+@pytest.mark.parametrize("followers", [0, 1, 2, 3])
+def test_dependent_launches_wait_for_each_other(broken, followers):
+    for _ in schedules(broken):
+        sums, doubles, addends = lead_and_follow(broken, 0, followers)
+        assert torch.equal(sums, torch.arange(32.0) + 1)
+        assert torch.equal(doubles, 2 * followers * sums)
+        assert addends.tolist() == [7.0 if followers else 1.0] * 32
+
+
+@pytest.mark.parametrize("variant", [1, 4], ids=["no thread waits", "a thread does not wait"])
+def test_a_dependent_launch_that_does_not_wait_is_an_error(broken, variant):
+    for _ in schedules(broken):
+        with pytest.raises(RuntimeError, match=r"follow.*ends without having waited for the launch before"):
+            lead_and_follow(broken, variant)
+        assert torch.equal(lead_and_follow(broken, 0)[0], torch.arange(32.0) + 1)  # nothing is left behind
+
+
+def test_what_a_dependent_launch_does_before_it_waits_comes_first(broken):
+    for _ in schedules(broken):
+        sums, doubles, _ = lead_and_follow(broken, 2)
+        assert torch.equal(sums, torch.arange(32.0) + 1)
+        assert doubles.tolist() == [0.0] * 32  # twice what was there before
+        sums, _, _ = lead_and_follow(broken, 3)
+        assert torch.equal(sums, torch.arange(32.0) + 7)  # with what it has overwritten
+
+
+def test_dependent_launches_need_compute_capability_9(broken):
+    broken.settings().architecture = 89
+    out = torch.zeros(96)
+    assert broken.run_dependent(1, out.data_ptr(), out.data_ptr(), 0) == "cudaErrorInvalidConfiguration"
+
+
 # --- missing barriers -------------------------------------------------------------------------------------------------
 
 
@@ -102,7 +143,7 @@ def test_blocks_that_wait_for_each_other_in_vain_are_an_error(broken):
     """Because one of them ends, or because the launch is not cooperative and they run one after the other."""
     given, out = torch.zeros(1, dtype=torch.int32), torch.zeros(200, dtype=torch.int32)
     pair = {"grid": (2, 1, 1)}
-    with pytest.raises(RuntimeError, match=r"and all others .* 31 wait at a block .* 1 wait for other blocks"):
+    with pytest.raises(RuntimeError, match=r"and all others 31 wait at a block .* 1 wait for other blocks"):
         run(broken, "sum_over_grid", given, out, variant=2, cooperative=True, **pair)
     with pytest.raises(RuntimeError, match="1 wait for other blocks"):
         run(broken, "sum_over_grid", given, out.zero_(), **pair)

@@ -165,6 +165,7 @@ __global__ void __launch_bounds__(kNmsMostSelectThreads, 1)
     nms_select_kernel(const NmsProblem p, int64_t capacity, int64_t steps, int64_t owned, bool keys_in_shared,
                       bool table) {
   TOKENPRUNE_SHARED(NmsSelectShared, s);
+  wait_for_launch_before();
   const NmsWorkspace w = nms_workspace(p);
   const int64_t sample = blockIdx.x / cluster_size(), first = min(cluster_rank() * owned, p.n);
   owned = min(owned, p.n - first);
@@ -192,16 +193,22 @@ cudaError_t launch_spatial_semantic_nms(const NmsProblem& p, const NmsPlan& plan
   cudaError_t status =
       launch({dim3(plan.prepare_blocks), dim3(kNmsPrepareThreads), 0, stream}, nms_prepare_kernel<T>, p);
   if (status != cudaSuccess) return status;
-  if (plan.weight_blocks > 0)
-    status = launch({dim3(plan.weight_blocks), dim3(kNmsWeightThreads), kNmsWeightShared, stream, kNmsWeightCluster},
-                    nms_weights_kernel<T>, p);
-  else
-    status = launch({dim3(plan.list_blocks), dim3(kNmsThreads), 0, stream}, nms_lists_kernel<T>, p, plan.capacity,
-                    plan.splits, plan.split_columns);
+  Launch second{dim3(plan.list_blocks), dim3(kNmsThreads), 0, stream};
+  second.dependent = plan.overlap;
+  if (plan.weight_blocks > 0) {
+    second.grid = dim3(plan.weight_blocks);
+    second.block = dim3(kNmsWeightThreads);
+    second.shared = kNmsWeightShared;
+    second.cluster = kNmsWeightCluster;
+    status = launch(second, nms_weights_kernel<T>, p);
+  } else {
+    status = launch(second, nms_lists_kernel<T>, p, plan.capacity, plan.splits, plan.split_columns);
+  }
   if (status != cudaSuccess) return status;
-  return launch({dim3(p.batch * plan.cluster), dim3(plan.select_threads), static_cast<size_t>(plan.shared), stream,
-                 static_cast<unsigned>(plan.cluster)},
-                nms_select_kernel<T>, p, plan.capacity, plan.steps, plan.owned, plan.keys_in_shared,
+  Launch third{dim3(p.batch * plan.cluster), dim3(plan.select_threads), static_cast<size_t>(plan.shared), stream,
+               static_cast<unsigned>(plan.cluster)};
+  third.dependent = plan.overlap;
+  return launch(third, nms_select_kernel<T>, p, plan.capacity, plan.steps, plan.owned, plan.keys_in_shared,
                 plan.weight_blocks > 0);
 }
 

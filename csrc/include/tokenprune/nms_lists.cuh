@@ -144,6 +144,7 @@ __device__ __forceinline__ float warp_norm(const T* row, int64_t dim, bool wide)
 
 template <class T>
 __global__ void __launch_bounds__(kNmsPrepareThreads, 4) nms_prepare_kernel(const NmsProblem p) {
+  let_next_launch_start();
   const NmsWorkspace w = nms_workspace(p);
   constexpr int64_t warps = kNmsPrepareThreads / kWarp;
   for (int64_t at = blockIdx.x * warps + warp_id(); at < p.batch * p.n; at += gridDim.x * warps) {
@@ -286,6 +287,8 @@ template <class T>
 __global__ void __launch_bounds__(kNmsThreads, 2)
     nms_lists_kernel(const NmsProblem p, int64_t capacity, int32_t splits, int32_t split_columns) {
   TOKENPRUNE_SHARED(NmsListShared, s);
+  let_next_launch_start();
+  wait_for_launch_before();
   const NmsWorkspace w = nms_workspace(p);
   const int32_t n = static_cast<int32_t>(p.n), tiles = ceil_div(n, kNmsRowTile);
   for (int64_t item = blockIdx.x; item < p.batch * tiles * splits; item += gridDim.x) {

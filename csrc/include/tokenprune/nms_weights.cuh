@@ -159,6 +159,8 @@ __device__ __forceinline__ SegmentSums<T> multiply_segment(const NmsProblem& p, 
 template <class T>
 __global__ void __launch_bounds__(kNmsWeightThreads, 3) nms_weights_kernel(const NmsProblem p) {
   TOKENPRUNE_SHARED(NmsWeightShared, s);
+  let_next_launch_start();
+  wait_for_launch_before();
   const NmsWorkspace w = nms_workspace(p);
   // Tile a meets the tiles a, a + 1, ..., half way round: so each pair once, but for the last of an even number.
   const int64_t tiles = ceil_div<int64_t>(p.n, kNmsWeightTile), partners = tiles / 2 + 1;

@@ -59,7 +59,9 @@ inline int64_t round_limit = std::numeric_limits<int64_t>::max();
 constexpr int kCandidates = 64;  // of a round: tokens that may be picked before all objectives are brought up to date
 constexpr int kDirectionParts = 32;  // the sum of all unit vectors is taken in so many parts
 constexpr int kControlWords = 5;     // of a sample, see RepulsionControl
-constexpr int kOwnTokens = 4;        // of a thread that has them in registers
+// The block that makes the picks from a matrix: tokens that a thread has in registers, and threads. Few threads with
+// several tokens each: what a step costs a warp whatever it has is the larger part.
+constexpr int kOwnTokens = 8, kGreedyThreads = 384;
 // The kernel that takes points has room for so many marks of seeds, and so much static shared memory at most.
 constexpr int kPointMostTokens = 65536, kPointStatic = 12 * 1024;
 // The kernel that makes rounds: blocks per multiprocessor, as its registers allow, and what one of them takes of the
@@ -88,28 +90,34 @@ struct RepulsionPlan {
   int64_t words() const { return token_words + pick_words; }
 };
 
+// Threads of a block that makes picks, for two tokens each or more.
+inline int pick_threads(int64_t tokens, int64_t most) {
+  return static_cast<int>(std::min(most, round_up<int64_t>(ceil_div<int64_t>(tokens, 2), 32)));
+}
+
 inline void plan_matrix(const RepulsionProblem& p, const DeviceLimits& limits, RepulsionPlan& plan) {
   plan.samples = std::min(p.batch, std::max<int64_t>(1, gram_byte_limit / (p.n * p.n * 4)));
   const int64_t large = ceil_div<int64_t>(p.n, 128);
   // Large tiles read the features half as often, but only many of them occupy the device.
   if (plan.samples * (large * (large + 1) / 2) >= 2 * limits.sm_count) plan.tile = 128;
   plan.tile = limits.planned(Planned::kRepulsionTile, plan.tile, 64, 128) < 128 ? 64 : 128;
-  // A few small tiles are shared by blocks that take 128 channels or more each.
+  // Blocks of a cluster share a tile, 128 channels or more each, while twice as many of them take at most 0.8 of the time:
+  // where the tiles do not occupy the device, or the last of them would have it for themselves.
   plan.parts = 1;
-  const int64_t small = ceil_div<int64_t>(p.n, 64), tiles = plan.samples * (small * (small + 1) / 2);
-  if (plan.tile == 64 && limits.has_clusters())
-    while (plan.parts < static_cast<int>(kMaxCluster) && 2 * plan.parts * tiles <= 2 * limits.sm_count &&
-           p.channels >= 2 * plan.parts * 128)
+  const int64_t side = ceil_div<int64_t>(p.n, plan.tile), tiles = plan.samples * (side * (side + 1) / 2);
+  const auto waves = [&](int64_t parts) { return ceil_div<int64_t>(tiles * parts, 2 * limits.sm_count); };
+  if (limits.has_clusters())
+    while (plan.parts < static_cast<int>(kMaxCluster) && p.channels >= 2 * plan.parts * 128 &&
+           5 * waves(2 * plan.parts) <= 8 * waves(plan.parts))
       plan.parts *= 2;
-  const int64_t most =
-      plan.tile == 64 && limits.has_clusters() ? std::clamp<int64_t>(p.channels / 128, 1, kMaxCluster) : 1;
+  const int64_t most = limits.has_clusters() ? std::clamp<int64_t>(p.channels / 128, 1, kMaxCluster) : 1;
   plan.parts = static_cast<int>(limits.planned_power(Planned::kRepulsionParts, plan.parts, 1, most));
-  // Two tokens per thread: a barrier of fewer warps is quicker.
-  const int64_t threads =
-      limits.planned(Planned::kRepulsionThreads, ceil_div<int64_t>(p.n, 2), ceil_div<int64_t>(p.n, kOwnTokens), 1024);
-  plan.greedy_block = static_cast<int>(std::min<int64_t>(1024, round_up<int64_t>(threads, 32)));
+  const int64_t threads = limits.planned(Planned::kRepulsionThreads, pick_threads(p.n, kGreedyThreads),
+                                         ceil_div<int64_t>(p.n, kOwnTokens), kGreedyThreads);
+  plan.greedy_block = static_cast<int>(round_up<int64_t>(threads, 32));
   plan.gram_floats = plan.samples * p.n * p.n;
-  plan.token_floats = plan.samples * p.n * 2;  // inverse norms, what the first pick minimises
+  // Inverse norms, what the first pick minimises; and the threads of a block may read behind them.
+  plan.token_floats = plan.samples * p.n * 2 + kGreedyThreads;
 }
 
 // Shared memory of a block of `share` points: their fields and states, and two sets of candidates of the cluster.
@@ -129,7 +137,7 @@ inline bool plan_points(const RepulsionProblem& p, const DeviceLimits& limits, R
   plan.fields = static_cast<int>(fields);
   plan.cluster = static_cast<int>(cluster);
   plan.share = static_cast<int>(share);
-  plan.greedy_block = static_cast<int>(std::min<int64_t>(1024, round_up<int64_t>(share, 32)));
+  plan.greedy_block = pick_threads(share, 1024);
   plan.greedy_shared = static_cast<int>(point_shared(fields, share));
   return true;
 }
@@ -172,7 +180,7 @@ inline RepulsionPlan plan_repulsion(const RepulsionProblem& p, const DeviceLimit
   plan.samples = std::min(p.batch, kMaxGridX);
   plan.greedy_block = 32;
   plan.algorithm = RepulsionAlgorithm::kRounds;
-  constexpr int64_t kMost = kOwnTokens * 1024;
+  constexpr int64_t kMost = kOwnTokens * kGreedyThreads;
   if (nothing ||
       p.n <= limits.planned(Planned::kRepulsionMatrix, std::min<int64_t>(gram_token_limit, kMost), 0, kMost)) {
     plan.algorithm = RepulsionAlgorithm::kMatrix;

@@ -112,45 +112,46 @@ __global__ void __launch_bounds__(kStartThreads)
   if (lane_id() == 0) start[sample * n + i] = result;
 }
 
-// The rule of the block that makes the picks. The loads of a row are all under way before the first one is used.
+// The rule of the block that makes the picks. The loads of a row are all under way before the first one is used. Nothing
+// asks whether a token is there: rows are read as far as the threads go, into the next one or the workspace behind the
+// matrix, and what is no token is never available.
 struct GramRule {
-  const float* matrix;  // [n, n], of the sample
-  const float* norms;   // the inverse ones, where the matrix has inner products; null where it has potentials
+  const float* matrix;  // [samples, n, n], fewer than 2^32 elements: an address is one instruction then
+  const float* norms;   // [samples, n] inverse ones, where the matrix has inner products; null where it has potentials
   int64_t* indices;
+  uint32_t first_row;  // of the sample
   int n;
   bool sum;
   float state[kOwnTokens] = {}, inverse[kOwnTokens] = {}, energy[kOwnTokens] = {};
-  unsigned available = 0;  // a bit for each of the thread's tokens
+  uint32_t available[kOwnTokens] = {};  // all bits, or none
   Candidate mine = kNoCandidate;
 
-  // f(e, i) for every token i of the thread, the e-th.
+  // f(e, i) for the thread's tokens i, the e-th, while the block has any.
   template <class F>
   __device__ __forceinline__ void for_own(F&& f) const {
 #pragma unroll
-    for (int e = 0; e < kOwnTokens; ++e) {
-      const int i = static_cast<int>(threadIdx.x + e * blockDim.x);
-      if (i < n) f(e, i);
-    }
+    for (int e = 0; e < kOwnTokens; ++e)
+      if (static_cast<int>(e * blockDim.x) < n) f(e, static_cast<int>(threadIdx.x + e * blockDim.x));
   }
 
-  __device__ __forceinline__ void offer(int i, uint32_t key) {
-    const Candidate offered = {key, static_cast<uint32_t>(i)};
-    if (offered < mine) mine = offered;
+  // Offers come in the order of the tokens, so that equals leave the one with the lower index.
+  __device__ __forceinline__ void offer(int e, int i, float objective) {
+    const uint32_t key = order_key(-objective) & available[e];
+    if (key > mine.key) mine = {key, static_cast<uint32_t>(i)};
   }
 
-  // Applies j to the available tokens, of which it is none from now on.
+  // Applies j, which is not available from now on.
   __device__ __forceinline__ void apply(int j) {
-    const float* row = matrix + int64_t(j) * n;
-    const float other = norms == nullptr ? 1 : norms[j];
-    float value[kOwnTokens];
-    for_own([&](int e, int i) { value[e] = row[i]; });
+    const uint32_t row = (first_row + j) * n + threadIdx.x;
+    const float other = norms == nullptr ? 1 : norms[first_row + j];
+    float value[kOwnTokens] = {};
+    for_own([&](int e, int) { value[e] = matrix[row + e * blockDim.x]; });
     mine = kNoCandidate;
     for_own([&](int e, int i) {
-      if (i == j) available &= ~(1u << e);
-      if (!(available >> e & 1)) return;
+      if (i == j) available[e] = 0;
       const float potential = cosine_of(value[e], inverse[e], other);
       state[e] = sum ? state[e] + potential : nan_max(state[e], potential);
-      offer(i, order_key(-(state[e] + energy[e])));
+      offer(e, i, state[e] + energy[e]);
     });
   }
 
@@ -162,22 +163,22 @@ struct GramRule {
 };
 
 // `inverse` is null where the matrix has potentials; `start` is null, or what the first pick minimises.
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(kGreedyThreads)
     gram_greedy_kernel(const RepulsionProblem p, const float* gram, const float* inverse, const float* start) {
   TOKENPRUNE_SHARED(CandidateSlots, slots);
-  TOKENPRUNE_SHARED(uint32_t[kOwnTokens * 1024 / 32], seeds);
+  TOKENPRUNE_SHARED(uint32_t[kOwnTokens * kGreedyThreads / 32], seeds);
   const int64_t sample = blockIdx.x, at = sample * p.n;
   int64_t* indices = p.indices + sample * p.k;
-  GramRule rule{gram + at * p.n, inverse == nullptr ? nullptr : inverse + at, indices, static_cast<int>(p.n), p.sum};
+  GramRule rule{gram, inverse, indices, static_cast<uint32_t>(at), static_cast<int>(p.n), p.sum};
   if (p.k > 0) {
     const bool seeded = mark_seeds(p.seeds + sample * p.n_seeds, p.n_seeds, rule.n, seeds);
     rule.for_own([&](int e, int i) {
+      if (i >= rule.n) return;
       rule.state[e] = p.sum ? 0 : -INFINITY;
       rule.inverse[e] = inverse == nullptr ? 1 : inverse[at + i];
       rule.energy[e] = p.energy == nullptr ? 0 : p.energy[at + i];
-      if (!is_valid(p, sample, i) || is_seed(seeds, i)) return;
-      rule.available |= 1u << e;
-      if (!seeded) rule.offer(i, order_key(-(start == nullptr ? rule.energy[e] : start[at + i])));
+      rule.available[e] = is_valid(p, sample, i) && !is_seed(seeds, i) ? 0xFFFFFFFFu : 0;
+      if (!seeded) rule.offer(e, i, start == nullptr ? rule.energy[e] : start[at + i]);
     });
     for_seeds(seeds, rule.n, [&](int seed) { rule.apply(seed); });
   }

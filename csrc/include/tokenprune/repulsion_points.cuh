@@ -38,18 +38,19 @@ struct PointsRule {
     return objective.key(states[i - first], energies == nullptr ? 0 : energies[i]);
   }
 
+  // Offers come in the order of the tokens, so that equals leave the one with the lower index.
   __device__ __forceinline__ void offer(int i, uint32_t value) {
-    const Candidate offered = {value, static_cast<uint32_t>(i)};
-    if (offered < mine) mine = offered;
+    if (value > mine.key) mine = {value, static_cast<uint32_t>(i)};
   }
 
   // Sends the fields of the block's candidate to the whole cluster.
   __device__ __forceinline__ void publish(Candidate candidate, unsigned set) const {
     if (candidate.key == kNoKey) return;
     const int local = static_cast<int>(candidate.index) - first;
-    for (int q = threadIdx.x; q < fields * static_cast<int>(cluster_size()); q += blockDim.x)
-      cluster_shared(sent, q / fields)[(set * kMaxCluster + cluster_rank()) * fields + q % fields] =
-          own[q % fields * share + local];
+    for (unsigned rank = warp_id(); rank < cluster_size(); rank += blockDim.x / kWarp) {
+      float* target = cluster_shared(sent, rank) + (set * kMaxCluster + cluster_rank()) * fields;
+      for (int f = lane_id(); f < fields; f += kWarp) target[f] = own[f * share + local];
+    }
   }
 
   // Applies j, whose fields are `step` floats apart, to the available tokens, of which it is none from now on.
@@ -83,7 +84,8 @@ struct PointsRule {
 };
 
 template <ObjectiveKind kind>
-__global__ void __launch_bounds__(1024) points_kernel(const RepulsionProblem p, const RepulsionWorkspace w, int share) {
+__global__ void __launch_bounds__(1024, 1)
+    points_kernel(const RepulsionProblem p, const RepulsionWorkspace w, int share) {
   TOKENPRUNE_SHARED(CandidateSlots, slots);
   TOKENPRUNE_SHARED(uint32_t[kPointMostTokens / 32], seeds);
   const int64_t sample = blockIdx.x / cluster_size();

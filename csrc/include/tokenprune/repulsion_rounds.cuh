@@ -70,7 +70,7 @@ __device__ __forceinline__ uint32_t next_seeds(const uint32_t* seed, int64_t n, 
 // The two best of the thread's tokens into its entries of `ranks`; returns the best of the others.
 __device__ __forceinline__ Rank two_best(const uint32_t* key, int64_t n, Rank* ranks) {
   Rank best = 0, second = 0, third = 0;
-#pragma unroll 8
+#pragma unroll 4
   for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
     const Rank rank = pack_ranked(key[i], static_cast<uint32_t>(i));
     if (rank <= third) continue;
@@ -93,7 +93,7 @@ struct StoredTokens {
   uint32_t* key;  // kNoKey: not available
   int n, axes;
 
-  __device__ __forceinline__ StoredTokens(const RepulsionProblem& p, const RepulsionWorkspace& w, int64_t sample)
+  __device__ __forceinline__ StoredTokens(const RepulsionProblem& p, const RepulsionWorkspace& w, uint32_t sample)
       : objective(p),
         energy(p.energy == nullptr ? nullptr : p.energy + sample * p.n),
         positions(positions_of(p, sample)),
@@ -207,52 +207,55 @@ __device__ __forceinline__ uint32_t step_through_rows(const StoredTokens& tokens
 
 constexpr int kRoundThreads = 256;  // a power of two, and at least the threads of a tile
 
-// The next list of a sample, by one block; empty once all picks are made. `list` and `rows` are the group's.
+// The next list of a sample, by one block; empty once all picks are made. What is
+// known of the sample waits in memory while the candidates are compared, which needs the registers.
 template <class T>
-__device__ __forceinline__ void choose(const RepulsionProblem& p, const RepulsionWorkspace& w, int64_t sample,
-                                       uint32_t* list, const float* rows) {
+__device__ __forceinline__ void choose(const RepulsionProblem& p, const RepulsionWorkspace& w, uint32_t sample,
+                                       uint32_t group) {
   TOKENPRUNE_SHARED(Rank[2 * kRoundThreads], ranks);
   TOKENPRUNE_SHARED(int[kCandidates], candidates);
   static_assert(kCandidates == 64 && kCandidates == 2 * kWarp, "a tile, and two candidates per lane");
-  const int64_t n = p.n;
-  const uint32_t total = static_cast<uint32_t>(min(p.k, n));
-  const StoredTokens tokens(p, w, sample);
+  const uint32_t total = static_cast<uint32_t>(min(p.k, p.n));
   RepulsionControl control = w.control[sample];
-  int64_t* indices = p.indices + sample * p.k;
   __syncthreads();  // all have read it
   if (control.stored)
     control.picked +=
-        step_through_rows(tokens, rows, list, control.selected, total - control.picked, indices + control.picked);
+        step_through_rows(StoredTokens(p, w, sample), w.rows_of(group, p.n), w.list_of(group), control.selected,
+                          total - control.picked, p.indices + sample * p.k + control.picked);
   control.selected = control.stored = 0;
-  const uint32_t left = total - control.picked;
-  if (control.cursor < n && control.started) {
+  if (control.cursor < p.n && control.started) {
     int64_t cursor = control.cursor;
-    control.selected = next_seeds(w.seed + sample * n, n, list, cursor);
+    control.selected = next_seeds(w.seed + sample * p.n, p.n, w.list_of(group), cursor);
     control.cursor = static_cast<uint32_t>(cursor);
   }
-  if (control.selected == 0 && left > 0) {  // the same for all threads
-    const Rank rest = two_best(tokens.key, n, ranks);
-    __syncthreads();
-    sort_ranks(ranks, 2 * blockDim.x);
-    Rank outside = block_reduce(rest, Max(), Rank(0));
-    if (ranks[kCandidates] > outside) outside = ranks[kCandidates];
-    const float* dots = nullptr;
-    if (control.started && left > 1 && ranks[1] != 0) {
-      for (int r = threadIdx.x; r < kCandidates; r += blockDim.x)
-        candidates[r] = ranks[r] == 0 ? kNoRow : static_cast<int>(index_of_packed(ranks[r]));
-      __syncthreads();
-      dots = gram_tile<T, 64, kRoundThreads>(rows_of(p, sample, sizeof(T)), candidates, candidates, kCandidates,
-                                             dynamic_shared());
-    }
-    if (warp_id() == 0) {
-      control.selected = pick_candidates(tokens, p.sum, ranks, outside, dots, left < kCandidates ? left : kCandidates,
-                                         indices + control.picked, list);
-      control.picked += p.sum && control.selected > 0 ? 1 : control.selected;
-      if (control.picked == total) control.selected = 0;  // nobody needs to know
-      control.stored = p.sum && control.selected > 0;
-      control.started = 1;
-    }
+  if (threadIdx.x == 0) {
+    p.counts[sample] = control.picked;
+    w.control[sample] = control;
   }
+  if (control.selected > 0 || control.picked == total) return;  // the same for all threads
+  const Rank rest = two_best(w.key + sample * p.n, p.n, ranks);
+  __syncthreads();
+  sort_ranks(ranks, 2 * blockDim.x);
+  const Rank outside = block_reduce(rest, Max(), Rank(0));
+  if (threadIdx.x == 0 && outside > ranks[kCandidates]) ranks[kCandidates] = outside;
+  for (int r = threadIdx.x; r < kCandidates; r += blockDim.x)
+    candidates[r] = ranks[r] == 0 ? kNoRow : static_cast<int>(index_of_packed(ranks[r]));
+  const float* dots = nullptr;
+  __syncthreads();
+  if (control.started && control.picked + 1 < total && ranks[1] != 0)
+    dots = gram_tile<T, 64, kRoundThreads>(rows_of(p, sample, sizeof(T)), candidates, candidates, kCandidates,
+                                           dynamic_shared());
+  if (warp_id() != 0) return;
+  control = w.control[sample];
+  const uint32_t left = total - control.picked;
+  control.selected = pick_candidates(StoredTokens(p, w, sample), p.sum, ranks, ranks[kCandidates], dots,
+                                     left < kCandidates ? left : kCandidates, p.indices + sample * p.k + control.picked,
+                                     w.list_of(group));
+  control.picked += p.sum && control.selected > 0 ? 1 : control.selected;
+  if (control.picked == total) control.selected = 0;  // nobody needs to know
+  control.stored = p.sum && control.selected > 0;
+  control.started = 1;
+  __syncwarp();  // all have read it
   if (threadIdx.x == 0) {
     p.counts[sample] = control.picked;
     w.control[sample] = control;
@@ -261,32 +264,31 @@ __device__ __forceinline__ void choose(const RepulsionProblem& p, const Repulsio
 
 // Brings 64 tokens up to date with the list, or stores their inner products with it.
 template <class T>
-__device__ __forceinline__ void apply(const RepulsionProblem& p, const RepulsionWorkspace& w, int64_t sample,
-                                      int64_t first, const RepulsionControl& control, const uint32_t* list,
-                                      float* rows) {
+__device__ __forceinline__ void apply(const RepulsionProblem& p, const RepulsionWorkspace& w, uint32_t sample,
+                                      uint32_t group, int first, int count, bool stored) {
   TOKENPRUNE_SHARED(int[64], tokens);
   TOKENPRUNE_SHARED(int[kCandidates], selected);
   TOKENPRUNE_SHARED(float[kCandidates], norms);
-  const int count = static_cast<int>(control.selected);
-  const StoredTokens all(p, w, sample);
   __syncthreads();  // everybody is done with the tile before
   if (threadIdx.x < 64) {
-    const int i = static_cast<int>(first) + threadIdx.x;
-    tokens[threadIdx.x] = i < all.n && all.key[i] != kNoKey ? i : kNoRow;
+    const int i = first + threadIdx.x;
+    tokens[threadIdx.x] = i < p.n && w.key[sample * p.n + i] != kNoKey ? i : kNoRow;
   } else if (threadIdx.x < 64 + kCandidates) {
     const int r = threadIdx.x - 64;
-    selected[r] = r < count ? static_cast<int>(list[r]) : kNoRow;
-    norms[r] = r < count ? all.inverse[selected[r]] : 0;
+    selected[r] = r < count ? static_cast<int>(w.list_of(group)[r]) : kNoRow;
+    norms[r] = r < count ? w.inverse[sample * p.n + selected[r]] : 0;
   }
   __syncthreads();
   const float* dots =
       gram_tile<T, 64, kRoundThreads>(rows_of(p, sample, sizeof(T)), tokens, selected, count, dynamic_shared());
-  if (control.stored) {
+  if (stored) {
+    float* rows = w.rows_of(group, p.n) + first;
     for (int q = threadIdx.x; q < count * 64; q += kRoundThreads)
-      if (first + q % 64 < all.n) rows[q / 64 * p.n + first + q % 64] = dots[q % 64 * GramTile<64>::kOutPitch + q / 64];
+      if (first + q % 64 < p.n) rows[q / 64 * p.n + q % 64] = dots[q % 64 * GramTile<64>::kOutPitch + q / 64];
     return;
   }
   if (threadIdx.x >= 64 || tokens[threadIdx.x] == kNoRow) return;
+  const StoredTokens all(p, w, sample);
   const int i = tokens[threadIdx.x];
   const float* row = dots + threadIdx.x * GramTile<64>::kOutPitch;
   const float inverse = all.inverse[i];
@@ -298,7 +300,7 @@ __device__ __forceinline__ void apply(const RepulsionProblem& p, const Repulsion
 
 // Seeds are not available, and something is selected when there are any. By one block.
 __device__ __forceinline__ void mark_stored_seeds(const RepulsionProblem& p, const RepulsionWorkspace& w,
-                                                  int64_t sample) {
+                                                  uint32_t sample) {
   bool any = false;
   for (int64_t s = threadIdx.x; s < p.n_seeds; s += blockDim.x) {
     const int64_t j = valid_seed(p.seeds[sample * p.n_seeds + s], p.n);
@@ -314,19 +316,19 @@ __device__ __forceinline__ void mark_stored_seeds(const RepulsionProblem& p, con
 
 template <class T>
 __global__ void __launch_bounds__(kRoundThreads, kRoundBlocks)
-    rounds_kernel(const RepulsionProblem p, const RepulsionWorkspace w, int64_t rounds) {
-  BlockGroup group(w, 1);
-  uint32_t* list = w.picks + group.index * kCandidates;
-  float* rows = w.rows + group.index * kCandidates * p.n;
-  for (int64_t sample = group.index; sample < p.batch; sample += w.groups) {
+    rounds_kernel(const RepulsionProblem p, const RepulsionWorkspace w, uint32_t rounds) {
+  TOKENPRUNE_SHARED(BlockGroup, group);
+  group.form(w, 1);
+  for (uint32_t sample = group.index; sample < p.batch; sample += w.groups) {
     if (group.rank == 0) mark_stored_seeds(p, w, sample);
-    for (int64_t round = 0; round < rounds; ++round) {
-      if (group.rank == 0) choose<T>(p, w, sample, list, rows);
+    for (uint32_t round = 0; round < rounds; ++round) {
+      if (group.rank == 0) choose<T>(p, w, sample, group.index);
       group.sync();
-      const RepulsionControl control = w.control[sample];
-      if (control.selected == 0) break;
-      for (int64_t first = int64_t(group.rank) * 64; first < p.n; first += int64_t(group.size) * 64)
-        apply<T>(p, w, sample, first, control, list, rows);
+      const int count = static_cast<int>(w.control[sample].selected);
+      if (count == 0) break;
+      const bool stored = w.control[sample].stored != 0;
+      for (int first = static_cast<int>(group.rank) * 64; first < p.n; first += static_cast<int>(group.size) * 64)
+        apply<T>(p, w, sample, group.index, first, count, stored);
       group.sync();
     }
   }

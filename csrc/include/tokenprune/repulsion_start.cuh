@@ -48,20 +48,29 @@ struct RepulsionWorkspace {
         control(reinterpret_cast<RepulsionControl*>(counters + 2 * plan.groups)),
         groups(static_cast<uint32_t>(plan.groups)),
         fields(plan.fields) {}
+
+  __device__ __forceinline__ uint32_t* list_of(uint32_t group) const { return picks + group * kCandidates; }
+  __device__ __forceinline__ float* rows_of(uint32_t group, int64_t n) const { return rows + group * kCandidates * n; }
 };
 
-// The blocks that work on the same samples: blockIdx.x, blockIdx.x + groups, ... The samples are the same numbers.
+// The blocks that work on the same samples: blockIdx.x, blockIdx.x + groups, ... The samples are the same numbers. In
+// shared memory, where it takes no registers meanwhile.
 struct BlockGroup {
-  uint32_t index, rank, size;
+  uint32_t index, rank, size, target;
   uint32_t* counter;
-  uint32_t target = 0;
 
-  __device__ __forceinline__ BlockGroup(const RepulsionWorkspace& w, int kernel)
-      : index(blockIdx.x % w.groups),
-        rank(blockIdx.x / w.groups),
-        size(gridDim.x / w.groups),
-        counter(w.counters + kernel * w.groups + index) {}
-  __device__ __forceinline__ void sync() { group_sync(counter, target += size); }
+  // All threads call it. `kernel`, 0 or 1, tells apart the kernels of a call.
+  __device__ __forceinline__ void form(const RepulsionWorkspace& w, int kernel) {
+    if (threadIdx.x == 0) {
+      index = blockIdx.x % w.groups;
+      rank = blockIdx.x / w.groups;
+      size = gridDim.x / w.groups;
+      target = 0;
+      counter = w.counters + kernel * w.groups + index;
+    }
+    __syncthreads();
+  }
+  __device__ __forceinline__ void sync() { group_sync(counter, target, size); }
 };
 
 // The sum over a row's channels of f(element, channel), by a warp, in an order that is the same for every row.
@@ -128,9 +137,10 @@ __device__ __forceinline__ float direction_part(const RepulsionProblem& p, const
 }
 
 template <class T>
-__global__ void __launch_bounds__(kStartThreads)
+__global__ void __launch_bounds__(kStartThreads, kRoundBlocks)
     outlier_keys_kernel(const RepulsionProblem p, const RepulsionWorkspace w) {
-  BlockGroup group(w, 0);
+  TOKENPRUNE_SHARED(BlockGroup, group);
+  group.form(w, 0);
   const int64_t threads = int64_t(group.size) * kStartThreads,
                 thread = int64_t(group.rank) * kStartThreads + threadIdx.x;
   float* parts = w.direction + group.index * (kDirectionParts + 1) * p.channels;

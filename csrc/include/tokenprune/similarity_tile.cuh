@@ -147,6 +147,7 @@ __device__ __forceinline__ void multiply_tile(const SimilarityProblem& p, const 
   mine.feature_squares = mine.row_squares = mine.with_sum = 0;
   load();
   load();
+  if (first_rows) wait_for_launch_before();  // for the unit sum: features and rows are there before the first launch
   if (channel < kChunk) s.unit_sum[team][0][channel] = unit_sum(begin + team);
   int stage = 0, set = 0;
   for (int first = begin; first < end; first += teams) {
@@ -286,6 +287,7 @@ cudaError_t launch_similarity(const SimilarityProblem& p, const SimilarityPlan& 
   const cudaError_t status = launch_unit_sums<T>(p, plan, sums, stream);
   if (status != cudaSuccess) return status;
   Launch where{dim3(plan.blocks), dim3(kSimilarityThreads), 0, stream, plan.cluster};
+  where.dependent = plan.overlap;
   if (!plan.tiles)
     return launch(where, plan.rows_per_warp == 1 ? warp_similarity_kernel<T, 1> : warp_similarity_kernel<T, 4>, p,
                   sums);

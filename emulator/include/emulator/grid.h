@@ -53,10 +53,15 @@ struct LaunchRecord {
   unsigned cluster;
   size_t shared;
   bool cooperative;  // all blocks of the grid run at the same time
+  bool dependent;    // starts before the launch in front of it
 };
 
-// Runs `thread` once for every thread of the grid.
-void run_grid(const LaunchRecord& launch, const std::function<void()>& thread);
+// Launches are asynchronous: what this thread has launched runs when it launches something that does not depend on it,
+// and at the latest in finish_launches. `thread` is called once for every thread of the grid. A dependent launch starts
+// first, as early as hardware could start it: the one in front of it runs when no thread of the dependent launch's
+// first block (or cluster) can go on without.
+void submit(const LaunchRecord& launch, std::function<void()> thread);
+void finish_launches();
 
 // --- what kernel code asks for, about the thread that is running ---
 
@@ -91,8 +96,10 @@ unsigned cluster_size();
 void cluster_barrier();
 void* cluster_address(void* pointer, unsigned rank);
 
-// The block adds one to `counter`, in memory, and waits until others have brought it to `target`, modulo 2^32. Only
-// blocks that run at the same time can.
-void group_barrier(uint32_t* counter, uint32_t target);
+void wait_for_launch_before();
+
+// The block adds one to `counter`, in memory, and `blocks` to its `target`, and waits until others have brought the counter
+// there, modulo 2^32. Only blocks that run at the same time can.
+void group_barrier(uint32_t* counter, uint32_t& target, uint32_t blocks);
 
 }  // namespace tokenprune::emulator
