@@ -50,6 +50,7 @@ PYBIND11_MODULE(_emulator, m) {
       entry["block"] = py::make_tuple(l.block.x, l.block.y, l.block.z);
       entry["cluster"] = l.cluster;
       entry["shared"] = l.shared;
+      entry["dependent"] = l.dependent;
       entry["cooperative"] = l.cooperative;
       launches.append(entry);
     }

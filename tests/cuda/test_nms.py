@@ -76,6 +76,14 @@ def test_lists_where_there_are_no_clusters() -> None:
     assert kernels() == ["nms_prepare_kernel", "nms_lists_kernel", "nms_select_kernel"]
 
 
+def test_launches_overlap_where_the_device_lets_them() -> None:
+    for architecture, k, expected in [(90, 9, [False, True, True]), (90, 2, [False, True]), (90, 0, [False]),
+                                      (80, 9, [False] * 3)]:  # fmt: skip
+        module.settings().architecture = architecture
+        nms(inputs(1, 40, 8, torch.float16), k)
+        assert [launch["dependent"] for launch in module.take_launches()] == expected
+
+
 def test_padding_is_written_without_tokens() -> None:
     indices, selected, counts = nms(inputs(2, 0, 8, torch.float32), 3)
     assert kernels() == ["nms_select_kernel"]

@@ -107,6 +107,20 @@ def test_clusters_and_teams_share_the_channels(dtype, chunks, multiprocessors, a
     assert torch.equal(contrastive(shifted, *lists), got)
 
 
+@pytest.mark.parametrize(("anchors", "references"), [(3, 5), (2, 30), (30, 140)])
+def test_launches_overlap_where_the_device_lets_them(anchors, references):
+    features = torch.randn(BATCH, 20, 40)
+    lists = index_list(20, anchors), index_list(20, references)
+    results = []
+    for architecture in (90, 80):
+        module.settings().architecture = architecture
+        results.append(contrastive(features, *lists))
+        first, *others = (launch["dependent"] for launch in module.take_launches())
+        assert not first
+        assert all(dependent == (architecture == 90) for dependent in others)
+    assert torch.equal(results[0], results[1])
+
+
 def test_no_clusters_before_compute_capability_9():
     module.settings().architecture = 80
     check(torch.randn(BATCH, 20, 600), index_list(20, 30), index_list(20, 3))
