@@ -122,11 +122,10 @@ __device__ __forceinline__ void multiply_tile(const SimilarityProblem& p, const 
       listed(s.rows + kSimilarityTile, static_cast<const T*>(p.best_of.rows) + sample * p.best_of.sample_stride);
   const int u = tile_thread() % 8, row = tile_thread() / 8;
   unsigned char* to = ring + row * kChunkBytes + ((u ^ (row & 7)) << 4);  // DotTile::unit, of the first stage
-  int next = begin + team, next_stage = 0;
-  const auto load = [&] {
-    if (next < end) {
-      unsigned char* a = to + next_stage * 2 * kChunkTileBytes;
-      const int element = next * kChunk + u * kReadUnit<T>;
+  const auto load = [&](int c, int stage) {
+    if (c < end) {
+      unsigned char* a = to + stage * 2 * kChunkTileBytes;
+      const int element = c * kChunk + u * kReadUnit<T>;
       if (p.aligned) {
         features.copy(a, element, dim);
         listed.copy(a + kChunkTileBytes, element, dim);
@@ -136,8 +135,6 @@ __device__ __forceinline__ void multiply_tile(const SimilarityProblem& p, const 
       }
     }
     cp_async_commit();
-    next_stage = next_stage == kTileStages - 1 ? 0 : next_stage + 1;
-    next += teams;
   };
   const auto unit_sum = [&](int c) {
     const int64_t element = static_cast<int64_t>(c) * kChunk + channel;
@@ -145,8 +142,8 @@ __device__ __forceinline__ void multiply_tile(const SimilarityProblem& p, const 
   };
   mine.products.clear();
   mine.feature_squares = mine.row_squares = mine.with_sum = 0;
-  load();
-  load();
+  load(begin + team, 0);
+  load(begin + team + teams, 1);
   if (first_rows) wait_for_launch_before();  // for the unit sum: features and rows are there before the first launch
   if (channel < kChunk) s.unit_sum[team][0][channel] = unit_sum(begin + team);
   int stage = 0, set = 0;
@@ -154,7 +151,7 @@ __device__ __forceinline__ void multiply_tile(const SimilarityProblem& p, const 
     const int c = first + team;
     cp_async_wait<1>();
     __syncthreads();
-    load();
+    load(c + 2 * teams, stage == 0 ? kTileStages - 1 : stage - 1);
     const float next_sum = unit_sum(c + teams);  // on its way while the chunk is multiplied
     if (c < end) {
       const unsigned char *a = ring + stage * 2 * kChunkTileBytes, *b = a + kChunkTileBytes;
@@ -196,7 +193,7 @@ __device__ __forceinline__ void each_sum(TileSums<T>& mine, const F& f) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kSimilarityMaxTeams* kTileThreads, 2)
+__global__ void __launch_bounds__(kSimilarityMaxTeams* kTileThreads, 1)
     tile_similarity_kernel(const SimilarityProblem p, const UnitSums sums) {
   TOKENPRUNE_SHARED(SimilarityTileShared, s);
   const int team = threadIdx.x / kTileThreads, teams = blockDim.x / kTileThreads;
