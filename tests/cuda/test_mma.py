@@ -93,8 +93,9 @@ def error_of_picks(dtype: torch.dtype, gram: bool, n: int = 160) -> float:
     return float(objective[pick] - objective[1:].min()) / 2
 
 
-def error_of_suppression(dtype: torch.dtype, k: int) -> float:
+def error_of_suppression(dtype: torch.dtype, k: int, architecture: int = 90) -> float:
     """The cosine of the first two picks, from what the first one left of the second one's score."""
+    module.settings().architecture = architecture
     n, sigma = 20, 0.1
     x, scores = features(n, dtype), torch.linspace(1, 0.99, n)
     picks, selected, _ = tp.spatial_semantic_nms(
@@ -115,7 +116,8 @@ CASES: dict[str, Callable[[torch.dtype], float]] = {
     "tile_similarity": error_of_cosines,
     "gram_kernel": lambda dtype: error_of_picks(dtype, True),
     "rounds_kernel": lambda dtype: error_of_picks(dtype, False),
-    "nms_lists": lambda dtype: error_of_suppression(dtype, 4),
+    "nms_weights": lambda dtype: error_of_suppression(dtype, 4),
+    "nms_lists": lambda dtype: error_of_suppression(dtype, 4, architecture=80),
     "nms_select": lambda dtype: error_of_suppression(dtype, 2),
 }
 
