@@ -24,8 +24,10 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   m.def("gather_compact(Tensor[] tensors, Tensor indices, *, int[] dims, int[]? batch_dims=None) -> Tensor[]");
   m.def("_invert_indices(Tensor indices, SymInt size) -> Tensor");
   m.def("mask_to_indices(Tensor mask, SymInt capacity) -> (Tensor indices, Tensor counts)");
+  m.def("paired_cosine(Tensor a, Tensor b) -> Tensor");
   m.def("repulsion_sample(Tensor features, SymInt k, *, Tensor? positions=None, Tensor? seed_indices=None, Tensor? energy=None, Tensor? mask=None, str potential=\"cosine\", str aggregate=\"max\", float feature_weight=1.0, float position_weight=1.0, float exponent=1.0, float sigma=1.0, float epsilon=1e-06, str first=\"outlier\") -> (Tensor indices, Tensor counts)");
   m.def("score_entropy(Tensor scores, *, Tensor? mask=None, bool normalized=True) -> Tensor");
+  m.def("select_grouped_topk(Tensor scores, Tensor groups, Tensor budgets, SymInt k, *, Tensor? mask=None, bool largest=True) -> (Tensor indices, Tensor counts)");
   m.def("select_mixture(Tensor text_scores, Tensor visual_scores, SymInt k, *, float floor=0.25, Tensor? mask=None) -> (Tensor indices, Tensor counts, Tensor num_text)");
   m.def("select_topk(Tensor scores, SymInt k, *, Tensor? mask=None, bool largest=True, Tensor? budgets=None) -> (Tensor indices, Tensor counts)");
   m.def("select_two_tailed(Tensor scores, Tensor num_low, SymInt k, *, Tensor? mask=None) -> (Tensor indices, Tensor counts)");
@@ -148,6 +150,15 @@ inline void check_mask_to_indices(const Tensor& mask, int64_t capacity) {
   check_count(op, "capacity", capacity, B);
 }
 
+inline void check_paired_cosine(const Tensor& a, const Tensor& b) {
+  const char* op = "paired_cosine";
+  check_floating(op, "a", a, "[B, N, C]", 3);
+  [[maybe_unused]] const int64_t B = a.size(0);
+  [[maybe_unused]] const int64_t N = a.size(1);
+  [[maybe_unused]] const int64_t C = a.size(2);
+  check_beside(op, "b", b, a, "[B, N, C]", {B, N, C}, std::nullopt, "a");
+}
+
 // Which of the words each option is.
 struct RepulsionSampleChoices {
   int potential;
@@ -182,6 +193,18 @@ inline void check_score_entropy(const Tensor& scores, const OptionalTensor& mask
   check_floating(op, "scores", scores, "[B, N]", 2);
   [[maybe_unused]] const int64_t B = scores.size(0);
   [[maybe_unused]] const int64_t N = scores.size(1);
+  check_beside(op, "mask", mask, scores, "[B, N]", {B, N}, ScalarType::Bool);
+}
+
+inline void check_select_grouped_topk(const Tensor& scores, const Tensor& groups, const Tensor& budgets, int64_t k, const OptionalTensor& mask, bool) {
+  const char* op = "select_grouped_topk";
+  check_floating(op, "scores", scores, "[B, N]", 2);
+  [[maybe_unused]] const int64_t B = scores.size(0);
+  [[maybe_unused]] const int64_t N = scores.size(1);
+  check_beside(op, "groups", groups, scores, "[B, N]", {B, N}, ScalarType::Long);
+  check_beside(op, "budgets", budgets, scores, "[B, G]", {B, -1}, ScalarType::Long);
+  [[maybe_unused]] const int64_t G = budgets.size(1);
+  check_count(op, "k", k, B);
   check_beside(op, "mask", mask, scores, "[B, N]", {B, N}, ScalarType::Bool);
 }
 
