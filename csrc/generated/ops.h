@@ -24,6 +24,7 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   m.def("gather_compact(Tensor[] tensors, Tensor indices, *, int[] dims, int[]? batch_dims=None) -> Tensor[]");
   m.def("_invert_indices(Tensor indices, SymInt size) -> Tensor");
   m.def("mask_to_indices(Tensor mask, SymInt capacity) -> (Tensor indices, Tensor counts)");
+  m.def("merge_tokens(Tensor values, Tensor targets, *, Tensor? keys=None, Tensor? assignment=None, Tensor? weights=None, Tensor? mask=None, float? threshold=None, str metric=\"cosine\", bool include_targets=True) -> (Tensor merged, Tensor sizes, Tensor assignment)");
   m.def("paired_cosine(Tensor a, Tensor b) -> Tensor");
   m.def("repulsion_sample(Tensor features, SymInt k, *, Tensor? positions=None, Tensor? seed_indices=None, Tensor? energy=None, Tensor? mask=None, str potential=\"cosine\", str aggregate=\"max\", float feature_weight=1.0, float position_weight=1.0, float exponent=1.0, float sigma=1.0, float epsilon=1e-06, str first=\"outlier\") -> (Tensor indices, Tensor counts)");
   m.def("score_entropy(Tensor scores, *, Tensor? mask=None, bool normalized=True) -> Tensor");
@@ -148,6 +149,28 @@ inline void check_mask_to_indices(const Tensor& mask, int64_t capacity) {
   [[maybe_unused]] const int64_t B = mask.size(0);
   [[maybe_unused]] const int64_t N = mask.size(1);
   check_count(op, "capacity", capacity, B);
+}
+
+// Which of the words each option is.
+struct MergeTokensChoices {
+  int metric;
+};
+
+inline MergeTokensChoices check_merge_tokens(const Tensor& values, const Tensor& targets, const OptionalTensor& keys, const OptionalTensor& assignment, const OptionalTensor& weights, const OptionalTensor& mask, std::optional<double>, const std::string& metric, bool) {
+  const char* op = "merge_tokens";
+  check_floating(op, "values", values, "[B, N, D]", 3);
+  [[maybe_unused]] const int64_t B = values.size(0);
+  [[maybe_unused]] const int64_t N = values.size(1);
+  [[maybe_unused]] const int64_t D = values.size(2);
+  check_beside(op, "targets", targets, values, "[B, K]", {B, -1}, ScalarType::Long);
+  [[maybe_unused]] const int64_t K = targets.size(1);
+  check_beside(op, "keys", keys, values, "[B, N, E]", {B, N, -1}, std::nullopt);
+  [[maybe_unused]] const int64_t E = keys ? keys->size(2) : 0;
+  check_beside(op, "assignment", assignment, values, "[B, N]", {B, N}, ScalarType::Long);
+  check_beside(op, "weights", weights, values, "[B, N]", {B, N}, std::nullopt);
+  check_beside(op, "mask", mask, values, "[B, N]", {B, N}, ScalarType::Bool);
+  check_work(op, "values", "B * N * K * max(D, E)", {B, N, K, std::max(D, E)});
+  return {check_choice(op, "metric", metric, {"cosine", "euclidean"})};
 }
 
 inline void check_paired_cosine(const Tensor& a, const Tensor& b) {
