@@ -41,6 +41,7 @@ def cases() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         "mask_to_indices": ((mask, K), {}),
         "repulsion_sample": ((features, K), {"positions": positions, "potential": "riesz", "aggregate": "sum"}),
         "spatial_semantic_nms": ((scores, features, positions, K), {"sigma_semantic": 0.5, "mask": mask}),
+        "density_peaks": ((features, K), {"neighbors": 3, "mask": mask}),
         "merge_tokens": ((features, indices), {"weights": scores, "mask": mask, "threshold": 0.1}),
         "gather_compact": (([features, mask], indices), {"dims": [1, 1]}),
     }

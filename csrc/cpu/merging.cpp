@@ -23,8 +23,8 @@ namespace tokenprune {
 
 namespace {
 
-constexpr int64_t kTile = 48;      // tokens that are compared with a panel together
-constexpr int64_t kColumns = 256;  // columns of values that are summed together
+constexpr int64_t kTile = 48;       // tokens that are compared with a panel together
+constexpr int64_t kColumns = 1024;  // columns of values that are summed together
 
 struct Likeness {
   bool euclidean, include_targets;
