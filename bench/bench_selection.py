@@ -158,3 +158,36 @@ def test_entropy(race: Any, model: Any) -> None:
         target=("reference", 1.0),
         seconds=0.6,
     )
+
+
+@pytest.mark.parametrize(("frames", "tokens", "keep"), [(5, 576, 64), (32, 196, 40)])
+def test_grouped_topk(race: Any, frames: int, tokens: int, keep: int) -> None:
+    """The crops of an image, the frames of a video, each with the same budget, so that torch.topk can do it too."""
+    n = frames * tokens
+    scores = attention_like(1, n)
+    groups = torch.arange(frames).repeat_interleave(tokens)[None]
+    budgets, k = torch.full((1, frames), keep), frames * keep
+
+    def topk_of_equal_frames() -> tuple[torch.Tensor]:
+        of_frame = scores.view(frames, tokens).topk(keep, dim=-1, sorted=False).indices.sort(dim=-1).values
+        return ((of_frame + torch.arange(0, n, tokens)[:, None]).view(1, -1),)
+
+    def loop_over_frames() -> tuple[torch.Tensor]:
+        kept = []
+        for g, budget in enumerate(budgets[0].tolist()):
+            token = (groups[0] == g).nonzero()[:, 0]
+            kept.append(token[scores[0, token].topk(budget).indices])
+        return (torch.cat(kept).sort().values[None],)
+
+    race(
+        f"select_grouped_topk, {frames} groups of {tokens} -> {keep} each",
+        {
+            "ours": lambda: tp.select_grouped_topk(scores, groups, budgets, k),
+            "loop over groups": loop_over_frames,
+            "torch.topk of equal groups": topk_of_equal_frames,
+            "reference": lambda: tp.reference.select_grouped_topk(scores, groups, budgets, k),
+        },
+        check=same_indices,
+        target=("loop over groups", 2.0),
+        seconds=1.0,
+    )

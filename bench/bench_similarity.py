@@ -1,4 +1,4 @@
-"""cosine_scores and contrastive_scores against the reference: normalise, one matrix product, reduce."""
+"""The cosine ops against the reference (normalise, one matrix product, reduce) and torch.cosine_similarity."""
 
 from collections.abc import Callable
 from typing import Any
@@ -55,4 +55,33 @@ def test_contrastive(race: Race, model: str, dtype: str) -> None:
         },
         check=nearly_equal,
         seconds=1.0,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_paired(race: Race, dtype: str) -> None:
+    """EVS on a video of Qwen2.5-VL: each token against the same one a frame earlier, both views of one tensor."""
+    torch.manual_seed(0)
+    video = torch.randn(33, 196, MODELS["Qwen2.5-VL-7B@4096"].hidden).to(DTYPES[dtype])
+    copy = torch.empty_like(video[1:])
+
+    def check(results: dict[str, Any]) -> None:
+        wide = video.double()
+        exact = torch.nn.functional.cosine_similarity(wide[1:], wide[:-1], dim=-1)
+        torch.testing.assert_close(results["ours"].double(), exact, rtol=0, atol=2e-6)
+        torch.testing.assert_close(
+            results["torch.cosine_similarity"].double(), exact, rtol=0, atol=2e-6 if dtype == "float32" else 8e-3
+        )
+
+    race(
+        f"paired cosine 32x196x{video.shape[-1]} {dtype}",
+        {
+            "ours": lambda: tp.paired_cosine(video[1:], video[:-1]),
+            "torch.cosine_similarity": lambda: torch.nn.functional.cosine_similarity(video[1:], video[:-1], dim=-1),
+            "copy of as many bytes": lambda: copy.copy_(video[1:]),
+        },
+        check=check,
+        target=("torch.cosine_similarity", 2.0),
+        seconds=2.0,
+        note="a copy at the same rate would give 1.0, 70% of its rate 0.7",
     )

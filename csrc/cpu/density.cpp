@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/selection_choose.h"
+#include "cpu/simd/density.h"
 #include "cpu/simd/rows.h"
 #include "cpu/simd/similarity.h"
 #include "dispatch.h"
@@ -41,6 +42,7 @@ struct Points {
   int64_t dim, lanes;
 
   int64_t size() const { return static_cast<int64_t>(row.size()); }
+  const A* panel(int64_t p) const { return static_cast<const A*>(packed.const_data_ptr()) + p * lanes * dim; }
   int64_t panels() const { return (size() + lanes - 1) / lanes; }
   int64_t tiles() const { return (size() + kTile - 1) / kTile; }
   // Tiles, or pairs of them, that are worth a thread.
@@ -87,51 +89,62 @@ Wide<T> squared_difference(const T* x, const T* y, int64_t dim) {
   return sum;
 }
 
-// take(panel, tile) for all panels from `first_panel` on: tile[r * lanes + l] is the squared distance of token start +
-// r and lane l of the panel.
-template <class T, class F>
-void compare_tile(const Points<T>& points, int64_t start, int64_t count, int64_t first_panel, const F& take) {
+// The squared distances of tokens start .. start + count to all tokens from panel `first_panel` on, a row of `width` each.
+// Dimensions are taken block by block, so that a block of the tokens stays in the first-level cache for all panels; the
+// sums are those of panel_squares.
+template <class T>
+void compare_tile(const Points<T>& points, int64_t start, int64_t count, int64_t first_panel, Wide<T>* rows) {
   using A = Wide<T>;
-  const int64_t dim = points.dim, lanes = points.lanes;
-  std::vector<A> wide(count * dim), tile(count * lanes);
-  for (int64_t r = 0; r < count; ++r) similarity_kernels<T>().widen(points.row[start + r], dim, wide.data() + r * dim);
-  const A* const packed = static_cast<const A*>(points.packed.const_data_ptr());
-  for (int64_t p = first_panel; p < points.panels(); ++p) {
-    row_kernels<A>().panel_dots(packed + p * lanes * dim, dim, wide.data(), dim, count, tile.data());
-    const A* const of_lane = points.square.data() + p * lanes;
-    for (int64_t r = 0; r < count; ++r) {
-      A* const row = tile.data() + r * lanes;
-      const A own = points.square[start + r];
-      for (int64_t l = 0; l < lanes; ++l) {
-        const A square = (own + of_lane[l]) - 2 * row[l];
-        row[l] = square < 0 ? A(0) : square;
-      }
-      if (points.small) continue;
-      for (int64_t l = 0; l < lanes && p * lanes + l < points.size(); ++l)  // what overflows may still have a distance
-        if (!is_small(own) || !is_small(of_lane[l]))
-          row[l] = squared_difference(points.row[start + r], points.row[p * lanes + l], dim);
+  const RowKernels<A>& kernels = row_kernels<A>();
+  const int64_t dim = points.dim, lanes = points.lanes, width = points.panels() * lanes - first_panel * lanes;
+  const int64_t block = kernels.panel_block;
+  std::vector<A> wide(count * block), dots(count * lanes);
+  std::fill(rows, rows + count * width, A(0));
+  for (int64_t d = 0; d < dim; d += block) {
+    const int64_t length = std::min(block, dim - d);
+    for (int64_t r = 0; r < count; ++r)
+      similarity_kernels<T>().widen(points.row[start + r] + d, length, wide.data() + r * block);
+    for (int64_t p = first_panel; p < points.panels(); ++p) {
+      kernels.panel_dots(points.panel(p) + d * lanes, length, wide.data(), block, count, dots.data());
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t l = 0; l < lanes; ++l) rows[r * width + (p - first_panel) * lanes + l] += dots[r * lanes + l];
     }
-    take(p, tile.data());
+  }
+  const A* const of_other = points.square.data() + first_panel * lanes;
+  for (int64_t r = 0; r < count; ++r) {
+    A* const row = rows + r * width;
+    const A own = points.square[start + r];
+    for (int64_t j = 0; j < width; ++j) {
+      const A square = (own + of_other[j]) - 2 * row[j];
+      row[j] = square < 0 ? A(0) : square;
+    }
+    if (points.small) continue;
+    for (int64_t j = 0; first_panel * lanes + j < points.size(); ++j)  // what overflows may still have a distance
+      if (!is_small(own) || !is_small(of_other[j]))
+        row[j] = squared_difference(points.row[start + r], points.row[first_panel * lanes + j], dim);
   }
 }
 
 // All squared distances, each pair once, written to both of its places.
 template <class T>
 void fill_square(const Points<T>& points, Wide<T>* square) {
+  using A = Wide<T>;
   const int64_t n = points.size(), lanes = points.lanes, tiles = points.tiles();
-  const auto fill = [&](int64_t t) {
-    const int64_t start = t * kTile, count = std::min(kTile, n - start);
-    compare_tile(points, start, count, start / lanes, [&](int64_t p, const Wide<T>* tile) {
-      for (int64_t j = std::max(p * lanes, start); j < std::min(n, (p + 1) * lanes); ++j)
-        for (int64_t i = start; i < std::min(start + count, j + 1); ++i)
-          square[i * n + j] = square[j * n + i] = tile[(i - start) * lanes + j - p * lanes];
-    });
+  const auto fill = [&](int64_t t, A* rows) {
+    const int64_t start = t * kTile, end = std::min(n, start + kTile), first = start / lanes * lanes;
+    const int64_t width = points.panels() * lanes - first;
+    compare_tile(points, start, end - start, first / lanes, rows);
+    for (int64_t i = start; i < end; ++i)
+      std::copy(rows + (i - start) * width + i - first, rows + (i - start) * width + n - first, square + i * n + i);
+    for (int64_t j = start + 1; j < n; ++j)
+      for (int64_t i = start; i < std::min(end, j); ++i) square[j * n + i] = rows[(i - start) * width + j - first];
   };
   // The later a tile, the fewer tokens come after it: an early and a late one together are always the same work.
   parallel_for((tiles + 1) / 2, points.grain(), [&](int64_t begin, int64_t end) {
+    std::vector<A> rows(kTile * points.panels() * lanes);
     for (int64_t early = begin; early < end; ++early) {
-      fill(early);
-      if (tiles - 1 - early != early) fill(tiles - 1 - early);
+      fill(early, rows.data());
+      if (tiles - 1 - early != early) fill(tiles - 1 - early, rows.data());
     }
   });
 }
@@ -139,18 +152,14 @@ void fill_square(const Points<T>& points, Wide<T>* square) {
 // f(i, the squared distances of token i to all) for every token; `square` has them, or they are computed now.
 template <class T, class F>
 void over_rows(const Points<T>& points, const Wide<T>* square, const F& f) {
-  const int64_t n = points.size(), lanes = points.lanes;
+  const int64_t n = points.size(), width = points.panels() * points.lanes;
   parallel_for(points.tiles(), points.grain(), [&](int64_t begin, int64_t end) {
-    std::vector<Wide<T>> computed(square == nullptr ? kTile * n : 0);
+    std::vector<Wide<T>> computed(square == nullptr ? kTile * width : 0);
     for (int64_t t = begin; t < end; ++t) {
       const int64_t start = t * kTile, count = std::min(kTile, n - start);
-      if (square == nullptr)
-        compare_tile(points, start, count, 0, [&](int64_t p, const Wide<T>* tile) {
-          for (int64_t r = 0; r < count; ++r)
-            std::copy_n(tile + r * lanes, std::min(lanes, n - p * lanes), computed.data() + r * n + p * lanes);
-        });
+      if (square == nullptr) compare_tile(points, start, count, 0, computed.data());
       for (int64_t r = 0; r < count; ++r)
-        f(start + r, square == nullptr ? computed.data() + r * n : square + (start + r) * n);
+        f(start + r, square == nullptr ? computed.data() + r * width : square + (start + r) * n);
     }
   });
 }
@@ -158,10 +167,12 @@ void over_rows(const Points<T>& points, const Wide<T>* square, const F& f) {
 // m_i: the mean of the `neighbors` smallest numbers of a row (of what there is), over the channels; NaN without any.
 template <class A>
 A mean_of_smallest(const A* row, int64_t n, int64_t neighbors, int64_t channels) {
+  const DensityKernels<A>& kernels = density_kernels<A>();
   std::vector<A> nearest;  // a heap with the largest in front
   for (int64_t j = 0; j < n; ++j) {
     if (static_cast<int64_t>(nearest.size()) == neighbors) {
-      if (!(row[j] < nearest.front())) continue;
+      j = kernels.next_below(row, j, n, nearest.front());
+      if (j == n) break;
       std::pop_heap(nearest.begin(), nearest.end());
       nearest.back() = row[j];
     } else {
@@ -174,23 +185,6 @@ A mean_of_smallest(const A* row, int64_t n, int64_t neighbors, int64_t channels)
   double sum = 0;
   for (const A square : nearest) sum += square;
   return static_cast<A>(sum) / static_cast<A>(static_cast<int64_t>(nearest.size()) * channels);
-}
-
-// The smallest number among the squared distances of token i to denser tokens, NaN where there is none.
-template <class A>
-A nearest_denser(const A* row, const A* mean, int64_t n, int64_t i) {
-  const A own = mean[i];
-  A closest = std::numeric_limits<A>::infinity();
-  bool found = false;
-  const auto look = [&](int64_t j) {
-    found = found || row[j] == row[j];
-    closest = row[j] < closest ? row[j] : closest;
-  };
-  for (int64_t j = 0; j < i; ++j)
-    if (mean[j] <= own) look(j);
-  for (int64_t j = i + 1; j < n; ++j)
-    if (mean[j] < own) look(j);
-  return found ? closest : std::numeric_limits<A>::quiet_NaN();
 }
 
 // Means and distances of the packed tokens of one sample.
@@ -207,12 +201,12 @@ void find_peaks(const Points<T>& points, const Tensor& like, int64_t neighbors, 
   std::vector<A> widest(n, A(0));
   over_rows(points, square, [&](int64_t i, const A* row) {
     mean[i] = mean_of_smallest(row, n, std::min(neighbors, n), channels);
-    for (int64_t j = 0; j < n; ++j) widest[i] = row[j] > widest[i] ? row[j] : widest[i];
+    widest[i] = density_kernels<A>().largest(row, n);
   });
   A most = 0;
   for (const A wide : widest) most = std::max(most, wide);
   over_rows(points, square, [&](int64_t i, const A* row) {
-    const A closest = nearest_denser(row, mean.data(), n, i);
+    const A closest = density_kernels<A>().nearest_denser(row, mean.data(), n, i);
     distance[i] = std::sqrt((closest == closest ? closest : most) / static_cast<A>(channels));
   });
 }

@@ -37,17 +37,17 @@ void normalize(const T* row, int64_t dim, A* unit) {
 
 extern const RowKernels<float> rows_f32;
 extern const RowKernels<double> rows_f64;
-const RowKernels<float> rows_f32 = {kPanelLanes<float>,     pack<float>,
-                                    against_panel<float>,   distances<float>,
-                                    squares_of<float>,      normalize<float, float>,
-                                    normalize<Half, float>, normalize<BFloat16, float>};
-const RowKernels<double> rows_f64 = {kPanelLanes<double>,
-                                     pack<double>,
-                                     against_panel<double>,
-                                     distances<double>,
-                                     squares_of<double>,
-                                     normalize<double, double>,
-                                     nullptr,
-                                     nullptr};
+const RowKernels<float> rows_f32 = {kPanelLanes<float>,
+                                    kBlock,
+                                    pack<float>,
+                                    against_panel<float>,
+                                    distances<float>,
+                                    squares_of<float>,
+                                    normalize<float, float>,
+                                    normalize<Half, float>,
+                                    normalize<BFloat16, float>};
+const RowKernels<double> rows_f64 = {
+    kPanelLanes<double>,       kBlock,  pack<double>, against_panel<double>, distances<double>, squares_of<double>,
+    normalize<double, double>, nullptr, nullptr};
 
 }  // namespace tokenprune::TOKENPRUNE_SIMD

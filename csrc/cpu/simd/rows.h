@@ -9,7 +9,8 @@ namespace tokenprune {
 
 template <class A>
 struct RowKernels {
-  int panel_lanes;  // rows in one panel
+  int panel_lanes;      // rows in one panel
+  int64_t panel_block;  // dimensions whose products are summed before they are added to the sums of those before
   // Transposes up to panel_lanes rows into a panel of dim * panel_lanes elements; missing rows are zero.
   void (*pack_panel)(const A* rows, int64_t row_stride, int64_t n, int64_t dim, A* panel);
   // out[key * panel_lanes + lane] = <keys[key], panel row lane>.
