@@ -7,6 +7,8 @@ from .adafv import ADAFV, adafv
 from .adaptprune import ADAPTPRUNE, adaptprune
 from .baselines import DIVPRUNE, FASTV, RANDOM, divprune, fastv, random
 from .coast import COAST, coast
+from .dart import DART, dart
+from .evs import EVS, evs
 from .sts import STS, sts_semantics, sts_structure
 from .zspaprune import ZSPAPRUNE, zspaprune
 
@@ -18,7 +20,9 @@ __all__ = [
     "adafv",
     "adaptprune",
     "coast",
+    "dart",
     "divprune",
+    "evs",
     "fastv",
     "get_method",
     "method_names",
@@ -31,6 +35,6 @@ __all__ = [
 ]
 
 # The order of every table.
-for _method in (COAST, STS, ADAFV, ZSPAPRUNE, ADAPTPRUNE, FASTV, DIVPRUNE, RANDOM):
+for _method in (COAST, STS, ADAFV, ZSPAPRUNE, ADAPTPRUNE, FASTV, DIVPRUNE, RANDOM, DART, EVS):
     add(_method)
 del _method, add
