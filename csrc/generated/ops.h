@@ -178,7 +178,7 @@ inline MergeTokensChoices check_merge_tokens(const Tensor& values, const Tensor&
   check_beside(op, "targets", targets, values, "[B, K]", {B, -1}, ScalarType::Long);
   [[maybe_unused]] const int64_t K = targets.size(1);
   check_beside(op, "keys", keys, values, "[B, N, E]", {B, N, -1}, std::nullopt);
-  [[maybe_unused]] const int64_t E = keys ? keys->size(2) : 0;
+  [[maybe_unused]] int64_t E = keys ? keys->size(2) : -1;
   check_beside(op, "assignment", assignment, values, "[B, N]", {B, N}, ScalarType::Long);
   check_beside(op, "weights", weights, values, "[B, N]", {B, N}, std::nullopt);
   check_beside(op, "mask", mask, values, "[B, N]", {B, N}, ScalarType::Bool);
