@@ -59,9 +59,10 @@ build: $(STAMP)  ## compile what changed in csrc/, in place
 
 # The table of all architectures, from a build for all of them, as .ci/run makes it.
 cuda-table: export TORCH_CUDA_ARCH_LIST = 8.0;8.6;8.9;9.0a;10.0;12.0+PTX
-cuda-table: build  ## write tests/cuda/resources.csv and costs.csv: what the CUDA kernels take, and what their loops cost
+cuda-table: build  ## write what the CUDA kernels take and cost: tests/cuda/*.csv, and the predictions of docs/kernels.md
 	$(BIN)/python -m scripts.cuda_resources --write
 	$(BIN)/python -m scripts.cuda_costs --write
+	$(BIN)/python -m bench.gpu_suite.floors --write
 
 triton-table: build  ## write tests/triton/resources.csv: what the Triton kernels take on GPUs that are not here
 	$(BIN)/python -m scripts.triton_resources --write

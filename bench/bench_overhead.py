@@ -2,11 +2,13 @@
 
 torch.ops.tokenprune.X may cost 1.5 times the aten op, the Python function with its argument checks 4 times; importing
 the package may cost 50 ms on top of torch. The Triton wrappers are Python: their part of a call is shown, without a
-bound. Each function makes CALLS calls.
+bound. Each function makes CALLS calls. `python -m bench.bench_overhead` prints what a call of every op consists of: the
+Python frames that it enters and its microseconds, in Python and below.
 """
 
 import subprocess
 import sys
+import timeit
 from collections.abc import Callable
 from typing import Any
 
@@ -163,3 +165,49 @@ def test_import_time(benchmark: Any) -> None:
         ratios={"ours": 1.0, "limit": limit / best},
     )  # fmt: skip
     benchmark.pedantic(lambda: None, rounds=1)
+
+
+def python_frames(call: Callable[[], Any]) -> int:
+    """How many Python functions a call enters when nothing is left to be cached, `call` itself not counted."""
+    entered = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal entered
+        entered += event == "call"
+
+    for _ in range(3):
+        call()
+    sys.setprofile(count)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return entered - 1
+
+
+def microseconds(call: Callable[[], Any], calls: int = 2000) -> float:
+    call()
+    return min(timeit.repeat(call, number=calls, repeat=7)) / calls * 1e6
+
+
+def parts_of(name: str) -> tuple[int, float, float, float]:
+    """Python frames of a call of an op; microseconds of the function, of torch.ops below it, and of the aten op."""
+    baseline, args, kwargs = OPS[name]
+    function, op = getattr(tp, name), getattr(torch.ops.tokenprune, name)
+    with torch.inference_mode():
+
+        def run() -> Any:
+            return function(*args, **kwargs)
+
+        return python_frames(run), microseconds(run), microseconds(lambda: op(*args, **kwargs)), microseconds(baseline)
+
+
+def main() -> None:
+    print("| op | Python frames | Python and C++, us | C++ alone, us | nearest aten op, us |\n|---|---|---|---|---|")
+    for name in OPS:
+        frames, *times = parts_of(name)
+        print(f"| {name} | {frames} | " + " | ".join(f"{t:.1f}" for t in times) + " |")
+
+
+if __name__ == "__main__":
+    main()

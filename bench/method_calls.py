@@ -1,5 +1,6 @@
 """Whole methods on inputs of a model's size, for the benchmarks on every device."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -49,7 +50,15 @@ def calls(model: Model, x: dict[str, Tensor]) -> dict[str, Callable[[], Any]]:
         **x, "causal": False, "grid": model.grid, "visual_embeddings": x["features"], "unrotated_key": x["features"],
         "text_embeddings": x["text"], "stacked_positions": x["positions"],
     }  # fmt: skip
-    return {
-        name: partial(stage.function, k=model.keep, **{p: given[s] for p, s in stage.arguments.items() if s in given})
-        for name, stage in STAGES.items()
-    }
+    # What a plain prompt leaves at its default, for methods that cannot do without.
+    device = x["features"].device
+    tokens, text = (torch.arange(n, device=device).unsqueeze(0) for n in (model.tokens, model.question))
+    spare = {"groups": tokens // (model.tokens // model.crops), "key_indices": tokens, "query_positions": text}
+
+    def arguments(stage: Any) -> dict[str, Any]:
+        parameters = inspect.signature(stage.function).parameters
+        known = given | {s: t for p, s in stage.arguments.items() if (t := spare.get(s)) is not None
+                         and parameters[p].default is inspect.Parameter.empty}  # fmt: skip
+        return {p: known[s] for p, s in stage.arguments.items() if s in known}
+
+    return {name: partial(stage.function, k=model.keep, **arguments(stage)) for name, stage in STAGES.items()}

@@ -68,6 +68,7 @@ Tensor copied(const Tensor& t, ScalarType dtype) {
 }  // namespace
 
 void (*fill_cuda_bytes)(const Tensor& t, int byte) = nullptr;
+int cuda_runtime_version = 0;
 
 Tensor new_empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
   const bool floating = dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||

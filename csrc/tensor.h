@@ -33,6 +33,8 @@ Tensor new_empty_of_same_dtype(const Tensor& like, const Shape& shape);
 // How bytes are set in the memory of a CUDA tensor, on its current stream: the CUDA bindings fill this in, so that a
 // build without them needs no CUDA library.
 extern void (*fill_cuda_bytes)(const Tensor& t, int byte);
+// The version of the CUDA runtime in this library (13000 for 13.0), which they fill in too; 0 without one.
+extern int cuda_runtime_version;
 
 // `t` itself when its last dimension has stride 1 (or at most one element), a contiguous copy otherwise.
 Tensor with_contiguous_rows(const Tensor& t);

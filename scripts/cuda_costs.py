@@ -2,7 +2,8 @@
 
     python -m scripts.cuda_costs               compares the last build in place with tests/cuda/costs.csv and the limits
     python -m scripts.cuda_costs --write       writes that table from it (make cuda-table builds and writes)
-    python -m scripts.cuda_costs --tighten     lowers tests/cuda/limits.csv to what that table has
+    python -m scripts.cuda_costs --tighten     lowers tests/cuda/limits.csv to what that table has; new kernels come in
+    python -m scripts.cuda_costs --loosen X    raises the limit of the kernels whose names begin with X to it
     python -m scripts.cuda_costs --loops       prints every loop
 
 All take object files or cubins instead of the build: `python -m scripts.cuda_costs --loops attention_rows.cubin`.
@@ -31,11 +32,12 @@ ARCHITECTURE = "sm_90a"
 
 
 class LoopCost(NamedTuple):
-    """One iteration; what inner loops cost is theirs."""
+    """One iteration, the heaviest if nothing else is said; what inner loops cost is theirs."""
 
     depth: int
     line: str  # of the source
-    slots: int = 0  # instructions that a warp issues
+    slots: int = 0  # instructions that a warp issues at most,
+    least: int = 0  # and at least
     matrix: int = 0  # of them on tensor cores
     loads: int = 0  # of them from global memory
     loaded: int = 0  # bytes, of one thread
@@ -51,20 +53,24 @@ class Cost(NamedTuple):
     moves the most bytes, in a loop with a barrier if there is one."""
 
     instructions: int  # of the kernel, without padding
-    slots: int = 0  # of the hot loop
+    slots: int = 0  # of the hot loop, at most
+    least: int = 0  # at least
     matrix: int = 0
     moved: int = 0  # bytes between a thread and global memory
     load_bytes: int = 0  # of one load from global memory, on average
     around: int = 0  # slots of the loop around it: its own and, once each, those of its other inner loops
+    around_least: int = 0
     nest: int = 0  # slots of the outermost loop around it, inner loops once each, the hot one too
+    nest_least: int = 0
     split: int = 0  # MUFU behind a branch, in all loops
     fences: int = 0  # in all loops
     barriers: int = 0  # in all loops
 
-    def per_unit(self, trips: int = 1) -> float:
+    def per_unit(self, trips: int = 1, least: bool = False) -> float:
         """Slots per matrix instruction, or per 16 bytes moved, when the loop around runs the hot one so many times."""
         units = self.matrix or self.moved / 16
-        return (self.slots + self.around / trips) / units if units else 0.0
+        slots, around = (self.least, self.around_least) if least else (self.slots, self.around)
+        return (slots + around / trips) / units if units else 0.0
 
 
 Table = dict[Kernel, Cost]
@@ -75,6 +81,7 @@ class Limit(NamedTuple):
 
     instructions: int
     per_unit: float
+    per_unit_least: float
     split: int
     fences: int
     barriers: int
@@ -97,15 +104,25 @@ def splits(instructions: Iterable[code.Instruction]) -> int:
 
 
 def loop_cost(function: code.Function, loop: code.Loop, depth: int) -> LoopCost:
-    path = function.instructions(loop.path)
+    path = function.instructions(loop.most)
     own = function.instructions(sorted(loop.blocks.difference(*(inner.blocks for inner in loop.inner))))
     loads = [i.global_bytes for i in path if code.GLOBAL_LOAD.match(i.text)]
     # A header of the toolkit is a .hpp or has no ending.
     line = next((i.line for i in path if re.search(r"\.(cuh?|h):", i.line)), "")
     return LoopCost(
-        depth, line, len(path), count(path, code.MATRIX), len(loads), sum(loads), sum(i.global_bytes for i in path),
-        count(path, code.SPECIAL), splits(path), count(own, code.FENCE), count(own, code.BARRIER),
-    )  # fmt: skip
+        depth,
+        line,
+        len(path),
+        len(function.instructions(loop.least)),
+        count(path, code.MATRIX),
+        len(loads),
+        sum(loads),
+        sum(i.global_bytes for i in path),
+        count(path, code.SPECIAL),
+        splits(path),
+        count(own, code.FENCE),
+        count(own, code.BARRIER),
+    )
 
 
 def summed(function: code.Function, loops: list[LoopCost]) -> Cost:
@@ -133,11 +150,14 @@ def summed(function: code.Function, loops: list[LoopCost]) -> Cost:
     return Cost(
         instructions,
         loops[hot].slots,
+        loops[hot].least,
         loops[hot].matrix,
         loops[hot].moved,
         round(loops[hot].loaded / loops[hot].loads) if loops[hot].loads else 0,
         sum(loop.slots for loop in within(parent)) - loops[hot].slots,
+        sum(loop.least for loop in within(parent)) - loops[hot].least,
         sum(loop.slots for loop in within(outer(hot, 0))),
+        sum(loop.least for loop in within(outer(hot, 0))),
         sum(loop.split for loop in loops),
         sum(loop.fences for loop in loops),
         sum(loop.barriers for loop in loops),
@@ -184,7 +204,7 @@ def differences(build: Table, table: Table) -> Iterator[str]:
 def read_limits(text: str) -> dict[str, Limit]:
     """The limits by how names of kernels begin."""
     rows = list(csv.reader(text.splitlines()[1:]))
-    return {row[-1]: Limit(int(row[0]), float(row[1]), *map(int, row[2:-1])) for row in rows}
+    return {row[-1]: Limit(int(row[0]), float(row[1]), float(row[2]), *map(int, row[3:-1])) for row in rows}
 
 
 def limits_text(limits: Mapping[str, Limit]) -> str:
@@ -208,7 +228,9 @@ def excesses(table: Table, limits: Mapping[str, Limit]) -> Iterator[str]:
         if not groups[begin]:
             yield f"{LIMITS.relative_to(ROOT)}: no kernel's name begins with {begin}"
         for kernel in groups[begin]:
-            costs = table[kernel]._asdict() | {"per_unit": round(table[kernel].per_unit(limit.trips), 1)}
+            costs = table[kernel]._asdict()
+            costs |= {"per_unit": round(table[kernel].per_unit(limit.trips), 1)}
+            costs |= {"per_unit_least": round(table[kernel].per_unit(limit.trips, least=True), 1)}
             for name in Limit._fields[:-1]:
                 if costs[name] > getattr(limit, name):
                     yield f"{label(kernel)}: {name} is {costs[name]}, the limit of {begin} is {getattr(limit, name):g}"
@@ -220,19 +242,31 @@ def rounded_up(number: float) -> float:
     return math.ceil(number / unit) * unit
 
 
+def needed(costs: Iterable[Cost], trips: int) -> Limit:
+    """The limit that kernels with these costs keep."""
+    every = list(costs)
+    return Limit(
+        int(max(rounded_up(cost.instructions) for cost in every)),
+        max(rounded_up(cost.per_unit(trips)) for cost in every),
+        max(rounded_up(cost.per_unit(trips, least=True)) for cost in every),
+        max(cost.split for cost in every),
+        max(cost.fences for cost in every),
+        max(cost.barriers for cost in every),
+        trips,
+    )
+
+
 def tightened(table: Table, limits: Mapping[str, Limit]) -> dict[str, Limit]:
-    """The limits, lowered to what their kernels have; limits without a kernel are dropped."""
+    """The limits, lowered to what their kernels have; those without a kernel go, kernels without one get theirs."""
+    groups = limited(limits, table)
+    listed = {kernel for kernels in groups.values() for kernel in kernels}
+    new = sorted({re.sub(r"<.*", "<", kernel.name) for kernel in table if kernel not in listed})
     lower = {}
-    for begin, kernels in limited(limits, table).items():
-        costs = [table[kernel] for kernel in kernels]
-        if not costs:
-            continue
-        old = limits[begin]
-        most = Limit(
-            int(max(rounded_up(c.instructions) for c in costs)), max(rounded_up(c.per_unit(old.trips)) for c in costs),
-            max(c.split for c in costs), max(c.fences for c in costs), max(c.barriers for c in costs), old.trips,
-        )  # fmt: skip
-        lower[begin] = Limit(*map(min, old, most))
+    for begin, kernels in limited([*limits, *new], table).items():
+        old = limits.get(begin)
+        if kernels:
+            most = needed((table[kernel] for kernel in kernels), old.trips if old else 1)
+            lower[begin] = Limit(*map(min, old, most)) if old else most
     return lower
 
 
@@ -240,10 +274,10 @@ def described(kernel: Kernel, found: Cost, loops: list[LoopCost]) -> Iterator[st
     """The lines that show one kernel."""
     yield f"{label(kernel)}: {found.instructions} instructions"
     if loops:
-        yield f"  {'loop at':36} slots matrix  per matrix  per 16 B  MUFU  split  bytes/load  fences  barriers"
+        yield f"  {'loop at':36} slots least matrix  per matrix  per 16 B  MUFU  split  bytes/load  fences  barriers"
     for loop in loops:
         yield (
-            f"  {'  ' * loop.depth + loop.line:36} {loop.slots:5} {loop.matrix:6} "
+            f"  {'  ' * loop.depth + loop.line:36} {loop.slots:5} {loop.least:5} {loop.matrix:6} "
             f"{loop.slots / max(loop.matrix, 1) if loop.matrix else 0:11.1f} "
             f"{16 * loop.slots / loop.moved if loop.moved else 0:9.1f} {loop.special:5} {loop.split:6} "
             f"{loop.loaded / max(loop.loads, 1):11.1f} {loop.fences:7} {loop.barriers:9}"
@@ -258,12 +292,21 @@ def main() -> int:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--write", action="store_true", help=f"write {TABLE.relative_to(ROOT)}")
     what.add_argument("--tighten", action="store_true", help=f"lower {LIMITS.relative_to(ROOT)} to the table")
+    what.add_argument("--loosen", metavar="X", help=f"raise the limit {LIMITS.relative_to(ROOT)} has of X to the table")
     what.add_argument("--loops", action="store_true", help="print every loop")
     arguments = parser.parse_args()
-    version, table = read_table(TABLE.read_text()) if TABLE.exists() else ("", {})
     limits = read_limits(LIMITS.read_text())
+    if arguments.tighten or arguments.loosen:
+        _, table = read_table(TABLE.read_text())
     if arguments.tighten:
         LIMITS.write_text(limits_text(tightened(table, limits)))
+        return 0
+    if arguments.loosen:
+        group = [table[kernel] for kernel in limited([arguments.loosen], table)[arguments.loosen]]
+        if arguments.loosen not in limits or not group:
+            raise SystemExit(f"{LIMITS.relative_to(ROOT)} and the table have no {arguments.loosen} both")
+        old = limits[arguments.loosen]
+        LIMITS.write_text(limits_text(limits | {arguments.loosen: Limit(*map(max, old, needed(group, old.trips)))}))
         return 0
 
     build: Table = {}
@@ -277,13 +320,13 @@ def main() -> int:
     if arguments.loops:
         return 0
     if arguments.write:
-        version = str(nvcc_version())
-        TABLE.write_text(table_text(version, build))
+        TABLE.write_text(table_text(str(nvcc_version()), build))
         print(f"{TABLE.relative_to(ROOT)}: {len(build)} kernels")
         complaints = list(excesses(build, limits))
-    elif nvcc_version() != version:
-        raise SystemExit(f"the table is that of nvcc {version}; this is nvcc {nvcc_version()}")
     else:
+        version, table = read_table(TABLE.read_text())
+        if nvcc_version() != version:
+            raise SystemExit(f"the table is that of nvcc {version}; this is nvcc {nvcc_version()}")
         complaints = [*differences(build, table), *excesses(build, limits)]
     print("\n".join(complaints), end="\n" if complaints else "")
     return 1 if complaints else 0

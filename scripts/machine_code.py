@@ -1,10 +1,12 @@
 """The machine code of CUDA kernels as loops: what one iteration of each takes to issue, read from the disassembly.
 
 Nothing is executed, so rules say which way an iteration goes. A warp stays together: BRA.DIV, which leaves for the
-code of divergent warps, is never taken. Of two ways the one with more matrix instructions is taken, then the one with
-more 16-byte accesses, then the one with more instructions: copies of aligned memory are counted, and not the fallback.
-Every condition on the way holds, so that the count is that of the heaviest iteration, not of a common one.
-An instruction is one issue slot of its warp, predicated off or not.
+code of divergent warps, is never taken. Operands are ordinary: where there is a way around a routine of the compiler
+(a division of 64 bits, the root of a denormal number), it is taken. Of two other ways it is the one with more matrix
+instructions, then the one with more 16-byte accesses: copies of aligned memory are counted, and not the fallback. Where
+both are equal, there are two answers: an iteration takes at most the heavier one, every condition on its way met, and
+at least the lighter one, everything skipped that can be. An instruction is one issue slot of its warp, predicated off
+or not.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ class Loop:
     header: int
     blocks: frozenset[int]
     inner: list[Loop]
-    path: list[int]  # the blocks of one iteration, those of inner loops left out
+    most: list[int]  # the blocks of the heaviest iteration, those of inner loops left out
+    least: list[int]  # of the lightest
 
 
 @dataclass
@@ -120,6 +123,9 @@ def blocks_of(lines: Iterable[str]) -> tuple[list[Block], nx.DiGraph]:
         graph.add_edges_from((number, labels[target]) for target in targets)
         if (falls_through(last) or not LEAVES.match(last.text)) and number + 1 < len(blocks):
             graph.add_edge(number, number + 1)
+    calls = {n for n, block in enumerate(blocks) if any(i.text.startswith("CALL.") for i in block.instructions)}
+    avoidable = [(a, b) for a, b in graph.edges if b in calls and set(graph.successors(a)) - calls]
+    graph.remove_edges_from(avoidable)
     return blocks, graph
 
 
@@ -128,11 +134,11 @@ def falls_through(jump: Instruction) -> bool:
     return bool(jump.predicate) or bool(re.match(r"BRA\S* !?U", jump.text)) or bool(re.match(r"BRA !?P", jump.text))
 
 
-def weight(blocks: Iterable[Block]) -> int:
-    """Which way is taken, as a number: matrix instructions before 16-byte accesses before instructions."""
+def weight(blocks: Iterable[Block], sign: int) -> int:
+    """Which way is taken, as a number: matrix instructions, 16-byte accesses, and many instructions, or few of them."""
     found = [instruction for block in blocks for instruction in block.instructions]
     matrix = sum(bool(MATRIX.match(instruction.text)) for instruction in found)
-    return (matrix << 40) + (sum(instruction.global_bytes == 16 for instruction in found) << 20) + len(found)
+    return (matrix << 40) + (sum(instruction.global_bytes == 16 for instruction in found) << 20) + sign * len(found)
 
 
 def loops_of(blocks: list[Block], graph: nx.DiGraph) -> list[Loop]:
@@ -145,23 +151,29 @@ def loops_of(blocks: list[Block], graph: nx.DiGraph) -> list[Loop]:
         body = graph.subgraph(members).copy()
         body.remove_edges_from([(a, b) for a, b in body.edges if b in entered])
         inner = loops_of(blocks, body)
-        found.append(Loop(min(entered), frozenset(members), inner, heaviest_path(blocks, body, inner)))
+        ends = {a for a in members if entered & set(graph.successors(a))}
+        most, least = (way(blocks, body, inner, ends, sign) for sign in (1, -1))
+        found.append(Loop(min(entered), frozenset(members), inner, most, least))
     return sorted(found, key=lambda loop: loop.header)
 
 
-def heaviest_path(blocks: list[Block], body: nx.DiGraph, inner: list[Loop]) -> list[int]:
-    """One iteration, which goes through each inner loop once and leaves its blocks out.
+def way(blocks: list[Block], body: nx.DiGraph, inner: list[Loop], ends: set[int], sign: int) -> list[int]:
+    """The blocks of the heaviest (sign 1) or lightest (-1) iteration, from where the loop is entered to a jump back.
 
-    The longest path in a loop without its back edges leads from its header to one of these, as any other can be longer.
+    It goes through each inner loop on its way once, and leaves its blocks out.
     """
     node = {block: loop.header for loop in inner for block in loop.blocks}
-    weights = {loop.header: weight(blocks[block] for block in loop.path) for loop in inner}
+    paths = {loop.header: loop.most if sign > 0 else loop.least for loop in inner}
     steps = nx.DiGraph()
     steps.add_nodes_from(node.get(block, block) for block in body)
-    for a, b in body.edges:
-        if (start := node.get(a, a)) != (end := node.get(b, b)):
-            steps.add_edge(start, end, weight=weights.get(end) or weight([blocks[end]]))
-    return [block for block in nx.dag_longest_path(steps) if block not in weights]
+    steps.add_edges_from((node.get(a, a), node.get(b, b)) for a, b in body.edges if node.get(a, a) != node.get(b, b))
+    best: dict[int, tuple[int, list[int]]] = {}
+    for at in nx.topological_sort(steps):
+        # A block without one before it is where the loop is entered.
+        total, path = max((best[before] for before in steps.predecessors(at)), default=(0, list[int]()))
+        best[at] = total + weight((blocks[block] for block in paths.get(at, [at])), sign), [*path, at]
+    _, path = max(best[node.get(end, end)] for end in ends)
+    return [block for block in path if block not in paths]
 
 
 def functions(listing: str) -> Iterator[Function]:

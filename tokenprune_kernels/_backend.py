@@ -79,6 +79,8 @@ def unavailable(name: str, device: str) -> str | None:
             return "torch finds no CUDA device"
         if device != "cuda":
             return f"the inputs are on {device}"
+        if reason := _registry.old_driver():
+            return reason
         if _registry.lacks_binary(torch.cuda.current_device()):
             return f"this build is for {_registry.build_info()['cuda_architectures']}, which this GPU cannot run"
         return None

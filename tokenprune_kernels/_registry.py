@@ -3,6 +3,7 @@
 On GPUs without compiled kernels Triton serves.
 """
 
+import ctypes
 import functools
 import importlib
 import json
@@ -60,13 +61,38 @@ def fits(architectures: str, major: int, minor: int) -> bool:
     return False
 
 
+def _driver_version() -> int:
+    """The newest CUDA whose programs the installed driver runs (13000: 13.0), or 0 where none can be asked."""
+    version = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value
+
+
+@functools.cache
+def old_driver() -> str | None:
+    """Why the driver cannot run the compiled CUDA kernels, or None. It runs all minor versions of its CUDA."""
+    runtime = build_info().get("cuda_runtime", 0)
+    driver = _driver_version() if runtime else 0
+    if driver == 0 or driver // 1000 >= runtime // 1000:
+        return None
+    found, needed = (f"{version // 1000}.{version % 1000 // 10}" for version in (driver, runtime))
+    return f"the GPU's driver runs CUDA {found} and older, and the compiled kernels were built with CUDA {needed}"
+
+
 @functools.cache
 def _fits_device(index: int) -> bool:
+    """Asked once per GPU, so that later calls ask CUDA for nothing."""
+    if reason := old_driver():
+        warnings.warn(f"tokenprune_kernels cannot use its CUDA kernels: {reason}", RuntimeWarning, stacklevel=2)
+        return False
     return fits(build_info()["cuda_architectures"], *torch.cuda.get_device_capability(index))
 
 
 def lacks_binary(device_index: int) -> bool:
-    """Is there compiled CUDA code, but none that runs on this GPU?"""
+    """Is there compiled CUDA code, but none that runs on this GPU with this driver?"""
     return has_cuda_kernels() and not _fits_device(device_index)
 
 

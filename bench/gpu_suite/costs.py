@@ -4,8 +4,25 @@ from dataclasses import dataclass
 from typing import Any
 
 FLOATS = ("bfloat16", "float16", "float32")
-# Assumed for predictions only: what one H200 gave to large torch operations.
-PREDICTED = {"bandwidth": 4.3e12, "bfloat16": 790e12, "float16": 790e12, "float32": 50e12, "launch": 2.5e-6}
+# Assumed for predictions only. Rates are what one H200 gave to large torch operations, per second; the rest, which
+# model.py alone uses, are published figures and microbenchmarks of Hopper, per cycle and multiprocessor.
+ASSUMED = {
+    "bandwidth": 4.3e12,
+    "L2": 5.5e12,
+    "bfloat16": 790e12,
+    "float16": 790e12,
+    "float32": 50e12,
+    "launch": 2.5e-6,
+    "next launch": 1.2e-6,  # behind another one in the same stream or graph
+    "multiprocessors": 132,
+    "clock": 1.75e9,
+    "slots": 4,  # instructions
+    "special": 16,  # MUFU of a thread
+    "cycles of a matrix instruction": 6.5,  # mma.sync m16n8k16 on one of four sub-partitions: 62% of what wgmma reaches
+    "cycles of a lone warp": 2,  # from one instruction to the next
+    "cycles of a barrier": 30,
+    "cycles of a fence": 700,  # GPU-wide, with the cluster barrier behind it
+}
 
 
 def attention_bytes(batch: int, heads: int, key_heads: int, rows: int, keys: int, dim: int, size: int) -> float:
@@ -28,7 +45,7 @@ class Rates:
 
 
 def predicted_rates() -> Rates:
-    return Rates(PREDICTED["bandwidth"], PREDICTED["launch"], {n: PREDICTED[n] for n in FLOATS})
+    return Rates(ASSUMED["bandwidth"], ASSUMED["launch"], {name: ASSUMED[name] for name in FLOATS})
 
 
 def floor_seconds(row: Any, rates: Rates) -> dict[str, float]:

@@ -1,9 +1,11 @@
 """Where the run happens: GPU, driver, compilers, torch, commit. Nothing here names the machine or its user."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from .run import Run
 
 PACKAGES = (
     "torch", "triton", "torchvision", "pytest", "hypothesis", "ninja", "setuptools", "pybind11", "numpy",
-    "torch_cluster", "pytorch3d", "flash_colreduce",
+    "torch_fps", "torch_quickfps_cu130", "flash_colreduce",
 )  # fmt: skip
 QUERY = "name,driver_version,memory.total,clocks.max.sm,clocks.max.memory,power.limit,temperature.gpu,utilization.gpu"
 TORCH = """
@@ -42,20 +44,16 @@ def version(package: str) -> str | None:
 
 
 def run(run: Run) -> dict[str, Any]:
-    import json
-    import sys
-
     code, output = run.command([sys.executable, "-c", TORCH], seconds=60)
     found = next((json.loads(line[6:]) for line in output.splitlines() if line.startswith("FOUND ")), None)
-    nvcc, sanitizer = find_program("nvcc"), find_program("compute-sanitizer")
+    programs = {name: find_program(name) for name in ("nvcc", "compute-sanitizer", "ncu")}
     facts = {
         "torch": found or {"error": output[-500:], "code": code},
         "smi": first_lines(["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]),
-        "nvcc": first_lines([nvcc, "--version"], 2) if nvcc else None,
-        "compute_sanitizer": first_lines([sanitizer, "--version"], 2) if sanitizer else None,
+        **{name: first_lines([found, "--version"], 2) if found else None for name, found in programs.items()},
         "compiler": first_lines(["g++", "-dumpfullversion"]),
         "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := version(name))},
+        "packages": {name: installed for name in PACKAGES if (installed := version(name))},
         "cpu": processor(),
         "cores": os.cpu_count(),
         "commit": commit(),

@@ -1,7 +1,7 @@
 """The rates of this machine that the floors of the timing table are made of.
 
-`python -m bench.gpu_suite.floors` prints what the formulas predict for every row at assumed rates: predictions, and no
-measurement. The suite measures the rates on the machine that it runs on.
+`python -m bench.gpu_suite.floors` prints what the formulas and the machine code predict for every row at assumed rates:
+predictions, and no measurement (predictions.py). The suite measures the rates on the machine that it runs on.
 """
 
 from collections.abc import Callable
@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
-from .costs import FLOATS, floor_seconds, predicted_rates
-from .device import Device
+from testing.gpu_device import Device
+
+from . import predictions
+from .costs import FLOATS
 
 
 def copy_rate(device: Device) -> dict[str, Any]:
@@ -77,22 +79,5 @@ def items(device: Device) -> dict[str, Callable[[], dict[str, Any]]]:
     }
 
 
-def lines() -> list[str]:
-    """A table row for every row with a floor, at the assumed rates."""
-    from .device import Host
-    from .rows import all_rows
-
-    table = []
-    for row in all_rows(Host(emulate=False), toy=False):
-        if row.bytes:
-            times = floor_seconds(row, predicted_rates())
-            table.append(f"| {row.name} | " + " | ".join(f"{seconds * 1e6:.2f}" for seconds in times.values()) + " |")
-    return table
-
-
-def main() -> None:
-    print("| row | bytes, us | products, us | floor with one launch, us |\n|---|---|---|---|", *lines(), sep="\n")
-
-
 if __name__ == "__main__":
-    main()
+    predictions.main()

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from . import device, work
+from testing.gpu_device import dry
+
+from . import work
 
 _record = work.Record(Path(os.environ["TOKENPRUNE_RECORD"]))
 _BACKEND = os.environ.get("TOKENPRUNE_TEST_BACKENDS", "gpu")
@@ -59,7 +61,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
             reason = str(report.longrepr)[-1500:]
         took = round(time.monotonic() - _began.get(item.nodeid, time.monotonic()), 3)
         _record.finish(item.nodeid, status, took=took, **({"reason": reason} if reason else {}))
-        if status == "failed" and torch.cuda.is_available() and not device.dry():
+        if status == "failed" and torch.cuda.is_available() and not dry():
             try:
                 torch.cuda.synchronize()
             except Exception as error:

@@ -22,6 +22,7 @@ class Run:
     work: Path  # records and logs while it runs
     dry: bool
     quick: bool
+    rows: str  # a pattern of row names
     end: float  # time.monotonic() at which everything has to be over
     began: float = field(default_factory=time.monotonic)
     deadline: float = 0.0  # of the stage that runs
@@ -41,7 +42,7 @@ class Run:
     def worker(self, stage: str, *arguments: str, item_seconds: float) -> tuple[list[work.Item], str | None]:
         """The items of a stage of worker.py, in a process of their own."""
         record = self.work / f"{stage}.jsonl"
-        command = [sys.executable, "-m", "bench.gpu_suite.worker", stage, str(record), *arguments]
+        command = [sys.executable, "-m", "bench.gpu_suite.worker", stage, str(record), "--rows", self.rows, *arguments]
         if self.quick:
             command.append("--quick")
         return work.drive(command, record, deadline=self.deadline, item_seconds=item_seconds)

@@ -100,7 +100,7 @@ def run(run: Run) -> dict[str, Any]:
     import time
 
     program = find_program("compute-sanitizer")
-    driver = [sys.executable, "-m", "bench.gpu_suite.sanitize_one"]
+    driver = [sys.executable, "-m", "bench.gpu_suite.worker", "sanitize", "-", "--rows"]
     items: list[work.Item] = []
     if run.dry:
         tasks = [("no tool", [], op) for op in DRY_OPS]

@@ -18,19 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from testing import ROOT
+from testing.gpu_device import MissingError, UnavailableError
 
 BROKEN = 75  # exit code: the device is unusable in this process
 DONE_BADLY = ("failed", "crashed", "hung")
 STARTUP_SECONDS = 90.0  # importing torch and making a context, or compiling the emulator
 Item = dict[str, Any]
-
-
-class MissingError(Exception):
-    """The op has no kernel in this build."""
-
-
-class UnavailableError(Exception):
-    """What the item needs is not there; the message says what."""
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_attention_scores(
   const AttentionProblem& p = inputs.problem;
   const AttentionRowPlan rows = plan_attention_rows(p.batch, p.key_heads, p.group_rows(), p.keys, p.dim,
                                                     static_cast<int>(query.element_size()), cuda.limits());
-  const bool one_launch = rows.splits > 1;  // three launches in all
+  const bool one_launch = rows.launches() > 1;  // three launches in all
   Tensor scores = run_attention_columns(op, inputs, lse, key_indices, query_mask, reductions, one_launch, cuda);
   return {scores, entropy, lse};
 }

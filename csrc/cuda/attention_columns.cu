@@ -1,10 +1,12 @@
-// The column pass of the attention ops, for every storage type.
-#include "tokenprune/attention_columns.cuh"
+// The combination of row parts, of which there is one for all storage types of the column pass.
+#include "tokenprune/attention_column_rows.cuh"
 
 namespace tokenprune {
 
-template cudaError_t launch_attention_columns<float>(const ColumnProblem&, const ColumnPlan&, cudaStream_t);
-template cudaError_t launch_attention_columns<__half>(const ColumnProblem&, const ColumnPlan&, cudaStream_t);
-template cudaError_t launch_attention_columns<__nv_bfloat16>(const ColumnProblem&, const ColumnPlan&, cudaStream_t);
+cudaError_t launch_attention_columns_combine(const ColumnProblem& c, const ColumnPlan& plan, cudaStream_t stream) {
+  const int64_t blocks = c.attention.batch * ceil_div<int64_t>(c.out_heads() * c.columns, kCombineThreads);
+  return launch({dim3(static_cast<unsigned>(blocks)), dim3(kCombineThreads), 0, stream},
+                attention_columns_combine_kernel<kCombineThreads>, c, plan);
+}
 
 }  // namespace tokenprune

@@ -45,8 +45,10 @@ int attribute(cudaDeviceAttr which, int device) {
 
 DeviceLimits query_limits(int device) {
   DeviceLimits limits;
+  limits.overrides = &plan_overrides();
   limits.sm_count = attribute(cudaDevAttrMultiProcessorCount, device);
   limits.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  limits.cooperative = attribute(cudaDevAttrCooperativeLaunch, device) != 0;
   int compiled = 0;
   check_query(compiled_architecture(&compiled));
   limits.architecture = std::min(compiled, 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
@@ -56,22 +58,26 @@ DeviceLimits query_limits(int device) {
 
 // Asked once per device: the queries cost more than a small launch.
 DeviceLimits limits_of(int device) {
-#if defined(TOKENPRUNE_EMULATOR)
-  return query_limits(device);  // tests change them
-#else
   static std::mutex mutex;
   static std::vector<std::optional<DeviceLimits> > known;
   const std::lock_guard<std::mutex> lock(mutex);
   if (known.size() <= static_cast<size_t>(device)) known.resize(device + 1);
   if (!known[device]) known[device] = query_limits(device);
   return *known[device];
-#endif
 }
+
+#if defined(TOKENPRUNE_EMULATOR)
+int current_device() {
+  int device = 0;
+  check_query(cudaGetDevice(&device));
+  return device;
+}
+#endif
 
 }  // namespace
 
 #if defined(TOKENPRUNE_EMULATOR)
-CudaScope::CudaScope(const Tensor&) : stream_(nullptr), limits_(limits_of(0)) {}
+CudaScope::CudaScope(const Tensor&) : stream_(nullptr), limits_(limits_of(current_device())) {}
 #else
 CudaScope::CudaScope(const Tensor& t)
     : guard_(t.get_device_index()),
@@ -88,12 +94,15 @@ void fill_bytes(const Tensor& t, int byte) {
                {});
 }
 
-[[maybe_unused]] const bool fills_bytes = (fill_cuda_bytes = fill_bytes, true);
+[[maybe_unused]] const bool told = (fill_cuda_bytes = fill_bytes, cuda_runtime_version = CUDART_VERSION, true);
 
 }  // namespace
 #endif
 
 void check_launch(const char* op, cudaError_t status, std::initializer_list<NamedTensor> inputs) {
+#if defined(TOKENPRUNE_EMULATOR)
+  emulator::finish_launches();  // CPU tensors have no stream that later work would wait in
+#endif
   if (status == cudaSuccess) return;
   (void)cudaGetLastError();  // a refused launch must not be reported again by the next call
   std::ostringstream text;

@@ -4,8 +4,8 @@
 namespace tokenprune {
 
 cudaError_t launch_mixture(const MixtureProblem& p, const MixturePlan& plan, cudaStream_t stream) {
-  return launch({dim3(static_cast<unsigned>(p.batch)), dim3(plan.threads), plan.shared, stream}, mixture_kernel, p,
-                plan);
+  const auto shared = static_cast<size_t>(plan.bytes(true));
+  return launch({dim3(static_cast<unsigned>(p.batch)), dim3(plan.threads), shared, stream}, mixture_kernel, p, plan);
 }
 
 }  // namespace tokenprune

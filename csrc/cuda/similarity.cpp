@@ -7,12 +7,12 @@ namespace tokenprune {
 
 namespace {
 
-// Rows [B, n, C] of which 16 bytes at a time may be read.
+// Rows [B, n, C] of which 16 bytes at a time may be read, at offsets that 32 bits count.
 bool rows_are_aligned(const Tensor& t) {
   const auto size = static_cast<int64_t>(t.element_size());
   const auto whole = [&](int64_t elements) { return elements * size % 16 == 0; };
   return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 && whole(t.stride(0)) && whole(t.stride(1)) &&
-         whole(t.size(2));
+         whole(t.size(2)) && t.size(1) * t.stride(1) * size / 16 < int64_t(1) << 32;
 }
 
 RowList masked_rows(const Tensor& queries, const MaskArgument& mask) {

@@ -45,6 +45,20 @@ __global__ void half_at_a_cluster_barrier(const Arguments) {
   if (cluster_rank() == 0) cluster_sync();
 }
 
+// Every thread adds up what the threads of all blocks wrote: [counter][a number of every block][a sum of every thread].
+// Variant 1 leaves out the barrier between; in variant 2 the last block does not come to it.
+__global__ void sum_over_grid(const Arguments p) {
+  uint32_t *counter = static_cast<uint32_t*>(p.out), *numbers = counter + 1, *sums = numbers + gridDim.x;
+  if (threadIdx.x == blockDim.x - 1) numbers[blockIdx.x] = 1u << blockIdx.x;
+  if (p.variant == 2 && blockIdx.x == gridDim.x - 1) return;
+  TOKENPRUNE_SHARED(uint32_t, target);
+  if (threadIdx.x == 0) target = *static_cast<const uint32_t*>(p.in);
+  if (p.variant != 1) group_sync(counter, target, gridDim.x);
+  uint32_t sum = 0;
+  for (unsigned b = 0; b < gridDim.x; ++b) sum += numbers[b];
+  sums[blockIdx.x * blockDim.x + threadIdx.x] = sum;
+}
+
 __global__ void lanes_in_different_collectives(const Arguments) {
   if (lane_id() < 16)
     __syncwarp();

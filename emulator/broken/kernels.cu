@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "broken/barriers.cuh"
+#include "broken/launches.cuh"
 #include "broken/memory.cuh"
 #include "broken/twins.cuh"
 
@@ -18,6 +19,7 @@ const std::map<std::string, Kernel>& kernels() {
       {"library_reductions", library_reductions},
       {"half_at_a_barrier", half_at_a_barrier},
       {"half_at_a_cluster_barrier", half_at_a_cluster_barrier},
+      {"sum_over_grid", sum_over_grid},
       {"lanes_in_different_collectives", lanes_in_different_collectives},
       {"lanes_with_different_masks", lanes_with_different_masks},
       {"mask_without_its_lane", mask_without_its_lane},
@@ -55,8 +57,21 @@ std::vector<std::string> kernel_names() {
 }
 
 cudaError_t run_kernel(const std::string& name, dim3 grid, dim3 block, size_t shared, unsigned cluster,
-                       const Arguments& arguments) {
+                       bool cooperative, const Arguments& arguments) {
   const auto found = kernels().find(name);
   if (found == kernels().end()) throw std::invalid_argument("no kernel is named " + name);
-  return tokenprune::launch({grid, block, shared, nullptr, cluster}, found->second, arguments);
+  const cudaError_t status =
+      tokenprune::launch({grid, block, shared, nullptr, cluster, cooperative}, found->second, arguments);
+  tokenprune::emulator::finish_launches();
+  return status;
+}
+
+cudaError_t run_dependent(unsigned followers, const Arguments& arguments) {
+  tokenprune::Launch where{1, tokenprune::kWarp, 0, nullptr};
+  cudaError_t status = tokenprune::launch(where, broken::lead, arguments);
+  where.dependent = true;
+  for (unsigned i = 0; i < followers && status == cudaSuccess; ++i)
+    status = tokenprune::launch(where, broken::follow, arguments);
+  tokenprune::emulator::finish_launches();
+  return status;
 }

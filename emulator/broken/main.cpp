@@ -12,7 +12,7 @@ int main(int argc, char** argv) {
     const std::unique_ptr<float[]> in(new float[kThreads]()), out(new float[kThreads]());
     try {
       const Arguments arguments{in.get(), out.get(), std::atoi(argv[i + 1])};
-      const cudaError_t status = run_kernel(argv[i], 1, kThreads, kThreads * sizeof(float), 1, arguments);
+      const cudaError_t status = run_kernel(argv[i], 1, kThreads, kThreads * sizeof(float), 1, false, arguments);
       std::printf("%s\n", cudaGetErrorName(status));
     } catch (const tokenprune::emulator::KernelError& error) {
       std::printf("%s\n", error.what());

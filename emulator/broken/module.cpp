@@ -15,18 +15,22 @@ using Size = std::array<unsigned, 3>;
 dim3 dim(const Size& s) { return {s[0], s[1], s[2]}; }
 
 // cudaLaunchKernelEx itself: launch() makes no empty grids.
-std::string launch_raw(const Size& grid, const Size& block, size_t shared, unsigned cluster) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {cluster, 1, 1};
+std::string launch_raw(const Size& grid, const Size& block, size_t shared, unsigned cluster, bool cooperative) {
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {cluster, 1, 1};
+  attributes[1].id = cudaLaunchAttributeCooperative;
+  attributes[1].val.cooperative = cooperative;
   cudaLaunchConfig_t config{};
   config.gridDim = dim(grid);
   config.blockDim = dim(block);
   config.dynamicSmemBytes = shared;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = 2;
   void (*const nothing)(int) = [](int) {};
-  return cudaGetErrorName(cudaLaunchKernelEx(&config, nothing, 0));
+  const cudaError_t status = cudaLaunchKernelEx(&config, nothing, 0);
+  emulator::finish_launches();
+  return cudaGetErrorName(status);
 }
 
 template <class From, class To, class F>
@@ -57,6 +61,8 @@ PYBIND11_MODULE(_broken, m) {
   py::class_<emulator::Settings>(m, "Settings", py::module_local())
       .def_readwrite("schedule", &emulator::Settings::schedule)
       .def_readwrite("seed", &emulator::Settings::seed)
+      .def_readwrite("sm_count", &emulator::Settings::sm_count)
+      .def_readwrite("cooperative", &emulator::Settings::cooperative)
       .def_readwrite("shared_per_block", &emulator::Settings::shared_per_block)
       .def_readwrite("architecture", &emulator::Settings::architecture)
       .def_readwrite("mma_rounding", &emulator::Settings::mma_rounding)
@@ -65,9 +71,14 @@ PYBIND11_MODULE(_broken, m) {
       .def("reset", [](emulator::Settings& s) { s = emulator::Settings(); });
   m.def("settings", &emulator::settings, py::return_value_policy::reference);
   m.def("run", [](const std::string& name, const Size& grid, const Size& block, size_t shared, unsigned cluster,
-                  uintptr_t in, uintptr_t out, int variant) {
+                  bool cooperative, uintptr_t in, uintptr_t out, int variant) {
     const Arguments arguments{reinterpret_cast<const void*>(in), reinterpret_cast<void*>(out), variant};
-    return std::string(cudaGetErrorName(run_kernel(name, dim(grid), dim(block), shared, cluster, arguments)));
+    return std::string(
+        cudaGetErrorName(run_kernel(name, dim(grid), dim(block), shared, cluster, cooperative, arguments)));
+  });
+  m.def("run_dependent", [](unsigned followers, uintptr_t in, uintptr_t out, int variant) {
+    const Arguments arguments{reinterpret_cast<const void*>(in), reinterpret_cast<void*>(out), variant};
+    return std::string(cudaGetErrorName(run_dependent(followers, arguments)));
   });
   m.def("launch_raw", launch_raw);
   m.def("kernel_names", kernel_names);

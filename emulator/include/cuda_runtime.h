@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -13,6 +14,7 @@
 
 #include "emulator/grid.h"
 
+#define CUDART_VERSION 13000
 #define __global__
 #define __device__
 #define __host__
@@ -268,16 +270,23 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
-  cudaErrorNoKernelImageForDevice = 209
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorCooperativeLaunchTooLarge = 720,
+  cudaErrorNotSupported = 801
 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrCooperativeLaunch,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeClusterDimension,
+  cudaLaunchAttributeCooperative,
+  cudaLaunchAttributeProgrammaticStreamSerialization
+};
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 
@@ -285,6 +294,8 @@ union cudaLaunchAttributeValue {
   struct {
     unsigned x, y, z;
   } clusterDim;
+  int cooperative;
+  int programmaticStreamSerializationAllowed;
 };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
@@ -300,7 +311,9 @@ struct cudaLaunchConfig_t {
 
 namespace tokenprune::emulator {
 
-// One grid runs at a time, whichever threads launch them.
+// How often a property of the device or of a kernel was asked for or set.
+std::atomic<int>& query_count();
+// Launches of one thread run at a time, whichever threads launch them.
 std::mutex& launch_mutex();
 cudaError_t check_configuration(const LaunchRecord& launch, const void* kernel);
 // The limit of dynamic shared memory, of the kernel on the current device, for every thread.
@@ -315,7 +328,8 @@ const char* cudaGetErrorString(cudaError_t status);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream);
 
-// Tests change the device by changing the settings; what differs in shared memory counts as another device.
+// Tests change the device by changing the settings: every combination is a device with a number of its own. Which one is
+// current is known to the thread and no query of the device.
 cudaError_t cudaGetDevice(int* device);
 
 struct cudaFuncAttributes {
@@ -324,12 +338,14 @@ struct cudaFuncAttributes {
 };
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  ++::tokenprune::emulator::query_count();
   *attributes = {0, ::tokenprune::emulator::settings().architecture};
   return cudaSuccess;
 }
 
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
+  ++::tokenprune::emulator::query_count();
   if (value < 0 || value > ::tokenprune::emulator::settings().shared_per_block) return cudaErrorInvalidValue;
   ::tokenprune::emulator::allow_shared(reinterpret_cast<const void*>(kernel), value);
   return cudaSuccess;
@@ -342,11 +358,20 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (const auto before = std::exchange(emulator::settings().before_launch, nullptr)) before();
   const std::lock_guard<std::mutex> lock(emulator::launch_mutex());
   const auto* address = reinterpret_cast<const void*>(kernel);
-  const emulator::LaunchRecord launch{emulator::kernel_name(address), config->gridDim, config->blockDim,
-                                      config->numAttrs ? config->attrs->val.clusterDim.x : 1, config->dynamicSmemBytes};
+  emulator::LaunchRecord launch{
+      emulator::kernel_name(address), config->gridDim, config->blockDim, 1, config->dynamicSmemBytes, false, false};
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id == cudaLaunchAttributeClusterDimension)
+      launch.cluster = attribute.val.clusterDim.x;
+    else if (attribute.id == cudaLaunchAttributeCooperative)
+      launch.cooperative = attribute.val.cooperative != 0;
+    else
+      launch.dependent = attribute.val.programmaticStreamSerializationAllowed != 0;
+  }
   const cudaError_t status = emulator::check_configuration(launch, address);
   if (status != cudaSuccess) return status;
   const std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);
-  emulator::run_grid(launch, [&] { std::apply(kernel, values); });
+  emulator::submit(launch, [kernel, values] { std::apply(kernel, values); });
   return cudaSuccess;
 }

@@ -1,11 +1,13 @@
 // The Python side of the emulator: the ops as torch.ops.tokenprune_emulated (on CPU tensors, through the real CUDA
 // bindings and launchers), and the settings and the launch log through pybind11.
+#include <cuda_runtime.h>
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "emulator/log.h"
 #include "generated/ops.h"
+#include "tokenprune/overrides.h"
 
 STABLE_TORCH_LIBRARY(tokenprune_emulated, m) { tokenprune::define_ops(m); }
 
@@ -29,6 +31,7 @@ PYBIND11_MODULE(_emulator, m) {
       .def_readwrite("sm_count", &emulator::Settings::sm_count)
       .def_readwrite("shared_per_block", &emulator::Settings::shared_per_block)
       .def_readwrite("architecture", &emulator::Settings::architecture)
+      .def_readwrite("cooperative", &emulator::Settings::cooperative)
       .def_readwrite("mma_rounding", &emulator::Settings::mma_rounding)
       .def_readwrite("mma_extra_bits", &emulator::Settings::mma_extra_bits)
       .def_readwrite("mma_group", &emulator::Settings::mma_group)
@@ -37,7 +40,7 @@ PYBIND11_MODULE(_emulator, m) {
       .def_readwrite("before_launch", &emulator::Settings::before_launch)
       .def("reset", [](emulator::Settings& s) { s = emulator::Settings(); });
   m.def("settings", &emulator::settings, py::return_value_policy::reference);
-  // The launches since the last call: dicts of kernel, grid, block, cluster and shared.
+  // The launches since the last call: dicts of kernel, grid, block, cluster, shared, cooperative.
   m.def("take_launches", [] {
     py::list launches;
     for (const emulator::LaunchRecord& l : emulator::launch_log()) {
@@ -47,11 +50,19 @@ PYBIND11_MODULE(_emulator, m) {
       entry["block"] = py::make_tuple(l.block.x, l.block.y, l.block.z);
       entry["cluster"] = l.cluster;
       entry["shared"] = l.shared;
+      entry["dependent"] = l.dependent;
+      entry["cooperative"] = l.cooperative;
       launches.append(entry);
     }
     emulator::launch_log().clear();
     return launches;
   });
+  // How often a device or kernel property was asked for or set since the last call.
+  m.def("take_queries", [] { return emulator::query_count().exchange(0); });
+  // What TOKENPRUNE_PLAN would be in a fresh process, and the names it knows.
+  m.def("set_plan",
+        [](const std::string& text) { tokenprune::plan_overrides() = tokenprune::PlanOverrides::parse(text); });
+  m.attr("PLANNED") = py::cast(tokenprune::kPlannedNames);
   bind_planners(m);
   bind_order(m);
 }

@@ -66,7 +66,10 @@ void bind_compaction_planner(py::module_& m) {
   });
   m.def("run_compact", [](const std::vector<Input>& inputs, uintptr_t indices, const std::vector<int64_t>& strides,
                           int64_t kept, const DeviceLimits& limits, int64_t max_vectors) {
-    return static_cast<int>(launch_gather_compact(plan(inputs, indices, strides, kept, limits, max_vectors), nullptr));
+    const cudaError_t status =
+        launch_gather_compact(plan(inputs, indices, strides, kept, limits, max_vectors), nullptr);
+    emulator::finish_launches();
+    return static_cast<int>(status);
   });
   m.def("divide", [](uint32_t n, uint32_t by) { return divide(n, make_divisor(by)); });
   m.attr("COMPACT_GROUPS") = int(CompactTable::kGroups);

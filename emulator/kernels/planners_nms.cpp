@@ -19,7 +19,7 @@ struct Outputs {
   uintptr_t workspace, indices, selected, counts;
 };
 
-int run(const Inputs& in, const NmsSuppression& by, const NmsPlan& plan, const Outputs& out) {
+cudaError_t run(const Inputs& in, const NmsSuppression& by, const NmsPlan& plan, const Outputs& out) {
   const auto type = static_cast<FloatType>(in.type);
   const auto at = [](uintptr_t address) { return reinterpret_cast<const void*>(address); };
   const NmsProblem problem{{at(in.scores), type, in.n, 1},
@@ -59,6 +59,8 @@ void bind_nms_planner(py::module_& m) {
   py::class_<NmsSuppression>(m, "NmsSuppression").def(py::init(&nms_suppression));
   py::class_<NmsPlan>(m, "NmsPlan")
       .def_readwrite("steps", &NmsPlan::steps)
+      .def_readwrite("overlap", &NmsPlan::overlap)
+      .def_readwrite("weight_blocks", &NmsPlan::weight_blocks)
       .def_readwrite("capacity", &NmsPlan::capacity)
       .def_readwrite("splits", &NmsPlan::splits)
       .def_readwrite("split_columns", &NmsPlan::split_columns)
@@ -71,7 +73,11 @@ void bind_nms_planner(py::module_& m) {
       .def_readwrite("shared", &NmsPlan::shared)
       .def_readwrite("workspace", &NmsPlan::workspace);
   m.def("plan_nms", &plan_nms);
-  m.def("run_nms", &run);
+  m.def("run_nms", [](const Inputs& in, const NmsSuppression& by, const NmsPlan& plan, const Outputs& out) {
+    const cudaError_t status = run(in, by, plan, out);
+    emulator::finish_launches();
+    return static_cast<int>(status);
+  });
   m.def("largest_square_within", &largest_square_within);
   m.attr("NMS_ROW_TILE") = kNmsRowTile;
   m.attr("NMS_COLUMN_TILE") = kNmsColumnTile;

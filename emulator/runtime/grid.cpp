@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <exception>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -22,7 +23,7 @@ namespace {
 constexpr int kWarp = 32;
 constexpr unsigned char kPoison = 0xFF;  // NaN in every floating type, -1 as an integer
 
-enum class State { kReady, kBlockBarrier, kClusterBarrier, kCollective, kDone };
+enum class State { kReady, kBlockBarrier, kClusterBarrier, kCounter, kLaunchBefore, kCollective, kDone };
 
 struct Copy {
   void* to;
@@ -43,6 +44,9 @@ struct Thread {
   int barrier_result = 0;
   std::vector<Copy> copies;
   int copy_group = 0;
+  const uint32_t* counter = nullptr;  // of group_barrier
+  uint32_t target = 0;
+  bool waited = false;  // for the launch before
 };
 
 // Waiting lanes: several groups of one warp can be on their way at the same time when their masks are disjoint.
@@ -55,6 +59,7 @@ struct Collective {
 struct Block {
   uint3 index;
   unsigned rank;
+  size_t cluster;  // the block of its cluster that is first among the running ones
   std::unique_ptr<unsigned char[]> dynamic;
   size_t dynamic_bytes;
   struct Static {
@@ -64,8 +69,8 @@ struct Block {
   };
   std::vector<Static> statics;
   std::vector<Thread> threads;
-  std::vector<std::vector<Collective>> collectives;  // by warp
-  size_t at_barrier = 0, ended = 0;
+  std::vector<std::vector<Collective>> collectives;          // by warp
+  size_t at_barrier = 0, ended = 0, at_cluster_barrier = 0;  // the last one counts in the first block of a cluster
   int contributions = 0;
 };
 
@@ -76,16 +81,27 @@ std::unique_ptr<unsigned char[]> poisoned(size_t bytes) {
   return memory;
 }
 
+struct Submitted {
+  LaunchRecord launch;
+  std::function<void()> thread;
+};
+using Chain = std::vector<Submitted>;  // all but the first are dependent
+
 struct Running {
   const LaunchRecord* launch = nullptr;
-  std::vector<std::unique_ptr<Block>> cluster;
-  size_t at_cluster_barrier = 0;
+  Chain* before = nullptr;                     // the launches in front, until they have run
+  std::vector<std::unique_ptr<Block>> blocks;  // at the same time: of one cluster, or all of a cooperative launch
   Thread* thread = nullptr;
   std::exception_ptr failure;
 };
 
 Running running;
-std::vector<std::unique_ptr<Fiber>> fibers;  // kept from launch to launch: making a stack is slow
+// By how many dependent launches wait meanwhile. Kept from launch to launch: making a stack is slow.
+std::map<size_t, std::vector<std::unique_ptr<Fiber>>> fibers_of;
+size_t waiting_launches = 0;
+thread_local Chain submitted;
+
+void run_chain(Chain& chain);
 
 Thread& current() {
   if (running.thread == nullptr) throw KernelError("device code runs outside a kernel");
@@ -108,14 +124,15 @@ void wait(State state) {
 }
 
 std::string deadlock() {
-  size_t counts[5] = {};
-  for (const auto& block : running.cluster)
+  size_t counts[7] = {};
+  for (const auto& block : running.blocks)
     for (const Thread& t : block->threads) ++counts[static_cast<int>(t.state)];
   std::string text = "kernel " + running.launch->kernel + " cannot go on: of the threads of block " +
-                     describe(running.cluster.front()->index) + (running.cluster.size() > 1 ? " and its cluster" : "");
-  const char* names[] = {"are ready", "wait at a block barrier", "wait at a cluster barrier",
-                         "wait in a warp collective", "have ended"};
-  for (int i = 1; i < 5; ++i) text += (i > 1 ? ", " : " ") + std::to_string(counts[i]) + " " + names[i];
+                     describe(running.blocks.front()->index);
+  if (running.blocks.size() > 1) text += running.launch->cooperative ? " and all others" : " and its cluster";
+  const char* names[] = {"wait at a block barrier",    "wait at a cluster barrier", "wait for other blocks",
+                         "wait for the launch before", "wait in a warp collective", "have ended"};
+  for (int i = 0; i < 6; ++i) text += (i > 0 ? ", " : " ") + std::to_string(counts[i + 1]) + " " + names[i];
   return text;
 }
 
@@ -156,12 +173,33 @@ uint64_t turns_of_a_warp(std::mt19937_64& random) {
   return 1 + random() % 6;
 }
 
+void release(Block& block, State from) {
+  for (Thread& t : block.threads)
+    if (t.state == from) t.state = State::kReady;
+}
+
+// Runs the launches in front, for which all threads wait that are left. False if there are none.
+bool run_launches_before() {
+  if (running.before == nullptr || running.before->empty()) return false;
+  Running mine = std::exchange(running, Running());
+  ++waiting_launches;
+  run_chain(*mine.before);
+  --waiting_launches;
+  running = std::move(mine);
+  running.before = nullptr;
+  blockDim = running.launch->block;
+  gridDim = running.launch->grid;
+  for (const auto& block : running.blocks) release(*block, State::kLaunchBefore);
+  return true;
+}
+
 // Warps run ahead of each other as far as barriers let them, so that a barrier too few shows: the first warp writes
 // what the last one has not read yet, or reads what it has not written.
-void run_cluster(const std::function<void()>& guarded, std::mt19937_64& random) {
+void run_blocks(const std::function<void()>& guarded, std::mt19937_64& random) {
   std::vector<std::vector<Thread*>> warps;
+  auto& fibers = fibers_of[waiting_launches];
   size_t count = 0;
-  for (const auto& block : running.cluster)
+  for (const auto& block : running.blocks)
     for (Thread& t : block->threads) {
       if (t.lane == 0) warps.emplace_back();
       warps.back().push_back(&t);
@@ -180,13 +218,14 @@ void run_cluster(const std::function<void()>& guarded, std::mt19937_64& random) 
         reorder(lanes, warps[w].size(), random);
         for (size_t i : lanes) {
           Thread& t = *warps[w][i];
+          if (t.state == State::kCounter && static_cast<int32_t>(*t.counter - t.target) >= 0) t.state = State::kReady;
           if (t.state != State::kReady) continue;
           going = moved = true;
           if (resume(t)) ++done;
         }
       }
     }
-    if (!moved) throw KernelError(deadlock());
+    if (!moved && !run_launches_before()) throw KernelError(deadlock());
   }
 }
 
@@ -194,6 +233,7 @@ std::unique_ptr<Block> make_block(const LaunchRecord& launch, uint3 index, unsig
   auto block = std::make_unique<Block>();
   block->index = index;
   block->rank = rank;
+  block->cluster = running.blocks.size() - rank;
   block->dynamic = poisoned(launch.shared);
   block->dynamic_bytes = launch.shared;
   const dim3& size = launch.block;
@@ -210,23 +250,13 @@ std::unique_ptr<Block> make_block(const LaunchRecord& launch, uint3 index, unsig
   return block;
 }
 
-void release(Block& block, State from) {
-  for (Thread& t : block.threads)
-    if (t.state == from) t.state = State::kReady;
-}
-
-}  // namespace
-
-Settings& settings() {
-  static Settings chosen;
-  return chosen;
-}
-
-void run_grid(const LaunchRecord& launch, const std::function<void()>& thread) {
+void run_grid(const LaunchRecord& launch, const std::function<void()>& thread, Chain& before) {
   const std::function<void()> guarded = [&] {
     try {
       thread();
       if (!current().copies.empty()) fail(current(), "ends with asynchronous copies that were not waited for");
+      if (running.launch->dependent && !current().waited)
+        fail(current(), "ends without having waited for the launch before");
     } catch (...) {
       running.failure = std::current_exception();  // the stacks of the other threads are abandoned
     }
@@ -240,18 +270,55 @@ void run_grid(const LaunchRecord& launch, const std::function<void()>& thread) {
     ~Finish() { running = Running(); }
   } finish;
   running.launch = &launch;
+  running.before = &before;
   blockDim = launch.block;
   gridDim = launch.grid;
   for (size_t c : order) {
-    running.cluster.clear();
+    if (!launch.cooperative) running.blocks.clear();
     for (unsigned rank = 0; rank < launch.cluster; ++rank) {
       const uint3 index{unsigned(c % clusters_x * launch.cluster + rank), unsigned(c / clusters_x % launch.grid.y),
                         unsigned(c / clusters_x / launch.grid.y)};
-      running.cluster.push_back(make_block(launch, index, rank));
+      running.blocks.push_back(make_block(launch, index, rank));
     }
-    running.at_cluster_barrier = 0;
-    run_cluster(guarded, random);
+    if (!launch.cooperative || running.blocks.size() == count) run_blocks(guarded, random);
   }
+}
+
+// The last one first: it starts the others when it waits for them.
+void run_chain(Chain& chain) {
+  const Submitted last = std::move(chain.back());
+  chain.pop_back();
+  run_grid(last.launch, last.thread, chain);
+}
+
+}  // namespace
+
+Settings& settings() {
+  static Settings chosen;
+  return chosen;
+}
+
+static void run_submitted() {
+  Chain chain = std::exchange(submitted, Chain());
+  waiting_launches = 0;
+  if (!chain.empty()) run_chain(chain);
+}
+
+void submit(const LaunchRecord& launch, std::function<void()> thread) {
+  if (launch.dependent && submitted.empty()) throw KernelError("kernel " + launch.kernel + " depends on no launch");
+  if (!launch.dependent) run_submitted();
+  submitted.push_back({launch, std::move(thread)});
+}
+
+void finish_launches() {
+  const std::lock_guard<std::mutex> lock(launch_mutex());
+  run_submitted();
+}
+
+void wait_for_launch_before() {
+  Thread& t = current();
+  t.waited = true;
+  if (running.before != nullptr && !running.before->empty()) wait(State::kLaunchBefore);
 }
 
 int lane() { return current().lane; }
@@ -341,22 +408,34 @@ unsigned cluster_rank() { return current().block->rank; }
 unsigned cluster_size() { return running.launch->cluster; }
 
 void cluster_barrier() {
-  size_t expected = 0;
-  for (const auto& block : running.cluster) expected += block->threads.size();
-  if (++running.at_cluster_barrier < expected) {
+  Block& first = *running.blocks[current().block->cluster];
+  if (++first.at_cluster_barrier < cluster_size() * first.threads.size()) {
     wait(State::kClusterBarrier);
     return;
   }
-  running.at_cluster_barrier = 0;
-  for (const auto& block : running.cluster) release(*block, State::kClusterBarrier);
+  first.at_cluster_barrier = 0;
+  for (unsigned rank = 0; rank < cluster_size(); ++rank)
+    release(*running.blocks[first.cluster + rank], State::kClusterBarrier);
   wait(State::kReady);
+}
+
+void group_barrier(uint32_t* counter, uint32_t& target, uint32_t blocks) {
+  Thread& t = current();
+  block_barrier(0);
+  if (&t == &t.block->threads.front()) {
+    ++*counter;
+    t.counter = counter;
+    t.target = target += blocks;
+    wait(State::kCounter);
+  }
+  block_barrier(0);
 }
 
 void* cluster_address(void* pointer, unsigned rank) {
   Thread& t = current();
   const Block& mine = *t.block;
-  if (rank >= running.cluster.size()) fail(t, "asks for a block that its cluster does not have");
-  Block& other = *running.cluster[rank];
+  if (rank >= cluster_size()) fail(t, "asks for a block that its cluster does not have");
+  Block& other = *running.blocks[mine.cluster + rank];
   for (const Thread& theirs : other.threads)
     if (theirs.state != State::kDone) {
       const auto offset_in = [&](const unsigned char* memory, size_t bytes) {

@@ -3,6 +3,8 @@
 #include <cxxabi.h>
 #include <dlfcn.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <map>
 
@@ -21,6 +23,11 @@ std::pair<const void*, int> on_this_device(const void* kernel) {
 }
 
 }  // namespace
+
+std::atomic<int>& query_count() {
+  static std::atomic<int> count{0};
+  return count;
+}
 
 std::vector<LaunchRecord>& launch_log() {
   static std::vector<LaunchRecord> log;
@@ -61,9 +68,17 @@ cudaError_t check_configuration(const LaunchRecord& launch, const void* kernel) 
   const bool clusters = now.architecture >= 90;
   if (launch.cluster == 0 || launch.cluster > (clusters ? 8 : 1) || g.x % launch.cluster != 0)
     return cudaErrorInvalidConfiguration;
+  if (launch.dependent && !clusters) return cudaErrorInvalidConfiguration;
   const auto limit = shared_limits.find(on_this_device(kernel));
   if (launch.shared > std::max<size_t>(48 * 1024, limit == shared_limits.end() ? 0 : limit->second))
     return cudaErrorInvalidValue;
+  if (launch.cooperative) {
+    if (!now.cooperative || launch.cluster != 1) return cudaErrorNotSupported;
+    // 1 KB of every block is the system's. What static memory and registers take shows on a GPU only.
+    const size_t by_memory = (now.shared_per_block + 1024) / (launch.shared + 1024), by_threads = 2048 / threads;
+    if (uint64_t(g.x) * g.y * g.z > now.sm_count * std::min({by_memory, by_threads, size_t(32)}))
+      return cudaErrorCooperativeLaunchTooLarge;
+  }
   launch_log().push_back(launch);
   return cudaSuccess;
 }
@@ -71,7 +86,15 @@ cudaError_t check_configuration(const LaunchRecord& launch, const void* kernel) 
 }  // namespace tokenprune::emulator
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = tokenprune::emulator::settings().shared_per_block;
+  using Properties = std::array<int, 4>;
+  static std::mutex mutex;
+  static std::vector<Properties> known;
+  const tokenprune::emulator::Settings& now = tokenprune::emulator::settings();
+  const Properties properties{now.sm_count, now.shared_per_block, now.architecture, now.cooperative};
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto found = std::find(known.begin(), known.end(), properties);
+  if (found == known.end()) found = known.insert(known.end(), properties);
+  *device = static_cast<int>(found - known.begin());
   return cudaSuccess;
 }
 
@@ -85,6 +108,10 @@ const char* cudaGetErrorName(cudaError_t status) {
       return "cudaErrorInvalidValue";
     case cudaErrorNoKernelImageForDevice:
       return "cudaErrorNoKernelImageForDevice";
+    case cudaErrorCooperativeLaunchTooLarge:
+      return "cudaErrorCooperativeLaunchTooLarge";
+    case cudaErrorNotSupported:
+      return "cudaErrorNotSupported";
     default:
       return "cudaErrorInvalidConfiguration";
   }
@@ -105,6 +132,7 @@ const char* cudaGetErrorString(cudaError_t status) {
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const tokenprune::emulator::Settings& now = tokenprune::emulator::settings();
+  ++tokenprune::emulator::query_count();
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
       *value = now.sm_count;
@@ -118,11 +146,15 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrComputeCapabilityMinor:
       *value = now.architecture % 10;
       break;
+    case cudaDevAttrCooperativeLaunch:
+      *value = now.cooperative;
+      break;
   }
   return cudaSuccess;
 }
 
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  tokenprune::emulator::finish_launches();
   std::memset(memory, value, bytes);
   return cudaSuccess;
 }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,14 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from bench.gpu_suite import floors, report, rows_greedy, sanitizer, work
-from bench.gpu_suite.__main__ import GROUPS, STAGES
+from bench.gpu_suite import ncu, report, sanitizer, tune, work
+from bench.gpu_suite.__main__ import GROUPS, PARTS, STAGES
 from bench.gpu_suite.build import architecture, direct_command, settings
 from bench.gpu_suite.costs import floor_seconds, predicted_rates
-from bench.gpu_suite.device import Host
-from bench.gpu_suite.rows import all_rows
 from bench.gpu_suite.run import summarize
+from bench.rows import Scale, cpu_rows, gpu_rows, matching, nms, repulsion
+from bench.rows.peers import PEERS, Peer, peers_of
 from testing import ROOT
+from testing.gpu_device import Host, UnavailableError, kernels_of
 
 COMMAND = [sys.executable, "-m", "bench.gpu_suite", "--dry-run"]
 
@@ -36,11 +38,14 @@ def test_a_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
     done, results = run_suite(tmp_path)
     told = done.stdout[-6000:] + done.stderr[-2000:]
     assert done.returncode == 0, told
-    assert results["schema"] == 1
+    assert results["schema"] == 2
     assert results["dry_run"] == "--dry-run"
     assert set(results["stages"]) == set(STAGES)
     for name, stage in results["stages"].items():
         assert stage["status"] == "passed", f"{name}: {stage.get('reason')}\n{told}"
+    for item in results["stages"]["peers"]["items"]:
+        assert item["status"] == "passed" or item["reason"].startswith("not run: "), item
+    assert (tmp_path / "plans.csv").read_text().startswith("row,plan,us,planner's own us\n")
     facts = results["stages"]["environment"]["facts"]
     assert facts["torch"]["torch"] == torch.__version__
     for item in results["stages"]["timing"]["items"]:
@@ -74,15 +79,38 @@ def test_a_stage_that_has_no_time_is_recorded_and_the_report_is_written(tmp_path
     assert "environment" in done.stdout
 
 
-def test_every_stage_is_in_one_group() -> None:
-    assert sorted(name for group in GROUPS for name in group) == sorted(STAGES)
+def test_every_stage_is_in_one_group_and_one_part() -> None:
+    names = [name for group in GROUPS for name in group]
+    assert sorted(names) == sorted(STAGES)
+    assert len(set(names)) == len(names)
+    assert {*PARTS[1], *PARTS[2]} == set(STAGES)
+    assert {*PARTS[1]} & {*PARTS[2]} == {"environment", "build"}
+    assert names.index("correctness") < names.index("timing")
+
+
+def test_rows_are_chosen_by_name(tmp_path: Path) -> None:
+    _, results = run_suite(tmp_path, "--only", "behaviour", "--rows", "^select_(topk|mixture)")
+    names = [item["name"] for item in results["stages"]["behaviour"]["items"]]
+    assert len(names) == 3  # at toy sizes some rows are the same
+    assert all(name.startswith(("select_topk", "select_mixture")) for name in names)
+    assert results["command"].endswith("--rows ^select_(topk|mixture) --only behaviour")
+
+
+def test_rows_of_the_cpu_have_names_of_their_own_and_something_to_compare_with() -> None:
+    rows = cpu_rows()
+    assert len({(row.name, row.busy) for row in rows}) == len(rows) > 100
+    for row in rows:
+        assert set(row.targets) <= set(row.others), row.name
+        assert row.agree is not None
+        assert set(row.others) - set(row.unlike), row.name
 
 
 def test_real_rows_have_names_of_their_own_and_floors() -> None:
-    rows = all_rows(Host(emulate=False), toy=False)
+    rows = gpu_rows(Scale(toy=False))
     assert len({row.name for row in rows}) == len(rows)
     for row in rows:
-        assert set(row.targets) <= {*row.others, "Flash-ColReduce"}, row.name
+        assert set(row.targets) <= {*row.others, *(peer.name for peer in peers_of(row.name))}, row.name
+        assert row.check is not None
         floor = floor_seconds(row, predicted_rates())
         assert 0 <= floor["memory"] < 1e-3, row.name
         assert floor["floor"] < 1e-3, row.name
@@ -93,19 +121,138 @@ def test_rows_promise_no_fewer_launches_than_there_are() -> None:
     if device.no_emulator is not None:
         pytest.skip(f"launches are counted on the emulator: {device.no_emulator}")
     made = {}
-    for row in all_rows(device, toy=True):
+    for row in gpu_rows(Scale(toy=True)):
         if row.max_launches is not None:
-            kernels = device.launches(partial(row.ours, row.make(device.torch_device, 0)))["kernels"]
+            ours = device.serve(row.ours, *row.ops)
+            kernels = device.launches(partial(ours, row.make(device.torch_device, 0)))["kernels"]
             made[row.name] = (kernels, row.max_launches)
     assert len(made) > 8
     assert not {name: counts for name, counts in made.items() if counts[0] > counts[1]}
 
 
-def test_the_notes_have_the_predictions_of_every_row() -> None:
-    """bench/NOTES.md holds what `python -m bench.gpu_suite.floors` prints."""
-    notes = (ROOT / "bench" / "NOTES.md").read_text()
-    for line in floors.lines():
-        assert line in notes, line
+# --- plans, kernels, peers ------------------------------------------------------------------------------------------
+
+
+def test_every_choice_of_the_planners_is_swept() -> None:
+    device = Host()
+    if device.no_emulator is not None:
+        pytest.skip(f"the emulator knows the names: {device.no_emulator}")
+    import emulator
+
+    assert list(tune.SWEEPS) == emulator.load().PLANNED
+    rows = gpu_rows(Scale(toy=False))
+    for name, (ops, values) in tune.SWEEPS.items():
+        assert any(set(row.ops) & set(ops) for row in rows), name
+        assert len(set(values)) == len(values) > 1
+
+
+def test_tuning_keeps_the_fastest_plan_and_leaves_no_override_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = matching(gpu_rows(Scale(toy=True)), "^select_topk 1x")[0]
+    device, plans = Host(emulate=False), [""]
+    monkeypatch.setattr(device, "set_plan", plans.append)
+    took = {"": 10.0, "select.cluster=2": 8.0, "select.cluster=2,select.threads=64": 7.9}
+    monkeypatch.setattr(tune, "measure", lambda *_: {"events": {"median": took.get(plans[-1], 9.0)}})
+    found = tune.tune(device, row, 0.0)
+    assert (found["own_us"], found["best_us"], found["best"]) == (10.0, 8.0, "select.cluster=2")
+    assert plans[-1] == ""
+    assert f'"{row.name}","select.cluster=2",8.00,10.00' in tune.table([{"name": row.name, **found}])
+
+
+def test_a_plan_with_a_wrong_result_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = matching(gpu_rows(Scale(toy=True)), "^select_topk 1x")[0]
+    device = Host(emulate=False)
+    right = row.ours
+    row.ours = lambda x: tuple(t.flip(-1) for t in right(x)) if plans[-1] else right(x)
+    plans = [""]
+    monkeypatch.setattr(device, "set_plan", plans.append)
+    with pytest.raises(AssertionError, match="elements differ"):
+        tune.tune(device, row, 0.0)
+    assert plans[-1] == ""
+
+
+def test_kernels_of_a_trace() -> None:
+    def event(name: str, cat: str, ts: float, dur: float, **args: Any) -> dict[str, Any]:
+        return {"ph": "X", "name": name, "cat": cat, "ts": ts, "dur": dur, "args": args}
+
+    launch = {"grid": [4, 1, 1], "block": [128, 1, 1], "registers per thread": 40, "shared memory": 1024}
+    events = [
+        {"ph": "M", "name": "process_name"},
+        event("tokenprune_region", "user_annotation", 0, 100),
+        event("tokenprune_region", "gpu_user_annotation", 0, 300),
+        *(event("rows", "kernel", 10 + 20 * call, 2.0 + call, **launch) for call in range(3)),
+        *(event("columns", "kernel", 15 + 20 * call, 5.0, **launch) for call in range(3)),
+        *(event("Memset (Device)", "gpu_memset", 5 + 20 * call, 1.0) for call in range(3)),
+        event("cudaStreamSynchronize", "cuda_runtime", 50, 1.0),
+        event("cudaDeviceSynchronize", "cuda_runtime", 200, 1.0),
+    ]
+    found = kernels_of({"traceEvents": events}, 3)
+    assert (found["kernels"], found["copies_and_fills"], found["synchronizations"]) == (2, 1, 1)
+    assert [(k["kernel"], k["us"], k["grid"], k["registers"]) for k in found["plan"]] == [
+        ("rows", 3.0, [4, 1, 1], 40), ("columns", 5.0, [4, 1, 1], 40),
+    ]  # fmt: skip
+    uneven = kernels_of({"traceEvents": events[:-4]}, 4)
+    assert uneven["kernels"] == 1.5
+    assert "plan" not in uneven
+
+
+def test_ncu_looks_at_kernels_that_run() -> None:
+    """Every row is in the table and launches a kernel of that name; toy sizes have the same kernels."""
+    device = Host()
+    if device.no_emulator is not None:
+        pytest.skip(f"launches are counted on the emulator: {device.no_emulator}")
+    real, toys = gpu_rows(Scale(toy=False)), gpu_rows(Scale(toy=True))
+    assert len(ncu.KERNELS) == 6
+    for pattern, kernel in ncu.KERNELS:
+        (row,) = matching(real, pattern)
+        toy = toys[real.index(row)]
+        ours = device.serve(toy.ours, *toy.ops)
+        made = device.launches(partial(ours, toy.make(device.torch_device, 0)))["plan"]
+        assert any(re.search(kernel, launch["kernel"]) for launch in made), (pattern, [m["kernel"] for m in made])
+
+
+def test_metrics_of_ncu() -> None:
+    output = (
+        "==PROF== Connected\n"
+        '"ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"\n'
+        '"0","k","GPU Speed Of Light Throughput","Duration","us","35.1"\n'
+        '"0","k","Occupancy","Achieved Occupancy","%","48.2"\n'
+    )
+    assert ncu.metrics(output) == {
+        "GPU Speed Of Light Throughput: Duration [us]": "35.1",
+        "Occupancy: Achieved Occupancy [%]": "48.2",
+    }
+    assert ncu.metrics("==ERROR== no counters\n") == {}
+    words = ncu.command("ncu", "NMS", "lists_kernel")
+    assert words[words.index("--clock-control") + 1] == "none"
+
+
+def test_a_peer_that_is_missing_or_unknown_says_so() -> None:
+    with pytest.raises(UnavailableError, match="not run: no_such_module cannot be imported"):
+        Peer("x", "", "no_such_module", lambda module, x: x["y"]).load()
+    other = Peer("x", "", "math", lambda module, x: module.no_such_function(x)).load()
+    with pytest.raises(UnavailableError, match="not run: math is called otherwise than we know"):
+        other({})
+    rows = gpu_rows(Scale(toy=False))
+    assert all(matching(rows, peer.rows) for peer in PEERS)
+
+
+def test_column_sums_by_two_flex_attentions() -> None:
+    """The arithmetic of the peer, with flex_attention's definition in place of its kernel."""
+    from bench.rows import peers
+
+    class Plain:
+        @staticmethod
+        def flex_attention(q: Any, k: Any, v: Any, score_mod: Any = None, return_lse: bool = False) -> Any:
+            s = q @ k.mT / q.shape[-1] ** 0.5
+            if score_mod is not None:
+                b, h, i, j = torch.meshgrid(*(torch.arange(n) for n in s.shape), indexing="ij")
+                s = score_mod(s, b, h, i, j)
+            return s.softmax(-1) @ v, s.logsumexp(-1)
+
+    row = matching(gpu_rows(Scale(toy=True)), "^scores Qwen")[0]
+    x = {name: t.float() for name, t in row.make(torch.device("cpu"), 0).items()}
+    want = row.others["reference"](x)[0]
+    torch.testing.assert_close(peers.flex_twice(Plain, x).view_as(want), want)
 
 
 # --- items in processes of their own --------------------------------------------------------------------------------
@@ -200,19 +347,19 @@ def test_replays_find_a_pick_that_is_not_the_best() -> None:
     torch.manual_seed(0)
     features = torch.randn(1, 40, 16)
     picks = tp.reference.repulsion_sample(features, 9)[0][0]
-    assert rows_greedy.replay_max_min(features[0], picks) < 1e-6
-    assert rows_greedy.replay_max_min(features[0], picks[[0, 2, 1, *range(3, 9)]]) > 1e-4
+    assert repulsion.replay_max_min(features[0], picks) < 1e-6
+    assert repulsion.replay_max_min(features[0], picks[[0, 2, 1, *range(3, 9)]]) > 1e-4
     with pytest.raises(AssertionError, match="twice"):
-        rows_greedy.replay_max_min(features[0], picks[[0, 0, 1]])
+        repulsion.replay_max_min(features[0], picks[[0, 0, 1]])
     points = torch.rand(1, 40, 3)
     options: dict[str, Any] = {"potential": "riesz", "feature_weight": 0.0, "first": "index", "epsilon": 1e-12}
     picks = tp.reference.repulsion_sample(torch.ones(1, 40, 1), 9, positions=points, **options)[0][0]
-    assert rows_greedy.replay_points(points[0], picks) < 1e-5
-    assert rows_greedy.replay_points(points[0], picks[[0, 3, *range(4, 9)]]) > 1e-4
+    assert repulsion.replay_points(points[0], picks) < 1e-5
+    assert repulsion.replay_points(points[0], picks[[0, 3, *range(4, 9)]]) > 1e-4
     x = {"scores": torch.rand(1, 40), "features": features, "positions": torch.rand(1, 40, 2) * 6}
     picks = tp.reference.spatial_semantic_nms(**x, k=9)[0][0]
-    assert rows_greedy.replay_nms(x, picks) < 1e-5
-    assert rows_greedy.replay_nms(x, picks.flip(0)) > 1e-4
+    assert nms.replay_nms(x, picks) < 1e-5
+    assert nms.replay_nms(x, picks.flip(0)) > 1e-4
 
 
 def timing_item(median: float, **changed: Any) -> dict[str, Any]:

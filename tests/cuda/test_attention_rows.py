@@ -105,7 +105,12 @@ def test_regimes(
 
 @over_dtypes
 @pytest.mark.parametrize(("rows", "kernel"), [(2, THIN), (9, WIDE)])
-def test_keys_are_split_to_fill_the_gpu(dtype: torch.dtype, rows: int, kernel: str, machine: Any) -> None:
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_keys_are_split_to_fill_the_gpu(
+    dtype: torch.dtype, rows: int, kernel: str, architecture: int, machine: Any
+) -> None:
+    """Without clusters every tile of keys is a block's, and a second launch has a warp per row; with them it is one."""
+    expected = {80: ([kernel, COMBINE], [2 * 11, -(-4 * rows // 4)]), 90: ([kernel], [2 * 8])}[architecture]
     query, key = randn(1, 4, rows, 24, dtype=dtype), randn(1, 2, 700, 24, dtype=dtype)
     positions = torch.randint(-2, 701, (1, rows))
     positions[0, :2] = torch.tensor([-1, 63])  # no key; keys of the first range only
@@ -117,9 +122,10 @@ def test_keys_are_split_to_fill_the_gpu(dtype: torch.dtype, rows: int, kernel: s
         {"causal": True, "query_positions": positions, "key_mask": key_mask},
         {"cosine": True, "causal": True},
     ):
+        machine.architecture = architecture
         entropy, lse, kernels, blocks = check(query, key, **options)
-        assert kernels == [*([NORMS] if "cosine" in options else []), kernel, COMBINE]
-        assert blocks[-2:] == [2 * 11, -(-4 * rows // 4)]  # every tile of keys is a block's; a warp per row
+        norms = [NORMS] if "cosine" in options else []
+        assert (kernels, blocks[len(norms) :]) == ([*norms, *expected[0]], expected[1])
         machine.sm_count = 1
         whole = tp.attention_entropy(query, key, backend="emulator", **options)
         machine.reset()
@@ -134,9 +140,19 @@ def test_more_ranges_than_lanes(machine: Any) -> None:
     assert blocks == [41, 1]
 
 
+def test_a_cluster_may_have_more_blocks_than_ranges() -> None:
+    query, key = randn(1, 1, 1, 8), randn(1, 1, 64 * 9 + 1, 8)
+    check(query, key)
+    tp.attention_entropy(query, key, backend="emulator")
+    (launch,) = emulator.load().take_launches()
+    assert (launch["grid"], launch["cluster"]) == ((8, 1, 1), 8)  # of two tiles each: five have keys
+
+
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize(("rows", "keys"), [(4, 300), (70, 150)])
-def test_schedules_give_the_same_bits(rows: int, keys: int, causal: bool, machine: Any) -> None:
+def test_schedules_give_the_same_bits(rows: int, keys: int, architecture: int, causal: bool, machine: Any) -> None:
+    machine.architecture = architecture
     query, key = randn(1, 2, rows, 40), randn(1, 1, keys, 40)
     options = {"causal": causal, "key_mask": torch.rand(1, keys) < 0.9, "cosine": True, "scale": 30.0}
     results = []
@@ -158,10 +174,10 @@ def test_equal_rows_get_equal_bits(dtype: torch.dtype, rows: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [3, 20])
-@pytest.mark.parametrize("sm_count", [1, 132])
-def test_special_logits(rows: int, sm_count: int, machine: Any) -> None:
+@pytest.mark.parametrize(("sm_count", "architecture"), [(1, 90), (132, 90), (132, 80)])
+def test_special_logits(rows: int, sm_count: int, architecture: int, machine: Any) -> None:
     """D = 1: the logits are the keys. NaN wins, then +inf; -inf is as good as hidden; hidden ones do nothing."""
-    machine.sm_count = sm_count  # 1: one range of keys; 132: eight
+    machine.sm_count, machine.architecture = sm_count, architecture  # 1: one range of keys; 132: eight
     keys, nan = 500, math.nan
     cases: list[tuple[dict[int, float], float | None, float | None]] = [
         ({5: INF}, INF, nan),
@@ -184,7 +200,7 @@ def test_special_logits(rows: int, sm_count: int, machine: Any) -> None:
     key_mask[-1, 50:53] = False
     query, key = torch.ones(len(cases), 1, rows, 1), values.view(len(cases), 1, keys, 1)
     entropy, lse, kernels, _ = check(query, key, key_mask=key_mask, scale=1.0)
-    assert kernels == [THIN if rows == 3 else WIDE, *([COMBINE] if sm_count > 1 else [])]
+    assert kernels == [THIN if rows == 3 else WIDE, *([COMBINE] if architecture == 80 else [])]
     for b, (_, expected_lse, expected_entropy) in enumerate(cases):
         if expected_lse is None:
             assert lse[b].isfinite().all()
@@ -210,6 +226,7 @@ def test_norms_of_aligned_and_other_vectors() -> None:
 
 def test_a_refused_launch_is_reported(machine: Any) -> None:
     query, key = randn(1, 1, 2, 8), randn(1, 1, 700, 8)
+    machine.architecture = 80
     for launch in (1, 2, 3):
         machine.fail_launch = launch
         with pytest.raises(RuntimeError, match=r"tokenprune::attention_entropy: CUDA error.*for query .*, key "):
@@ -258,14 +275,16 @@ sizes = st.one_of(st.integers(0, 300), st.integers(0, 1 << 20))
     element_size=st.sampled_from((2, 4)),
     sm_count=st.integers(1, 300),
     shared=st.sampled_from((99 * 1024, 163 * 1024, 227 * 1024)),
+    architecture=st.sampled_from((80, 90)),
 )
 def test_plans(
-    batch: int, key_heads: int, group_rows: int, keys: int, dim: int, element_size: int, sm_count: int, shared: int
-) -> None:
+    batch: int, key_heads: int, group_rows: int, keys: int, dim: int, element_size: int, sm_count: int, shared: int,
+    architecture: int,
+) -> None:  # fmt: skip
     """Every key of every row belongs to one block, within the limits of the device."""
     module = emulator.load()
     limits = module.DeviceLimits()
-    limits.sm_count, limits.shared_per_block = sm_count, shared
+    limits.sm_count, limits.shared_per_block, limits.architecture = sm_count, shared, architecture
     plan = module.plan_attention_rows(batch, key_heads, group_rows, keys, dim, element_size, limits)
     tile, key_tiles = module.tile_vectors, -(-keys // module.tile_vectors)
     tiles = batch * key_heads * plan.row_tiles
@@ -275,9 +294,12 @@ def test_plans(
     assert plan.splits * plan.split_tiles >= key_tiles
     assert (plan.splits - 1) * plan.split_tiles < max(key_tiles, 1)  # no range is empty
     assert plan.split_tiles * tile < 1 << 31
-    assert plan.blocks == tiles * plan.splits
+    assert plan.cluster in ((1, 2, 4, 8) if architecture >= 90 else (1,))
+    assert plan.cluster == 1 or 1 < plan.splits <= plan.cluster
+    assert plan.launches() == (2 if plan.splits > 1 and plan.cluster == 1 else 1)
+    assert plan.blocks == tiles * max(plan.splits, plan.cluster)
     assert plan.shared <= shared
-    assert plan.workspace == (batch * key_heads * group_rows * plan.splits * 4 if plan.splits > 1 else 0)
+    assert plan.workspace == (batch * key_heads * group_rows * plan.splits * 4 if plan.launches() > 1 else 0)
     if keys < 1 << 30:
         assert plan.splits == 1 or plan.blocks <= 16 * sm_count  # so the workspace is bounded by the device
         if tiles and plan.splits == 1 and key_tiles > 8:
@@ -285,7 +307,7 @@ def test_plans(
 
 
 def test_plans_of_models() -> None:
-    """One block per tile of keys at LLaVA-1.5's size; about 4 blocks per SM for a long context; none at prefill."""
+    """Two tiles of keys a block at LLaVA-1.5's size; about 4 blocks per SM for a long context; no ranges at prefill."""
     module = emulator.load()
     limits = module.DeviceLimits()
 
@@ -293,7 +315,7 @@ def test_plans_of_models() -> None:
         chosen = module.plan_attention_rows(1, key_heads, rows, keys, 128, 2, limits)
         return chosen.splits, chosen.blocks
 
-    assert plan(32, 64, 576) == (9, 288)
+    assert plan(32, 64, 576) == (5, 256)
     splits, blocks = plan(4, 7 * 64, 16384)
     assert splits > 1
     assert 0.8 * 4 * 132 <= blocks <= 4 * 132

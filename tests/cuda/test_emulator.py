@@ -34,9 +34,10 @@ def _fresh(broken: ModuleType) -> Any:
 def run(
     broken: ModuleType, name: str, given: Tensor | None = None, out: Tensor | None = None, variant: int = 0,
     grid: tuple[int, int, int] = (1, 1, 1), block: tuple[int, int, int] = (32, 1, 1), shared: int = 0, cluster: int = 1,
+    cooperative: bool = False,
 ) -> Tensor | None:  # fmt: skip
     status = broken.run(
-        name, grid, block, shared, cluster,
+        name, grid, block, shared, cluster, cooperative,
         given.data_ptr() if given is not None else 0, out.data_ptr() if out is not None else 0, variant,
     )  # fmt: skip
     assert status == "cudaSuccess"
@@ -61,6 +62,47 @@ def in_all_schedules(broken: ModuleType, *args: Any, **kwargs: Any) -> list[Tens
         run(broken, *args, **{**kwargs, "out": out})
         results.append(out)
     return results
+
+
+# --- dependent launches -----------------------------------------------------------------------------------------------
+
+
+def lead_and_follow(broken: ModuleType, variant: int, followers: int = 1) -> list[Tensor]:
+    given, out = torch.arange(32.0), torch.cat([torch.zeros(64), torch.ones(32)])
+    assert broken.run_dependent(followers, given.data_ptr(), out.data_ptr(), variant) == "cudaSuccess"
+    return list(out.view(3, 32))
+
+
+@pytest.mark.parametrize("followers", [0, 1, 2, 3])
+def test_dependent_launches_wait_for_each_other(broken, followers):
+    for _ in schedules(broken):
+        sums, doubles, addends = lead_and_follow(broken, 0, followers)
+        assert torch.equal(sums, torch.arange(32.0) + 1)
+        assert torch.equal(doubles, 2 * followers * sums)
+        assert addends.tolist() == [7.0 if followers else 1.0] * 32
+
+
+@pytest.mark.parametrize("variant", [1, 4], ids=["no thread waits", "a thread does not wait"])
+def test_a_dependent_launch_that_does_not_wait_is_an_error(broken, variant):
+    for _ in schedules(broken):
+        with pytest.raises(RuntimeError, match=r"follow.*ends without having waited for the launch before"):
+            lead_and_follow(broken, variant)
+        assert torch.equal(lead_and_follow(broken, 0)[0], torch.arange(32.0) + 1)  # nothing is left behind
+
+
+def test_what_a_dependent_launch_does_before_it_waits_comes_first(broken):
+    for _ in schedules(broken):
+        sums, doubles, _ = lead_and_follow(broken, 2)
+        assert torch.equal(sums, torch.arange(32.0) + 1)
+        assert doubles.tolist() == [0.0] * 32  # twice what was there before
+        sums, _, _ = lead_and_follow(broken, 3)
+        assert torch.equal(sums, torch.arange(32.0) + 7)  # with what it has overwritten
+
+
+def test_dependent_launches_need_compute_capability_9(broken):
+    broken.settings().architecture = 89
+    out = torch.zeros(96)
+    assert broken.run_dependent(1, out.data_ptr(), out.data_ptr(), 0) == "cudaErrorInvalidConfiguration"
 
 
 # --- missing barriers -------------------------------------------------------------------------------------------------
@@ -225,14 +267,14 @@ def test_errors_leave_usable_stacks(broken):
     ],
 )  # fmt: skip
 def test_launches_are_refused_as_a_gpu_refuses_them(broken, grid, block, shared, cluster, status):
-    assert broken.launch_raw(grid, block, shared, cluster) == status
+    assert broken.launch_raw(grid, block, shared, cluster, False) == status
 
 
 def test_clusters_need_an_architecture_that_has_them(broken):
-    assert broken.launch_raw((2, 1, 1), (32, 1, 1), 0, 2) == "cudaSuccess"
+    assert broken.launch_raw((2, 1, 1), (32, 1, 1), 0, 2, False) == "cudaSuccess"
     broken.settings().architecture = 80
-    assert broken.launch_raw((2, 1, 1), (32, 1, 1), 0, 2) == "cudaErrorInvalidConfiguration"
-    assert broken.launch_raw((2, 1, 1), (32, 1, 1), 0, 1) == "cudaSuccess"
+    assert broken.launch_raw((2, 1, 1), (32, 1, 1), 0, 2, False) == "cudaErrorInvalidConfiguration"
+    assert broken.launch_raw((2, 1, 1), (32, 1, 1), 0, 1, False) == "cudaSuccess"
 
 
 def test_launches_ask_for_the_shared_memory_they_need(broken):
@@ -240,7 +282,9 @@ def test_launches_ask_for_the_shared_memory_they_need(broken):
     out, given = torch.empty(512, dtype=torch.int32), torch.zeros(512, dtype=torch.int32)
 
     def status(shared: int, grid: int = 1) -> str:
-        return broken.run("load_matrices", (grid, 1, 1), (32, 1, 1), shared, 1, given.data_ptr(), out.data_ptr(), 0)
+        return broken.run(
+            "load_matrices", (grid, 1, 1), (32, 1, 1), shared, 1, False, given.data_ptr(), out.data_ptr(), 0
+        )
 
     assert status(227 * 1024) == "cudaSuccess"
     assert status(227 * 1024 + 1) == "cudaErrorInvalidValue"

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 import tokenprune_kernels as tp
-from bench.gpu_suite import checks
-from bench.gpu_suite.device import Device, flat, pick
-from bench.gpu_suite.samples import function, on_device
 from testing import ROOT, gpu_backend
+from testing import gpu_checks as checks
 from testing import op_samples as samples
 from testing.cases import NO_GPU
+from testing.gpu_device import Device, flat, pick
+from testing.gpu_samples import function, on_device
 from testing.op_samples import OPS, SAMPLE_IDS, SAMPLES, SELECTING, Sizes, make, map_tensors, positional
 
 pytestmark = pytest.mark.skipif(NO_GPU is not None, reason=f"no GPU: {NO_GPU}")
@@ -78,6 +78,12 @@ def test_a_captured_graph_follows_its_inputs(
 @over_samples
 def test_the_host_never_waits(op: str, name: str, device: Device, sample: Any) -> None:
     checks.no_waiting(device, *sample(op, name))
+
+
+@over_samples
+def test_two_threads_do_not_disturb_each_other(op: str, name: str, device: Device, sample: Any) -> None:
+    f, inputs = sample(op, name)
+    checks.two_threads(device, f, inputs, checks.changed(inputs))
 
 
 @real
@@ -161,9 +167,9 @@ def test_bad_indices_count_as_no_entry(op: str, name: str, device: Device, sampl
 CHECKED = """
 import sys
 import bench.gpu_suite
-from bench.gpu_suite.device import pick
-from bench.gpu_suite.samples import function, on_device
 from testing import op_samples
+from testing.gpu_device import pick
+from testing.gpu_samples import function, on_device
 device = pick()
 for word in sys.argv[1:]:
     op, name = word.split("-")

@@ -47,19 +47,19 @@ def test_one_launch_of_one_block_per_sample(n):
         assert launches[0]["block"] == (min(512, max(128, threads)), 1, 1)
 
 
-@pytest.mark.parametrize(("n", "k", "shared", "in_workspace", "keys_in_shared"), [
-    (700, 200, 227, False, True), (700, 60, 15, False, False), (700, 650, 18, True, True), (700, 650, 12, True, False),
+@pytest.mark.parametrize(("n", "k", "shared", "lists_in_shared", "keys_in_shared"), [
+    (700, 200, 227, True, True), (700, 60, 15, True, False), (700, 650, 18, False, True), (700, 650, 12, False, False),
 ])  # fmt: skip
-def test_where_lists_and_keys_lie(n, k, shared, in_workspace, keys_in_shared):
+def test_where_lists_and_keys_lie(n, k, shared, lists_in_shared, keys_in_shared):
     module.settings().shared_per_block = shared * 1024
     limits = module.DeviceLimits()
     limits.shared_per_block = shared * 1024
     plan = module.plan_mixture(n, k, k // 4, limits)
-    assert (plan.in_workspace, plan.keys_in_shared) == (in_workspace, keys_in_shared)
+    assert (plan.lists_in_shared, plan.keys_in_shared) == (lists_in_shared, keys_in_shared)
     text, visual, mask = integers(3, n, 50), integers(3, n, 50), torch.rand(3, n) < 0.95
     got = check(text, visual, k, mask=mask)
     (launch,) = module.take_launches()
-    assert launch["shared"] == plan.shared
+    assert launch["shared"] == plan.bytes(True)
     module.settings().reset()
     assert all(torch.equal(a, b) for a, b in zip(got, mixture(text, visual, k, mask=mask), strict=True))
 
@@ -178,8 +178,7 @@ def test_planner(n: int, k: int, floor: float, shared: int):
     assert plan.summed == max(listed - reserved, 0)
     assert plan.list_bytes == 2 * (4 * plan.sorted + 8 * (plan.summed + 1))
     assert plan.list_bytes % 8 == 0
-    assert plan.shared + module.MIXTURE_STATIC_SHARED <= limits.shared_per_block
-    assert plan.shared == (0 if plan.in_workspace else plan.list_bytes) + (8 * n if plan.keys_in_shared else 0)
-    assert plan.workspace_bytes(3) == (3 * plan.list_bytes if plan.in_workspace else 0)
-    if not plan.in_workspace:
-        assert plan.list_bytes <= limits.shared_per_block
+    assert plan.bytes(True) + module.MIXTURE_STATIC_SHARED <= limits.shared_per_block
+    assert plan.bytes(True) == plan.lists_in_shared * plan.list_bytes + plan.keys_in_shared * 8 * n
+    assert plan.bytes(True) + plan.bytes(False) == plan.list_bytes + 8 * n
+    assert plan.workspace_bytes(3) == 3 * plan.bytes(False)

@@ -83,11 +83,13 @@ def error_of_picks(dtype: torch.dtype, gram: bool, n: int = 160) -> float:
     energy = (objective - cosine).float()
     module.settings().sm_count = 1  # little enough for the large tiles
     seed = torch.zeros(1, 1, dtype=torch.long)
-    module.set_repulsion_limits(n if gram else 0, module.GRAM_BYTE_LIMIT, module.ROUND_LIMIT)
+    others = (module.GRAM_BYTE_LIMIT, 0, module.ROUND_LIMIT)  # no points: they use no tensor cores
+    module.set_repulsion_limits(n if gram else 0, *others)
     try:
         pick = tp.repulsion_sample(x[None], 1, seed_indices=seed, energy=energy[None], backend="emulator")[0][0, 0]
     finally:
-        module.set_repulsion_limits(module.GRAM_TOKEN_LIMIT, module.GRAM_BYTE_LIMIT, module.ROUND_LIMIT)
+        defaults = (module.GRAM_TOKEN_LIMIT, module.GRAM_BYTE_LIMIT, module.POINT_FIELD_LIMIT, module.ROUND_LIMIT)
+        module.set_repulsion_limits(*defaults)
     return float(objective[pick] - objective[1:].min()) / 2
 
 
@@ -112,7 +114,7 @@ CASES: dict[str, Callable[[torch.dtype], float]] = {
     "attention_columns": error_of_columns,
     "tile_similarity": error_of_cosines,
     "gram_kernel": lambda dtype: error_of_picks(dtype, True),
-    "apply_kernel": lambda dtype: error_of_picks(dtype, False),
+    "rounds_kernel": lambda dtype: error_of_picks(dtype, False),
     "nms_lists": lambda dtype: error_of_suppression(dtype, 4),
     "nms_select": lambda dtype: error_of_suppression(dtype, 2),
 }

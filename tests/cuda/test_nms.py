@@ -58,13 +58,30 @@ def assert_same_bits(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
         (0, ["nms_select_kernel"]),
         (1, ["nms_prepare_kernel", "nms_select_kernel"]),
         (2, ["nms_prepare_kernel", "nms_select_kernel"]),
-        (3, ["nms_prepare_kernel", "nms_lists_kernel", "nms_select_kernel"]),
-        (50, ["nms_prepare_kernel", "nms_lists_kernel", "nms_select_kernel"]),
+        (3, ["nms_prepare_kernel", "nms_weights_kernel", "nms_select_kernel"]),
+        (50, ["nms_prepare_kernel", "nms_weights_kernel", "nms_select_kernel"]),
     ],
 )
 def test_the_number_of_launches_does_not_depend_on_k(k: int, expected: list[str]) -> None:
     nms(inputs(2, 40, 8, torch.float16), k)
     assert kernels() == expected
+
+
+def test_lists_where_there_are_no_clusters() -> None:
+    given = inputs(2, 150, 40, torch.float16, side=12)
+    want = nms(given, 40)
+    assert kernels() == ["nms_prepare_kernel", "nms_weights_kernel", "nms_select_kernel"]
+    module.settings().architecture = 80
+    assert_same_bits(nms(given, 40), want)
+    assert kernels() == ["nms_prepare_kernel", "nms_lists_kernel", "nms_select_kernel"]
+
+
+def test_launches_overlap_where_the_device_lets_them() -> None:
+    for architecture, k, expected in [(90, 9, [False, True, True]), (90, 2, [False, True]), (90, 0, [False]),
+                                      (80, 9, [False] * 3)]:  # fmt: skip
+        module.settings().architecture = architecture
+        nms(inputs(1, 40, 8, torch.float16), k)
+        assert [launch["dependent"] for launch in module.take_launches()] == expected
 
 
 def test_padding_is_written_without_tokens() -> None:
@@ -110,11 +127,24 @@ def test_keys_that_do_not_fit_into_shared_memory_stay_in_global_memory() -> None
     assert module.take_launches()[-1]["shared"] == 0
 
 
+@over_types
+@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 127, 129, 200, 257])
+def test_a_table_of_any_number_of_tiles(dtype: torch.dtype, n: int) -> None:
+    """Every pair of tiles is there once, at whatever edge; with groups far apart some pairs have no neighbours."""
+    for side in (3, 60):
+        given = inputs(2, n, 40, dtype, side=side)
+        given["groups"] = torch.arange(n).expand(2, n) // 70
+        got = nms(given, n + 3, sigma_semantic=0.5)
+        assert kernels().count("nms_weights_kernel") == (n > 2)
+        assert_same_bits(run_plan(given, n + 3, {}, sigma_semantic=0.5), got)
+        module.take_launches()
+
+
 # --- every plan gives the same bits ---------------------------------------------------------------------------------
 
 
 def run_plan(given: dict[str, Tensor], k: int, changes: dict[str, Any], **options: Any) -> tuple[Tensor, ...]:
-    """The launcher with a plan that differs from the planner's."""
+    """The launcher with a plan that differs from the planner's, which makes lists for devices without clusters."""
     batch, n, dim = given["features"].shape
     dtype = given["features"].dtype
     radius, spatial = options.get("radius", 5.0), options.get("sigma_spatial", 1.5)
@@ -122,13 +152,16 @@ def run_plan(given: dict[str, Tensor], k: int, changes: dict[str, Any], **option
         radius, spatial, options.get("sigma_semantic", 0.05), options.get("threshold", 0.5),
         options.get("mode", "soft") == "hard",
     )  # fmt: skip
-    plan = module.plan_nms(batch, n, dim, dtype.itemsize, k, min(radius, 6 * spatial), module.DeviceLimits())
+    plan = module.plan_nms(batch, n, dim, dtype.itemsize, k, min(radius, 6 * spatial), limits(132, 163 * 1024, 80))
     for name, value in changes.items():
         setattr(plan, name, value)
     plan.owned = -(-n // plan.cluster)
     plan.shared = 4 * plan.owned if plan.keys_in_shared else 0
+    if plan.weight_blocks:
+        plan.capacity = 0
     plan.list_blocks = plan.list_blocks if plan.capacity else 0
-    workspace = torch.full((batch * n * (plan.capacity + 2),), 0x5A5A5A5A5A5A5A5A)
+    units = batch * n * 2 + (-(-batch * n * n // 2) if plan.weight_blocks else batch * n * plan.capacity)
+    workspace = torch.full((units,), 0x5A5A5A5A5A5A5A5A)
     indices, counts = torch.full((batch, k), -9), torch.full((batch,), -9)
     selected = torch.full((batch, k), math.nan)
     status = module.run_nms(
@@ -143,6 +176,8 @@ def run_plan(given: dict[str, Tensor], k: int, changes: dict[str, Any], **option
 
 
 PLANS = {
+    "lists": {},
+    "lists, launches that overlap": {"overlap": True},
     "no lists": {"capacity": 0},
     "nearly every list overflows": {"capacity": 1},
     "some lists overflow": {"capacity": 24},
@@ -211,27 +246,30 @@ def test_schedules_do_not_matter(dtype: torch.dtype, schedule: str) -> None:
     given = inputs(2, 90, 40, dtype)
     changes = ({}, {"capacity": 0}, {"capacity": 20, "cluster": 2})
     want = [run_plan(given, 10, change) for change in changes]
+    table = nms(given, 10)
     for seed in (1, 2):
         module.settings().schedule = getattr(module.Schedule, schedule)
         module.settings().seed = seed
         for change, result in zip(changes, want, strict=True):
             assert_same_bits(run_plan(given, 10, change), result)
+        assert_same_bits(nms(given, 10), table)
 
 
 def test_the_real_plan_of_a_dense_sample_overflows() -> None:
-    """Everything is near everything, and the lists have no room for that: as the same tokens among fewer others."""
-    n, hidden = 1600, 200
+    """Everything is near everything, and the lists have no room for that: as the same tokens among fewer others, of
+    which there is a table."""
+    n, hidden = 2100, 200
     given = inputs(1, n, 2, torch.float32)
     given["groups"].zero_()
-    given["groups"][:, 1560:] = 1 + torch.arange(40) // 4  # small groups, whose lists have room
-    given["scores"][:, 1560:] += 2
+    given["groups"][:, 2060:] = 1 + torch.arange(40) // 4  # small groups, whose lists have room
+    given["scores"][:, 2060:] += 2
     given["mask"] = (torch.arange(n) >= hidden).unsqueeze(0)
     shorter = {name: t[:, hidden:].contiguous() for name, t in given.items()}
     options = {"radius": INF, "sigma_spatial": INF, "sigma_semantic": 1.0}
     plan = module.plan_nms(1, n, 2, 4, 4, INF, module.DeviceLimits())
-    assert plan.capacity < 1560 - hidden - 1  # what a token of group 0 reaches
-    assert plan.cluster == 4
-    assert module.plan_nms(1, n - hidden, 2, 4, 4, INF, module.DeviceLimits()).capacity == n - hidden - 1
+    assert 0 < plan.capacity < 2060 - hidden - 1  # what a token of group 0 reaches
+    assert plan.cluster == 8
+    assert module.plan_nms(1, n - hidden, 2, 4, 4, INF, module.DeviceLimits()).weight_blocks > 0
     want, got = nms(shorter, 4, **options), nms(given, 4, **options)
     assert set(given["groups"][0, got[0][0]].tolist()) > {0}  # picks with a list and without one
     assert torch.equal(got[0], want[0] + hidden)
@@ -264,13 +302,21 @@ def test_plans_cover_the_work_within_the_limits(
         assert (plan.prepare_blocks, plan.list_blocks, plan.cluster, plan.shared, plan.workspace) == (0, 0, 1, 0, 0)
         return
     tokens = batch * n
-    assert 0 < plan.prepare_blocks <= min(-(-tokens // 8), 2**31 - 1)
+    assert 0 < plan.prepare_blocks <= min(-(-tokens // 4), 2**31 - 1)
     assert 0 <= plan.capacity <= n - 1
     lists = 8 * plan.capacity * tokens
     assert lists <= max(
         module.NMS_ALWAYS_LIST_BYTES, min(8 * module.NMS_FEATURE_CAPACITY * tokens, tokens * dim * size)
     )
-    assert plan.workspace == lists + 16 * tokens
+    table = 4 * n * tokens if plan.weight_blocks else 0
+    assert table <= module.NMS_ALWAYS_LIST_BYTES
+    assert plan.workspace == table + lists + 16 * tokens
+    if plan.weight_blocks:
+        tiles = -(-n // 64)
+        assert plan.steps > 2
+        assert architecture >= 90
+        assert plan.capacity == 0
+        assert plan.weight_blocks == 4 * batch * tiles * (tiles // 2 + 1) < 2**31
     if plan.capacity == 0:
         assert plan.list_blocks == 0
     else:
@@ -289,10 +335,11 @@ def test_plans_cover_the_work_within_the_limits(
     assert plan.shared + module.NMS_SELECT_STATIC <= 1024 * shared
 
 
-def test_the_usual_shapes_get_lists_for_their_whole_window() -> None:
+def test_the_usual_shapes_get_a_table_or_lists_for_their_whole_window() -> None:
     for batch, n, dim in [(1, 576, 4096), (8, 576, 4096), (1, 2880, 4096), (1, 16384, 3584), (1, 65536, 4096)]:
         plan = module.plan_nms(batch, n, dim, 2, n // 10, 5.0, limits(132, 227 * 1024, 90))
-        assert plan.capacity >= 80, (batch, n)
+        assert (plan.weight_blocks > 0) == (n == 576)
+        assert plan.weight_blocks or plan.capacity >= 80, (batch, n)
         assert plan.cluster == min(8, max(1, 2 ** int(math.log2(max(n // 4096, 1)))))
 
 

@@ -1,4 +1,4 @@
-"""repulsion_sample on the CUDA emulator: both algorithms on the same inputs, launches, layouts, schedules, planner."""
+"""repulsion_sample on the CUDA emulator: all algorithms on the same inputs, launches, layouts, schedules, planner."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -20,31 +20,39 @@ from tokenprune_kernels import reference
 pytestmark = pytest.mark.skipif(NO_EMULATOR is not None, reason=str(NO_EMULATOR))
 module = emulator.load() if NO_EMULATOR is None else None
 GPU_DTYPES = DTYPES[:3]
-LARGEST_GRID = 2**31 - 1
 
 
-@pytest.fixture(autouse=True)
-def _own_limits() -> Iterator[None]:
+def own_limits() -> Iterator[None]:
+    """Every test may change them."""
     yield
     limits()
 
 
-def limits(tokens: int | None = None, matrices: int | None = None, rounds: int | None = None) -> None:
+_own_limits = pytest.fixture(autouse=True)(own_limits)
+
+
+def limits(
+    tokens: int | None = None, matrices: int | None = None, fields: int | None = None, rounds: int | None = None
+) -> None:
     """The planner's limits; those that are not given are those of the package."""
     module.set_repulsion_limits(
         module.GRAM_TOKEN_LIMIT if tokens is None else tokens,
         module.GRAM_BYTE_LIMIT if matrices is None else matrices,
+        module.POINT_FIELD_LIMIT if fields is None else fields,
         module.ROUND_LIMIT if rounds is None else rounds,
     )
 
 
-@pytest.fixture
-def rounds() -> None:
-    """Small inputs go the way of large ones."""
-    limits(tokens=0)
+def go(way: str) -> None:
+    """Small inputs go one of the three ways; as points, tokens may have as many channels as fit."""
+    if way == "matrix":
+        limits()
+    else:
+        limits(tokens=0, fields=2**30 if way == "points" else 0)
 
 
-both_ways = pytest.mark.parametrize("tokens", [0, 3072], ids=["rounds", "matrix"])
+every_way = pytest.mark.parametrize("way", ["matrix", "points", "rounds"])
+not_by_matrix = pytest.mark.parametrize("way", ["points", "rounds"])
 
 
 def sample(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
@@ -56,50 +64,55 @@ def kernels() -> list[str]:
     return [launch["kernel"].split("<")[0] for launch in module.take_launches()]
 
 
-# --- the promises of test_repulsion.py, for small inputs in rounds ---------------------------------------------------
+# --- the promises of test_repulsion.py, for small inputs the ways of large ones --------------------------------------
 
 
+@not_by_matrix
 @over_dtypes
-@hypothesis_settings(deadline=None, max_examples=16, print_blob=True)
+@hypothesis_settings(deadline=None, max_examples=12, print_blob=True)
 @given(seed=st.integers(0, 2**32), n=st.integers(1, 150), channels=st.sampled_from([1, 3, 17, 64, 72]))
-def test_exact_inputs_in_rounds(dtype: torch.dtype, seed: int, n: int, channels: int) -> None:
+def test_exact_inputs(way: str, dtype: torch.dtype, seed: int, n: int, channels: int) -> None:
     if dtype == torch.float64:
         return
-    limits(tokens=0)  # not a fixture: hypothesis runs the body many times
+    go(way)  # not a fixture: hypothesis runs the body many times
     features, k, options = exact_case(seed, n, channels)
     k = min(k, 30)
     got = sample(features.to(dtype), k, **options)
     same(got, reference.repulsion_sample(features.double(), k, **options))
-    assert ("choose_kernel" in kernels()) == (k > 0)
+    assert (f"{way}_kernel" in kernels()) == (k > 0)
 
 
-@pytest.mark.usefixtures("rounds")
+@not_by_matrix
 @pytest.mark.parametrize(
     ("dtype", "with_positions"), [(torch.float16, True), (torch.bfloat16, False), (torch.float32, True)]
 )
 @over_aggregates
 @over_potentials
-def test_replay_in_rounds(dtype: torch.dtype, aggregate: str, potential: str, with_positions: bool) -> None:
+def test_replay(way: str, dtype: torch.dtype, aggregate: str, potential: str, with_positions: bool) -> None:
+    go(way)
     common.assert_replays(dtype, "emulator", aggregate, potential, with_positions)
 
 
-@pytest.mark.usefixtures("rounds")
+@not_by_matrix
 @pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
-def test_first_pick_in_rounds(dtype: torch.dtype) -> None:
+def test_first_pick(way: str, dtype: torch.dtype) -> None:
+    go(way)
     common.test_first_pick(dtype, "emulator")
 
 
-@pytest.mark.usefixtures("rounds")
+@not_by_matrix
 @over_aggregates
-def test_edge_cases_in_rounds(aggregate: str) -> None:
+def test_edge_cases(way: str, aggregate: str) -> None:
+    go(way)
     common.test_everything_is_picked_once("emulator", aggregate)
     common.test_nothing_to_pick("emulator", aggregate)
     common.test_seeds("emulator", aggregate)
     common.test_nan_and_infinite_energies("emulator", aggregate)
 
 
-@pytest.mark.usefixtures("rounds")
-def test_special_cases_in_rounds() -> None:
+@not_by_matrix
+def test_special_cases(way: str) -> None:
+    go(way)
     common.test_maximal_marginal_relevance("emulator")
     common.test_large_riesz_exponent_is_max_min("emulator")
 
@@ -107,16 +120,16 @@ def test_special_cases_in_rounds() -> None:
 # --- ties ------------------------------------------------------------------------------------------------------------
 
 
-@both_ways
+@every_way
 @pytest.mark.parametrize("first", ["outlier", "isolated", "seeds"])
 @over_aggregates
 @over_potentials
 @pytest.mark.parametrize(("dtype", "channels"), [(torch.float16, 72), (torch.bfloat16, 1), (torch.float32, 136)])
 def test_identical_tokens_tie(
-    dtype: torch.dtype, channels: int, potential: str, aggregate: str, first: str, tokens: int
+    dtype: torch.dtype, channels: int, potential: str, aggregate: str, first: str, way: str
 ) -> None:
     """Copies of a token have bitwise the same U whatever computed it, so the copy with the lower index goes first."""
-    limits(tokens)
+    go(way)
     n, k = 70, 24
     base = torch.randn(1, n, channels).to(dtype)
     positions = torch.rand(1, n, 2)
@@ -136,76 +149,14 @@ def test_identical_tokens_tie(
 
 
 def test_all_tokens_identical() -> None:
-    for tokens in (0, 3072):
-        limits(tokens)
+    for way in ("matrix", "points", "rounds"):
+        go(way)
         for first in ("outlier", "isolated", "index"):
             picks, _ = sample(torch.randn(1, 1, 40).expand(2, 90, 40), 20, first=first)
             assert picks.tolist() == [list(range(20))] * 2
 
 
-# --- what is launched ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "launches"),
-    [
-        ({"first": "index"}, ["gram_kernel", "gram_greedy_kernel"]),
-        ({"energy": torch.zeros(2, 70)}, ["gram_kernel", "gram_greedy_kernel"]),
-        ({"first": "outlier"}, ["gram_kernel", "gram_start_kernel", "gram_greedy_kernel"]),
-        ({"first": "isolated"}, ["gram_kernel", "gram_start_kernel", "gram_greedy_kernel"]),
-    ],
-    ids=["index", "energy", "outlier", "isolated"],
-)
-def test_launches_with_a_matrix(options: dict[str, Any], launches: list[str]) -> None:
-    features = torch.randn(2, 70, 24)
-    sample(features, 9, **options)
-    assert kernels() == launches
-    sample(features, 0, **options)
-    assert kernels() == ["gram_greedy_kernel"]
-    sample(features[:0], 9, **{**options, "energy": None})
-    assert kernels() == []
-
-
-@pytest.mark.usefixtures("rounds")
-def test_launches_in_rounds() -> None:
-    """Two launches per pick, less the last update; 64 seeds more are one round more."""
-    features = torch.randn(1, 70, 24)
-    every_round = ["choose_kernel", "apply_kernel"]
-    sample(features, 3, first="index")
-    assert kernels() == ["prepare_kernel", *(3 * every_round)[:-1]]
-    sample(features, 2, seed_indices=torch.arange(65).unsqueeze(0), energy=torch.zeros(1, 70))
-    assert kernels() == ["prepare_kernel", "mark_seeds_kernel", *(4 * every_round)[:-1]]
-    sample(features, 1)
-    directions = ["direction_parts_kernel", "direction_sum_kernel", "outlier_keys_kernel"]
-    assert kernels() == ["prepare_kernel", *directions, "choose_kernel"]
-    sample(features, 1, first="isolated")
-    assert kernels() == ["prepare_kernel", "isolated_keys_kernel", "choose_kernel"]
-
-
-@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
-def test_large_tiles_compute_the_same_matrix(dtype: torch.dtype) -> None:
-    """They are for devices that many small tiles would occupy anyway."""
-    features = torch.randn(2, 200, 80).to(dtype)
-    small = sample(features, 40)
-    assert [launch["block"][0] for launch in module.take_launches()] == [128, 256, 128]
-    module.settings().sm_count = 3
-    large = sample(features, 40)
-    assert [launch["block"][0] for launch in module.take_launches()] == [256, 256, 128]
-    same(large, small)
-
-
-def test_samples_wait_their_turn() -> None:
-    """Two matrices of 50 tokens fit into the limit, so five samples are three groups."""
-    limits(50, matrices=2 * 50 * 50 * 4)
-    features, mask = torch.randn(5, 50, 24), torch.rand(5, 50) < 0.8
-    options: dict[str, Any] = {"mask": mask, "positions": torch.rand(5, 50, 2), "potential": "riesz"}
-    options |= {"seed_indices": torch.tensor([[3, -1], [-1, -1], [0, 49], [7, 7], [-1, -1]])}
-    grouped = sample(features, 20, **options)
-    assert kernels() == ["gram_kernel", "gram_start_kernel", "gram_greedy_kernel"] * 3
-    limits(50, matrices=1)
-    same(sample(features, 20, **options), grouped)
-    limits(50)
-    same(sample(features, 20, **options), grouped)
+# --- rounds, seeds, counts -------------------------------------------------------------------------------------------
 
 
 @over_aggregates
@@ -214,13 +165,13 @@ def test_a_round_makes_many_picks(aggregate: str, potential: str) -> None:
     """Orthogonal tokens disturb all others alike: after the start, one round picks 64 of them, the lowest first."""
     options: dict[str, Any] = {"aggregate": aggregate, "potential": potential, "first": "index"}
     features = torch.eye(100).unsqueeze(0)
-    limits(tokens=0, rounds=3)
+    limits(tokens=0, fields=0, rounds=3)
     picks, counts = sample(features, 66, **options)
     assert counts.tolist() == [66]
     assert picks.tolist() == [list(range(66))]
-    limits(tokens=0, rounds=2)  # of a sum, the second round makes its first pick and predicts the others
+    limits(tokens=0, fields=0, rounds=2)  # of a sum, the second round makes its first pick and predicts the others
     assert sample(features, 66, **options)[1].tolist() == [65 if aggregate == "max" else 2]
-    limits(tokens=0, rounds=4)  # one for the seeds
+    limits(tokens=0, fields=0, rounds=4)  # one for the seeds
     picks, counts = sample(features, 120, seed_indices=torch.tensor([[99, 3, 99, 200, -1, 40]]), **options)
     assert counts.tolist() == [97]
     assert picks[0, :97].tolist() == [i for i in range(100) if i not in (3, 40, 99)]
@@ -233,18 +184,18 @@ def test_rounds_are_few_on_clustered_tokens(options: dict[str, Any]) -> None:
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(16, 64, generator=generator).repeat_interleave(16, 0)
     features = (centres + 0.5 * torch.randn(256, 64, generator=generator)).unsqueeze(0)
-    limits(tokens=0)
+    go("rounds")
     complete = sample(features, 60, **options)
     assert complete[1].tolist() == [60]
-    limits(tokens=0, rounds=16)
+    limits(tokens=0, fields=0, rounds=16)
     same(sample(features, 60, **options), complete)
 
 
-@both_ways
+@every_way
 @over_aggregates
-def test_fewer_tokens_than_picks(aggregate: str, tokens: int) -> None:
+def test_fewer_tokens_than_picks(aggregate: str, way: str) -> None:
     """Masked tokens, seeds and a large k: the last ones are picked, and none twice."""
-    limits(tokens)
+    go(way)
     features, mask = torch.randn(3, 140, 16), torch.rand(3, 140) < 0.6
     mask[1] = False
     seeds = torch.randint(-1, 140, (3, 20))
@@ -256,10 +207,11 @@ def test_fewer_tokens_than_picks(aggregate: str, tokens: int) -> None:
         assert (picks[b, len(left) :] == -1).all()
 
 
-@pytest.mark.usefixtures("rounds")
+@every_way
 @over_aggregates
-def test_many_seeds_in_rounds(aggregate: str) -> None:
+def test_many_seeds(aggregate: str, way: str) -> None:
     """More of them than a round takes, in blocks of the search, in any order and repeated."""
+    go(way)
     generator = torch.Generator().manual_seed(5)
     features = exact_features(generator, 2, 700, 64)
     seeds = torch.randint(-1, 700, (2, 300), generator=generator)
@@ -267,24 +219,15 @@ def test_many_seeds_in_rounds(aggregate: str) -> None:
     same(sample(features, 12, **options), reference.repulsion_sample(features.double(), 12, **options))
 
 
-def test_more_tokens_than_a_matrix_has() -> None:
-    generator = torch.Generator().manual_seed(3)
-    features = exact_features(generator, 1, module.GRAM_TOKEN_LIMIT + 28, 20).half()
-    mask = torch.rand(1, features.shape[1], generator=generator) < 0.9
-    got = sample(features, 40, mask=mask, first="index")
-    assert "choose_kernel" in kernels()
-    same(got, reference.repulsion_sample(features.double(), 40, mask=mask, first="index"))
-
-
 # --- layouts, schedules, errors --------------------------------------------------------------------------------------
 
 
-@both_ways
+@every_way
 @pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
 @pytest.mark.parametrize("channels", [0, 5, 32, 71, 200])
-def test_any_alignment(channels: int, dtype: torch.dtype, tokens: int) -> None:
+def test_any_alignment(channels: int, dtype: torch.dtype, way: str) -> None:
     """Rows at odd addresses and of odd lengths, beside memory that must not enter."""
-    limits(tokens)
+    go(way)
     generator = torch.Generator().manual_seed(channels)
     wanted = exact_features(generator, 2, 66, channels)
     expected = reference.repulsion_sample(wanted.double(), 12, first="isolated")
@@ -297,9 +240,9 @@ def test_any_alignment(channels: int, dtype: torch.dtype, tokens: int) -> None:
     same(sample(wanted.to(dtype)[:1].expand(2, -1, -1), 12, first="isolated"), (expected[0][[0, 0]], expected[1]))
 
 
-@both_ways
-def test_the_order_of_threads_does_not_matter(tokens: int) -> None:
-    limits(tokens)
+@every_way
+def test_the_order_of_threads_does_not_matter(way: str) -> None:
+    go(way)
     features, mask = torch.randn(2, 150, 72).half(), torch.rand(2, 150) < 0.9
     shared: dict[str, Any] = {"mask": mask, "positions": torch.rand(2, 150, 2)}
     calls: list[dict[str, Any]] = [
@@ -317,11 +260,11 @@ def test_the_order_of_threads_does_not_matter(tokens: int) -> None:
             same(other, results[0])
 
 
-@both_ways
+@every_way
 @pytest.mark.parametrize("first", ["outlier", "isolated"])
-def test_a_refused_launch_is_reported(first: str, tokens: int) -> None:
+def test_a_refused_launch_is_reported(first: str, way: str) -> None:
     """Whichever it is; nothing is launched after it."""
-    limits(tokens)
+    go(way)
     features, seeds = torch.randn(1, 40, 8), torch.tensor([[1]])
     sample(features, 2, first=first, seed_indices=seeds)
     count = len(module.take_launches())
@@ -336,73 +279,13 @@ def test_a_refused_launch_is_reported(first: str, tokens: int) -> None:
 # --- numerics --------------------------------------------------------------------------------------------------------
 
 
-@both_ways
-def test_gaussian_with_infinite_sigma(tokens: int) -> None:
+@every_way
+def test_gaussian_with_infinite_sigma(way: str) -> None:
     """Every potential is 1 and the first of equals goes first; an infinite distance over an infinite sigma is NaN."""
-    limits(tokens)
+    go(way)
     features, positions = torch.randn(1, 30, 8), torch.rand(1, 30, 2)
     positions[0, 3] = torch.inf
     options: dict[str, Any] = {"potential": "gaussian", "sigma": torch.inf, "positions": positions, "first": "index"}
     expected = [*(i for i in range(30) if i != 3), 3]
     for aggregate in ("max", "sum"):
         assert sample(features, 30, aggregate=aggregate, **options)[0].tolist() == [expected]
-
-
-# --- the planner -----------------------------------------------------------------------------------------------------
-
-
-@hypothesis_settings(deadline=None, max_examples=200, print_blob=True)
-@given(
-    batch=st.integers(0, 70000),
-    n=st.one_of(st.integers(0, 65536), st.integers(3000, 3100), st.integers(0, 200)),
-    channels=st.integers(0, 8192),
-    k=st.integers(0, 70000),
-    n_seeds=st.integers(0, 70000),
-    first=st.integers(0, 2),
-    energy=st.booleans(),
-    total=st.booleans(),
-    sm_count=st.integers(1, 200),
-)
-def test_plans(
-    batch: int, n: int, channels: int, k: int, n_seeds: int, first: int, energy: bool, total: bool, sm_count: int
-) -> None:
-    device = module.DeviceLimits()
-    device.sm_count = sm_count
-    plan = module.plan_repulsion(batch, n, channels, k, n_seeds, first, energy, total, device)
-    assert 0 <= plan.samples <= batch
-    assert (plan.samples == 0) == (batch == 0)
-    assert plan.greedy_block % 32 == 0
-    assert 32 <= plan.greedy_block <= 1024
-    assert plan.tile in (64, 128)
-    if n == 0 or k == 0:
-        assert plan.gram
-        assert not plan.start
-        assert plan.floats == plan.words == 0
-        assert plan.samples <= LARGEST_GRID
-        return
-    assert plan.gram == (n <= 3072)
-    assert plan.start == (not energy and first != 2)
-    tiles, pairs, slices = -(-n // 64), -(-n // 128), -(-channels // 256)
-    grids = [plan.samples]
-    if plan.gram:
-        assert plan.samples * n * n * 4 <= 2**28 or plan.samples == 1
-        assert plan.floats == plan.samples * (n * n + 2 * n)
-        assert plan.words == 0
-        assert plan.greedy_shared == n * (16 if energy else 12) <= 48 * 1024
-        side = -(-n // plan.tile)
-        grids += [plan.samples * side * (side + 1) // 2, plan.samples * -(-n // 8)]
-        assert plan.tile == 64 or plan.samples * pairs * (pairs + 1) // 2 >= 2 * sm_count
-    else:
-        direction = 33 * channels if plan.start and first == 0 else 0
-        assert plan.floats == plan.samples * (2 * n + direction + (64 * n if total else 0))
-        assert plan.words == plan.samples * (2 * n + 64 + 5)
-        assert not total or plan.samples * 64 * n * 4 <= 2**28 or plan.samples == 1
-        # Every round but those of seeds makes a pick while there is one to make.
-        assert plan.rounds == min(k, n) + -(-min(n_seeds, n) // 64)
-        assert plan.greedy_block & (plan.greedy_block - 1) == 0
-        assert 128 <= plan.greedy_block <= 512
-        grids += [plan.samples * tiles, plan.samples * -(-n // 8), plan.samples * n_seeds // 256 + 1]
-        grids += [plan.samples * 32 * slices]
-        if first == 1:
-            grids.append(plan.samples * pairs * (pairs + 1) // 2)
-    assert max(grids) <= LARGEST_GRID

@@ -82,16 +82,43 @@ def test_regimes(dtype, anchors, references, multiprocessors, kernels):
     assert torch.equal(contrastive(shifted, *lists), got)
 
 
+# Chunks of 128 bytes of a row, multiprocessors, compute capability, KiB of shared memory; cluster and teams of a block.
+# There are 4 tiles of features: full with 3 blocks on every multiprocessor, and shared between teams up to one block.
+SHARES = [
+    (18, 1, 90, 227, 1, 1), (18, 3, 90, 227, 2, 1), (18, 8, 90, 227, 4, 1), (18, 31, 90, 227, 8, 1),
+    (18, 32, 90, 227, 8, 2), (5, 132, 90, 227, 2, 2), (8, 132, 90, 227, 4, 2), (8, 132, 100, 99, 4, 1),
+    (7, 132, 80, 163, 1, 2), (1, 132, 80, 163, 1, 1),
+]  # fmt: skip
+
+
 @over_dtypes
-@pytest.mark.parametrize("cluster", [1, 2, 4, 8])
-def test_clusters_share_the_channels(dtype, cluster):
-    n, channels = 70, 1100
+@pytest.mark.parametrize(("chunks", "multiprocessors", "architecture", "shared", "cluster", "teams"), SHARES)
+def test_clusters_and_teams_share_the_channels(dtype, chunks, multiprocessors, architecture, shared, cluster, teams):
+    n, channels = 70, chunks * 128 // dtype.itemsize - 8
     features = torch.randn(BATCH, n, channels).to(dtype)
     lists = index_list(n, 66), index_list(n, 9)
-    module.settings().sm_count = 4 * cluster  # 4 tiles of features
-    check(features, *lists)
-    name, grid, made = launches()[-1]
-    assert (name, grid, made) == ("tile_similarity", (4 * cluster, 1, 1), cluster)
+    settings = module.settings()
+    settings.sm_count, settings.architecture, settings.shared_per_block = multiprocessors, architecture, shared * 1024
+    got = check(features, *lists)
+    (launch,) = (launch for launch in module.take_launches() if "tile_similarity" in launch["kernel"])
+    assert (launch["grid"], launch["cluster"]) == ((4 * cluster, 1, 1), cluster)
+    assert (launch["block"], launch["shared"]) == ((128 * teams, 1, 1), 48 * 1024 * teams)
+    shifted = torch.nn.functional.pad(features, (1, 0))[..., 1:]  # rows off 16 bytes
+    assert torch.equal(contrastive(shifted, *lists), got)
+
+
+@pytest.mark.parametrize(("anchors", "references"), [(3, 5), (2, 30), (30, 140)])
+def test_launches_overlap_where_the_device_lets_them(anchors, references):
+    features = torch.randn(BATCH, 20, 40)
+    lists = index_list(20, anchors), index_list(20, references)
+    results = []
+    for architecture in (90, 80):
+        module.settings().architecture = architecture
+        results.append(contrastive(features, *lists))
+        first, *others = (launch["dependent"] for launch in module.take_launches())
+        assert not first
+        assert all(dependent == (architecture == 90) for dependent in others)
+    assert torch.equal(results[0], results[1])
 
 
 def test_no_clusters_before_compute_capability_9():
@@ -191,11 +218,11 @@ SIZES = st.one_of(st.integers(1, 200), st.integers(1, 70_000))
     st.one_of(st.integers(1, 8), st.integers(1, 70_000)), st.one_of(SIZES, st.integers(1, 1 << 20)),
     st.one_of(st.integers(0, 8192), st.integers(0, 1 << 20)), st.sampled_from([2, 4]),
     st.one_of(st.integers(0, 10), SIZES), st.one_of(st.integers(0, 10), SIZES), st.integers(1, 200),
-    st.sampled_from([80, 86, 89, 90, 100, 120]),
+    st.sampled_from([80, 86, 89, 90, 100, 120]), st.sampled_from([48, 99, 163, 227]),
 )  # fmt: skip
-def test_planner(batch, n, dim, size, best, mean, multiprocessors, architecture):
+def test_planner(batch, n, dim, size, best, mean, multiprocessors, architecture, shared):
     limits = module.DeviceLimits()
-    limits.sm_count, limits.architecture = multiprocessors, architecture
+    limits.sm_count, limits.architecture, limits.shared_per_block = multiprocessors, architecture, shared * 1024
     plan = module.plan_similarity(batch, n, dim, size, best, mean, limits)
     assert plan.tiles == (best > 8)
     if plan.tiles:
@@ -204,10 +231,15 @@ def test_planner(batch, n, dim, size, best, mean, multiprocessors, architecture)
         assert plan.cluster in (1, 2, 4, 8)
         if plan.cluster > 1:
             assert architecture >= 90
-            assert plan.blocks <= multiprocessors
+            assert plan.blocks <= 3 * multiprocessors
             assert -(-dim * size // 128) >= 2 * plan.cluster  # two chunks for every block
+        assert plan.teams in (1, 2)
+        if plan.teams > 1:
+            assert plan.blocks <= multiprocessors
+            assert -(-dim * size // 128) >= 2 * plan.cluster  # a chunk for every team
+            assert limits.shared_per_block > 2 * 48 * 1024
     else:
-        assert plan.cluster == 1
+        assert (plan.cluster, plan.teams) == (1, 1)
         assert plan.rows_per_warp in (1, 4)
         assert plan.blocks == batch * -(-n // (4 * plan.rows_per_warp))
         assert (plan.rows_per_warp == 4) == (batch * -(-n // 16) >= 4 * multiprocessors)

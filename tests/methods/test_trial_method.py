@@ -71,8 +71,8 @@ def test_it_is_in_every_list(copy: Path) -> None:
 
 def test_it_has_a_row_in_the_benchmarks(copy: Path) -> None:
     pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
-    found = scratch.pytest(copy, "--collect-only", "bench/bench_methods.py")
-    assert found.count("[trial-") == found.count("[divprune-") > 0
+    found = scratch.pytest(copy, "--collect-only", "bench/bench_rows.py")
+    assert found.count("[trial, ") == found.count("[divprune, ") > 0
 
 
 def test_the_contract_tests_run_over_it_and_pass(copy: Path) -> None:

@@ -202,7 +202,10 @@ def test_given_lse(backend: str, rows: int) -> None:
 @over_backends
 @pytest.mark.parametrize("rows", [1, 16])
 def test_exponential(backend: str, rows: int) -> None:
-    """With D = 1 and lse = 0 the score of a key is exp(key): within 2 units in the last place, 0 and inf outside."""
+    """With D = 1 and lse = 0 the score of a key is exp(key), 0 and inf outside.
+
+    Within 2 units in the last place; CUDA computes 2^(key log2(e)) and rounds the exponent, 2^-24 + 2^-26 of it.
+    """
     count = 1501 if backend == "triton" else 20001  # the interpreter is slow
     x = torch.cat((torch.linspace(-87.2, 88.7, count), torch.linspace(-1e-3, 1e-3, 101)))
     query, lse = torch.ones(1, 1, rows, 1), torch.zeros(1, 1, rows)
@@ -210,7 +213,8 @@ def test_exponential(backend: str, rows: int) -> None:
     got = tp.attention_scores(query, x.view(1, 1, -1, 1), lse, **options)[0].double()
     exact = x.double().exp()
     ulp = torch.nextafter(exact.float(), torch.tensor(INF)).double() - exact.float().double()
-    assert ((got - exact).abs() / ulp).max() <= 2
+    of_exponent = x.double().abs() * exact * (2**-24 + 2**-26) if backend in ("cuda", "emulator") else 0
+    assert (((got - exact).abs() - of_exponent) / ulp).max() <= 2
     x = torch.tensor([-INF, -1e30, -120.0, 0.0, 88.8, 1e30, INF, math.nan])
     got = tp.attention_scores(query, x.view(1, 1, -1, 1), lse, **options)[0]
     expected = torch.tensor([0, 0, 0, 1.0, INF, INF, INF, math.nan])

@@ -2,7 +2,9 @@
 
 import inspect
 import os
+import re
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -115,6 +117,85 @@ def test_a_gpu_the_build_does_not_fit_is_served_by_triton(monkeypatch: pytest.Mo
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, found=capability: found)
         assert _backend.implementation(None, scores, "select_topk") is chosen
     _registry._fits_device.cache_clear()
+
+
+@pytest.fixture
+def gpu_scores(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.Tensor]:
+    """A fake tensor on a GPU that the build fits; what is cached about GPUs is forgotten afterwards."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from tokenprune_kernels import _triton
+
+    def forget() -> None:
+        _registry._fits_device.cache_clear()
+        _registry.old_driver.cache_clear()
+
+    info = {"cuda_architectures": "9.0a", "cuda_runtime": 13000}
+    monkeypatch.setattr(_registry, "build_info", lambda: info)
+    monkeypatch.setattr(_triton, "unavailable", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    _triton.namespace()
+    forget()
+    with FakeTensorMode():
+        scores = torch.empty(1, 3, device="cuda")
+    yield scores
+    forget()
+
+
+@pytest.mark.parametrize("driver", [0, 13000, 13010, 14000])
+def test_a_new_enough_driver_runs_the_compiled_kernels(
+    driver: int, gpu_scores: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without an answer of the driver, CUDA itself would say what is wrong."""
+    from tokenprune_kernels import _backend
+
+    monkeypatch.setattr(_registry, "_driver_version", lambda: driver)
+    assert _registry.old_driver() is None
+    assert _backend.implementation(None, gpu_scores, "select_topk") is torch.ops.tokenprune
+
+
+def test_an_older_driver_leaves_the_gpu_to_triton_and_says_so_once(
+    gpu_scores: torch.Tensor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tokenprune_kernels import _backend
+
+    monkeypatch.setattr(_registry, "_driver_version", lambda: 12080)
+    reason = "the GPU's driver runs CUDA 12.8 and older, and the compiled kernels were built with CUDA 13.0"
+    with pytest.warns(RuntimeWarning, match="cannot use its CUDA kernels: " + re.escape(reason)) as warned:
+        chosen = [_backend.implementation(None, gpu_scores, "select_topk") for _ in range(3)]
+    assert chosen == [torch.ops.tokenprune_triton] * 3
+    assert len(warned) == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(_registry, "_binary", object())
+    assert _backend.unavailable("cuda", "cuda") == reason
+    tp.show_config()
+    assert f"  cuda: unavailable, {reason}" in capsys.readouterr().out
+
+
+def test_the_driver_is_asked_for_its_version() -> None:
+    """An integer wherever it runs: 0 without a driver."""
+    version = _registry._driver_version()
+    assert version == 0 or version >= 11000
+    assert (version > 0) or not torch.cuda.is_available()
+
+
+def test_a_second_call_asks_cuda_for_nothing(gpu_scores: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `auto` has to know of a GPU it has asked once."""
+    from tokenprune_kernels import _backend
+
+    asked: list[str] = []
+    for name in ("get_device_capability", "get_device_properties", "is_available", "current_device", "device_count"):
+        monkeypatch.setattr(
+            torch.cuda, name, lambda *args, name=name: asked.append(name) or ((9, 0) if "capability" in name else 0)
+        )
+    monkeypatch.setattr(_registry, "_driver_version", lambda: asked.append("driver") or 13000)
+    _backend.implementation(None, gpu_scores, "select_topk")
+    assert sorted(asked) == ["driver", "get_device_capability"]
+    asked.clear()
+    for op in public_ops():
+        _backend.implementation(None, gpu_scores, op)
+    assert asked == []
 
 
 @needs_library

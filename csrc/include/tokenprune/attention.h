@@ -63,9 +63,11 @@ inline int tile_chunks(int64_t dim, int element_size) {
   return static_cast<int>(ceil_div<int64_t>(dim * element_size, kChunkBytes));
 }
 
-// Dynamic shared memory of a tile, with one operand resident (all its chunks stay) or both streamed.
+// Dynamic shared memory of a tile, with one operand resident (all its chunks stay) or both streamed, and what every
+// thread copies of it.
 inline int tile_shared_bytes(int64_t dim, int element_size, bool resident) {
-  return (kTileStages + (resident ? tile_chunks(dim, element_size) : kTileStages)) * kChunkTileBytes;
+  const int chunks = kTileStages + (resident ? tile_chunks(dim, element_size) : kTileStages);
+  return chunks * kChunkTileBytes + kTileThreads * 2 * static_cast<int>(sizeof(void*));
 }
 
 // Up to 4 chunks (D <= 256 in 16 bits): beyond, fewer than 4 blocks would fit in an SM's shared memory.
@@ -74,16 +76,20 @@ inline bool tile_resident(int64_t dim, int element_size) { return tile_chunks(di
 // --- the row pass (attention_rows.cuh) -------------------------------------------------------------------------------
 
 // The rows of all query heads of a key head form one list, cut into tiles; the keys are cut into `splits` ranges of
-// split_tiles tiles each. One block per tile of rows and range of keys.
+// split_tiles tiles each. One block per tile of rows and range of keys. The results of the ranges are combined by the
+// first block of a cluster, which the blocks of a row tile are (those beyond `splits` have no keys), or by a second
+// launch.
 struct AttentionRowPlan {
   int64_t row_tiles;    // per sample and key head
   int64_t split_tiles;  // key tiles of a range
-  int splits;           // above 1 a second launch combines the ranges' results
-  bool thin;            // at most kThinRows rows: the keys, not the rows, are spread over the warps
+  int splits, cluster;
+  bool thin;  // at most kThinRows rows: the keys, not the rows, are spread over the warps
   bool resident;
   int shared;         // bytes
   int64_t blocks;     // of the first launch
   int64_t workspace;  // floats
+
+  TOKENPRUNE_HD int launches() const { return splits > 1 && cluster == 1 ? 2 : 1; }
 };
 
 constexpr int kThinRows = 16;
@@ -91,7 +97,7 @@ constexpr int64_t kMaxSplitTiles = 1 << 24;  // keys of a range are counted in 3
 constexpr int kPartialFloats = 4;            // a range's result for one row: maximum, sum, weighted sum, padding
 
 // Ranges are what fills the GPU when there are few rows: as many as make the shortest schedule, in units of one tile of
-// keys, counting a block's start as one and a second launch as three.
+// keys, counting a block's start and the meeting of a cluster as one each and a second launch as three.
 inline AttentionRowPlan plan_attention_rows(int64_t batch, int64_t key_heads, int64_t group_rows, int64_t keys,
                                             int64_t dim, int element_size, const DeviceLimits& limits) {
   AttentionRowPlan plan{};
@@ -103,21 +109,36 @@ inline AttentionRowPlan plan_attention_rows(int64_t batch, int64_t key_heads, in
   const int64_t tiles = batch * key_heads * plan.row_tiles;
   plan.split_tiles = std::min(key_tiles, kMaxSplitTiles);
   plan.splits = key_tiles == 0 ? 1 : static_cast<int>(ceil_div(key_tiles, plan.split_tiles));
+  plan.cluster = 1;
   const int64_t slots =
       limits.sm_count * std::clamp(limits.shared_per_block / plan.shared, 1, tile_blocks_per_sm(element_size));
   int64_t best = ceil_div(tiles * plan.splits, slots) * (plan.split_tiles + 1);
-  for (int64_t waves = 1; tiles > 0 && waves <= 4; ++waves) {
-    const int64_t splits = std::min(waves * slots / tiles, key_tiles);
-    if (splits <= plan.splits) continue;
+  const auto consider = [&](int64_t splits, int cluster) {
+    if (splits <= plan.splits && cluster == 1) return;
     const int64_t each = ceil_div(key_tiles, splits), used = ceil_div(key_tiles, each);
-    const int64_t cost = ceil_div(tiles * used, slots) * (each + 1) + 3;
-    if (cost >= best) continue;
+    const int64_t cost = ceil_div(tiles * (cluster > 1 ? cluster : used), slots) * (each + 1) + (cluster > 1 ? 1 : 3);
+    if (used == 1 || each > kMaxSplitTiles || cost >= best) return;
     best = cost;
     plan.splits = static_cast<int>(used);
     plan.split_tiles = each;
+    plan.cluster = cluster;
+  };
+  if (tiles > 0 && key_tiles > 0) {
+    for (int64_t waves = 1; waves <= 4; ++waves) consider(std::min(waves * slots / tiles, key_tiles), 1);
+    for (int cluster = 2; limits.has_clusters() && cluster <= int(kMaxCluster) && tiles * cluster <= 4 * slots;
+         cluster *= 2)
+      consider(cluster, cluster);
   }
-  plan.blocks = tiles * plan.splits;
-  if (plan.splits > 1) plan.workspace = batch * key_heads * group_rows * plan.splits * kPartialFloats;
+  const int64_t splits =
+      limits.planned(Planned::kAttentionSplits, plan.splits, ceil_div(key_tiles, kMaxSplitTiles), key_tiles);
+  if (splits != plan.splits && key_tiles > 0) {  // up to kMaxCluster ranges meet in a cluster then
+    plan.split_tiles = ceil_div(key_tiles, splits);
+    plan.splits = static_cast<int>(ceil_div(key_tiles, plan.split_tiles));
+    for (plan.cluster = 1; limits.has_clusters() && plan.splits <= int(kMaxCluster) && plan.cluster < plan.splits;)
+      plan.cluster *= 2;
+  }
+  plan.blocks = tiles * (plan.cluster > 1 ? plan.cluster : plan.splits);
+  if (plan.launches() > 1) plan.workspace = batch * key_heads * group_rows * plan.splits * kPartialFloats;
   return plan;
 }
 

@@ -13,10 +13,9 @@ struct ColumnKeys {
   int64_t count;
   bool aligned;
 
-  __device__ __forceinline__ const T* vector(int64_t v, bool& exists) const {
+  __device__ __forceinline__ const T* vector(int64_t v) const {
     const int64_t key = v < count ? indices[v] : -1;
-    exists = key >= 0;
-    return exists ? keys.data + key * keys.row_stride : keys.data;
+    return keys.data + (key < 0 ? 0 : key) * keys.row_stride;
   }
 };
 

@@ -11,14 +11,15 @@
 // column in 4 (float32: 8) neighbouring lanes, so rows are reduced in registers. Row tiles of which no row counts
 // or sees any of these keys (query_mask, causality) are skipped at both ends.
 //
-// Launch 1: grid items x cluster, block 128 x teams; shared memory per team 48 KiB (24 KiB + 8 KiB per 128 bytes of a
-//   vector with the key tile resident) + 1 KiB, and 512 bytes per part. Every block reads its 64 keys of every key head
+// Launch 1: grid items x cluster, block 128 x teams; shared memory per team 50 KiB (26 KiB + 8 KiB per 128 bytes of a
+//   vector with the key tile resident) + 1.5 KiB, and 512 bytes per part. Every block reads its 64 keys of every key head
 //   once per row tile (from L2 after the first time) and all rows' queries, from L2 as well: at the minimum, the keys
 //   cross the memory bus once, and so do the queries.
 // Launch 2 (several row parts only): attention_column_rows.cuh.
 #pragma once
 
 #include "tokenprune/attention_column_item.cuh"
+#include "tokenprune/attention_state.cuh"
 
 namespace tokenprune {
 
@@ -34,7 +35,6 @@ struct ColumnPass {
   const ColumnProblem& c;
   const AttentionProblem& p;
   const ColumnPlan& plan;
-  int team, part;
   // Of the rows at work: how many; bit i * kB + j: row b(j) sees column a(i).
   int present;
   uint32_t visible;
@@ -42,22 +42,23 @@ struct ColumnPass {
   Tile mass;  // P, or what the heads so far make of it
 
   __device__ __forceinline__ ColumnPass(const ColumnProblem& problem, const ColumnPlan& plan_in)
-      : c(problem), p(problem.attention), plan(plan_in) {
-    team = threadIdx.x / kTileThreads;
-    part = cluster_rank() * plan.teams + team;
-  }
+      : c(problem), p(problem.attention), plan(plan_in) {}
 
-  // Shared memory: rings of the teams; statistics of the teams, [3][64] each: factor and lse of the rows of the tile at
-  // work and of the next two; the item; the last row's values [64], of the first block; results [parts][2][64].
+  // Found again where needed, like what is known of the item: registers are short.
+  __device__ __forceinline__ static int team() { return threadIdx.x / kTileThreads; }
+  __device__ __forceinline__ int part() const { return cluster_rank() * plan.teams + team(); }
+
+  // Shared memory: rings of the teams; statistics of the teams, [3][64 + 1] each, of the rows of the tile at work and of
+  // the next two; the item; the last row's values [64], of the first block; results [parts][2][64].
   __device__ __forceinline__ unsigned char* ring_of(int t) const { return dynamic_shared() + t * plan.ring; }
   __device__ __forceinline__ float2* statistics(int tile) const {
-    return reinterpret_cast<float2*>(ring_of(plan.teams)) + (team * 3 + tile % 3) * kTileVectors;
+    return reinterpret_cast<float2*>(ring_of(plan.teams)) + (team() * 3 + tile % 3) * kStatistics;
   }
   __device__ __forceinline__ ColumnItem& item() const {
     return *reinterpret_cast<ColumnItem*>(ring_of(plan.teams) + plan.teams * kStatisticsBytes);
   }
-  __device__ __forceinline__ int head_begin() const { return item().heads[team].x; }
-  __device__ __forceinline__ int head_end() const { return item().heads[team].y; }
+  __device__ __forceinline__ int head_begin() const { return item().heads[team()].x; }
+  __device__ __forceinline__ int head_end() const { return item().heads[team()].y; }
   __device__ __forceinline__ float* last_values() const { return reinterpret_cast<float*>(&item() + 1); }
   __device__ __forceinline__ float* results_of(int q) const { return last_values() + (1 + 2 * q) * kTileVectors; }
 
@@ -74,13 +75,13 @@ struct ColumnPass {
     if (threadIdx.x == 0) item().number = number;
     const int64_t first_column = number % plan.key_tiles * kTileVectors;
     number /= plan.key_tiles;
-    const int64_t range = op == HeadOp::kNone ? number % plan.head_ranges : part;
+    const int64_t range = op == HeadOp::kNone ? number % plan.head_ranges : part();
     const int64_t ranges = op == HeadOp::kNone ? plan.head_ranges : plan.parts();
     number /= plan.head_ranges;
     const int64_t row_part = number % plan.row_parts, sample = number / plan.row_parts;
     if (tile_thread() == 0) {
-      item().heads[team].x = static_cast<int>(p.query_heads * range / ranges);
-      item().heads[team].y = static_cast<int>(p.query_heads * (range + 1) / ranges);
+      item().heads[team()].x = static_cast<int>(p.query_heads * range / ranges);
+      item().heads[team()].y = static_cast<int>(p.query_heads * (range + 1) / ranges);
     }
 
     long long lowest = p.keys;
@@ -138,43 +139,36 @@ struct ColumnPass {
     }
   }
 
-  // What row `thread of the team` of the tile (head, row) multiplies dot products with, and its lse. A row or head that
-  // does not exist sees nothing.
+  // What row `thread of the team` of the tile (head, row) multiplies dot products with, and its lse.
   __device__ __forceinline__ float2 statistics_of(int head, int64_t row) const {
     const int v = tile_thread();
-    if (v >= kTileVectors || row + v >= item().rows.end || head >= head_end()) return make_float2(0.0f, -INFINITY);
+    if (v >= kTileVectors || row + v >= item().rows.end || head >= head_end()) return make_float2(0.0f, 0.0f);
     const int64_t sample = item().sample;
     return make_float2(p.scale * row_factor(p, sample, head, row + v),
                        c.lse[(sample * p.query_heads + head) * p.rows + row + v]);
   }
 
+  // Whole warps call it; the last entry says for either of the two warps whether one of its rows has lse -inf or NaN,
+  // with which exp(logit - lse) is not 0 where it should be.
   __device__ __forceinline__ void put_statistics(int tile, float2 value) {
-    if (tile_thread() < kTileVectors) statistics(tile)[tile_thread()] = value;
+    if (tile_thread() >= kTileVectors) return;
+    statistics(tile)[tile_thread()] = value;
+    const bool special = __any_sync(kAllLanes, !(value.y > -INFINITY));
+    if (lane_id() == 0) (&statistics(tile)[kTileVectors].x)[tile_warp()] = special;
   }
 
-  // Turns dot products into probabilities and adds them to the heads before.
-  __device__ __forceinline__ void add_head(Tile& dots, int head, int tile) {
-    const float2* of_row = statistics(tile);
+  // Adds the probabilities of the tile to the heads before; with kEvery no value is hidden.
+  template <bool kEvery>
+  __device__ __forceinline__ void add_probabilities(Tile& dots, const float2* of_row, uint32_t seen) {
     Tile& into = op == HeadOp::kNone ? dots : mass;
-    if (p.cosine && head < head_end()) {
-#pragma unroll
-      for (int i = 0; i < kA; ++i) {
-        const int64_t key = item().keys[Tile::a(i)];
-        if (key < 0) continue;
-        const float by = key_factor(p, item().sample, head / plan.group, key);
-#pragma unroll
-        for (int j = 0; j < kB; ++j) dots.at(i, j) *= by;
-      }
-    }
 #pragma unroll
     for (int j = 0; j < kB; ++j) {
-      if (8 * unit(j) >= present) break;
+      if (16 * Tile::block(j) >= present) break;
       const float2 row = of_row[Tile::b(j)];
 #pragma unroll
       for (int i = 0; i < kA; ++i) {
-        const float logit = dots.at(i, j) * row.x;
-        const bool seen = (visible >> (i * kB + j) & 1) != 0 && logit != -INFINITY && row.y != -INFINITY;
-        const float probability = seen ? expf(logit - row.y) : 0.0f;
+        float probability = exp2_approx(__fmaf_rn(dots.at(i, j), row.x, -row.y) * kLog2e);
+        if (!kEvery && (seen >> (i * kB + j) & 1) == 0) probability = 0.0f;
         if constexpr (op == HeadOp::kNone)
           into.at(i, j) = probability;
         else if constexpr (op == HeadOp::kMax)
@@ -185,23 +179,56 @@ struct ColumnPass {
     }
   }
 
+  // Turns dot products into probabilities and adds them to the heads before. No branch depends on a value: the
+  // exponentials of several overlap.
+  __device__ __forceinline__ void add_head(Tile& dots, int head, int tile) {
+    const float2* of_row = statistics(tile);
+    if (p.cosine && head < head_end()) {
+#pragma unroll
+      for (int i = 0; i < kA; ++i) {
+        const int64_t key = item().keys[Tile::a(i)];
+        if (key < 0) continue;
+        const float by = key_factor(p, item().sample, head / plan.group, key);
+#pragma unroll
+        for (int j = 0; j < kB; ++j) dots.at(i, j) *= by;
+      }
+    }
+    uint32_t seen = head < head_end() ? visible : 0;
+    if (of_row[kTileVectors].x + of_row[kTileVectors].y != 0) {
+#pragma unroll
+      for (int j = 0; j < kB; ++j) {
+        const float2 row = of_row[Tile::b(j)];
+#pragma unroll
+        for (int i = 0; i < kA; ++i)
+          if (row.y == -INFINITY || dots.at(i, j) * row.x == -INFINITY) seen &= ~(1u << (i * kB + j));
+      }
+    }
+    if (seen == 0xFFFFFFFFu)
+      add_probabilities<true>(dots, of_row, seen);
+    else
+      add_probabilities<false>(dots, of_row, seen);
+  }
+
   // Rows 8 n .. 8 n + 7 of a tile are unit n, which one part reduces.
-  __device__ __forceinline__ bool is_mine(int n) const { return plan.parts() == 1 || n * plan.parts() / 8 == part; }
+  __device__ __forceinline__ bool is_mine(int n, int mine) const {
+    return plan.parts() == 1 || n * plan.parts() / 8 == mine;
+  }
 
   // Combines the parts' heads: each part reads the values of its rows from all parts, in order. A thread's values go to
   // the thread of the same number. The ring is free between tiles.
   __device__ __forceinline__ void combine_parts() {
-    float4* const mine = reinterpret_cast<float4*>(ring_of(team));
+    float4* const values_of = reinterpret_cast<float4*>(ring_of(team()));
+    const int mine = part();
     __syncthreads();
 #pragma unroll
     for (int n = 0; n < 8; ++n)
       if (8 * n < present)
-        mine[n * kTileThreads + tile_thread()] =
+        values_of[n * kTileThreads + tile_thread()] =
             make_float4(mass.sums[n][0], mass.sums[n][1], mass.sums[n][2], mass.sums[n][3]);
     sync();
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
-      if (8 * n >= present || !is_mine(n)) continue;
+      if (8 * n >= present || !is_mine(n, mine)) continue;
       for (int q = 0; q < plan.parts(); ++q) {
         const unsigned char* theirs = cluster_shared(ring_of(q % plan.teams), q / plan.teams);
         const float4 x = reinterpret_cast<const float4*>(theirs)[n * kTileThreads + tile_thread()];
@@ -228,12 +255,13 @@ struct ColumnPass {
   // Adds the rows at work, from `row` on, to the columns' sums. The rows of a tile are added up first: fewer roundings
   // than one long sum.
   __device__ __forceinline__ void add_rows(Tile& from, int64_t row) {
+    const int mine = part();
     float of_tile[kA] = {};
 #pragma unroll
     for (int j = 0; j < kB; ++j) {
       if (8 * unit(j) >= present) break;
       const int64_t r = row + Tile::b(j);
-      if (!is_mine(unit(j)) || Tile::b(j) >= present || !row_counts(r)) continue;
+      if (!is_mine(unit(j), mine) || Tile::b(j) >= present || !row_counts(r)) continue;
 #pragma unroll
       for (int i = 0; i < kA; ++i) {
         of_tile[i] += from.at(i, j);
@@ -247,7 +275,7 @@ struct ColumnPass {
 
   // Combines the lanes' and the parts' sums in the first block, which writes them.
   __device__ __forceinline__ void finish(int head) {
-    float* const to = cluster_shared(results_of(part), 0);
+    float* const to = cluster_shared(results_of(part()), 0);
 #pragma unroll
     for (int i = 0; i < kA; ++i) {
       const float s = warp_reduce(sum[i], Sum(), Tile::kLanesPerA), m = warp_reduce(max[i], NanMax(), Tile::kLanesPerA);
@@ -284,24 +312,22 @@ struct ColumnPass {
   __device__ __forceinline__ void run_tiles(int first_head, int row_tile, int tiles, bool over_rows) {
     const auto head_of = [&](int t) { return first_head + (over_rows ? 0 : t); };
     const auto row_of = [&](int t) { return row_of_tile(row_tile + (over_rows ? t : 0)); };
+    // A team with fewer heads than others multiplies its last one again, for nothing.
+    const auto loaded_head = [&](int t) { return head_of(t) < head_end() ? head_of(t) : head_end() - 1; };
     const auto keys_of = [&](int t) {
-      const int head = head_of(t);
-      if (head >= head_end()) return TileVectors<T, ColumnKeys<T>>{};
-      const VectorList<T> list = keys_of_head<T>(p, item().sample, head / plan.group);
+      const VectorList<T> list = keys_of_head<T>(p, item().sample, loaded_head(t) / plan.group);
       const int64_t left = c.columns - item().first_column, columns = left < kTileVectors ? left : kTileVectors;
       return TileVectors<T, ColumnKeys<T>>{{list, item().keys, columns, list.aligned}, 0};
     };
     const auto queries_of = [&](int t) {
-      const int head = head_of(t);
-      if (head >= head_end()) return TileVectors<T>{};
-      VectorList<T> list = query_rows_of_head<T>(p, item().sample, head);
+      VectorList<T> list = query_rows_of_head<T>(p, item().sample, loaded_head(t));
       list.count = item().rows.end;
       return TileVectors<T>{list, row_of(t)};
     };
     __syncthreads();  // the last run's reads of statistics
     put_statistics(0, statistics_of(head_of(0), row_of(0)));
     put_statistics(1, statistics_of(head_of(1), row_of(1)));
-    for_each_tile<T>(ring_of(team), static_cast<int>(p.dim), plan.resident, tiles, keys_of, queries_of,
+    for_each_tile<T>(ring_of(team()), static_cast<int>(p.dim), plan.resident, tiles, keys_of, queries_of,
                      [&](int t, Tile& dots) {
                        // Read before the work and stored after it: the store waits for nothing, and no register holds
                        // the values while a tile is multiplied.
@@ -378,9 +404,7 @@ cudaError_t launch_attention_columns(const ColumnProblem& c, const ColumnPlan& p
                                                      : attention_columns_kernel<T, HeadOp::kSum>;
   const cudaError_t status = launch(where, kernel, c, plan);
   if (status != cudaSuccess || plan.launches() < 2) return status;
-  const int64_t blocks = c.attention.batch * ceil_div<int64_t>(c.out_heads() * c.columns, kCombineThreads);
-  return launch({dim3(static_cast<unsigned>(blocks)), dim3(kCombineThreads), 0, stream},
-                attention_columns_combine_kernel<kCombineThreads>, c, plan);
+  return launch_attention_columns_combine(c, plan, stream);
 }
 
 }  // namespace tokenprune

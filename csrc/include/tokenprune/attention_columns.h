@@ -1,6 +1,6 @@
 // The column pass of attention as the host sees it: probabilities from a given lse, reduced over heads and then over
 // rows to scores of keys. No kernel code; defined in attention_columns.cuh, instantiated in
-// csrc/cuda/attention_columns.cu.
+// csrc/cuda/attention_columns_<type>.cu.
 #pragma once
 
 #include <algorithm>
@@ -64,7 +64,8 @@ constexpr int64_t kPartialFloor = 1 << 20;  // bytes of partial results that are
 
 // Shared memory of a block: tiles and three sets of row statistics of every team, what is known of the item, and the
 // parts' results at the end.
-constexpr int kStatisticsBytes = 3 * kTileVectors * 2 * sizeof(float);
+constexpr int kStatistics = kTileVectors + 1;  // pairs of floats, of a tile
+constexpr int kStatisticsBytes = 3 * kStatistics * 2 * sizeof(float);
 constexpr int kColumnItemBytes = (kTileVectors + 12) * sizeof(int64_t);
 constexpr int kColumnStaticBytes = 1024;  // of block_reduce, and what the system keeps
 constexpr int kResultBytes = 2 * kTileVectors * sizeof(float);
@@ -102,6 +103,9 @@ inline ColumnPlan plan_attention_columns(const ColumnShape& s, const DeviceLimit
     const auto room = [&](int parts) { return parts <= s.query_heads && tiles * parts <= wanted; };
     if (limits.has_clusters())
       while (plan.cluster < kMaxColumnCluster && room(2 * plan.cluster)) plan.cluster *= 2;
+    plan.cluster = static_cast<int>(
+        limits.planned_power(Planned::kAttentionCluster, plan.cluster, 1,
+                             limits.has_clusters() ? std::min<int64_t>(kMaxColumnCluster, s.query_heads) : 1));
     const auto fits_with = [&](int teams) {
       return column_shared_bytes(s.dim, s.element_size, false, plan.cluster, teams) + kColumnStaticBytes <=
              limits.shared_per_block;
@@ -110,6 +114,8 @@ inline ColumnPlan plan_attention_columns(const ColumnShape& s, const DeviceLimit
     for (int teams = 2; teams <= kMaxTeams; ++teams)
       if (room(plan.cluster * teams) && fits_with(teams) && heads_each(teams) < heads_each(plan.teams))
         plan.teams = teams;
+    const auto teams = static_cast<int>(limits.planned(Planned::kAttentionTeams, plan.teams, 1, kMaxTeams));
+    if (plan.cluster * teams <= s.query_heads && fits_with(teams)) plan.teams = teams;
     plan.resident = fits && grouped && plan.teams == 1;
   }
   const int64_t units = tiles * plan.head_ranges * plan.parts();
@@ -121,6 +127,7 @@ inline ColumnPlan plan_attention_columns(const ColumnShape& s, const DeviceLimit
     const int64_t small =
         std::max(row_tiles / 4, kPartialFloor / std::max<int64_t>(1, bytes));  // 1% of the rows x columns matrices
     plan.row_parts = std::max<int64_t>(1, std::min({slots / units, row_tiles, row_tiles * heads / kSteps, small}));
+    plan.row_parts = limits.planned(Planned::kAttentionRowParts, plan.row_parts, 1, row_tiles);
   }
   plan.rows_per_part = std::max<int64_t>(1, ceil_div(row_tiles, plan.row_parts)) * kTileVectors;
   plan.row_parts = std::max<int64_t>(1, ceil_div<int64_t>(rows, plan.rows_per_part));
@@ -134,5 +141,8 @@ inline ColumnPlan plan_attention_columns(const ColumnShape& s, const DeviceLimit
 // Launches the column pass, and the combination of row parts when there are several.
 template <class T>
 cudaError_t launch_attention_columns(const ColumnProblem& problem, const ColumnPlan& plan, cudaStream_t stream);
+
+// Its second launch.
+cudaError_t launch_attention_columns_combine(const ColumnProblem& problem, const ColumnPlan& plan, cudaStream_t stream);
 
 }  // namespace tokenprune

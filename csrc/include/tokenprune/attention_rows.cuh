@@ -4,17 +4,17 @@
 //   keys                                                                 ranges of tiles    64 x 64 dot products a step
 //
 // Every thread keeps, for each row it has sums of, the softmax statistics of the keys it has seen
-// (attention_state.cuh). At the end those of the lanes of a row are combined in a fixed order, and in a second launch
-// those of the ranges of keys.
+// (attention_state.cuh). At the end those of the lanes of a row are combined in a fixed order, then those of the ranges
+// of keys: in the first block of a cluster, or in a second launch.
 //
 // `wide` takes the rows as operand A: a warp has 16 rows and all 64 keys. Of at most 16 rows three warps would have
 // nothing to do: there `thin` takes the keys as A, a warp has 16 keys and all rows, and at the end the warps'
 // statistics are combined.
 //
-// Launch 1: grid row tiles * ranges * key heads * batch, 128 threads, 32 to 56 KiB shared memory. The rows of a group
-//   are read once per range; K is read once per row tile, the tiles of one range running side by side: from L2 but
-//   once.
-// Launch 2, only with several ranges: a warp per row; 16 bytes per row and range.
+// Launch 1: grid row tiles * ranges (or blocks of a cluster) * key heads * batch, 128 threads, 34 to 58 KiB shared
+//   memory. The rows of a group are read once per range; K is read once per row tile, the tiles of one range running
+//   side by side: from L2 but once.
+// Launch 2, only with several ranges and no cluster: a warp per row; 16 bytes per row and range.
 #pragma once
 
 #include "tokenprune/attention_state.cuh"
@@ -25,25 +25,27 @@ namespace tokenprune {
 // What a block of the first launch works on.
 template <class T>
 struct RowBlock {
-  int64_t sample, key_head, split, begin;  // first key
-  int range;                               // keys
+  int sample, key_head, split;
+  int64_t begin;  // first key
+  int range;      // keys
   TileVectors<T> rows;
   VectorList<T> keys;
 
   // With causality the last rows see most keys and start first.
   __device__ __forceinline__ RowBlock(const AttentionProblem& p, const AttentionRowPlan& plan) {
-    int64_t rest = blockIdx.x;
-    int64_t row_tile = rest % plan.row_tiles;
-    if (p.causal) row_tile = plan.row_tiles - 1 - row_tile;
-    rest /= plan.row_tiles;
-    split = rest % plan.splits;
-    rest /= plan.splits;
-    sample = rest / p.key_heads;
-    key_head = rest % p.key_heads;
+    // The grid is below 2^31, and so are its factors. The blocks of a cluster follow each other.
+    const auto row_tiles = static_cast<unsigned>(plan.row_tiles), key_heads = static_cast<unsigned>(p.key_heads);
+    unsigned rest = blockIdx.x / plan.cluster, row_tile = rest % row_tiles;
+    rest /= row_tiles;
+    if (p.causal) row_tile = row_tiles - 1 - row_tile;
+    split = static_cast<int>(plan.cluster > 1 ? blockIdx.x % plan.cluster : rest % plan.splits);
+    if (plan.cluster == 1) rest /= plan.splits;
+    sample = static_cast<int>(rest / key_heads);
+    key_head = static_cast<int>(rest % key_heads);
     begin = split * plan.split_tiles * kTileVectors;
     const int64_t left = p.keys - begin, wanted = plan.split_tiles * kTileVectors;
-    range = static_cast<int>(left < wanted ? left : wanted);
-    rows = {query_rows_of_group<T>(p, sample, key_head), row_tile * kTileVectors};
+    range = static_cast<int>(left < 0 ? 0 : left < wanted ? left : wanted);
+    rows = {query_rows_of_group<T>(p, sample, key_head), int64_t(row_tile) * kTileVectors};
     keys = keys_of_head<T>(p, sample, key_head);
   }
 
@@ -69,12 +71,38 @@ struct RowBlock {
     return ((p.causal ? most : range) + kTileVectors - 1) / kTileVectors;
   }
 
+  __device__ __forceinline__ int64_t row(const AttentionProblem& p, int r) const {
+    return (sample * p.key_heads + key_head) * p.group_rows() + rows.first + r;
+  }
+
+  // Writes the state of row r of the tile, in a cluster to its first block's shared memory, [splits][64].
   __device__ __forceinline__ void write(const AttentionProblem& p, const AttentionRowPlan& plan,
                                         const AttentionRowOutputs& out, int r, const RowState& state) const {
-    const int64_t row = (sample * p.key_heads + key_head) * p.group_rows() + rows.first + r;
-    write_row(out, row, state, static_cast<int>(split), plan.splits);
+    if (plan.cluster > 1)
+      cluster_shared(reinterpret_cast<RowState*>(dynamic_shared()), 0)[split * kTileVectors + r] = state;
+    else
+      write_row(out, row(p, r), state, split, plan.splits);
+  }
+
+  // Between the last tile and the first write(): all blocks of the cluster have started and use no tile any more.
+  __device__ __forceinline__ static void begin_writing(const AttentionRowPlan& plan) {
+    if (plan.cluster > 1) cluster_sync();
+  }
+
+  // After the last write(). The first block combines the ranges in order.
+  __device__ __forceinline__ void end_writing(const AttentionProblem& p, const AttentionRowPlan& plan,
+                                              const AttentionRowOutputs& out) const {
+    if (plan.cluster == 1) return;
+    cluster_sync();
+    const int r = threadIdx.x;
+    if (split > 0 || r >= rows.present()) return;
+    const RowState* const states = reinterpret_cast<const RowState*>(dynamic_shared()) + r;
+    RowState total = states[0];
+    for (int q = 1; q < plan.splits; ++q) total = merged(total, states[q * kTileVectors]);
+    write_row(out, row(p, r), total);
   }
 };
+static_assert(kMaxCluster * kTileVectors * sizeof(RowState) <= kTileStages * kChunkTileBytes);
 
 template <class T>
 __global__ void __launch_bounds__(kTileThreads, tile_blocks_per_sm(sizeof(T)))
@@ -94,7 +122,7 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks_per_sm(sizeof(T)))
     most = sees[i] > most ? sees[i] : most;
   }
 
-  const auto add_logits = [&](int t, Tile& logits) {
+  const auto add_tile = [&](int t, Tile& logits) {
     if (!active) return;
     const int first = t * kTileVectors;
     uint32_t unmasked = 0xFFFFFFFFu;
@@ -112,35 +140,31 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks_per_sm(sizeof(T)))
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int visible = sees[i] - first;
+      const bool every = visible >= kTileVectors && unmasked == 0xFFFFFFFFu;
+      if (every && add_dots<kKeys>(state[i], factor[i], [&](int j) { return logits.at(i, j); })) continue;
 #pragma unroll
-      for (int j = 0; j < kKeys; ++j) logits.at(i, j) *= factor[i];
-      if (visible < kTileVectors || unmasked != 0xFFFFFFFFu) {
-#pragma unroll
-        for (int j = 0; j < kKeys; ++j)
-          if (Tile::b(j) >= visible || (unmasked >> j & 1) == 0) logits.at(i, j) = -INFINITY;
+      for (int j = 0; j < kKeys; ++j) {
+        const float logit = logits.at(i, j) * factor[i];
+        const bool hidden = (Tile::b(j) >= visible) | ((unmasked >> j & 1) == 0);
+        logits.at(i, j) = hidden ? -INFINITY : logit;
       }
-      float max = state[i].max;
-#pragma unroll
-      for (int j = 0; j < kKeys; ++j) max = fmaxf(max, logits.at(i, j));
-      const float reference = reference_logit(max);
-      float sum = 0, weighted = 0;  // of the tile first: fewer roundings than one long sum
-#pragma unroll
-      for (int j = 0; j < kKeys; ++j) add_term(logits.at(i, j), reference, sum, weighted);
-      const RowState before = raised(state[i], max);
-      state[i] = {max, before.sum + sum, before.weighted + weighted};
+      add_logits<kKeys>(state[i], [&](int j) { return logits.at(i, j); });
     }
   };
   for_each_tile<T>(
       dynamic_shared(), static_cast<int>(p.dim), plan.resident, block.tiles(p, most), [&](int) { return block.rows; },
-      [&](int t) { return block.key_tile(t); }, add_logits);
+      [&](int t) { return block.key_tile(t); }, add_tile);
 
-  if (!active) return;
+  block.begin_writing(plan);
+  if (active) {
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    const RowState total = warp_merged(state[i], Tile::kLanesPerA);
-    if (lane_id() % Tile::kLanesPerA == 0 && Tile::a(i) < block.rows.present())
-      block.write(p, plan, out, Tile::a(i), total);
+    for (int i = 0; i < kRows; ++i) {
+      const RowState total = warp_merged(state[i], Tile::kLanesPerA);
+      if (lane_id() % Tile::kLanesPerA == 0 && Tile::a(i) < block.rows.present())
+        block.write(p, plan, out, Tile::a(i), total);
+    }
   }
+  block.end_writing(p, plan, out);
 }
 
 template <class T>
@@ -201,12 +225,15 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks_per_sm(sizeof(T)))
     if (lane_id() < kStride) partial[warp_id()][Tile::b(j)] = total;
   }
   __syncthreads();
+  block.begin_writing(plan);
   const int r = threadIdx.x;
-  if (r >= block.rows.present()) return;
-  RowState total = partial[0][r];
+  if (r < block.rows.present()) {
+    RowState total = partial[0][r];
 #pragma unroll
-  for (int warp = 1; warp < kTileThreads / kWarp; ++warp) total = merged(total, partial[warp][r]);
-  block.write(p, plan, out, r, total);
+    for (int warp = 1; warp < kTileThreads / kWarp; ++warp) total = merged(total, partial[warp][r]);
+    block.write(p, plan, out, r, total);
+  }
+  block.end_writing(p, plan, out);
 }
 
 // `rows` is that of the whole batch.
@@ -223,10 +250,10 @@ template <class T>
 cudaError_t launch_attention_rows(const AttentionProblem& p, const AttentionRowPlan& plan,
                                   const AttentionRowOutputs& out, cudaStream_t stream) {
   const Launch tiles{dim3(static_cast<unsigned>(plan.blocks)), dim3(kTileThreads), static_cast<size_t>(plan.shared),
-                     stream};
+                     stream, static_cast<unsigned>(plan.cluster)};
   const cudaError_t status =
       launch(tiles, plan.thin ? attention_rows_thin_kernel<T> : attention_rows_wide_kernel<T>, p, plan, out);
-  if (status != cudaSuccess || plan.splits == 1) return status;
+  if (status != cudaSuccess || plan.launches() == 1) return status;
   constexpr int kCombineThreads = 128;
   const int64_t rows = p.batch * p.key_heads * p.group_rows();
   const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(rows, kCombineThreads / kWarp)));

@@ -48,6 +48,42 @@ __device__ __forceinline__ RowState merged(const RowState& a, const RowState& b)
   return {max, x.sum + y.sum, x.weighted + y.weighted};
 }
 
+// Adds `count` logits to the state of a row, first to each other: fewer roundings than one long sum.
+template <int count, class Logit>
+__device__ __forceinline__ void add_logits(RowState& state, Logit&& logit) {
+  float max = state.max;
+#pragma unroll
+  for (int j = 0; j < count; ++j) max = fmaxf(max, logit(j));
+  const float reference = reference_logit(max);
+  float sum = 0, weighted = 0;
+#pragma unroll
+  for (int j = 0; j < count; ++j) add_term(logit(j), reference, sum, weighted);
+  const RowState before = raised(state, max);
+  state = {max, before.sum + sum, before.weighted + weighted};
+}
+
+// The same for logits dot(j) * factor in fewer instructions: six for each. False, and nothing added, where that is not
+// the same: infinite or NaN logits, a factor that does not keep the order of the dot products.
+template <int count, class Dot>
+__device__ __forceinline__ bool add_dots(RowState& state, float factor, Dot&& dot) {
+  float most = dot(0);
+#pragma unroll
+  for (int j = 1; j < count; ++j) most = fmaxf(most, dot(j));
+  const float max = fmaxf(state.max, most * factor);
+  float sum = 0, weighted = 0;
+#pragma unroll
+  for (int j = 0; j < count; ++j) {
+    const float t = __fmaf_rn(dot(j), factor, -max) * kLog2e, e = exp2_approx(t);
+    sum += e;
+    weighted = __fmaf_rn(e, t, weighted);
+  }
+  // -inf and NaN have made `weighted` NaN: 0 t.
+  if (!(factor > 0) || fabsf(max) == INFINITY || weighted != weighted) return false;
+  const RowState before = raised(state, max);
+  state = {max, before.sum + sum, before.weighted + weighted};
+  return true;
+}
+
 // The states of the lanes l, l + stride, l + 2 stride, ... below `width`, in lane l < stride. Whole warps only.
 __device__ __forceinline__ RowState warp_merged(RowState state, int width, int stride = 1) {
   for (int offset = width / 2; offset >= stride; offset /= 2) {

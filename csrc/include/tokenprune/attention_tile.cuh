@@ -12,7 +12,7 @@
 //
 // Shared memory: a chunk of a vector is 8 units of 16 bytes; unit u of vector v lies at unit u ^ (v % 8) of row v. The
 // 8 rows that one ldmatrix phase (or 8 neighbouring lanes) reads at the same unit then lie in distinct banks.
-// 48 KiB with both operands streamed, 24 KiB + 8 KiB per chunk with one resident.
+// 50 KiB with both operands streamed, 26 KiB + 8 KiB per chunk with one resident.
 #pragma once
 
 #include "tokenprune/attention.h"
@@ -21,19 +21,18 @@
 
 namespace tokenprune {
 
-// A list of vectors, of which a tile takes 64 from `first` on; beyond `count` there are zeros. The rows of all query
-// heads that share a key head form one list: vector v is row v % per_head of head v / per_head. A list of several heads
-// has fewer than 2^31 vectors (the binding checks it): a 64-bit division would be a call, around which ptxas spills.
+// A list of vectors, of which a tile takes 64 from `first` on. The rows of all query heads that share a key head form
+// one list: vector v is row v % per_head of head v / per_head. A list of several heads has fewer than 2^31 vectors (the
+// binding checks it): a 64-bit division would be a call, around which ptxas spills.
 template <class T>
 struct VectorList {
   const T* data;
   int64_t count, per_head, head_stride, row_stride;
   bool aligned;
 
-  // Where a vector does not exist, some address all the same: copies of zeros name one too.
-  __device__ __forceinline__ const T* vector(int64_t v, bool& exists) const {
-    exists = v < count;
-    if (!exists) return data;
+  // Beyond the end the last vector stands for those that do not exist.
+  __device__ __forceinline__ const T* vector(int64_t v) const {
+    if (v >= count) v = count - 1;
     if (count <= per_head) return data + v * row_stride;
     const uint32_t each = static_cast<uint32_t>(per_head), head = static_cast<uint32_t>(v) / each;
     return data + head * head_stride + (static_cast<uint32_t>(v) - head * each) * row_stride;
@@ -116,37 +115,15 @@ struct DotTile {
 
   // Adds the products of one chunk, of which `left` elements exist (the others are zeros), for the first b_left vectors
   // of B, at most 16 kBlocks. All lanes of a warp call it. Tensor cores truncate what they add, so 32 products start at
-  // zero in them, and the ordinary units add those to the sums (docs/kernels.md has the bound). The branches between
-  // blocks of B vectors keep the compiler from loading more than the registers hold.
+  // zero in them, and the ordinary units add those to the sums (docs/kernels.md has the bound).
   template <int kBlocks>
   __device__ __forceinline__ void multiply(const unsigned char* a_chunk, const unsigned char* b_chunk, int left,
                                            int b_left) {
     if constexpr (kMma) {
-      const int lane = lane_id(), a_row = 16 * tile_warp() + lane % 16, b_row = lane / 16 * 8 + lane % 8;
-      constexpr int kSteps = 2;  // of 16 products
-#pragma unroll
-      for (int k = 0; k < kChunk / 16; k += kSteps) {
-        if (16 * k >= left) break;
-        uint32_t x[kSteps][4];
-#pragma unroll
-        for (int i = 0; i < kSteps; ++i) ldmatrix_x4(x[i], unit(a_chunk, a_row, 2 * (k + i) + lane / 16));
-#pragma unroll
-        for (int n = 0; n < kBlocks; ++n) {
-          if (16 * n >= b_left) break;
-          float part[2][4] = {};
-#pragma unroll
-          for (int i = 0; i < kSteps; ++i) {
-            if (16 * (k + i) >= left) break;
-            uint32_t y[4];
-            ldmatrix_x4(y, unit(b_chunk, 16 * n + b_row, 2 * (k + i) + lane / 8 % 2));
-            const uint32_t low[2] = {y[0], y[1]}, high[2] = {y[2], y[3]};
-            mma_m16n8k16<T>(part[0], x[i], low);
-            mma_m16n8k16<T>(part[1], x[i], high);
-          }
-#pragma unroll
-          for (int e = 0; e < 8; ++e) sums[2 * n + e / 4][e % 4] += part[e / 4][e % 4];
-        }
-      }
+      if (left >= kChunk)
+        multiply_steps<kBlocks, true>(a_chunk, b_chunk, left, b_left);
+      else
+        multiply_steps<kBlocks, false>(a_chunk, b_chunk, left, b_left);
     } else {
 #pragma unroll 1  // unrolled, the reads of several units would spill
       for (int u = 0; u < 8; ++u) {
@@ -170,12 +147,48 @@ struct DotTile {
     }
   }
 
+  // Of a whole chunk with kWhole. A lane reads unit 2 k + h of vector r at ((2 k + h) ^ r % 8) << 4 = (h ^ r % 8) << 4 ^
+  // k << 5: what depends on the lane is made once. The branches between blocks of B vectors keep the compiler from
+  // loading more than the registers hold.
+  template <int kBlocks, bool kWhole>
+  __device__ __forceinline__ void multiply_steps(const unsigned char* a_chunk, const unsigned char* b_chunk, int left,
+                                                 int b_left) {
+    constexpr int kSteps = kChunk / 16, kRun = 2;  // of 16 products: a chunk, and between two restarts
+    const int lane = lane_id(), a_row = 16 * tile_warp() + lane % 16, b_row = lane / 16 * 8 + lane % 8;
+    const unsigned char* const a_at = a_chunk + a_row * kChunkBytes;
+    const unsigned char* const b_at = b_chunk + b_row * kChunkBytes;
+    const int a_unit = (lane / 16 ^ lane % 8) << 4, b_unit = (lane / 8 % 2 ^ lane % 8) << 4;
+#pragma unroll
+    for (int first = 0; first < kSteps; first += kRun) {
+      if (!kWhole && 16 * first >= left) break;
+      uint32_t x[kRun][4];
+#pragma unroll
+      for (int k = 0; k < kRun; ++k) ldmatrix_x4(x[k], a_at + (a_unit ^ (first + k) << 5));
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) {
+        if (16 * n >= b_left) break;
+        float part[2][4] = {};
+#pragma unroll
+        for (int k = 0; k < kRun; ++k) {
+          if (!kWhole && 16 * (first + k) >= left) break;
+          uint32_t y[4];
+          ldmatrix_x4(y, b_at + 16 * n * kChunkBytes + (b_unit ^ (first + k) << 5));
+          const uint32_t low[2] = {y[0], y[1]}, high[2] = {y[2], y[3]};
+          mma_m16n8k16<T>(part[0], x[k], low);
+          mma_m16n8k16<T>(part[1], x[k], high);
+        }
+#pragma unroll
+        for (int e = 0; e < 8; ++e) sums[2 * n + e / 4][e % 4] += part[e / 4][e % 4];
+      }
+    }
+  }
+
   __device__ __forceinline__ static const unsigned char* unit(const unsigned char* chunk, int vector, int u) {
     return chunk + vector * kChunkBytes + ((u ^ (vector & 7)) << 4);
   }
 };
 
-// Which 64 vectors of a list a tile takes. A list has a count, vector(v, exists) and aligned.
+// Which 64 vectors of a list a tile takes. A list has a count, vector(v) and aligned.
 template <class T, class List = VectorList<T>>
 struct TileVectors {
   List list;
@@ -188,60 +201,84 @@ struct TileVectors {
   }
 };
 
+// A thread's part in the copies of a tile's vectors, chunk by chunk: of the vectors tile_thread() / 4 and 32 further,
+// the units tile_thread() % 4 and 4 further, odd vectors in reverse order: 8 neighbouring lanes write to distinct banks,
+// and 4 read 64 bytes in a row. Vectors that do not exist are copies of one that does.
 template <class T>
-__device__ __forceinline__ void copy_elements(T* to, const T* vector, int element, int dim) {
-#pragma unroll
-  for (int e = 0; e < DotTile<T>::kUnit; ++e) to[e] = element + e < dim ? vector[element + e] : from_float<T>(0.0f);
-}
+struct TileCopy {
+  using Tile = DotTile<T>;
+  const T* vectors[2];  // from the thread's first unit of the next chunk on
 
-// Starts (or, unaligned, makes) the copy of chunk `c` of a tile's vectors to `to`. A thread copies, of the vectors
-// tile_thread() / 4 and 32 further, the units tile_thread() % 4 and 4 further, odd vectors in reverse order: 8
-// neighbouring lanes write to distinct banks, and 4 read 64 bytes in a row. The vectors are found again for every
-// chunk: kept, their addresses would cost registers while a tile is visited.
-template <class T, class List>
-__device__ __forceinline__ void copy_chunk(unsigned char* to, const TileVectors<T, List>& tile, int c, int dim) {
-  const int row = tile_thread() / 4;
-  bool exists[2];
-  const T* const vectors[2] = {tile.list.vector(tile.first + row, exists[0]),
-                               tile.list.vector(tile.first + row + 32, exists[1])};
+  __device__ __forceinline__ static int row() { return tile_thread() / 4; }
+  __device__ __forceinline__ static int first_unit() { return tile_thread() % 4 + row() % 2 * 4; }
+
+  template <class List>
+  __device__ __forceinline__ void aim(const TileVectors<T, List>& tile) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int u = tile_thread() % 4 + 4 * ((half + row) % 2);
-    const int element = c * DotTile<T>::kChunk + u * DotTile<T>::kUnit;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      unsigned char* at = to + (row + 32 * i) * kChunkBytes + ((u ^ (row & 7)) << 4);
-      if (tile.list.aligned)
-        cp_async_16(at, vectors[i] + element, exists[i] && element < dim);
-      else
-        copy_elements(reinterpret_cast<T*>(at), vectors[i], element, exists[i] ? dim : 0);
-    }
+    for (int i = 0; i < 2; ++i) vectors[i] = tile.list.vector(tile.first + row() + 32 * i) + first_unit() * Tile::kUnit;
   }
-}
+
+  // Starts (or, unaligned, makes) the copy of the next chunk, of which `left` elements exist; zeros follow.
+  __device__ __forceinline__ void chunk(unsigned char* to, int left, bool aligned) {
+    const int at = row() * kChunkBytes + ((first_unit() ^ row() % 8) << 4), half = row() % 2 ? -4 : 4;
+    if (aligned && left >= Tile::kChunk) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        cp_async_16(to + (at ^ e / 2 << 6) + e % 2 * 32 * kChunkBytes, vectors[e % 2] + e / 2 * half * Tile::kUnit,
+                    true);
+    } else {
+#pragma unroll 1
+      for (int e = 0; e < 4; ++e) {
+        unsigned char* const place = to + (at ^ e / 2 << 6) + e % 2 * 32 * kChunkBytes;
+        const T* const source = (e % 2 ? vectors[1] : vectors[0]) + e / 2 * half * Tile::kUnit;
+        const int exist = left - (first_unit() + e / 2 * half) * Tile::kUnit;  // from there on
+        if (aligned)
+          cp_async_16(place, source, exist > 0);
+        else
+          copy_elements(reinterpret_cast<T*>(place), source, exist);
+      }
+    }
+    vectors[0] += Tile::kChunk;
+    vectors[1] += Tile::kChunk;
+  }
+
+  __device__ __forceinline__ static void copy_elements(T* to, const T* from, int exist) {
+#pragma unroll
+    for (int e = 0; e < Tile::kUnit; ++e) to[e] = e < exist ? from[e] : from_float<T>(0.0f);
+  }
+};
 
 // visit(t, tile) with the finished sums of tile t = 0 .. tiles - 1, those of the vectors kept_of(t) and streamed_of(t).
 // Both are functions from t to TileVectors, called again whenever needed. With `resident` the first operand is
 // kept_of(0) for all tiles and is read once. It is operand A of the tile, or with kKeptIsB operand B. Of B only the
 // first 16 kBlocks vectors are used.
 //
-// A warp whose A vectors do not exist computes nothing, and sums of B vectors that do not exist may be left 0: `visit`
-// must not use either. It is called by all threads, may contain barriers, and must not touch `shared`
+// A warp whose A vectors do not exist computes nothing, and sums of vectors that do not exist may be anything, NaN too:
+// `visit` must not use them. Every tile has at least one vector of either list. It is called by all threads, may contain barriers, and must not touch `shared`
 // (tile_shared_bytes of it). All threads call this function, which may be called repeatedly.
 template <class T, bool kKeptIsB = false, int kBlocks = 4, class KeptOf, class StreamedOf, class Visit>
 __device__ __forceinline__ void for_each_tile(unsigned char* shared, int dim, bool resident, int tiles,
                                               KeptOf&& kept_of, StreamedOf&& streamed_of, Visit&& visit) {
-  static_assert(kTileStages == 3, "two chunks ahead");
   constexpr int kChunk = DotTile<T>::kChunk;
   unsigned char* const ring = shared;
   unsigned char* const kept_ring = shared + kTileStages * kChunkTileBytes;  // resident: all chunks
   const int chunks = (dim + kChunk - 1) / kChunk;
+  unsigned char* const copies = kept_ring + (resident ? chunks : kTileStages) * kChunkTileBytes;
   int next_tile = 0, next_chunk = 0, next_stage = 0;  // what is loaded next, and to where
+  TileCopy<T> streamed_copy;
+  TileCopy<T>& kept_copy = reinterpret_cast<TileCopy<T>*>(copies)[tile_thread()];  // of the thread alone: no registers
   const auto load = [&] {
     if (next_tile < tiles) {
-      copy_chunk<T>(ring + next_stage * kChunkTileBytes, streamed_of(next_tile), next_chunk, dim);
-      if (!resident || next_tile == 0)
-        copy_chunk<T>(kept_ring + (resident ? next_chunk : next_stage) * kChunkTileBytes, kept_of(next_tile),
-                      next_chunk, dim);
+      const bool both = !resident || next_tile == 0;
+      const int left = dim - next_chunk * kChunk;
+      if (next_chunk == 0) {
+        streamed_copy.aim(streamed_of(next_tile));
+        if (both) kept_copy.aim(kept_of(next_tile));
+      }
+      streamed_copy.chunk(ring + next_stage * kChunkTileBytes, left, streamed_of(next_tile).list.aligned);
+      if (both)
+        kept_copy.chunk(kept_ring + (resident ? next_chunk : next_stage) * kChunkTileBytes, left,
+                        kept_of(next_tile).list.aligned);
       next_stage = next_stage == kTileStages - 1 ? 0 : next_stage + 1;
       if (++next_chunk == chunks) {
         next_chunk = 0;
@@ -251,8 +288,8 @@ __device__ __forceinline__ void for_each_tile(unsigned char* shared, int dim, bo
     cp_async_commit();
   };
   __syncthreads();  // an earlier call's last reads
-  load();
-  load();
+#pragma unroll 1
+  for (int ahead = 1; ahead < kTileStages; ++ahead) load();
   int stage = 0;
   for (int t = 0; t < tiles; ++t) {
     const int kept = kept_of(resident ? 0 : t).present(), streamed = streamed_of(t).present();
@@ -260,7 +297,7 @@ __device__ __forceinline__ void for_each_tile(unsigned char* shared, int dim, bo
     DotTile<T> tile;
     tile.clear();
     for (int c = 0; c < chunks; ++c) {
-      cp_async_wait<1>();
+      cp_async_wait<kTileStages - 2>();
       __syncthreads();
       load();
       const unsigned char* x = kept_ring + (resident ? c : stage) * kChunkTileBytes;

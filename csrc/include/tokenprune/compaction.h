@@ -203,6 +203,8 @@ inline void CompactPlanner::number_blocks(CompactTable& table, const DeviceLimit
       blocks += int64_t(blocks_of(table.group[g], per_block)) * table.group[g].blocks.value;
     if (blocks >= 2 * limits.sm_count) break;
   }
+  per_block =
+      limits.planned_power(Planned::kGatherVectors, per_block, kCompactThreads, kCompactThreads * kCompactUnroll);
   table.vectors_per_block = static_cast<uint16_t>(per_block);
   for (int g = 0; g < table.groups; ++g) {
     CompactGroup& group = table.group[g];

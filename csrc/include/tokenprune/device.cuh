@@ -56,12 +56,17 @@ __device__ __forceinline__ T from_float(float x) {
   }
 }
 
-// Where and how large a launch is. `cluster` blocks along x work together (1: no cluster).
+// Where and how large a launch is. `cluster` blocks along x work together (1: no cluster). The blocks of a cooperative
+// launch are all there at the same time, or it is refused: they may wait for each other (group_sync). A dependent launch
+// (compute capability 9.0) may start before the one in front of it, of the same call, has ended: its threads call
+// wait_for_launch_before (ptx.cuh) before they read what earlier launches write, or write what those read.
 struct Launch {
   dim3 grid, block;
   size_t shared;
   cudaStream_t stream;
   unsigned cluster = 1;
+  bool cooperative = false;
+  bool dependent = false;
 };
 
 // Blocks of `kernel` may have all the dynamic shared memory of the current device from now on. The limit is one per
@@ -94,18 +99,29 @@ cudaError_t launch(const Launch& where, void (*kernel)(Parameters...), Arguments
     const cudaError_t status = raise_shared_limit(reinterpret_cast<const void*>(kernel));
     if (status != cudaSuccess) return status;
   }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = where.cluster;
-  attribute.val.clusterDim.y = 1;
-  attribute.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[3] = {};
+  unsigned count = 0;
+  if (where.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count].val.clusterDim.x = where.cluster;
+    attributes[count].val.clusterDim.y = 1;
+    attributes[count++].val.clusterDim.z = 1;
+  }
+  if (where.cooperative) {
+    attributes[count].id = cudaLaunchAttributeCooperative;
+    attributes[count++].val.cooperative = 1;
+  }
+  if (where.dependent) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = where.grid;
   config.blockDim = where.block;
   config.dynamicSmemBytes = where.shared;
   config.stream = where.stream;
-  config.attrs = &attribute;
-  config.numAttrs = where.cluster > 1 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 

@@ -22,9 +22,17 @@ struct CandidateSlots {
   Candidate warps[2][kWarp], blocks[2][kMaxCluster];
 };
 
+struct PublishNothing {
+  __device__ __forceinline__ void operator()(Candidate, unsigned) const {}
+};
+
 // The best candidate of the whole cluster, in every thread. `step` counts the calls. Every block is a multiple of 32
-// threads. The barrier inside also orders what threads wrote to shared memory before the call.
-__device__ __forceinline__ Candidate cluster_best(Candidate mine, CandidateSlots& slots, unsigned step) {
+// threads. The barrier inside also orders what threads wrote to shared memory before the call. In a cluster of several
+// blocks, all threads call publish(the best of their block, step % 2) before the barrier of the cluster: it may write
+// to the others what they would have to fetch if its candidate is the pick, in one of two sets as the slots.
+template <class Publish = PublishNothing>
+__device__ __forceinline__ Candidate cluster_best(Candidate mine, CandidateSlots& slots, unsigned step,
+                                                  Publish publish = {}) {
   const unsigned set = step % 2, warps = blockDim.x / kWarp;
   const Candidate none = kNoCandidate;  // a reference to the constant itself would not exist on the device
   mine = warp_best(mine);
@@ -33,6 +41,7 @@ __device__ __forceinline__ Candidate cluster_best(Candidate mine, CandidateSlots
   mine = warp_best(static_cast<unsigned>(lane_id()) < warps ? slots.warps[set][lane_id()] : none);
   if (cluster_size() == 1) return mine;
   if (threadIdx.x < cluster_size()) cluster_shared(&slots, threadIdx.x)->blocks[set][cluster_rank()] = mine;
+  publish(mine, set);
   cluster_sync();
   return warp_best(static_cast<unsigned>(lane_id()) < cluster_size() ? slots.blocks[set][lane_id()] : none);
 }
@@ -40,11 +49,11 @@ __device__ __forceinline__ Candidate cluster_best(Candidate mine, CandidateSlots
 // Picks up to k tokens, best first. A rule has
 //   Candidate best()                           the best of the calling thread's own tokens,
 //   void commit(int64_t slot, Candidate pick)  takes the pick out and updates the objective; all threads call it.
-// Returns how many were picked.
-template <class Rule>
-__device__ __forceinline__ int64_t greedy_select(Rule& rule, CandidateSlots& slots, int64_t k) {
+// `publish` is that of cluster_best. Returns how many were picked.
+template <class Rule, class Publish = PublishNothing>
+__device__ __forceinline__ int64_t greedy_select(Rule& rule, CandidateSlots& slots, int64_t k, Publish publish = {}) {
   for (int64_t slot = 0; slot < k; ++slot) {
-    const Candidate pick = cluster_best(rule.best(), slots, static_cast<unsigned>(slot));
+    const Candidate pick = cluster_best(rule.best(), slots, static_cast<unsigned>(slot), publish);
     if (pick.key == kNoKey) return slot;
     rule.commit(slot, pick);
   }

@@ -1,9 +1,11 @@
 // What the launch planners know of a device. Plain data, so that planners run and are tested without one.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "tokenprune/macros.h"
+#include "tokenprune/overrides.h"
 
 namespace tokenprune {
 
@@ -11,7 +13,22 @@ struct DeviceLimits {
   int sm_count = 132;
   int shared_per_block = 227 * 1024;  // bytes of dynamic shared memory a block may opt in to
   int architecture = 90;              // compute capability, 10 * major + minor
+  bool cooperative = true;            // can blocks of one launch wait for each other?
+  const PlanOverrides* overrides = nullptr;
   bool has_clusters() const { return architecture >= 90; }
+
+  // `own`, the planner's choice, unless a debug run asks for another value; of that, what lies in [low, high].
+  int64_t planned(Planned what, int64_t own, int64_t low, int64_t high) const {
+    const auto asked = overrides == nullptr ? std::nullopt : overrides->values[static_cast<size_t>(what)];
+    return asked ? std::clamp(*asked, low, std::max(low, high)) : own;
+  }
+  // The same for what must be a power of two: the next smaller one.
+  int64_t planned_power(Planned what, int64_t own, int64_t low, int64_t high) const {
+    int64_t power = 1;
+    const int64_t value = planned(what, own, low, high);
+    while (2 * power <= value) power *= 2;
+    return power;
+  }
 };
 
 // Grids are limited to 2^31 - 1 blocks in x and to 65535 in y and z.

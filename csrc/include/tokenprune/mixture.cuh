@@ -17,10 +17,12 @@
 // max(t * V, v * T): the same order without a division, and equal shares of the two lists give equal products where
 // these are exact.
 //
+// Keys are made once from the scores and have one form whatever the dtypes are: an array per list, in shared memory or,
+// when they are too many, in global memory. So are the lists that are sorted.
+//
 // Grid B, block 128 to 512 (a thread for every two tokens), static shared memory two RadixScratch; dynamic: 8 bytes
-// per sorted key, 16 per summed one, and 8 per token if there is room. Scores are read once (keys in shared memory),
-// otherwise once per pass, up to 26 of them; the minimum is once. Lists too long for shared memory are sorted in global
-// memory.
+// per sorted key, 16 per summed one, and 8 per token, as far as there is room. Scores are read once, which is the
+// minimum; keys in global memory are read up to 26 times.
 #pragma once
 
 #include "tokenprune/mixture.h"
@@ -31,37 +33,40 @@ namespace tokenprune {
 
 static_assert(sizeof(RadixScratch<uint32_t>) + sizeof(RadixScratch<uint64_t>) + 1024 <= kMixtureStaticShared);
 
-__device__ __forceinline__ float score_at(const void* data, ScoreType type, int64_t i) {
-  if (type == ScoreType::kFloat) return static_cast<const float*>(data)[i];
-  if (type == ScoreType::kHalf) return to_float(static_cast<const __half*>(data)[i]);
-  return to_float(static_cast<const __nv_bfloat16*>(data)[i]);
+// The type is looked at twice, once to load and once to convert: a branch for each, around all of it, would write the
+// loop over the tokens once for every pair of types.
+__device__ __forceinline__ float score_at(const ScoreRows& rows, int64_t i) {
+  const bool wide = rows.type == ScoreType::kFloat;
+  const uint32_t bits = wide ? static_cast<const uint32_t*>(rows.data)[i] : static_cast<const uint16_t*>(rows.data)[i];
+  __half half;
+  memcpy(&half, &bits, sizeof half);  // its low half
+  return rows.type == ScoreType::kHalf ? to_float(half) : __uint_as_float(wide ? bits : bits << 16);
 }
 
-// The keys of one list. Negative scores and NaN count as 0.
-struct MixtureKeys {
-  const void* scores;
-  ScoreType type;
-  const uint8_t* mask;
-  const uint32_t* kept;  // the keys themselves, or null
-
-  __device__ __forceinline__ uint32_t fresh(uint32_t i) const {
-    if (mask != nullptr && !mask[i]) return kNoKey;
-    const float score = score_at(scores, type, i);
-    return order_key(score > 0 ? score : 0.0f);
-  }
-  __device__ __forceinline__ uint32_t operator()(uint32_t i) const { return kept != nullptr ? kept[i] : fresh(i); }
-};
+// Negative scores and NaN count as 0.
+__device__ __forceinline__ uint32_t mixture_key(const ScoreRows& rows, int64_t sample, uint32_t i, bool visible) {
+  const float score = score_at(rows, sample * rows.stride + i);
+  return visible ? nonnegative_key(score > 0 ? score : 0.0f) : kNoKey;
+}
 
 __device__ __forceinline__ float score_of(uint32_t key) { return key == kNoKey ? 0.0f : nonnegative_value_of_key(key); }
 
-// Sorts both lists of `length` keys (a power of two), best first.
+// Sorts both lists of `length` keys (a power of two), best first. A warp compares 32 neighbouring pairs; up to a stride
+// of 32 they lie among the same 64 keys in every step, so that the warp need not wait for the others.
 __device__ __forceinline__ void sort_lists(uint32_t* text, uint32_t* visual, uint32_t length) {
+  const uint32_t half = length / 2;
+  uint32_t last_stride = 2 * kWarp;  // as after a step in which all warps write to each other's keys
   for (uint32_t size = 2; size <= length; size *= 2)
     for (uint32_t stride = size / 2; stride > 0; stride /= 2) {
-      __syncthreads();
+      if (max(stride, last_stride) > kWarp)
+        __syncthreads();
+      else
+        __syncwarp();
+      last_stride = stride;
+#pragma unroll 1
       for (uint32_t pair = threadIdx.x; pair < length; pair += blockDim.x) {
-        uint32_t* list = pair < length / 2 ? text : visual;
-        const uint32_t of_list = pair % (length / 2), i = 2 * of_list - of_list % stride, j = i + stride;
+        uint32_t* list = pair < half ? text : visual;
+        const uint32_t of_list = pair & (half - 1), i = 2 * of_list - (of_list & (stride - 1)), j = i + stride;
         const uint32_t a = list[i], b = list[j];
         if ((a < b) == ((i & size) == 0)) {
           list[i] = b;
@@ -76,9 +81,8 @@ __device__ __forceinline__ void sort_lists(uint32_t* text, uint32_t* visual, uin
 // threads of the block call it.
 __device__ __forceinline__ void prefix_sums(const uint32_t* sorted, uint32_t count, double* mass, uint32_t thread,
                                             uint32_t threads) {
-  uint32_t chunk = ceil_div(count, threads);
-  while (static_cast<uint64_t>(chunk) * chunk < count)
-    ++chunk;  // as long as there are chunks: their sums are added up one by one
+  // At least as long as there are chunks, whose sums are added up one by one.
+  const uint32_t chunk = max(ceil_div(count, threads), static_cast<uint32_t>(ceil(sqrt(static_cast<double>(count)))));
   const uint32_t begin = min(thread * chunk, count), end = min(begin + chunk, count);
   double sum = 0;
   for (uint32_t r = begin; r < end; ++r) mass[r + 1] = sum += score_of(sorted[r]);
@@ -157,37 +161,27 @@ __global__ void __launch_bounds__(kMixtureMaxThreads, 1)
   const Stretch of_warp = stretch_of_warp({0, n});
 
   // In this order: prefix sums, sorted keys, the keys of all tokens.
-  unsigned char* memory = plan.in_workspace ? p.workspace + sample * plan.list_bytes() : dynamic_shared();
-  double *text_mass = reinterpret_cast<double*>(memory), *visual_mass = text_mass + plan.summed + 1;
+  unsigned char *shared = dynamic_shared(), *workspace = p.workspace + sample * plan.bytes(false);
+  unsigned char* lists = plan.lists_in_shared ? shared : workspace;
+  unsigned char* keys = (plan.keys_in_shared ? shared : workspace) +
+                        (plan.lists_in_shared == plan.keys_in_shared ? plan.list_bytes() : 0);
+  double *text_mass = reinterpret_cast<double*>(lists), *visual_mass = text_mass + plan.summed + 1;
   uint32_t *text_sorted = reinterpret_cast<uint32_t*>(visual_mass + plan.summed + 1),
            *visual_sorted = text_sorted + plan.sorted;
+  uint32_t *text_keys = reinterpret_cast<uint32_t*>(keys), *visual_keys = text_keys + n;
   const uint8_t* mask = p.mask == nullptr ? nullptr : p.mask + sample * p.mask_stride;
-  const auto keys_of = [&](const ScoreRows& rows) -> MixtureKeys {
-    const int bytes = rows.type == ScoreType::kFloat ? 4 : 2;
-    return {static_cast<const unsigned char*>(rows.data) + sample * rows.stride * bytes, rows.type, mask, nullptr};
-  };
-  // In shared memory: in registers, the compiler would write every loop once for each kind of either list, and a choice
-  // between the lists would put both into local memory.
-  TOKENPRUNE_SHARED(MixtureKeys[2], lists);
-  if (threadIdx.x == 0) {
-    lists[0] = keys_of(p.text);
-    lists[1] = keys_of(p.visual);
-  }
-  __syncthreads();
-  const MixtureKeys &text = lists[0], &visual = lists[1];
-  if (plan.keys_in_shared) {
-    auto* kept = plan.in_workspace ? reinterpret_cast<uint32_t*>(dynamic_shared()) : visual_sorted + plan.sorted;
-    for (uint32_t i = of_warp.begin + lane_id(); i < of_warp.end; i += kWarp) {
-      kept[i] = text.fresh(i);
-      kept[n + i] = visual.fresh(i);
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      lists[0].kept = kept;
-      lists[1].kept = kept + n;
-    }
-    __syncthreads();
-  }
+  each_token(
+      of_warp,
+      [&](uint32_t i) -> uint2 {
+        const bool visible = mask == nullptr || mask[i] != 0;
+        return {mixture_key(p.text, sample, i, visible), mixture_key(p.visual, sample, i, visible)};
+      },
+      [&](uint32_t i, uint2 keys) {
+        text_keys[i] = keys.x;
+        visual_keys[i] = keys.y;
+      });
+  const auto text = [&](uint32_t i) { return text_keys[i]; };
+  const auto visual = [&](uint32_t i) { return visual_keys[i]; };
 
   // Sums of everything, for the shares.
   double text_sum = 0, visual_sum = 0;
@@ -207,7 +201,8 @@ __global__ void __launch_bounds__(kMixtureMaxThreads, 1)
   Threshold<uint32_t> of_text{}, of_visual{};
 #pragma unroll 1
   for (int turn = 0; turn < 2; ++turn) {
-    of_visual = threshold_of_best(lists[turn], of_warp, wanted, {0, 0}, list_scratch);
+    const uint32_t* list = turn == 0 ? text_keys : visual_keys;
+    of_visual = threshold_of_best([&](uint32_t i) { return list[i]; }, of_warp, wanted, {0, 0}, list_scratch);
     if (turn == 0) of_text = of_visual;
   }
   const MarkCounts above = ranked<2>(
@@ -252,7 +247,7 @@ __global__ void __launch_bounds__(kMixtureMaxThreads, 1)
   const auto fill_key = [&](uint32_t i) -> uint64_t {  // kNoKey: kept already, or masked
     const uint32_t text_key = text(i), visual_key = visual(i);
     if (text_key == kNoKey || Token{text_key, i} < text_end || Token{visual_key, i} < visual_end) return kNoKey;
-    return order_key(weights.share(text_key, visual_key));
+    return nonnegative_key(weights.share(text_key, visual_key));
   };
   uint32_t open = 0;
   for (uint32_t i = of_warp.begin + lane_id(); i < of_warp.end; i += kWarp) open += fill_key(i) != kNoKey;

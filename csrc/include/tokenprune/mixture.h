@@ -29,7 +29,7 @@ struct MixtureProblem {
   int64_t *counts, *num_text;  // [batch]
   int64_t batch, n, k;
   int64_t reserved;          // of each list; 2 * reserved <= k
-  unsigned char* workspace;  // plan.workspace_bytes(batch), 16-byte aligned
+  unsigned char* workspace;  // plan.workspace_bytes(batch), 16-byte aligned; may be null if that is 0
 };
 
 constexpr int kMixtureMaxThreads = 512;
@@ -37,34 +37,40 @@ constexpr int kMixtureMaxThreads = 512;
 constexpr int64_t kMixtureMaxTokens = (int64_t(1) << 31) - 1;
 constexpr int kMixtureStaticShared = 12 * 1024;  // bytes that the kernel has beside its lists
 
-// One block per sample. Of both lists it sorts the part that may be kept and sums up what is not reserved of it; that
-// lies in shared memory, or in global memory when it is too long. The keys of all tokens lie there too if they fit.
+// One block per sample. Of both lists it sorts the part that may be kept and sums up what is not reserved of it; beside
+// that it holds the keys of all tokens. Each of the two lies in shared memory, or in global memory when it is too long.
 struct MixturePlan {
   unsigned threads;
+  int64_t n;
   int64_t sorted;  // keys per list, a power of two
   int64_t summed;  // at most, per list
-  bool in_workspace, keys_in_shared;
-  size_t shared;
+  bool lists_in_shared, keys_in_shared;
 
   TOKENPRUNE_HD int64_t list_bytes() const { return 2 * (sizeof(double) * (summed + 1) + sizeof(uint32_t) * sorted); }
-  int64_t workspace_bytes(int64_t batch) const { return in_workspace ? batch * list_bytes() : 0; }
+  TOKENPRUNE_HD int64_t key_bytes() const { return 2 * sizeof(uint32_t) * n; }
+  // Of a sample: what lies in shared memory, or what does not.
+  TOKENPRUNE_HD int64_t bytes(bool in_shared) const {
+    return (lists_in_shared == in_shared ? list_bytes() : 0) + (keys_in_shared == in_shared ? key_bytes() : 0);
+  }
+  int64_t workspace_bytes(int64_t batch) const { return batch * bytes(false); }
 };
 
 inline MixturePlan plan_mixture(int64_t n, int64_t k, int64_t reserved, const DeviceLimits& limits) {
   constexpr int64_t kTokensPerThread = 2, kMinThreads = 128;
   MixturePlan plan{};
   const int64_t listed = std::min(k - reserved, n);
-  plan.threads = static_cast<unsigned>(
-      std::clamp<int64_t>(round_up<int64_t>(ceil_div(n, kTokensPerThread), 32), kMinThreads, kMixtureMaxThreads));
+  const int64_t threads =
+      limits.planned(Planned::kMixtureThreads, ceil_div(n, kTokensPerThread), kMinThreads, kMixtureMaxThreads);
+  plan.threads =
+      static_cast<unsigned>(std::clamp<int64_t>(round_up<int64_t>(threads, 32), kMinThreads, kMixtureMaxThreads));
+  plan.n = n;
   plan.sorted = 2;
   while (plan.sorted < listed) plan.sorted *= 2;
   plan.summed = std::max<int64_t>(listed - reserved, 0);
   int64_t left = limits.shared_per_block - kMixtureStaticShared;
-  plan.in_workspace = plan.list_bytes() > left;
-  if (!plan.in_workspace) left -= plan.list_bytes();
-  const int64_t key_bytes = 2 * sizeof(uint32_t) * n;
-  plan.keys_in_shared = key_bytes <= left;
-  plan.shared = (plan.in_workspace ? 0 : plan.list_bytes()) + (plan.keys_in_shared ? key_bytes : 0);
+  plan.lists_in_shared = plan.list_bytes() <= left;
+  if (plan.lists_in_shared) left -= plan.list_bytes();
+  plan.keys_in_shared = plan.key_bytes() <= left;
   return plan;
 }
 

@@ -4,21 +4,25 @@
 // with which weights does not depend on the order of the picks, so it is worked out in parallel beforehand, and what is
 // left of a step is a search for the best key and a handful of multiplications:
 //   prepare  one warp per token: the norm of its features, its position and score as float32.
+//   weights  the weights of all pairs of tokens as a table, if that is small: one cluster per pair of 64 tokens, with
+//            tiles of dot products (tensor cores for 16-bit features); otherwise
 //   lists    one block per 16 tokens and range of columns: finds the tokens that they reach, and computes those weights
-//            with 16 x 64 tiles of dot products (tensor cores for 16-bit features).
+//            with 16 x 64 tiles of dot products.
 //   select   one block, or one cluster, per sample: all k steps (greedy.cuh) on keys in shared memory.
 // Lists have a fixed capacity. A token that reaches more than that has no list: should it be picked, the selecting
 // blocks compute its weights on the spot, with the same sums. With k <= 2 there are no lists at all.
 //
 //            grid                  block   shared memory             bytes moved
-//   prepare  tokens / 8            256     none                      the features once (the minimum)
+//   prepare  tokens / 4            128     none                      the features once (the minimum)
+//   weights  pairs of tiles * 4    128     48 KiB                    128 rows per pair of tiles with neighbours, from
+//                                                                    L2; 4 per pair of tokens written
 //   lists    tokens / 16 * splits  256     NmsListShared             (16 + reached columns) rows per tile, from L2;
 //                                                                    8 per list entry written
-//   select   samples * cluster     <= 384  NmsSelectShared, and 4    4 per token; 8 per list entry of every pick
+//   select   samples * cluster     <= 384  NmsSelectShared, and 4    4 per token; a row or list of every pick
 //                                          per token
 #pragma once
 
-#include "tokenprune/nms_lists.cuh"
+#include "tokenprune/nms_weights.cuh"
 
 namespace tokenprune {
 
@@ -41,6 +45,7 @@ struct NmsRule {
   NmsSelectShared& s;
   uint32_t* keys;  // of the owned tokens
   int64_t sample, first, owned, capacity, steps;
+  bool table;
 
   __device__ __forceinline__ Candidate best() const {
     Candidate mine = kNoCandidate;
@@ -65,33 +70,54 @@ struct NmsRule {
   __device__ __forceinline__ bool owns(int64_t token) const { return token >= first && token < first + owned; }
 
   __device__ __forceinline__ void commit(int64_t slot, Candidate pick) {
-    if (threadIdx.x == 0) {
-      if (cluster_rank() == 0) {
-        p.indices[sample * p.k + slot] = pick.index;
-        p.selected[sample * p.k + slot] = value_of_key(pick.key);
-      }
-      if (owns(pick.index)) keys[pick.index - first] = kNoKey;
+    if (threadIdx.x == 0 && cluster_rank() == 0) {
+      p.indices[sample * p.k + slot] = pick.index;
+      p.selected[sample * p.k + slot] = value_of_key(pick.key);
     }
+    if (table) return apply_row(pick.index);
+    if (threadIdx.x == 0 && owns(pick.index)) keys[pick.index - first] = kNoKey;
     if (slot + 1 == steps) return;  // no further pick is made
-    if (capacity == 0) {
+    if (capacity == 0)
       apply_to_neighbours(pick.index);
-    } else {
-      const NmsEntry* list = w.lists + (sample * p.n + pick.index) * capacity;
-      // Asked for together with the thread's own first entry: one wait for memory.
-      const int32_t head = list[0].index;
-      NmsEntry entry = threadIdx.x < capacity ? list[threadIdx.x] : NmsEntry{kEnd, 0};
-      if (head == kOverflow) {
-        apply_to_neighbours(pick.index);
-      } else {
-        for (int64_t e = threadIdx.x; entry.index != kEnd;) {
-          if (owns(entry.index)) suppress(entry.index, entry.weight);
-          e += blockDim.x;
-          if (e >= capacity) break;
-          entry = list[e];
-        }
+    else
+      apply_list(pick.index);
+    __syncthreads();
+  }
+
+  // A thread reads the weights of its own tokens, all at once, and no barrier is needed: it is the only one that looks
+  // at their keys.
+  __device__ __forceinline__ void apply_row(int64_t pick_index) const {
+    const float* row = w.weights + (sample * p.n + pick_index) * p.n;
+    for (int64_t from = threadIdx.x; from < owned; from += kLooksPerThread * blockDim.x) {
+      float weights[kLooksPerThread];
+#pragma unroll
+      for (int a = 0; a < kLooksPerThread; ++a) {
+        const int64_t i = from + a * blockDim.x;
+        weights[a] = i < owned ? row[first + i] : kNoWeight;
+      }
+#pragma unroll
+      for (int a = 0; a < kLooksPerThread; ++a) {
+        const int64_t i = from + a * blockDim.x;
+        if (first + i == pick_index)
+          keys[i] = kNoKey;
+        else if (!(weights[a] < 0))  // NaN is a weight
+          suppress(first + i, weights[a]);
       }
     }
-    __syncthreads();
+  }
+
+  __device__ __forceinline__ void apply_list(int64_t pick_index) {
+    const NmsEntry* list = w.lists + (sample * p.n + pick_index) * capacity;
+    // Asked for together with the thread's own first entry: one wait for memory.
+    const int32_t head = list[0].index;
+    NmsEntry entry = threadIdx.x < capacity ? list[threadIdx.x] : NmsEntry{kEnd, 0};
+    if (head == kOverflow) return apply_to_neighbours(pick_index);
+    for (int64_t e = threadIdx.x; entry.index != kEnd;) {
+      if (owns(entry.index)) suppress(entry.index, entry.weight);
+      e += blockDim.x;
+      if (e >= capacity) break;
+      entry = list[e];
+    }
   }
 
   // The weights of a pick without a list, computed now.
@@ -136,9 +162,11 @@ struct NmsRule {
 
 template <class T>
 __global__ void __launch_bounds__(kNmsMostSelectThreads, 1)
-    nms_select_kernel(const NmsProblem p, int64_t capacity, int64_t steps, int64_t owned, bool keys_in_shared) {
+    nms_select_kernel(const NmsProblem p, int64_t capacity, int64_t steps, int64_t owned, bool keys_in_shared,
+                      bool table) {
   TOKENPRUNE_SHARED(NmsSelectShared, s);
-  const NmsWorkspace w = nms_workspace(p, capacity);
+  wait_for_launch_before();
+  const NmsWorkspace w = nms_workspace(p);
   const int64_t sample = blockIdx.x / cluster_size(), first = min(cluster_rank() * owned, p.n);
   owned = min(owned, p.n - first);
   uint32_t* keys = w.keys + sample * p.n + first;
@@ -150,7 +178,7 @@ __global__ void __launch_bounds__(kNmsMostSelectThreads, 1)
   // A thread's first search reads only what it has copied itself, or what an earlier launch has written. The barrier is
   // for the other blocks' shared memory: it may be written once they have started.
   cluster_sync();
-  NmsRule<T> rule{p, w, s, keys, sample, first, owned, capacity, steps};
+  NmsRule<T> rule{p, w, s, keys, sample, first, owned, capacity, steps, table};
   const int64_t picked = greedy_select(rule, s.slots, steps);
   if (cluster_rank() != 0) return;
   if (threadIdx.x == 0) p.counts[sample] = picked;
@@ -163,14 +191,25 @@ __global__ void __launch_bounds__(kNmsMostSelectThreads, 1)
 template <class T>
 cudaError_t launch_spatial_semantic_nms(const NmsProblem& p, const NmsPlan& plan, cudaStream_t stream) {
   cudaError_t status =
-      launch({dim3(plan.prepare_blocks), dim3(kNmsThreads), 0, stream}, nms_prepare_kernel<T>, p, plan.capacity);
+      launch({dim3(plan.prepare_blocks), dim3(kNmsPrepareThreads), 0, stream}, nms_prepare_kernel<T>, p);
   if (status != cudaSuccess) return status;
-  status = launch({dim3(plan.list_blocks), dim3(kNmsThreads), 0, stream}, nms_lists_kernel<T>, p, plan.capacity,
-                  plan.splits, plan.split_columns);
+  Launch second{dim3(plan.list_blocks), dim3(kNmsThreads), 0, stream};
+  second.dependent = plan.overlap;
+  if (plan.weight_blocks > 0) {
+    second.grid = dim3(plan.weight_blocks);
+    second.block = dim3(kNmsWeightThreads);
+    second.shared = kNmsWeightShared;
+    second.cluster = kNmsWeightCluster;
+    status = launch(second, nms_weights_kernel<T>, p);
+  } else {
+    status = launch(second, nms_lists_kernel<T>, p, plan.capacity, plan.splits, plan.split_columns);
+  }
   if (status != cudaSuccess) return status;
-  return launch({dim3(p.batch * plan.cluster), dim3(plan.select_threads), static_cast<size_t>(plan.shared), stream,
-                 static_cast<unsigned>(plan.cluster)},
-                nms_select_kernel<T>, p, plan.capacity, plan.steps, plan.owned, plan.keys_in_shared);
+  Launch third{dim3(p.batch * plan.cluster), dim3(plan.select_threads), static_cast<size_t>(plan.shared), stream,
+               static_cast<unsigned>(plan.cluster)};
+  third.dependent = plan.overlap;
+  return launch(third, nms_select_kernel<T>, p, plan.capacity, plan.steps, plan.owned, plan.keys_in_shared,
+                plan.weight_blocks > 0);
 }
 
 }  // namespace tokenprune

@@ -15,20 +15,23 @@ struct alignas(8) NmsEntry {
   float weight;
 };
 constexpr int32_t kEnd = -1, kOverflow = -2;
+constexpr float kNoWeight = -1;  // in the table of weights, which are not negative: the pick does not reach the token
 
 struct NmsWorkspace {
-  NmsEntry* lists;      // [batch * n, capacity], ascending
   float2* coordinates;  // [batch * n], kNmsAxes of each
   float* norms;         // [batch * n]
   uint32_t* keys;       // [batch * n], order_key of the scores; kNoKey: not available
+  NmsEntry* lists;      // [batch * n, capacity], ascending; or
+  float* weights;       // [batch * n, n], kNoWeight where a token is not reached
 };
 
-__device__ __forceinline__ NmsWorkspace nms_workspace(const NmsProblem& p, int64_t capacity) {
+__device__ __forceinline__ NmsWorkspace nms_workspace(const NmsProblem& p) {
   const int64_t tokens = p.batch * p.n;
-  auto* lists = static_cast<NmsEntry*>(p.workspace);
-  auto* coordinates = reinterpret_cast<float2*>(lists + tokens * capacity);
+  auto* coordinates = static_cast<float2*>(p.workspace);
   auto* norms = reinterpret_cast<float*>(coordinates + tokens);
-  return {lists, coordinates, norms, reinterpret_cast<uint32_t*>(norms + tokens)};
+  auto* keys = reinterpret_cast<uint32_t*>(norms + tokens);
+  uint32_t* rest = keys + tokens;
+  return {coordinates, norms, keys, reinterpret_cast<NmsEntry*>(rest), reinterpret_cast<float*>(rest)};
 }
 
 __device__ __forceinline__ float load_float(const FloatRows& rows, int64_t offset) {
@@ -105,14 +108,33 @@ __device__ __forceinline__ int64_t semantic_dim(const NmsProblem& p) {
 // one.
 template <class T>
 __device__ __forceinline__ float warp_norm(const T* row, int64_t dim, bool wide) {
+  constexpr int kStride = kWarp * kVector<T>;
   float sum = 0;
-  for (int64_t k = lane_id() * kVector<T>; k < dim; k += kWarp * kVector<T>) {
-    const Vector<T> v = load_vector<false>(row, k, dim, wide);
-    float part = 0;
+  // Whole vectors come eight at a time: the barrier keeps the compiler from waiting for one before it asks for the next.
+  const auto add_up = [&](auto whole) {
+    constexpr int kAhead = whole.value ? 8 : 1;
+    for (int64_t from = 0; from < dim; from += kAhead * kStride) {
+      Vector<T> ahead[kAhead];
 #pragma unroll
-    for (int i = 0; i < kVector<T>; ++i) part = fmaf(to_float(v.lane[i]), to_float(v.lane[i]), part);
-    sum += part;
-  }
+      for (int a = 0; a < kAhead; ++a) {
+        const int64_t k = from + a * kStride + lane_id() * kVector<T>;
+        ahead[a] = whole.value && k < dim ? load_vector<true>(row, k, dim, true) : Vector<T>{};
+        if (!whole.value) ahead[a] = load_vector<false>(row, k, dim, wide);
+      }
+      __syncwarp();
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) {
+        float part = 0;
+#pragma unroll
+        for (int i = 0; i < kVector<T>; ++i) part = fmaf(to_float(ahead[a].lane[i]), to_float(ahead[a].lane[i]), part);
+        sum += part;
+      }
+    }
+  };
+  if (wide && dim % kVector<T> == 0)
+    add_up(std::true_type());
+  else
+    add_up(std::false_type());
   const float norm = norm_from_squares(warp_reduce(sum, Sum()));
   if (!std::isinf(norm)) return norm;
   bool infinite = false;
@@ -121,9 +143,10 @@ __device__ __forceinline__ float warp_norm(const T* row, int64_t dim, bool wide)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kNmsThreads) nms_prepare_kernel(const NmsProblem p, int64_t capacity) {
-  const NmsWorkspace w = nms_workspace(p, capacity);
-  constexpr int64_t warps = kNmsThreads / kWarp;
+__global__ void __launch_bounds__(kNmsPrepareThreads, 4) nms_prepare_kernel(const NmsProblem p) {
+  let_next_launch_start();
+  const NmsWorkspace w = nms_workspace(p);
+  constexpr int64_t warps = kNmsPrepareThreads / kWarp;
   for (int64_t at = blockIdx.x * warps + warp_id(); at < p.batch * p.n; at += gridDim.x * warps) {
     const int64_t sample = at / p.n, i = at % p.n;
     const bool available = p.mask == nullptr || p.mask[sample * p.mask_stride + i];
@@ -264,7 +287,9 @@ template <class T>
 __global__ void __launch_bounds__(kNmsThreads, 2)
     nms_lists_kernel(const NmsProblem p, int64_t capacity, int32_t splits, int32_t split_columns) {
   TOKENPRUNE_SHARED(NmsListShared, s);
-  const NmsWorkspace w = nms_workspace(p, capacity);
+  let_next_launch_start();
+  wait_for_launch_before();
+  const NmsWorkspace w = nms_workspace(p);
   const int32_t n = static_cast<int32_t>(p.n), tiles = ceil_div(n, kNmsRowTile);
   for (int64_t item = blockIdx.x; item < p.batch * tiles * splits; item += gridDim.x) {
     __syncthreads();

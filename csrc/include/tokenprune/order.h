@@ -61,6 +61,14 @@ TOKENPRUNE_HD Held reversed_key(Held key) {
   return key > kNanKey ? static_cast<BitsOf<T>>(~BitsOf<T>(0)) - key : key;
 }
 
+// order_key of a number that has no sign bit and is no NaN: one operation.
+template <class A>
+TOKENPRUNE_HD BitsOf<A> nonnegative_key(A value) {
+  BitsOf<A> bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits | BitsOf<A>(1) << (8 * sizeof(A) - 1);
+}
+
 // The value behind the key of a number that is not negative: 0.0 for either zero.
 TOKENPRUNE_HD float nonnegative_value_of_key(uint32_t key) {
   const uint32_t bits = key ^ 0x80000000u;

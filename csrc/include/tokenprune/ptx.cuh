@@ -69,6 +69,40 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
+// --- blocks of a cooperative launch ----------------------------------------------------------------------------------
+
+// Barrier of a group of `blocks` blocks; what their threads wrote to device memory before is visible after it. `counter`
+// belongs to the group; `target` is the block's, is equal to it before the first call, and nobody else's business.
+__device__ __forceinline__ void group_sync(uint32_t* counter, uint32_t& target, uint32_t blocks) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    target += blocks;
+    uint32_t seen;
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+    while (static_cast<int32_t>(seen - target) < 0);
+  }
+  __syncthreads();
+}
+
+// --- dependent launches (Launch::dependent; compute capability 9.0) --------------------------------------------------
+
+// Lets a dependent launch behind this one start, once all blocks of this one have called it or ended. It may be called
+// at once: the other launch still waits.
+__device__ __forceinline__ void let_next_launch_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Until the launches in front have ended and what they wrote can be read. Every thread of a dependent launch calls it:
+// otherwise the launch could end before the one in front of it, and what comes next would not wait for that.
+__device__ __forceinline__ void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // --- thread-block clusters (compute capability 9.0; elsewhere a block is its own cluster) ---------------------------
 
 __device__ __forceinline__ uint32_t cluster_rank() {

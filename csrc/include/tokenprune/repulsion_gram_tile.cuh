@@ -35,24 +35,36 @@ struct GramTile {
   static constexpr int kShared = kStages * kStageBytes > kOutBytes ? kStages* kStageBytes : kOutBytes;
 };
 
-// Channels [begin, begin + 128 bytes) of kTile rows into `stage`, zeros past the end.
+constexpr int kRowCopies = kRowBytes / 16;  // of a row in a stage, 16 bytes each
+
+// Channels [begin, begin + 128 bytes) of kTile rows into `stage`, zeros past the end, for any rows.
 template <class T, int kTile>
 __device__ __forceinline__ void load_rows(const TokenRows& rows, const int* tokens, int64_t begin,
                                           unsigned char* stage) {
-  constexpr int kChunk = 16 / static_cast<int>(sizeof(T)), kChunks = kRowBytes / 16;
-#pragma unroll 1  // the sums need the registers
-  for (int q = threadIdx.x; q < kTile * kChunks; q += blockDim.x) {
-    const int token = tokens[q / kChunks];
-    const int64_t channel = begin + q % kChunks * kChunk, left = token == kNoRow ? 0 : rows.channels - channel;
-    const T* source = static_cast<const T*>(rows.data) + (left > 0 ? token * rows.stride + channel : 0);
-    unsigned char* target = stage + q / kChunks * kRowPitch + q % kChunks * 16;
-    if (left <= 0) {
-      *reinterpret_cast<uint4*>(target) = make_uint4(0, 0, 0, 0);
-    } else if (rows.aligned && left >= kChunk) {
-      cp_async_16(target, source, true);
-    } else {
-      for (int e = 0; e < kChunk; ++e) reinterpret_cast<T*>(target)[e] = e < left ? source[e] : from_float<T>(0.0f);
-    }
+  constexpr int kDepth = kRowBytes / static_cast<int>(sizeof(T));
+#pragma unroll 1
+  for (int q = threadIdx.x; q < kTile * kDepth; q += blockDim.x) {
+    const int token = tokens[q / kDepth];
+    const int64_t channel = begin + q % kDepth;
+    reinterpret_cast<T*>(stage + q / kDepth * kRowPitch)[q % kDepth] =
+        token != kNoRow && channel < rows.channels ? static_cast<const T*>(rows.data)[token * rows.stride + channel]
+                                                   : from_float<T>(0.0f);
+  }
+}
+
+// The same for rows of whole 16-byte pieces at aligned addresses, asynchronously. A thread of kThreads copies one piece
+// of every row that is its turn: `column` is that piece of token 0, `inside` says whether rows have it.
+template <int kTile, int kThreads>
+__device__ __forceinline__ void copy_rows(const unsigned char* column, uint32_t stride_bytes, bool inside,
+                                          const int* tokens, unsigned char* stage) {
+  constexpr int kStep = kThreads / kRowCopies;
+  const int row = threadIdx.x / kRowCopies;
+  unsigned char* target = stage + row * kRowPitch + threadIdx.x % kRowCopies * 16;
+#pragma unroll
+  for (int r = 0; r < kTile; r += kStep) {
+    const int token = tokens[row + r];
+    const uint64_t offset = uint64_t(static_cast<uint32_t>(max(token, 0))) * stride_bytes;
+    cp_async_16(target + r * kRowPitch, column + offset, inside && token != kNoRow);
   }
 }
 
@@ -150,24 +162,38 @@ struct TileProduct<float, kTile> {  // a thread owns every kRowStep-th of the ro
 
 // out[r * kOutPitch + c] = <left[r], right[c]>, in `shared` (GramTile::kShared bytes, 16-byte aligned). `left` and
 // `right` are kTile tokens or kNoRow each, in shared memory, written before a barrier of the caller. Only the first
-// `columns` columns are computed; the others hold anything. All threads call it and may read the result at once.
-template <class T, int kTile>
-__device__ __forceinline__ const float* gram_tile(const TokenRows& rows, const int* left, const int* right, int columns,
-                                                  unsigned char* shared) {
+// `columns` columns are computed; the others hold anything. All kThreads threads of the block call it and may read the
+// result at once.
+template <class T, int kTile, int kThreads>
+__device__ __forceinline__ float* gram_tile(const TokenRows& rows, const int* left, const int* right, int columns,
+                                            unsigned char* shared) {
   using Tile = GramTile<kTile>;
+  static_assert(kThreads >= Tile::kThreads && kTile * kRowCopies % kThreads == 0, "whole rounds of copies");
   constexpr int kDepth = kRowBytes / static_cast<int>(sizeof(T));
   const int steps = static_cast<int>((rows.channels + kDepth - 1) / kDepth);
+  const int64_t row_bytes = rows.channels * sizeof(T), stride_bytes = rows.stride * sizeof(T);
+  const bool copies = rows.aligned && row_bytes % 16 == 0 && stride_bytes >> 32 == 0;
+  const int piece = threadIdx.x % kRowCopies * 16;
   const auto load = [&](int step) {
     if (step < steps) {
       unsigned char* stage = shared + step % Tile::kStages * Tile::kStageBytes;
-      load_rows<T, kTile>(rows, left, int64_t(step) * kDepth, stage);
-      load_rows<T, kTile>(rows, right, int64_t(step) * kDepth, stage + kTile * kRowPitch);
+      if (copies) {
+        const int64_t begin = int64_t(step) * kRowBytes + piece;
+        const unsigned char* column = static_cast<const unsigned char*>(rows.data) + begin;
+        const auto stride = static_cast<uint32_t>(stride_bytes);
+        copy_rows<kTile, kThreads>(column, stride, begin < row_bytes, left, stage);
+        copy_rows<kTile, kThreads>(column, stride, begin < row_bytes, right, stage + kTile * kRowPitch);
+      } else {
+        load_rows<T, kTile>(rows, left, int64_t(step) * kDepth, stage);
+        load_rows<T, kTile>(rows, right, int64_t(step) * kDepth, stage + kTile * kRowPitch);
+      }
     }
     cp_async_commit();
   };
   const bool computes = threadIdx.x < Tile::kThreads;
   TileProduct<T, kTile> product;
   for (int step = 0; step < Tile::kStages - 1; ++step) load(step);
+#pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     cp_async_wait<Tile::kStages - 2>();
     __syncthreads();  // the stage is there, and everybody is done with the one that the next copies overwrite
@@ -178,7 +204,7 @@ __device__ __forceinline__ const float* gram_tile(const TokenRows& rows, const i
   __syncthreads();
   if (computes) product.store(reinterpret_cast<float*>(shared));
   __syncthreads();
-  return reinterpret_cast<const float*>(shared);
+  return reinterpret_cast<float*>(shared);
 }
 
 }  // namespace tokenprune

@@ -1,12 +1,12 @@
-// The beginning of repulsion_sample for many tokens: what the rounds (repulsion_rounds.cuh) start from.
+// The beginning of repulsion_sample for many tokens: what the points (repulsion_points.cuh) and the rounds
+// (repulsion_rounds.cuh) start from.
 //
-// 1. prepare: a warp per token: inverse norm, state, first key; the outputs' padding. Reads the features once.
-// 2. mark_seeds, with seeds: a thread per entry.
-// 3. outlier:  direction_parts and direction_sum add up the unit vectors, a thread per channel and part of the tokens,
-//              in a fixed order; outlier_keys, a warp per token, takes the product with the sum. Reads the features
-//              twice.
-//    isolated: isolated_keys compares all pairs, tile by tile of 128 x 128 (256 threads, GramTile::kShared), each pair
+// 1. prepare: a warp per token: inverse norm, state, first key; the outputs' padding; points as float32. Reads the
+//    features once.
+// 2. isolated: isolated_keys compares all pairs, tile by tile of 128 x 128 (256 threads, GramTile::kShared), each pair
 //              once: n * n / 2 inner products. A key is the minimum over the tiles, in whatever order they come.
+//    outlier:  groups of blocks add up the unit vectors, a thread per channel and part of the tokens, in a fixed order;
+//              a warp per token takes the product with the sum. Reads the features twice.
 #pragma once
 
 #include "tokenprune/repulsion_gram.cuh"
@@ -22,24 +22,55 @@ struct RepulsionControl {
 };
 static_assert(sizeof(RepulsionControl) == kControlWords * sizeof(uint32_t), "kControlWords");
 
-// Workspaces of a group of samples.
-struct RepulsionRounds {
-  float *inverse, *state;  // [samples, n]
-  float* direction;        // [samples, kDirectionParts + 1, channels]; the last one is the sum
-  float* rows;             // [samples, kCandidates, n], for a sum
-  uint32_t *key, *seed;    // [samples, n]; kNoKey: not available
-  uint32_t* picks;         // [samples, kCandidates]: the list of the last round
-  RepulsionControl* control;
+// Workspaces. Samples of a launch go in `groups`, each on its own blocks, one sample after the other.
+struct RepulsionWorkspace {
+  float *inverse, *state;     // [samples, n]
+  float* points;              // [samples, n, fields]; null without points
+  float* direction;           // [groups, kDirectionParts + 1, channels]; the last one is the sum
+  float* rows;                // [groups, kCandidates, n], for a sum
+  uint32_t *key, *seed;       // [samples, n]; kNoKey: not available
+  uint32_t* picks;            // [groups, kCandidates]: the list of the last round
+  uint32_t* counters;         // [2, groups]: of group_sync
+  RepulsionControl* control;  // [samples]
+  uint32_t groups;
+  int fields;
 
-  RepulsionRounds(const RepulsionProblem& p, const RepulsionPlan& plan, float* floats, uint32_t* words)
+  RepulsionWorkspace(const RepulsionPlan& plan, float* floats, uint32_t* words, int64_t n)
       : inverse(floats),
-        state(floats + plan.samples * p.n),
-        direction(floats + plan.token_floats),
+        state(floats + plan.samples * n),
+        points(floats + plan.token_floats),
+        direction(points + plan.point_floats),
         rows(direction + plan.direction_floats),
         key(words),
-        seed(words + plan.samples * p.n),
+        seed(words + plan.samples * n),
         picks(words + plan.token_words),
-        control(reinterpret_cast<RepulsionControl*>(picks + plan.samples * kCandidates)) {}
+        counters(picks + plan.groups * kCandidates),
+        control(reinterpret_cast<RepulsionControl*>(counters + 2 * plan.groups)),
+        groups(static_cast<uint32_t>(plan.groups)),
+        fields(plan.fields) {}
+
+  __device__ __forceinline__ uint32_t* list_of(uint32_t group) const { return picks + group * kCandidates; }
+  __device__ __forceinline__ float* rows_of(uint32_t group, int64_t n) const { return rows + group * kCandidates * n; }
+};
+
+// The blocks that work on the same samples: blockIdx.x, blockIdx.x + groups, ... The samples are the same numbers. In
+// shared memory, where it takes no registers meanwhile.
+struct BlockGroup {
+  uint32_t index, rank, size, target;
+  uint32_t* counter;
+
+  // All threads call it. `kernel`, 0 or 1, tells apart the kernels of a call.
+  __device__ __forceinline__ void form(const RepulsionWorkspace& w, int kernel) {
+    if (threadIdx.x == 0) {
+      index = blockIdx.x % w.groups;
+      rank = blockIdx.x / w.groups;
+      size = gridDim.x / w.groups;
+      target = 0;
+      counter = w.counters + kernel * w.groups + index;
+    }
+    __syncthreads();
+  }
+  __device__ __forceinline__ void sync() { group_sync(counter, target, size); }
 };
 
 // The sum over a row's channels of f(element, channel), by a warp, in an order that is the same for every row.
@@ -61,76 +92,82 @@ __device__ __forceinline__ float sum_over_row(const TokenRows& rows, int64_t tok
 
 template <class T>
 __global__ void __launch_bounds__(kStartThreads)
-    prepare_kernel(const RepulsionProblem p, const RepulsionRounds w, int64_t blocks) {
+    prepare_kernel(const RepulsionProblem p, const RepulsionWorkspace w, int64_t blocks) {
   const int64_t sample = blockIdx.x / blocks, block = blockIdx.x % blocks, i = block * kStartTokens + warp_id();
   for (int64_t slot = block * kStartThreads + threadIdx.x; slot < p.k; slot += blocks * kStartThreads)
     p.indices[sample * p.k + slot] = -1;
   if (block == 0 && threadIdx.x == 0) {
     p.counts[sample] = 0;
     w.control[sample] = {0, 0, 0, p.seeds == nullptr ? 0xFFFFFFFFu : 0, 0};
+    if (sample < w.groups) w.counters[sample] = w.counters[w.groups + sample] = 0;
   }
   if (i >= p.n) return;
-  const float squares = sum_over_row<T>(rows_of(p, sample, sizeof(T)), i, [](float x, int64_t) { return x * x; });
-  if (lane_id() != 0) return;
+  const TokenRows rows = rows_of(p, sample, sizeof(T));
+  const float squares = sum_over_row<T>(rows, i, [](float x, int64_t) { return x * x; });
   const int64_t at = sample * p.n + i;
+  if (w.fields > 0) {
+    const T* row = static_cast<const T*>(rows.data) + i * rows.stride;
+    const float* position = positions_of(p, sample);
+    float* point = w.points + at * w.fields;
+    const int channels = static_cast<int>(p.channels);
+    for (int f = lane_id(); f < w.fields; f += kWarp)
+      point[f] = f < channels       ? to_float(row[f])
+                 : f < w.fields - 1 ? position[i * p.axes + f - channels]
+                                    : inverse_norm(squares);
+  }
+  if (lane_id() != 0) return;
   const float first = p.energy != nullptr ? p.energy[at] : (p.first == FirstPick::kIsolated ? -INFINITY : 0);
   w.inverse[at] = inverse_norm(squares);
-  w.state[at] = RepulsionObjective(p, sample).initial_state();
+  w.state[at] = RepulsionObjective<>(p).initial_state();
   w.key[at] = order_key(-first, is_valid(p, sample, i));
   w.seed[at] = 0;
 }
 
-__global__ void __launch_bounds__(kStartThreads) mark_seeds_kernel(const RepulsionProblem p, const RepulsionRounds w) {
-  const int64_t entry = int64_t(blockIdx.x) * kStartThreads + threadIdx.x;
-  if (entry >= p.batch * p.n_seeds) return;
-  const int64_t sample = entry / p.n_seeds, j = valid_seed(p.seeds[entry], p.n);
-  if (j < 0) return;
-  atomicExch(&w.seed[sample * p.n + j], 1u);
-  atomicExch(&w.key[sample * p.n + j], kNoKey);
-  atomicExch(&w.control[sample].started, 1u);
-}
-
+// Part `part` of the sum of all valid unit vectors, in `channel`.
 template <class T>
-__global__ void __launch_bounds__(kStartThreads)
-    direction_parts_kernel(const RepulsionProblem p, const RepulsionRounds w, int64_t blocks) {
-  const int64_t part = blockIdx.x / blocks % kDirectionParts, sample = blockIdx.x / blocks / kDirectionParts;
-  const int64_t channel = blockIdx.x % blocks * kStartThreads + threadIdx.x;
-  if (channel >= p.channels) return;
+__device__ __forceinline__ float direction_part(const RepulsionProblem& p, const RepulsionWorkspace& w, int64_t sample,
+                                                int64_t part, int64_t channel) {
   const int64_t share = (p.n + kDirectionParts - 1) / kDirectionParts, end = min((part + 1) * share, p.n);
   const T* column = static_cast<const T*>(rows_of(p, sample, sizeof(T)).data) + channel;
   float sum = 0;
 #pragma unroll 8
   for (int64_t i = part * share; i < end; ++i)
     if (is_valid(p, sample, i)) sum += to_float(column[i * p.row_stride]) * w.inverse[sample * p.n + i];
-  w.direction[(sample * (kDirectionParts + 1) + part) * p.channels + channel] = sum;
-}
-
-__global__ void __launch_bounds__(kStartThreads)
-    direction_sum_kernel(const RepulsionProblem p, const RepulsionRounds w, int64_t blocks) {
-  const int64_t sample = blockIdx.x / blocks, channel = blockIdx.x % blocks * kStartThreads + threadIdx.x;
-  if (channel >= p.channels) return;
-  float* column = w.direction + sample * (kDirectionParts + 1) * p.channels + channel;
-  float sum = 0;
-#pragma unroll 8
-  for (int part = 0; part < kDirectionParts; ++part) sum += column[part * p.channels];
-  column[kDirectionParts * p.channels] = sum;
+  return sum;
 }
 
 template <class T>
-__global__ void __launch_bounds__(kStartThreads)
-    outlier_keys_kernel(const RepulsionProblem p, const RepulsionRounds w, int64_t blocks) {
-  const int64_t sample = blockIdx.x / blocks, i = blockIdx.x % blocks * kStartTokens + warp_id();
-  if (i >= p.n) return;
-  const float* direction = w.direction + (sample * (kDirectionParts + 1) + kDirectionParts) * p.channels;
-  const float dot = sum_over_row<T>(rows_of(p, sample, sizeof(T)), i,
-                                    [&](float x, int64_t channel) { return x * direction[channel]; });
-  const int64_t at = sample * p.n + i;
-  if (lane_id() == 0 && w.key[at] != kNoKey) w.key[at] = order_key(-(dot * w.inverse[at]));
+__global__ void __launch_bounds__(kStartThreads, kRoundBlocks)
+    outlier_keys_kernel(const RepulsionProblem p, const RepulsionWorkspace w) {
+  TOKENPRUNE_SHARED(BlockGroup, group);
+  group.form(w, 0);
+  const int64_t threads = int64_t(group.size) * kStartThreads,
+                thread = int64_t(group.rank) * kStartThreads + threadIdx.x;
+  float* parts = w.direction + group.index * (kDirectionParts + 1) * p.channels;
+  float* direction = parts + kDirectionParts * p.channels;
+  for (int64_t sample = group.index; sample < p.batch; sample += w.groups) {
+    for (int64_t q = thread; q < kDirectionParts * p.channels; q += threads)
+      parts[q] = direction_part<T>(p, w, sample, q / p.channels, q % p.channels);
+    group.sync();
+    for (int64_t channel = thread; channel < p.channels; channel += threads) {
+      float sum = 0;
+#pragma unroll 8
+      for (int part = 0; part < kDirectionParts; ++part) sum += parts[part * p.channels + channel];
+      direction[channel] = sum;
+    }
+    group.sync();  // the next sum is written behind the first barrier of the next sample: all have read this one
+    for (int64_t i = thread / kWarp; i < p.n; i += threads / kWarp) {
+      const float dot = sum_over_row<T>(rows_of(p, sample, sizeof(T)), i,
+                                        [&](float x, int64_t channel) { return x * direction[channel]; });
+      const int64_t at = sample * p.n + i;
+      if (lane_id() == 0 && w.key[at] != kNoKey) w.key[at] = order_key(-(dot * w.inverse[at]));
+    }
+  }
 }
 
 template <class T>
 __global__ void __launch_bounds__(GramTile<128>::kThreads, GramTile<128>::kBlocks)
-    isolated_keys_kernel(const RepulsionProblem p, const RepulsionRounds w, int64_t tiles) {
+    isolated_keys_kernel(const RepulsionProblem p, const RepulsionWorkspace w, int64_t tiles) {
   using Tile = GramTile<128>;
   const int64_t sample = blockIdx.x / tiles, n = p.n;
   const int2 at = tile_of(blockIdx.x % tiles);
@@ -150,29 +187,23 @@ __global__ void __launch_bounds__(GramTile<128>::kThreads, GramTile<128>::kBlock
   atomicMin(&w.key[sample * n + i], order_key(-largest));
 }
 
+// A launch of the plan's groups of blocks.
+inline Launch in_groups(const RepulsionPlan& plan, int threads, size_t shared, cudaStream_t stream) {
+  return {dim3(plan.groups * plan.group_blocks), dim3(threads), shared, stream, 1, plan.group_blocks > 1};
+}
+
 template <class T>
-cudaError_t launch_start(const RepulsionProblem& p, const RepulsionPlan& plan, const RepulsionRounds& w,
+cudaError_t launch_start(const RepulsionProblem& p, const RepulsionPlan& plan, const RepulsionWorkspace& w,
                          cudaStream_t stream) {
-  const dim3 threads(kStartThreads);
   const int64_t blocks = ceil_div<int64_t>(p.n, kStartTokens);
-  cudaError_t status = launch({dim3(p.batch * blocks), threads, 0, stream}, prepare_kernel<T>, p, w, blocks);
-  if (status == cudaSuccess && p.seeds != nullptr)
-    status = launch({dim3(ceil_div<int64_t>(p.batch * p.n_seeds, kStartThreads)), threads, 0, stream},
-                    mark_seeds_kernel, p, w);
+  const cudaError_t status =
+      launch({dim3(p.batch * blocks), dim3(kStartThreads), 0, stream}, prepare_kernel<T>, p, w, blocks);
   if (status != cudaSuccess || !plan.start) return status;
-  if (p.first == FirstPick::kIsolated) {
-    const int64_t side = ceil_div<int64_t>(p.n, 128), tiles = side * (side + 1) / 2;
-    return launch({dim3(p.batch * tiles), dim3(GramTile<128>::kThreads), GramTile<128>::kShared, stream},
-                  isolated_keys_kernel<T>, p, w, tiles);
-  }
-  const int64_t slices = ceil_div<int64_t>(p.channels, kStartThreads);
-  status =
-      launch({dim3(p.batch * kDirectionParts * slices), threads, 0, stream}, direction_parts_kernel<T>, p, w, slices);
-  if (status == cudaSuccess)
-    status = launch({dim3(p.batch * slices), threads, 0, stream}, direction_sum_kernel, p, w, slices);
-  if (status == cudaSuccess)
-    status = launch({dim3(p.batch * blocks), threads, 0, stream}, outlier_keys_kernel<T>, p, w, blocks);
-  return status;
+  if (p.first == FirstPick::kOutlier)
+    return launch(in_groups(plan, kStartThreads, 0, stream), outlier_keys_kernel<T>, p, w);
+  const int64_t side = ceil_div<int64_t>(p.n, 128), tiles = side * (side + 1) / 2;
+  return launch({dim3(p.batch * tiles), dim3(GramTile<128>::kThreads), GramTile<128>::kShared, stream},
+                isolated_keys_kernel<T>, p, w, tiles);
 }
 
 }  // namespace tokenprune

@@ -68,8 +68,10 @@ inline SelectPlan plan_select(int64_t batch, int64_t n, const DeviceLimits& limi
   while (limits.has_clusters() && cluster < kMaxCluster && n > cluster * kTokensPerBlock &&
          batch <= limits.sm_count / (2 * cluster))
     cluster *= 2;
+  cluster = limits.planned_power(Planned::kSelectCluster, cluster, 1, limits.has_clusters() ? kMaxCluster : 1);
   const int64_t tokens = round_up<int64_t>(ceil_div(n, cluster), 32);  // of a block
-  const int64_t threads = round_up<int64_t>(ceil_div(tokens, kTokensPerThread), 32);
+  const int64_t threads =
+      round_up<int64_t>(limits.planned(Planned::kSelectThreads, ceil_div(tokens, kTokensPerThread), 32, 512), 32);
   const bool kept = tokens <= (limits.shared_per_block - kSelectStaticShared) / 4;
   return {static_cast<unsigned>(cluster),
           static_cast<unsigned>(std::clamp<int64_t>(threads, kMinThreads, kSelectMaxThreads)), kept,

@@ -22,6 +22,7 @@
 #include <limits>
 
 #include "tokenprune/math.h"
+#include "tokenprune/ptx.cuh"
 #include "tokenprune/similarity.h"
 #include "tokenprune/warp.cuh"
 
@@ -118,6 +119,7 @@ __global__ void __launch_bounds__(kUnitSumThreads)
                     float* listed) {
   TOKENPRUNE_SHARED(const T* [kUnitSumRows], rows);
   TOKENPRUNE_SHARED(float[kUnitSumRows], inverses);
+  let_next_launch_start();
   const int64_t sample = blockIdx.x / groups, group = blockIdx.x % groups;
   for (int64_t i = warp_id(); i < rows_per_group; i += kUnitSumThreads / kWarp) {
     const T* row = listed_row<T>(list, sample, group * rows_per_group + i);
@@ -162,6 +164,8 @@ __global__ void __launch_bounds__(kUnitSumThreads)
 // In float64: there may be hundreds of groups, and the sum should be as good as that of one group.
 __global__ void __launch_bounds__(kUnitSumThreads)
     combine_sums_kernel(const float* parts, int64_t groups, int64_t dim, float* sums) {
+  let_next_launch_start();
+  wait_for_launch_before();
   const int64_t blocks = ceil_div<int64_t>(dim, kUnitSumThreads), sample = blockIdx.x / blocks;
   const int64_t c = blockIdx.x % blocks * kUnitSumThreads + threadIdx.x;
   if (c >= dim) return;
@@ -179,6 +183,7 @@ template <class T, int rows>
 __global__ void __launch_bounds__(kSimilarityThreads)
     warp_similarity_kernel(const SimilarityProblem p, const UnitSums sums) {
   constexpr int kWarps = kSimilarityThreads / kWarp;
+  wait_for_launch_before();
   const int64_t blocks = ceil_div<int64_t>(p.n, rows * kWarps), sample = blockIdx.x / blocks;
   const int64_t first = (blockIdx.x % blocks * kWarps + warp_id()) * rows;
   if (first >= p.n) return;
@@ -260,8 +265,9 @@ cudaError_t launch_unit_sums(const SimilarityProblem& p, const SimilarityPlan& p
                                     p.mean_of, p.dim, plan.groups, plan.rows_per_group, p.aligned, parts, listed);
   sums = {plan.combine ? total : parts, listed, plan.combine ? 1 : plan.groups};
   if (status != cudaSuccess || !plan.combine) return status;
-  return launch({dim3(ceil_div<int64_t>(p.dim, kUnitSumThreads) * p.batch), dim3(kUnitSumThreads), 0, stream},
-                combine_sums_kernel, parts, plan.groups, p.dim, total);
+  Launch where{dim3(ceil_div<int64_t>(p.dim, kUnitSumThreads) * p.batch), dim3(kUnitSumThreads), 0, stream};
+  where.dependent = plan.overlap;
+  return launch(where, combine_sums_kernel, parts, plan.groups, p.dim, total);
 }
 
 }  // namespace tokenprune

@@ -36,6 +36,7 @@ struct Settings {
   int sm_count = 132;
   int shared_per_block = 227 * 1024;
   int architecture = 90;
+  bool cooperative = true;  // does the device run grids whose blocks wait for each other?
   // The worst tensor core there is: it adds four products at a time to the accumulator, in as many bits as the largest
   // of the five has in float32. Others keep up to three more and add 8 or 16 products at a time.
   MmaRounding mma_rounding = MmaRounding::kTruncate;
@@ -51,10 +52,16 @@ struct LaunchRecord {
   dim3 grid, block;
   unsigned cluster;
   size_t shared;
+  bool cooperative;  // all blocks of the grid run at the same time
+  bool dependent;    // starts before the launch in front of it
 };
 
-// Runs `thread` once for every thread of the grid.
-void run_grid(const LaunchRecord& launch, const std::function<void()>& thread);
+// Launches are asynchronous: what this thread has launched runs when it launches something that does not depend on it,
+// and at the latest in finish_launches. `thread` is called once for every thread of the grid. A dependent launch starts
+// first, as early as hardware could start it: the one in front of it runs when no thread of the dependent launch's
+// first block (or cluster) can go on without.
+void submit(const LaunchRecord& launch, std::function<void()> thread);
+void finish_launches();
 
 // --- what kernel code asks for, about the thread that is running ---
 
@@ -88,5 +95,11 @@ unsigned cluster_rank();
 unsigned cluster_size();
 void cluster_barrier();
 void* cluster_address(void* pointer, unsigned rank);
+
+void wait_for_launch_before();
+
+// The block adds one to `counter`, in memory, and `blocks` to its `target`, and waits until others have brought the counter
+// there, modulo 2^32. Only blocks that run at the same time can.
+void group_barrier(uint32_t* counter, uint32_t& target, uint32_t blocks);
 
 }  // namespace tokenprune::emulator

@@ -77,6 +77,13 @@ void cp_async_wait() {
   emulator::wait_for_copies(pending);
 }
 
+inline void let_next_launch_start() {}  // the next one starts first in any case
+inline void wait_for_launch_before() { emulator::wait_for_launch_before(); }
+
+inline void group_sync(uint32_t* counter, uint32_t& target, uint32_t blocks) {
+  emulator::group_barrier(counter, target, blocks);
+}
+
 inline uint32_t cluster_rank() { return emulator::cluster_rank(); }
 inline uint32_t cluster_size() { return emulator::cluster_size(); }
 inline void cluster_sync() { emulator::cluster_barrier(); }

@@ -10,17 +10,15 @@ from typing import Any
 import torch
 
 from testing import op_samples
+from testing.gpu_checks import Inputs, bits, close
+from testing.gpu_device import Device, MissingError, flat
 from testing.op_samples import Call, Sizes
-
-from .checks import Inputs, bits, close
-from .device import Device, flat
-from .work import Item, MissingError
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOLERANCE = 1e-5
 
 
-def require(device: Device, *ops: str) -> Item:
+def require(device: Device, *ops: str) -> dict[str, Any]:
     """Every op must have a kernel; the CPU twin goes on with another backend, and says so."""
     absent = [op for op in ops if not device.has_kernel(op)]
     if absent and device.real:
@@ -44,7 +42,7 @@ def function(device: Device, call: Call) -> Callable[[Inputs], Any]:
     return run
 
 
-def run_sample(device: Device, op: str, name: str, dtype: torch.dtype, sizes: Sizes | None = None) -> Item:
+def run_sample(device: Device, op: str, name: str, dtype: torch.dtype, sizes: Sizes | None = None) -> dict[str, Any]:
     found = require(device, op)
     call = op_samples.make(op, name, sizes, dtype)
     got = [t.cpu() for t in flat(function(device, call)(on_device(call, device).arguments))]
@@ -54,7 +52,7 @@ def run_sample(device: Device, op: str, name: str, dtype: torch.dtype, sizes: Si
             assert torch.equal(bits(g), bits(w)), "gather_compact changed a bit"
         return found
     exact = op_samples.map_tensors(call, lambda _, t: t.double() if t.is_floating_point() else t)
-    return {**found, **close(device, got, _reference(exact), TOLERANCE)}
+    return {**found, **close(got, _reference(exact), TOLERANCE)}
 
 
 def _reference(call: Call) -> Any:
@@ -64,12 +62,12 @@ def _reference(call: Call) -> Any:
     return getattr(reference, call.op)(*args, **kwargs)
 
 
-def first_contact(device: Device) -> dict[str, Callable[[], Item]]:
+def first_contact(device: Device) -> dict[str, Callable[[], dict[str, Any]]]:
     """One call of every op: what is ported, and does it run at all?"""
     return {op: lambda op=op: run_sample(device, op, "plain", torch.float32) for op in op_samples.OPS}
 
 
-def all_samples(device: Device) -> dict[str, Callable[[], Item]]:
+def all_samples(device: Device) -> dict[str, Callable[[], dict[str, Any]]]:
     return {
         f"{op}-{name}-{str(dtype).removeprefix('torch.')}": lambda op=op, name=name, dtype=dtype: run_sample(
             device, op, name, dtype

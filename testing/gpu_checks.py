@@ -1,16 +1,17 @@
 """What the contract promises of a call besides its values: determinism, streams, graphs, untouched inputs, no waiting.
 
 Each check takes a device, a function of named inputs, and the inputs; it raises AssertionError. tests/cuda/test_gpu.py
-runs them on the samples of every op, the suite's stage `behaviour` on the shapes that are timed.
+runs them on the samples of every op, bench/gpu_suite on the shapes that are timed.
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .device import Device, flat
+from testing.gpu_device import Device, flat
 
 Inputs = dict[str, Any]
 Function = Callable[[Inputs], Any]
@@ -132,6 +133,34 @@ def no_waiting(device: Device, f: Function, inputs: Inputs) -> None:
     device.synchronize()
 
 
+def two_threads(device: Device, f: Function, inputs: Inputs, others: Inputs, repeats: int = 10) -> None:
+    """Two threads that call at the same time, each on a stream of its own, get what one alone gets."""
+    wanted = [flat(f(x)) for x in (inputs, others)]
+    device.synchronize()
+
+    def work(x: Inputs) -> list[list[Tensor]]:
+        with torch.inference_mode(), device.side_stream() as stream:
+            got = [flat(f(x)) for _ in range(repeats)]
+            device.finish(stream)
+        return got
+
+    with ThreadPoolExecutor(2) as pool:
+        for got, want in zip(pool.map(work, (inputs, others)), wanted, strict=True):
+            for one in got:
+                assert_same_bits(one, want, "beside another thread")
+
+
+def promises(device: Device, f: Function, inputs: Inputs, others: Inputs, repeats: int, threads: bool = True) -> None:
+    """All of the above; `others` are inputs of the same shapes."""
+    inputs_unchanged(device, f, inputs)
+    determinism(device, f, inputs, repeats)
+    no_waiting(device, f, inputs)
+    streams(device, f, inputs, others)
+    graph(device, f, inputs, others)
+    if threads:
+        two_threads(device, f, inputs, others, min(repeats, 10))
+
+
 def relative_error(got: Tensor, want: Tensor) -> float:
     """||got - want|| / ||want|| in float64; infinite when one has a NaN or an infinity that the other has not."""
     got, want = got.double(), want.double()
@@ -141,7 +170,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm().clamp_min(1e-30))
 
 
-def close(device: Device, got: Any, want: Any, tolerance: float = 1e-3) -> dict[str, float]:
+def close(got: Any, want: Any, tolerance: float = 1e-3) -> dict[str, float]:
     """Integers equal, floats within the tolerance; the largest relative error."""
     worst = 0.0
     for i, (g, w) in enumerate(zip(flat(got), flat(want), strict=True)):
@@ -154,3 +183,17 @@ def close(device: Device, got: Any, want: Any, tolerance: float = 1e-3) -> dict[
             wrong = int((g != w).sum())
             assert wrong == 0, f"output {i}: {wrong} of {g.numel()} elements differ"
     return {"relative_error": worst}
+
+
+def agreement(got: Any, ours: Any) -> dict[str, Any]:
+    """How far two results agree, in the outputs that both have: floats by their largest relative error, integers by the
+    share that is equal, and by the share that both have somewhere."""
+    pairs = [(g.reshape(o.shape), o) for g, o in zip(flat(got), flat(ours), strict=False) if g.numel() == o.numel()]
+    whole = [(g, o) for g, o in pairs if not o.is_floating_point()]
+    errors = [relative_error(g, o) for g, o in pairs if o.is_floating_point()]
+    compared = sum(o.numel() for _, o in whole)
+    return {
+        "relative_error": max(errors, default=None),
+        "equal_integers": sum(int((g == o).sum()) for g, o in whole) / compared if compared else None,
+        "in_common": [len({*g.flatten().tolist()} & {*o.flatten().tolist()}) / max(o.numel(), 1) for g, o in whole],
+    }

@@ -6,23 +6,39 @@ and captures nothing. With it the whole suite runs without a GPU, which is how i
 """
 
 import contextlib
+import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import tokenprune_kernels as tp
-from tokenprune_kernels import _backend, _triton
-
-from .work import UnavailableError
+from tokenprune_kernels import _backend, _registry, _triton
+from tokenprune_kernels._op import OPS
 
 SPIN_CYCLES = 20_000_000  # about 10 ms on a GPU: work that comes too early is sure to come before its end
 SYNCHRONIZING = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy"}
+PROFILED_CALLS = 5
+LIMITS = (
+    "name", "major", "minor", "multi_processor_count", "total_memory", "L2_cache_size", "regs_per_multiprocessor",
+    "shared_memory_per_block_optin", "shared_memory_per_multiprocessor", "max_threads_per_multi_processor", "warp_size",
+)  # fmt: skip
+
+
+class MissingError(Exception):
+    """The op has no kernel in this build."""
+
+
+class UnavailableError(Exception):
+    """What is asked for is not there; the message says what."""
 
 
 @dataclass
@@ -33,30 +49,6 @@ class Captured:
     outputs: list[Tensor]
 
 
-class Device(Protocol):
-    torch_device: torch.device
-    real: bool
-    forced: str | None  # the backend of all ops, methods included, or None: the CUDA kernels
-
-    def using(self, backend: str) -> "Device": ...
-    def has_kernel(self, op: str) -> bool: ...
-    def backend(self, op: str) -> str: ...
-    def op(self, op: str) -> Callable[..., Any]: ...
-    def synchronize(self) -> None: ...
-    def broken(self) -> str | None: ...
-    def times(self, f: Callable[[], Any], repeats: int) -> list[float]: ...
-    def capture(self, f: Callable[[], Any]) -> Captured: ...
-    def side_stream(self) -> contextlib.AbstractContextManager[Any]: ...
-    def spin(self) -> None: ...
-    def join(self, stream: Any) -> None: ...
-    def forbid_synchronization(self) -> contextlib.AbstractContextManager[None]: ...
-    def launches(self, f: Callable[[], Any]) -> dict[str, Any]: ...
-    def peak_bytes(self, f: Callable[[], Any]) -> int | None: ...
-    def free_bytes(self) -> int: ...
-    def l2_bytes(self) -> int: ...
-    def empty_launch(self) -> None: ...
-
-
 def flat(result: Any) -> list[Tensor]:
     """Tensors of an op's or a function's result."""
     if isinstance(result, Tensor):
@@ -64,12 +56,37 @@ def flat(result: Any) -> list[Tensor]:
     return [t for r in result for t in flat(r)] if isinstance(result, (list, tuple)) else []
 
 
+def kernels_of(trace: dict[str, Any], calls: int) -> dict[str, Any]:
+    """What one of `calls` equal calls put on the device, from the profiler's trace: every kernel with the median of its
+    microseconds and its launch plan, the number of copies and fills, and how often the host waited."""
+    events = [e for e in trace["traceEvents"] if e.get("ph") == "X"]
+    kernels = sorted((e for e in events if e.get("cat") == "kernel"), key=lambda e: e["ts"])
+    region = next(e for e in events if e["name"] == "tokenprune_region" and e.get("cat") == "user_annotation")
+    inside = [e for e in events if region["ts"] <= e["ts"] <= region["ts"] + region["dur"]]
+    each = len(kernels) // calls
+    found: dict[str, Any] = {
+        "kernels": len(kernels) / calls if len(kernels) % calls else each,
+        "copies_and_fills": sum(e.get("cat") in ("gpu_memcpy", "gpu_memset") for e in events) / calls,
+        "synchronizations": sum(e["name"] in SYNCHRONIZING for e in inside),
+    }
+    if len(kernels) % calls == 0:
+        found["plan"] = [
+            {"kernel": e["name"][:160], "us": round(median(k["dur"] for k in kernels[i::each]), 3),
+             **{name: e["args"].get(key) for name, key in PLANNED.items()}}
+            for i, e in enumerate(kernels[:each])
+        ]  # fmt: skip
+    return found
+
+
+PLANNED = {"grid": "grid", "block": "block", "registers": "registers per thread", "shared": "shared memory"}
+
+
 class Cuda:
     real = True
 
     def __init__(self, forced: str | None = None) -> None:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
-        self.forced = forced
+        self.forced = forced  # the backend of all ops, methods included, or None: what `auto` chooses
 
     def using(self, backend: str) -> "Cuda":
         return Cuda(backend)
@@ -79,12 +96,21 @@ class Cuda:
             return _triton.absent() is None
         return torch._C._dispatch_has_kernel_for_dispatch_key(f"tokenprune::{op}", "CUDA")
 
-    def backend(self, op: str) -> str:
-        return self.forced or "cuda"
-
     def op(self, op: str) -> Callable[..., Any]:
-        """The Python function on the backend under test."""
-        return partial(getattr(tp, op), backend=self.backend(op))
+        """The Python function on the backend under test, asked for by name."""
+        return partial(getattr(tp, op), backend=self.forced or "cuda")
+
+    def serve(self, f: Callable[..., Any], *ops: str) -> Callable[..., Any]:
+        """The function, which calls the package as users do, with its ops on the backend under test."""
+        return f if self.forced is None else on_backend(f, self.forced)
+
+    def set_plan(self, text: str) -> None:
+        """Overrides of the launch plans, as TOKENPRUNE_PLAN has them."""
+        _registry._binary.set_plan(text)
+
+    def limits(self) -> dict[str, Any]:
+        properties = torch.cuda.get_device_properties(self.torch_device)
+        return {name: getattr(properties, name) for name in LIMITS if hasattr(properties, name)}
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
@@ -136,6 +162,10 @@ class Cuda:
         if stream is not None:
             torch.cuda.current_stream().wait_stream(stream)
 
+    def finish(self, stream: Any) -> None:
+        """The host waits for this stream."""
+        stream.synchronize()
+
     @contextlib.contextmanager
     def forbid_synchronization(self) -> Iterator[None]:
         before = torch.cuda.get_sync_debug_mode()
@@ -146,27 +176,20 @@ class Cuda:
             torch.cuda.set_sync_debug_mode(before)
 
     def launches(self, f: Callable[[], Any]) -> dict[str, Any]:
-        """Kernels, copies and host synchronisations of one call, from the profiler."""
-        from torch.autograd import DeviceType
+        """`kernels_of` a few calls, by the profiler."""
         from torch.profiler import ProfilerActivity, profile, record_function
 
         f()
         torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
             with record_function("tokenprune_region"):
-                f()
+                for _ in range(PROFILED_CALLS):
+                    f()
             torch.cuda.synchronize()
-        events = list(profiler.events())
-        region = next(e for e in events if e.name == "tokenprune_region" and e.device_type == DeviceType.CPU)
-        inside = [e for e in events if region.time_range.start <= e.time_range.start <= region.time_range.end]
-        on_device = [e.name for e in events if e.device_type == DeviceType.CUDA and e.name != "tokenprune_region"]
-        kernels = [name for name in on_device if not name.startswith(("Memcpy", "Memset"))]
-        return {
-            "kernels": len(kernels),
-            "names": sorted({name[:100] for name in kernels})[:40],
-            "copies_and_fills": len(on_device) - len(kernels),
-            "synchronizations": sum(e.name in SYNCHRONIZING for e in inside),
-        }
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "trace.json"
+            profiler.export_chrome_trace(str(file))
+            return kernels_of(json.loads(file.read_text()), PROFILED_CALLS)
 
     def peak_bytes(self, f: Callable[[], Any]) -> int | None:
         """Device memory that one call holds at most, its outputs included, beyond what was there before."""
@@ -191,6 +214,14 @@ class Cuda:
         torch.cuda._sleep(0)
 
 
+def on_backend(f: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        with tp.use_backend(backend):
+            return f(*args)
+
+    return run
+
+
 class Host:
     """The CPU twin. Its numbers mean nothing and are marked as a dry run wherever they are written."""
 
@@ -205,7 +236,7 @@ class Host:
         try:
             import emulator
 
-            _backend._extra["emulator"] = emulator.ops()
+            _backend._extra["emulator"] = emulator.ops(), "cuda"
         except Exception as error:
             self.no_emulator = f"{type(error).__name__}: {str(error)[:300]}"
 
@@ -215,15 +246,27 @@ class Host:
     def has_kernel(self, op: str) -> bool:
         if self.forced == "triton":
             return _triton.absent() is None and _triton.interpreted()
-        return self.no_emulator is None and torch._C._dispatch_has_kernel_for_dispatch_key(
-            f"tokenprune_emulated::{op}", "CPU"
-        )
+        if self.no_emulator is not None or "cuda" not in OPS[op].backends:
+            return False
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"tokenprune_emulated::{op}", "CPU")
 
-    def backend(self, op: str) -> str:
-        return (self.forced or "emulator") if self.has_kernel(op) else "auto"
+    def _backend(self, *ops: str) -> str:
+        return (self.forced or "emulator") if all(map(self.has_kernel, ops)) else "auto"
 
     def op(self, op: str) -> Callable[..., Any]:
-        return partial(getattr(tp, op), backend=self.backend(op))
+        return partial(getattr(tp, op), backend=self._backend(op))
+
+    def serve(self, f: Callable[..., Any], *ops: str) -> Callable[..., Any]:
+        return on_backend(f, self._backend(*ops))
+
+    def set_plan(self, text: str) -> None:
+        if self.no_emulator is None:
+            import emulator
+
+            emulator.load().set_plan(text)
+
+    def limits(self) -> dict[str, Any]:
+        return {"name": "emulated" if self.no_emulator is None else "none"}
 
     def synchronize(self) -> None:
         pass
@@ -257,6 +300,9 @@ class Host:
     def join(self, stream: Any) -> None:
         pass
 
+    def finish(self, stream: Any) -> None:
+        pass
+
     def forbid_synchronization(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
@@ -269,7 +315,7 @@ class Host:
         module.take_launches()
         f()
         made = module.take_launches()
-        return {"kernels": len(made), "names": sorted({launch["kernel"] for launch in made}), "synchronizations": 0}
+        return {"kernels": len(made), "plan": made, "copies_and_fills": 0, "synchronizations": 0}
 
     def peak_bytes(self, f: Callable[[], Any]) -> int | None:
         f()
@@ -283,6 +329,9 @@ class Host:
 
     def empty_launch(self) -> None:
         pass
+
+
+Device = Cuda | Host
 
 
 def dry() -> bool:

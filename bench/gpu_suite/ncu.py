@@ -1,0 +1,67 @@
+"""Nsight Compute on six kernels: what limits them, in the tool's own words, with the clocks left alone."""
+
+import csv
+import io
+import sys
+from typing import Any
+
+from . import work
+from .environment import find_program
+from .run import Run, summarize
+
+# Row (a pattern of its name) and kernel: the one that decides the row's time.
+KERNELS = (
+    ("scores long", "attention_columns"),
+    ("scores square", "attention_rows"),
+    ("repulsion 2880x4096", "gram_greedy"),
+    ("NMS 576x4096", "nms_weights"),
+    ("cosine_scores 2880x4096", "similarity_kernel"),
+    ("gather_compact .* 16384", "gather_compact"),
+)
+SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "WarpStateStats", "MemoryWorkloadAnalysis")
+SECONDS = 60.0
+
+
+def metrics(output: str) -> dict[str, str]:
+    """ "section: metric [unit]" -> value, from the tool's CSV, which stands after its messages."""
+    lines = output.splitlines()
+    begin = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
+    return {
+        f"{row['Section Name']}: {row['Metric Name']} [{row['Metric Unit']}]": row["Metric Value"]
+        for row in csv.DictReader(io.StringIO("\n".join(lines[begin:])))
+        if row.get("Metric Name")
+    }
+
+
+def command(program: str, row: str, kernel: str) -> list[str]:
+    sections = [word for section in SECTIONS for word in ("--section", section)]
+    return [
+        program, "--clock-control", "none", "--csv", "--page", "details", *sections, "--target-processes", "all",
+        "--kernel-name", f"regex:{kernel}", "--launch-skip", "1", "--launch-count", "1",
+        *once(row),
+    ]  # fmt: skip
+
+
+def once(row: str) -> list[str]:
+    """A process that calls the row a few times."""
+    return [sys.executable, "-m", "bench.gpu_suite.worker", "once", "-", "--rows", row]
+
+
+def run(run: Run) -> dict[str, Any]:
+    program = find_program("ncu")
+    if program is None and not run.dry:
+        return {"status": "skipped", "reason": "ncu was not found", "summary": {}, "items": []}
+    items: list[work.Item] = []
+    for row, kernel in KERNELS[:1] if run.dry else KERNELS:
+        words = once("score_entropy") if run.dry else command(str(program), row, kernel)
+        if run.left() < 5:
+            items.append({"name": f"{kernel}, {row}", "status": "skipped", "reason": "out of time"})
+            continue
+        code, output = run.command(words, SECONDS)
+        (run.work / f"ncu-{kernel}.log").write_text(output)
+        found = metrics(output)
+        item: work.Item = {"name": f"{kernel}, {row}", "status": "passed", "metrics": found}
+        if code != 0 or not (found or run.dry):  # a machine may forbid the hardware counters
+            item.update(status="skipped", reason=f"exit code {code}: {output.strip()[-300:]}")
+        items.append(item)
+    return summarize(items)

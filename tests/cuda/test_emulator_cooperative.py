@@ -1,0 +1,70 @@
+"""Cooperative launches on the emulator: blocks that wait for each other, and launches that are refused."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+
+import emulator
+from tests.cuda.test_emulator import in_all_schedules, run
+
+pytestmark = pytest.mark.skipif(shutil.which(os.environ.get("CXX") or "g++") is None, reason="no C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def broken() -> ModuleType:
+    return emulator.load_broken()
+
+
+@pytest.fixture(autouse=True)
+def _fresh(broken: ModuleType) -> Iterator[None]:
+    broken.settings().reset()
+    yield
+    broken.settings().reset()
+
+
+@pytest.mark.parametrize("begin", [0, 2**32 - 3])
+def test_blocks_of_a_cooperative_launch_wait_for_each_other(broken, begin):
+    """Their counter is memory, and may run over; without the barrier a block sees what only some have written."""
+    blocks, given = 5, torch.tensor([begin - 2**32 if begin else 0], dtype=torch.int32)
+    out = torch.cat([given, torch.zeros(blocks + blocks * 64, dtype=torch.int32)])
+    where = {"grid": (blocks, 1, 1), "block": (64, 1, 1), "cooperative": True}
+    for got in in_all_schedules(broken, "sum_over_grid", given, out=out, **where):
+        assert got[0] == given + blocks
+        assert (got[1 + blocks :] == 2**blocks - 1).all()
+    unordered = in_all_schedules(broken, "sum_over_grid", given, out=out, variant=1, **where)
+    assert any((got[1 + blocks :] != 2**blocks - 1).any() for got in unordered)
+
+
+def test_blocks_that_wait_for_each_other_in_vain_are_an_error(broken):
+    """Because one of them ends, or because the launch is not cooperative and they run one after the other."""
+    given, out = torch.zeros(1, dtype=torch.int32), torch.zeros(200, dtype=torch.int32)
+    pair = {"grid": (2, 1, 1)}
+    with pytest.raises(RuntimeError, match=r"and all others 31 wait at a block .* 1 wait for other blocks"):
+        run(broken, "sum_over_grid", given, out, variant=2, cooperative=True, **pair)
+    with pytest.raises(RuntimeError, match="1 wait for other blocks"):
+        run(broken, "sum_over_grid", given, out.zero_(), **pair)
+    run(broken, "sum_over_grid", given, out.zero_(), cooperative=True, **pair)
+    assert (out[3:67] == 3).all()
+
+
+def test_cooperative_launches_must_fit_on_the_device(broken):
+    """All their blocks are there at the same time, as many of a multiprocessor as its memory and threads allow."""
+    settings = broken.settings()
+    settings.sm_count = 2
+
+    def status(blocks: int, threads: int, shared: int = 0, cluster: int = 1) -> str:
+        return broken.launch_raw((blocks, 1, 1), (threads, 1, 1), shared, cluster, True)
+
+    assert status(64, 32) == "cudaSuccess"
+    assert status(65, 32) == "cudaErrorCooperativeLaunchTooLarge"
+    assert status(4, 1024) == "cudaSuccess"
+    assert status(5, 1024) == "cudaErrorCooperativeLaunchTooLarge"
+    assert status(8, 32, 48 * 1024) == "cudaSuccess"
+    assert status(9, 32, 48 * 1024) == "cudaErrorCooperativeLaunchTooLarge"
+    assert status(2, 32, cluster=2) == "cudaErrorNotSupported"
+    settings.cooperative = False
+    assert status(1, 32) == "cudaErrorNotSupported"
