@@ -182,7 +182,5 @@ def cpu_rows() -> list[Row]:
         {"reference, torch.compile": lambda x: mixture(x["text"], x["visual"], llava.keep)},
         targets={"reference, torch.compile": 1.0}, agree=same, seconds=0.6,
     )  # fmt: skip
-    return [*rows, million(torch.float32), million(torch.bfloat16), against_compiled
-        grouped(5, 576, 64),
-        grouped(32, 196, 40),
-    ]
+    return [*rows, million(torch.float32), million(torch.bfloat16), against_compiled, grouped(5, 576, 64),
+            grouped(32, 196, 40)]  # fmt: skip
