@@ -32,13 +32,17 @@ def cases() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         "attention_scores": ((query, key, lse), {"key_indices": indices, "head_reduction": "max"}),
         "score_entropy": ((scores,), {"mask": mask}),
         "cosine_scores": ((features, torch.randn(B, M, C)), {"reduction": "mean"}),
+        "paired_cosine": ((features[:, 1:], features[:, :-1]), {}),
         "contrastive_scores": ((features, indices, indices.flip(0)), {}),
         "select_topk": ((scores, K), {"mask": mask, "largest": False}),
+        "select_grouped_topk": ((scores, torch.randint(-1, 4, (B, N)), torch.tensor([[2, 0, 5], [1, 9, -1]]), K), {}),
         "select_two_tailed": ((scores, torch.tensor([2, 20]), K), {}),
         "select_mixture": ((scores, torch.rand(B, N), K), {"floor": 0.25}),
         "mask_to_indices": ((mask, K), {}),
         "repulsion_sample": ((features, K), {"positions": positions, "potential": "riesz", "aggregate": "sum"}),
         "spatial_semantic_nms": ((scores, features, positions, K), {"sigma_semantic": 0.5, "mask": mask}),
+        "density_peaks": ((features, K), {"neighbors": 3, "mask": mask}),
+        "merge_tokens": ((features, indices), {"weights": scores, "mask": mask, "threshold": 0.1}),
         "gather_compact": (([features, mask], indices), {"dims": [1, 1]}),
     }
 
