@@ -113,6 +113,10 @@ inline void check_count(const char* op, const char* name, int64_t k, int64_t bat
          shape_text({batch, k}));
 }
 
+inline void check_at_least(const char* op, const char* name, int64_t value, int64_t low) {
+  if (value < low) fail(op, name, "be >= " + std::to_string(low), value);
+}
+
 inline void check_real(const char* op, const char* name, double value, double low, bool above = false,
                        double high = std::numeric_limits<double>::infinity()) {
   if ((above ? value > low : value >= low) && value <= high) return;  // NaN fails both

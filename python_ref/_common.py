@@ -22,6 +22,13 @@ def squared_distances(positions: Tensor) -> Tensor:
     return (p.unsqueeze(2) - p.unsqueeze(1)).square().sum(-1)
 
 
+def row_distances(x: Tensor, y: Tensor) -> Tensor:
+    """||x_i - y_j||^2 of [B, N, C] and [B, M, C] from differences, a column at a time: [B, N, M, C] would not fit."""
+    x, y = widen(x), widen(y)
+    columns = [(x - y[:, j : j + 1]).square().sum(-1) for j in range(y.shape[1])]
+    return torch.stack(columns, dim=-1) if columns else x.new_zeros(*x.shape[:2], 0)
+
+
 def ones_like_mask(x: Tensor, mask: Tensor | None) -> Tensor:
     """`mask`, or all True over the shape of x."""
     return torch.ones_like(x, dtype=torch.bool) if mask is None else mask

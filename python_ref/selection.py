@@ -21,9 +21,23 @@ def best(scores: Tensor, mask: Tensor, count: int | Tensor, largest: bool = True
     return mask & (rank < count)
 
 
-def select_topk(scores: Tensor, k: int, *, mask: Tensor | None = None, largest: bool = True) -> tuple[Tensor, Tensor]:
-    """The k best tokens of each sample, in ascending order of position."""
-    return mask_to_indices(best(scores, ones_like_mask(scores, mask), k, largest), k)
+def select_topk(
+    scores: Tensor, k: int, *, mask: Tensor | None = None, largest: bool = True, budgets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The k best tokens of each sample, or its `budgets` best, in ascending order of position."""
+    count = k if budgets is None else budgets.clamp(0, k).unsqueeze(-1)
+    return mask_to_indices(best(scores, ones_like_mask(scores, mask), count, largest), k)
+
+
+def select_grouped_topk(
+    scores: Tensor, groups: Tensor, budgets: Tensor, k: int, *, mask: Tensor | None = None, largest: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The budgets[b, g] best tokens of every group g, all groups together in ascending order of position."""
+    mask = ones_like_mask(scores, mask)
+    chosen = torch.zeros_like(mask)
+    for g in range(budgets.shape[1]):
+        chosen |= best(scores, mask & (groups == g), budgets[:, g : g + 1], largest)
+    return mask_to_indices(chosen, k)
 
 
 def select_two_tailed(scores: Tensor, num_low: Tensor, k: int, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Cosine similarity of visual tokens to queries, and COAST's contrast between anchors and references."""
+"""Cosine similarity of visual tokens to queries or partners, and COAST's contrast between anchors and references."""
 
 import torch
 from torch import Tensor
@@ -22,6 +22,11 @@ def cosine_scores(
     """max or mean over the valid queries of cos(feature, query): [B, N, C], [B, M, C] -> [B, N]."""
     valid = queries.new_ones(queries.shape[:2], dtype=torch.bool) if query_mask is None else query_mask
     return _reduce(normalize(features) @ normalize(queries).mT, valid, reduction)
+
+
+def paired_cosine(a: Tensor, b: Tensor) -> Tensor:
+    """cos(a_i, b_i): [B, N, C] twice -> [B, N]."""
+    return (normalize(a) * normalize(b)).sum(-1)
 
 
 def contrastive_scores(features: Tensor, anchor_indices: Tensor, reference_indices: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import re
 import torch
 
 from testing import ROOT
-from tokenprune_kernels._op import FLOATS, OPS, Argument, Choice, Count, Number, Op, TensorKind, compiled_ops
+from tokenprune_kernels._op import FLOATS, OPS, Argument, AtLeast, Choice, Count, Number, Op, TensorKind, compiled_ops
 
 FILE = ROOT / "csrc" / "generated" / "ops.h"
 TYPES = {
@@ -87,6 +87,8 @@ def check_function(op: Op) -> str:
             first = first or a.name
         elif isinstance(a.kind, Count):
             lines.append(f"check_count(op, {quoted(a.name)}, {a.name}, B);")
+        elif isinstance(a.kind, AtLeast):
+            lines.append(f"check_at_least(op, {quoted(a.name)}, {a.name}, {a.kind.low});")
         elif isinstance(a.kind, Number):
             bounds = f"{number(a.kind.low)}, {str(a.kind.above).lower()}, {number(a.kind.high)}"
             lines.append(f"check_real(op, {quoted(a.name)}, {a.name}, {bounds});")

@@ -37,7 +37,7 @@ class Call(NamedTuple):
 # Where an op's arguments have a letter, these sizes of a sample stand for it. D is missing: it has to be at least one.
 LETTERS = {
     "B": "batch", "N": "tokens", "M": "rows", "C": "channels", "Hq": "heads", "P": "axes",
-    "V": "listed", "A": "listed", "R": "listed", "S": "listed",
+    "V": "listed", "A": "listed", "R": "listed", "S": "listed", "G": "listed", "K": "k", "E": "channels",
 }  # fmt: skip
 OPS = public_ops()
 
@@ -54,10 +54,12 @@ def count_of(op: str) -> str | None:
     return next((a.name for a in described.OPS[op].arguments if isinstance(a.kind, described.Count)), None)
 
 
+# Whose indices ascend by token; the others' are in the order of selection.
+ASCENDING = {op: all(o.ascending for o in described.OPS[op].outputs.values()) for op in OPS}
 # Which sizes an op's inputs have.
 SIZES_OF = {op: _sizes_of(described.OPS[op]) for op in OPS}
 SIZES_OF["gather_compact"] = ("batch", "tokens", "channels", "k", "heads")  # of the tensors that _gather makes
-# What the outputs are, in order: score (floating), index ([B, k], -1 padded), count ([B]).
+# What the outputs are, in order: score and value (floating), index (-1 padded), count ([B]).
 OUTPUTS = {op: tuple(o.kind for o in described.OPS[op].outputs.values()) for op in OPS if described.OPS[op].outputs}
 SELECTING = tuple(op for op in OPS if count_of(op))
 INDEX_INPUTS = {
@@ -170,6 +172,17 @@ def _kept(s: Sizes, b: int) -> Tensor:
     return torch.nn.functional.pad(order, (0, s.k - len(order)), value=-1)
 
 
+def _merge(s: Sizes, dtype: torch.dtype) -> dict[str, Any]:
+    """Sums of small integers; that they are divided is the only rounding."""
+    values = integers(-9, 10, s.batch, s.tokens, s.channels, dtype=dtype, seed=65)
+    return {"values": values, "targets": torch.stack([_kept(s, b) for b in range(max(s.batch, 1))])[: s.batch]}
+
+
+def _frames(video: Tensor) -> dict[str, Any]:
+    """A list against itself, one entry later: views of one tensor."""
+    return {"a": video[:, 1:], "b": video[:, :-1]}
+
+
 Factory = Callable[[Sizes, torch.dtype], dict[str, Any]]
 FACTORIES: dict[str, dict[str, Factory]] = {
     "cross_attention_scores": {
@@ -207,6 +220,10 @@ FACTORIES: dict[str, dict[str, Factory]] = {
             "query_mask": flags(s.batch, s.rows, seed=31), "reduction": "mean",
         },
     },
+    "paired_cosine": {
+        "plain": lambda s, t: {"a": _tokens(s, t), "b": features(s.batch, s.tokens, s.channels, dtype=t, seed=41)},
+        "one_frame_later": lambda s, t: _frames(features(s.batch, s.tokens + 1, s.channels, dtype=t, seed=42)),
+    },
     "contrastive_scores": {
         "plain": lambda s, t: {
             "features": _tokens(s, t),
@@ -217,6 +234,21 @@ FACTORIES: dict[str, dict[str, Factory]] = {
     "select_topk": {
         "plain": lambda s, t: {"scores": _scores(s, t), "k": s.k},
         "masked_smallest": lambda s, t: {"scores": _scores(s, t), "k": s.k, **_masked(s), "largest": False},
+        "budgets": lambda s, t: {
+            "scores": _scores(s, t), "k": s.k, "budgets": integers(-1, s.k + 3, s.batch, dtype=torch.int64, seed=47)
+        },
+    },
+    "select_grouped_topk": {
+        "plain": lambda s, t: {
+            "scores": _scores(s, t), "k": s.k,
+            "groups": integers(-1, s.listed + 1, s.batch, s.tokens, dtype=torch.int64, seed=43),
+            "budgets": integers(-1, 3, s.batch, s.listed, dtype=torch.int64, seed=44),
+        },
+        "masked_smallest": lambda s, t: {
+            "scores": _scores(s, t), "k": s.k, **_masked(s), "largest": False,
+            "groups": integers(0, max(s.listed, 1), s.batch, s.tokens, dtype=torch.int64, seed=45),
+            "budgets": integers(0, 9, s.batch, s.listed, dtype=torch.int64, seed=46),
+        },
     },
     "select_two_tailed": {
         "plain": lambda s, t: {
@@ -264,7 +296,41 @@ FACTORIES: dict[str, dict[str, Factory]] = {
             **_nms(s, t), "radius": 2.0, "sigma_spatial": float("inf"), "sigma_semantic": float("inf")
         },
     },
+    "dpp_sample": {
+        "plain": lambda s, t: {"features": _one_hot(s, t), "k": s.k},
+        "quality_masked": lambda s, t: {
+            "features": _one_hot(s, t), "k": s.k, "quality": integers(-2, 5, s.batch, s.tokens, dtype=t, seed=48),
+            **_masked(s), "epsilon": 0.0,
+        },
+    },
+    "coverage_sample": {
+        "plain": lambda s, t: {"similarity": integers(-2, 9, s.batch, s.listed, s.tokens, dtype=t, seed=49), "k": s.k},
+        "everything": lambda s, t: {
+            "similarity": integers(-2, 9, s.batch, s.listed, s.tokens, dtype=t, seed=49), "k": s.k, **_masked(s),
+            "row_weights": integers(-1, 4, s.batch, s.listed, dtype=t, seed=60),
+            "quality": integers(-1, 4, s.batch, s.tokens, dtype=t, seed=61),
+            "row_mask": flags(s.batch, s.listed, seed=62),
+        },
+    },
+    "density_peaks": {
+        "plain": lambda s, t: {"features": _tokens(s, t), "k": s.k},
+        "masked": lambda s, t: {"features": _tokens(s, t), "k": s.k, "neighbors": 3, **_masked(s)},
+        "one_neighbor": lambda s, t: {"features": _grid(s, t, s.channels), "k": s.k, "neighbors": 1},
+    },
     "gather_compact": {"plain": _gather},
+    "merge_tokens": {
+        "plain": _merge,
+        "everything": lambda s, t: {
+            **_merge(s, t), **_masked(s), "keys": _tokens(s, t), "threshold": 0.25, "include_targets": False,
+            "weights": integers(-1, 4, s.batch, s.tokens, dtype=t, seed=63),
+        },
+        "euclidean": lambda s, t: {
+            **_merge(s, t), "keys": _grid(s, t, s.channels), "metric": "euclidean", "threshold": 9.0
+        },
+        "assigned": lambda s, t: {
+            **_merge(s, t), "assignment": index_list(s.k, s.batch, s.tokens, seed=64),
+        },
+    },
 }  # fmt: skip
 
 
@@ -273,7 +339,8 @@ def _value(kind: described.Kind | None, s: Sizes, dtype: torch.dtype, seed: int)
     if not isinstance(kind, TensorKind):
         return s.k
     shape = [int(x) if x.isdigit() else getattr(s, LETTERS.get(x, "channels")) for x in kind.shape]
-    low, high = (-1, max(s.tokens, 1)) if kind.listed else (0, 2) if torch.bool in kind.dtypes else (-6, 7)
+    into = getattr(s, LETTERS[kind.listed]) if kind.listed else 0
+    low, high = (-1, max(into, 1)) if kind.listed else (0, 2) if torch.bool in kind.dtypes else (-6, 7)
     wanted = dtype if kind.dtypes is described.FLOATS else kind.dtypes[0]
     return integers(low, high, *shape, dtype=wanted, seed=seed)
 
@@ -375,9 +442,15 @@ def promised(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
     batch = first.shape[0]
     if call.op in SELECTING:
         k = a[str(count_of(call.op))]
-        by_kind = {"index": ((batch, k), torch.int64), "count": ((batch,), torch.int64), "score": ((batch, k), wide)}
+        of_scores = (batch, k) if call.op != "density_peaks" else tuple(first.shape[:2])
+        by_kind = {"index": ((batch, k), torch.int64), "count": ((batch,), torch.int64), "score": (of_scores, wide)}
         return [by_kind[kind] for kind in OUTPUTS[call.op]]
-    if call.op in ("cosine_scores", "contrastive_scores"):
+    if call.op == "merge_tokens":
+        slots, tokens, channels = a["targets"].shape[1], first.shape[1], first.shape[2]
+        return [
+            ((batch, slots, channels), first.dtype), ((batch, slots), wide), ((batch, tokens), torch.int64)
+        ]  # fmt: skip
+    if call.op in ("cosine_scores", "contrastive_scores", "paired_cosine"):
         return [(tuple(first.shape[:2]), wide)]
     if "query" not in a:
         return [((batch,), wide)]

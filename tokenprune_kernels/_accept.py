@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._op import Argument, Choice, Count, Number, Op, TensorKind
+from ._op import Argument, AtLeast, Choice, Count, Number, Op, TensorKind
 
 
 def _tensor(a: Argument, kind: TensorKind, first: str | None, known: set[str]) -> str:
@@ -52,6 +52,8 @@ def acceptance(op: Op) -> Callable[..., bool]:
             first = first or a.name
         elif isinstance(a.kind, Count):
             terms.append(f"type({a.name}) is int and 0 <= {a.name} * B < {1 << 40}")
+        elif isinstance(a.kind, AtLeast):
+            terms.append(f"type({a.name}) is int and {a.name} >= {a.kind.low}")
         elif isinstance(a.kind, Number):
             names |= {f"{a.name}_low": a.kind.low, f"{a.name}_high": a.kind.high}
             less = "<" if a.kind.above else "<="

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ._op import FLOATS, OPS, Argument, Choice, Count, Number, Op, TensorKind
+from ._op import FLOATS, OPS, Argument, AtLeast, Choice, Count, Number, Op, TensorKind
 
 QUANTIZED = frozenset(
     getattr(torch, name) for name in ("qint8", "quint8", "qint32", "quint4x2", "quint2x4") if hasattr(torch, name)
@@ -56,6 +56,8 @@ def check(op: Op, values: Sequence[Any]) -> Sizes:
         elif isinstance(kind, Count):
             _count(op.name, argument.name, value)
             sizes[argument.name] = value
+        elif isinstance(kind, AtLeast):
+            _at_least(op.name, argument.name, kind, value)
         elif isinstance(kind, Number):
             _number(op.name, argument.name, kind, value)
         elif isinstance(kind, Choice):
@@ -95,6 +97,13 @@ def _count(op: str, name: str, k: int) -> None:
         fail(TypeError, op, name, "be an int", _what_else(k))
     if k < 0:
         fail(ValueError, op, name, "be non-negative", k)
+
+
+def _at_least(op: str, name: str, kind: AtLeast, value: int) -> None:
+    if not isinstance(value, (int, torch.SymInt)):
+        fail(TypeError, op, name, "be an int", _what_else(value))
+    if value < kind.low:
+        fail(ValueError, op, name, f"be >= {kind.low}", value)
 
 
 def _number(op: str, name: str, kind: Number, value: float) -> None:

@@ -27,7 +27,8 @@ def _empty_outputs(op: Op, *args: Any, **kwargs: Any) -> Any:
             shape = output.shape(sizes, **{a.name: v for a, v in zip(op.arguments, values, strict=True)})
         else:
             shape = [sizes[letter] for letter in output.shape.split()]
-        made.append(first.new_empty(shape, dtype=wide if output.kind == "score" else torch.int64))
+        dtype = {"score": wide, "value": first.dtype}.get(output.kind, torch.int64)
+        made.append(first.new_empty(shape, dtype=dtype))
     return made[0] if len(made) == 1 else tuple(made)
 
 

@@ -40,7 +40,7 @@ class TensorKind(NamedTuple):
     shape: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     like: str = ""  # the first tensor, whose dtype it has
-    listed: bool = False  # its values are token indices, -1 for none
+    listed: str = ""  # the letter of what its values are indices into, -1 for none
 
     @property
     def text(self) -> str:
@@ -49,6 +49,12 @@ class TensorKind(NamedTuple):
 
 class Count(NamedTuple):
     """An integer >= 0: how many entries each sample of the result has."""
+
+
+class AtLeast(NamedTuple):
+    """An integer >= low that is no size of a result."""
+
+    low: int
 
 
 class Number(NamedTuple):
@@ -66,7 +72,7 @@ class Choice(NamedTuple):
     joined: bool = False
 
 
-Kind = TensorKind | Count | Number | Choice
+Kind = TensorKind | Count | AtLeast | Number | Choice
 
 
 def floats(shape: str, like: str = "") -> TensorKind:
@@ -77,8 +83,8 @@ def integers(shape: str) -> TensorKind:
     return TensorKind(tuple(shape.split()), (torch.int64,))
 
 
-def indices(shape: str) -> TensorKind:
-    return TensorKind(tuple(shape.split()), (torch.int64,), listed=True)
+def indices(shape: str, into: str = "N") -> TensorKind:
+    return TensorKind(tuple(shape.split()), (torch.int64,), listed=into)
 
 
 def flags(shape: str) -> TensorKind:
@@ -86,18 +92,24 @@ def flags(shape: str) -> TensorKind:
 
 
 class Output(NamedTuple):
-    """A result: `score` (float32, float64 for a float64 first tensor), `index` (-1 padded) or `count` (both int64)."""
+    """A result: `score` (float32, float64 for a float64 first tensor), `value` (of the first tensor's dtype), `index`
+    (-1 padded) or `count` (both int64)."""
 
     kind: str
     shape: str | Callable[..., list[int]]  # letters, or a function of the letters' sizes and all arguments by name
+    ascending: bool = True  # indices: by token; False: in the order of selection
 
 
 def scores(shape: str | Callable[..., list[int]]) -> Output:
     return Output("score", shape)
 
 
-def picks(shape: str) -> Output:
-    return Output("index", shape)
+def values(shape: str) -> Output:
+    return Output("value", shape)
+
+
+def picks(shape: str, ascending: bool = True) -> Output:
+    return Output("index", shape, ascending)
 
 
 def counts(shape: str) -> Output:

@@ -56,23 +56,37 @@ std::tuple<Tensor, Tensor> mask_to_indices(const Tensor& mask_in, int64_t capaci
   return selected.result();
 }
 
-// low[b] is how many of the k go to the lowest tokens; without `low` none do.
+// The values of an int64 vector, clamped to [0, most]; `absent` for all samples where there is none.
+struct Clamped {
+  Clamped(const Tensor* t, int64_t most, int64_t absent)
+      : values(t != nullptr ? t->const_data_ptr<int64_t>() : nullptr),
+        stride(t != nullptr ? t->stride(0) : 0),
+        most(most),
+        absent(absent) {}
+  int64_t operator[](int64_t b) const {
+    return values != nullptr ? std::clamp<int64_t>(values[b * stride], 0, most) : absent;
+  }
+
+  const int64_t* values;
+  int64_t stride, most, absent;
+};
+
+// Of each sample its budget of tokens, k without `budgets`; `num_low` of them from the low end, none without.
 template <class T>
-void select_tails(const Tensor& scores, const MaskRows& mask, const Tensor* num_low, bool largest,
-                  const Selected& selected) {
+void select_tails(const Tensor& scores, const MaskRows& mask, const Tensor* num_low, const Tensor* budgets,
+                  bool largest, const Selected& selected) {
   using Key = decltype(order_key(Wide<T>{}));
   const int64_t n = scores.size(1), stride = scores.stride(0), k = selected.capacity;
   const T* values = static_cast<const T*>(scores.const_data_ptr());
-  const int64_t* low = num_low != nullptr ? num_low->const_data_ptr<int64_t>() : nullptr;
-  const int64_t low_stride = num_low != nullptr ? num_low->stride(0) : 0;
+  const Clamped low(num_low, k, 0), budget(budgets, k, k);
   over_samples<Workspace<Key>>(scores.size(0), n, [&](int64_t b, Workspace<Key>& space) {
     Key* keys = space.keys.get();
     uint8_t* chosen = space.chosen.get();
     const T* row = values + b * stride;
-    const int64_t tail = low != nullptr ? std::clamp<int64_t>(low[b * low_stride], 0, k) : 0;
+    const int64_t tail = low[b];
     std::fill(chosen, chosen + n, uint8_t(0));
     order_keys(row, mask.row(b), n, largest, keys);
-    choose_best(keys, n, k - tail, space.scratch.get(), chosen);
+    choose_best(keys, n, budget[b] - tail, space.scratch.get(), chosen);
     if (tail > 0) {
       for (int64_t i = 0; i < n; ++i) keys[i] = chosen[i] ? kNoKey : reversed_key<Wide<T>>(keys[i]);
       choose_best(keys, n, tail, space.scratch.get(), chosen);
@@ -81,25 +95,26 @@ void select_tails(const Tensor& scores, const MaskRows& mask, const Tensor* num_
   });
 }
 
-std::tuple<Tensor, Tensor> select(const Tensor& scores_in, const OptionalTensor& mask, const Tensor* num_low, int64_t k,
-                                  bool largest) {
+std::tuple<Tensor, Tensor> select(const Tensor& scores_in, const OptionalTensor& mask, const Tensor* num_low,
+                                  const Tensor* budgets, int64_t k, bool largest) {
   const Tensor scores = with_contiguous_rows(scores_in);
   const Selected selected(scores, scores.size(0), k);
   dispatch_floating(scores.scalar_type(), [&](auto tag) {
-    select_tails<typename decltype(tag)::type>(scores, MaskRows(mask), num_low, largest, selected);
+    select_tails<typename decltype(tag)::type>(scores, MaskRows(mask), num_low, budgets, largest, selected);
   });
   return selected.result();
 }
 
-std::tuple<Tensor, Tensor> select_topk(const Tensor& scores, int64_t k, const OptionalTensor& mask, bool largest) {
-  check_select_topk(scores, k, mask, largest);
-  return select(scores, mask, nullptr, k, largest);
+std::tuple<Tensor, Tensor> select_topk(const Tensor& scores, int64_t k, const OptionalTensor& mask, bool largest,
+                                       const OptionalTensor& budgets) {
+  check_select_topk(scores, k, mask, largest, budgets);
+  return select(scores, mask, nullptr, budgets ? &*budgets : nullptr, k, largest);
 }
 
 std::tuple<Tensor, Tensor> select_two_tailed(const Tensor& scores, const Tensor& num_low, int64_t k,
                                              const OptionalTensor& mask) {
   check_select_two_tailed(scores, num_low, k, mask);
-  return select(scores, mask, &num_low, k, true);
+  return select(scores, mask, &num_low, nullptr, k, true);
 }
 
 // f(0) + ... + f(n - 1) in float64, in blocks: rounding errors grow with the length of a block, not with n.

@@ -22,8 +22,8 @@ void check_tokens(const char* op, const char* name, const Tensor& t) {
   if (t.size(1) > kSelectMaxTokens) fail(op, name, "have fewer than 2^31 tokens on a GPU", t.size(1));
 }
 
-std::tuple<Tensor, Tensor> select(const char* op, const Tensor& scores_in, const Tensor* num_low, int64_t k,
-                                  const OptionalTensor& mask_in, bool largest) {
+std::tuple<Tensor, Tensor> select(const char* op, const Tensor& scores_in, const Tensor* num_low, const Tensor* budgets,
+                                  int64_t k, const OptionalTensor& mask_in, bool largest) {
   check_not_float64(op, {{"scores", scores_in}});
   check_tokens(op, "scores", scores_in);
   const CudaScope cuda(scores_in);
@@ -37,6 +37,8 @@ std::tuple<Tensor, Tensor> select(const char* op, const Tensor& scores_in, const
                               mask.stride(),
                               num_low != nullptr ? num_low->const_data_ptr<int64_t>() : nullptr,
                               num_low != nullptr ? num_low->stride(0) : 0,
+                              budgets != nullptr ? budgets->const_data_ptr<int64_t>() : nullptr,
+                              budgets != nullptr ? budgets->stride(0) : 0,
                               selected.indices.mutable_data_ptr<int64_t>(),
                               selected.counts.mutable_data_ptr<int64_t>(),
                               batch,
@@ -50,15 +52,16 @@ std::tuple<Tensor, Tensor> select(const char* op, const Tensor& scores_in, const
   return selected.result();
 }
 
-std::tuple<Tensor, Tensor> select_topk(const Tensor& scores, int64_t k, const OptionalTensor& mask, bool largest) {
-  check_select_topk(scores, k, mask, largest);
-  return select("select_topk", scores, nullptr, k, mask, largest);
+std::tuple<Tensor, Tensor> select_topk(const Tensor& scores, int64_t k, const OptionalTensor& mask, bool largest,
+                                       const OptionalTensor& budgets) {
+  check_select_topk(scores, k, mask, largest, budgets);
+  return select("select_topk", scores, nullptr, budgets ? &*budgets : nullptr, k, mask, largest);
 }
 
 std::tuple<Tensor, Tensor> select_two_tailed(const Tensor& scores, const Tensor& num_low, int64_t k,
                                              const OptionalTensor& mask) {
   check_select_two_tailed(scores, num_low, k, mask);
-  return select("select_two_tailed", scores, &num_low, k, mask, true);
+  return select("select_two_tailed", scores, &num_low, nullptr, k, mask, true);
 }
 
 std::tuple<Tensor, Tensor> mask_to_indices(const Tensor& mask_in, int64_t capacity) {

@@ -27,7 +27,7 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   m.def("repulsion_sample(Tensor features, SymInt k, *, Tensor? positions=None, Tensor? seed_indices=None, Tensor? energy=None, Tensor? mask=None, str potential=\"cosine\", str aggregate=\"max\", float feature_weight=1.0, float position_weight=1.0, float exponent=1.0, float sigma=1.0, float epsilon=1e-06, str first=\"outlier\") -> (Tensor indices, Tensor counts)");
   m.def("score_entropy(Tensor scores, *, Tensor? mask=None, bool normalized=True) -> Tensor");
   m.def("select_mixture(Tensor text_scores, Tensor visual_scores, SymInt k, *, float floor=0.25, Tensor? mask=None) -> (Tensor indices, Tensor counts, Tensor num_text)");
-  m.def("select_topk(Tensor scores, SymInt k, *, Tensor? mask=None, bool largest=True) -> (Tensor indices, Tensor counts)");
+  m.def("select_topk(Tensor scores, SymInt k, *, Tensor? mask=None, bool largest=True, Tensor? budgets=None) -> (Tensor indices, Tensor counts)");
   m.def("select_two_tailed(Tensor scores, Tensor num_low, SymInt k, *, Tensor? mask=None) -> (Tensor indices, Tensor counts)");
   m.def("spatial_semantic_nms(Tensor scores, Tensor features, Tensor positions, SymInt k, *, Tensor? groups=None, Tensor? mask=None, float radius=5.0, float sigma_spatial=1.5, float sigma_semantic=0.05, str mode=\"soft\", float threshold=0.5) -> (Tensor indices, Tensor selected_scores, Tensor counts)");
 }
@@ -196,13 +196,14 @@ inline void check_select_mixture(const Tensor& text_scores, const Tensor& visual
   check_beside(op, "mask", mask, text_scores, "[B, N]", {B, N}, ScalarType::Bool);
 }
 
-inline void check_select_topk(const Tensor& scores, int64_t k, const OptionalTensor& mask, bool) {
+inline void check_select_topk(const Tensor& scores, int64_t k, const OptionalTensor& mask, bool, const OptionalTensor& budgets) {
   const char* op = "select_topk";
   check_floating(op, "scores", scores, "[B, N]", 2);
   [[maybe_unused]] const int64_t B = scores.size(0);
   [[maybe_unused]] const int64_t N = scores.size(1);
   check_count(op, "k", k, B);
   check_beside(op, "mask", mask, scores, "[B, N]", {B, N}, ScalarType::Bool);
+  check_beside(op, "budgets", budgets, scores, "[B]", {B}, ScalarType::Long);
 }
 
 inline void check_select_two_tailed(const Tensor& scores, const Tensor& num_low, int64_t k, const OptionalTensor& mask) {

@@ -21,7 +21,7 @@ from .._op import KERNELS, Choice, Count, Number, counts, flags, floats, indices
     sigma=Number(0.0, above=True),
     epsilon=Number(0.0),
     first=Choice(("outlier", "isolated", "index")),
-    returns={"indices": picks("B k"), "counts": counts("B")},
+    returns={"indices": picks("B k", ascending=False), "counts": counts("B")},
     work=("features", "B * N * max(N, S) * max(C, P)"),
     backends=KERNELS,
 )

@@ -3,18 +3,25 @@
 from torch import Tensor
 
 from .._backend import call
-from .._op import KERNELS, Count, counts, flags, floats, op, picks
+from .._op import KERNELS, Count, counts, flags, floats, integers, op, picks
 
 
 @op(
     scores=floats("B N"),
     k=Count(),
     mask=flags("B N"),
+    budgets=integers("B"),
     returns={"indices": picks("B k"), "counts": counts("B")},
     backends=KERNELS,
 )
 def select_topk(
-    scores: Tensor, k: int, *, mask: Tensor | None = None, largest: bool = True, backend: str | None = None
+    scores: Tensor,
+    k: int,
+    *,
+    mask: Tensor | None = None,
+    largest: bool = True,
+    budgets: Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k best tokens of each sample, in ascending order of position.
 
@@ -25,10 +32,12 @@ def select_topk(
         k: how many to keep, >= 0; may exceed N.
         mask: [B, N] bool, True for the tokens that may be selected; default all.
         largest: False selects the k smallest instead. NaN stays last.
+        budgets: [B] int64, how many each sample keeps of at most k; they stay on the device. Negative counts as 0.
         backend: which implementation serves the call; see `use_backend`.
 
     Returns:
-        indices [B, k] int64, ascending, -1 after the last, and counts [B] int64 = min(k, number of True).
+        indices [B, k] int64, ascending, -1 after the last, and counts [B] int64 = min(k, number of True), with
+        budgets min(budgets[b], k, number of True).
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value.
@@ -39,5 +48,8 @@ def select_topk(
     (tensor([[1, 3]]), tensor([2]))
     >>> tp.select_topk(scores, 3, mask=torch.tensor([[True, False, False, True]]))
     (tensor([[ 0,  3, -1]]), tensor([2]))
+    >>> tp.select_topk(scores.expand(2, 4), 3, budgets=torch.tensor([3, 1]))
+    (tensor([[ 1,  2,  3],
+            [ 1, -1, -1]]), tensor([3, 1]))
     """
-    return call("select_topk", backend, scores, k, mask=mask, largest=largest)
+    return call("select_topk", backend, scores, k, mask=mask, largest=largest, budgets=budgets)

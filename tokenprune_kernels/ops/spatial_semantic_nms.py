@@ -18,7 +18,7 @@ from .._op import KERNELS, Choice, Count, Number, counts, flags, floats, integer
     sigma_semantic=Number(0.0, above=True),
     mode=Choice(("soft", "hard")),
     threshold=Number(float("-inf")),
-    returns={"indices": picks("B k"), "selected_scores": scores("B k"), "counts": counts("B")},
+    returns={"indices": picks("B k", ascending=False), "selected_scores": scores("B k"), "counts": counts("B")},
     work=("features", "B * min(k, N) * N * C"),
     backends=KERNELS,
 )

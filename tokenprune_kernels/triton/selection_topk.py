@@ -39,8 +39,8 @@ def _without(keys, index, key, cut):
 
 @triton.jit
 def select_kernel(
-    scores_ptr, mask_ptr, num_low_ptr, keys_ptr, indices_ptr, counts_ptr,
-    n, k, score_stride, mask_stride, num_low_stride, LARGEST: tl.constexpr, BLOCK_N: tl.constexpr,
+    scores_ptr, mask_ptr, num_low_ptr, budgets_ptr, keys_ptr, indices_ptr, counts_ptr,
+    n, k, score_stride, mask_stride, num_low_stride, budget_stride, LARGEST: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(0).to(tl.int64)
     scores_ptr += sample * score_stride
@@ -69,7 +69,10 @@ def select_kernel(
                 block = _without(load_keys(keys_ptr, start, n, BLOCK_N), index, key, cut)
                 tl.store(keys_ptr + index.to(tl.int64), block.to(tl.int32, bitcast=True), mask=index < n)
             tl.debug_barrier()  # as above
-    key, cut = best_of(keys, keys_ptr, n, k, tl.uint32, BLOCK_N)
+    budget = k
+    if budgets_ptr is not None:
+        budget = tl.minimum(tl.maximum(tl.load(budgets_ptr + sample * budget_stride), 0), k)
+    key, cut = best_of(keys, keys_ptr, n, budget, tl.uint32, BLOCK_N)
     write_selection(keys, keys_ptr, n, key, cut, indices_ptr + sample * k, counts_ptr + sample, k, BLOCK_N)
 
 
@@ -83,24 +86,26 @@ def mask_kernel(mask_ptr, indices_ptr, counts_ptr, n, capacity, mask_stride, BLO
     )  # fmt: skip
 
 
-def _select(scores: Tensor, num_low: Tensor | None, k: int, mask: Tensor | None, largest: bool,
+def _select(scores: Tensor, num_low: Tensor | None, budgets: Tensor | None, k: int, mask: Tensor | None, largest: bool,
             indices: Tensor, counts: Tensor) -> None:  # fmt: skip
     scores, mask = rows(scores), mask_rows(mask)
     batch, n = scores.shape
     keys = workspace(scores, (batch, n), torch.int32) if n > LARGEST_BLOCK else None
     launch(
         select_kernel, (batch,), scores,
-        scores, mask, num_low, keys, indices, counts,
-        n, k, scores.stride(0), 0 if mask is None else mask.stride(0), 0 if num_low is None else num_low.stride(0),
+        scores, mask, num_low, budgets, keys, indices, counts,
+        n, k, *(0 if t is None else t.stride(0) for t in (scores, mask, num_low, budgets)),
         config=select_config(n), LARGEST=largest,
     )  # fmt: skip
 
 
-def select_topk(scores: Tensor, k: int, *, mask: Tensor | None = None, largest: bool = True) -> tuple[Tensor, Tensor]:
-    indices, counts = fresh(*_fakes.select_topk(scores, k, mask=mask, largest=largest))
+def select_topk(
+    scores: Tensor, k: int, *, mask: Tensor | None = None, largest: bool = True, budgets: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    indices, counts = fresh(*_fakes.select_topk(scores, k, mask=mask, largest=largest, budgets=budgets))
     check_not_float64("select_topk", scores=scores)
     check_tokens("select_topk", "scores", scores.shape[1])
-    _select(scores, None, k, mask, largest, indices, counts)
+    _select(scores, None, budgets, k, mask, largest, indices, counts)
     return indices, counts
 
 
@@ -108,7 +113,7 @@ def select_two_tailed(scores: Tensor, num_low: Tensor, k: int, *, mask: Tensor |
     indices, counts = fresh(*_fakes.select_two_tailed(scores, num_low, k, mask=mask))
     check_not_float64("select_two_tailed", scores=scores)
     check_tokens("select_two_tailed", "scores", scores.shape[1])
-    _select(scores, num_low, k, mask, True, indices, counts)
+    _select(scores, num_low, None, k, mask, True, indices, counts)
     return indices, counts
 
 

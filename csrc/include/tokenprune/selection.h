@@ -23,7 +23,8 @@ struct EntropyProblem {
   bool normalized;
 };
 
-// Top-k, or the k - n highest and the n lowest, n = clamp(num_low, 0, k).
+// Top-k, of each sample clamp(budgets, 0, k) where there are budgets; or the k - n highest and the n lowest,
+// n = clamp(num_low, 0, k).
 struct SelectProblem {
   const void* scores;  // [batch, n], last stride 1
   int64_t score_stride;
@@ -31,6 +32,8 @@ struct SelectProblem {
   int64_t mask_stride;
   const int64_t* num_low;  // [batch], or null: none
   int64_t num_low_stride;
+  const int64_t* budgets;  // [batch], or null: k
+  int64_t budget_stride;
   int64_t* indices;  // [batch, k]
   int64_t* counts;   // [batch]
   int64_t batch, n, k;

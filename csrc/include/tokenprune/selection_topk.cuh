@@ -48,8 +48,9 @@ struct KeptKeys {
 template <class T, class Keys>
 __device__ __forceinline__ void select_tails(const SelectProblem& p, int64_t sample, const Keys& keys, Stretch of_warp,
                                              RadixScratch<uint32_t>& scratch) {
-  const int64_t asked = p.num_low == nullptr ? 0 : p.num_low[sample * p.num_low_stride];
-  const int64_t tail = asked < 0 ? 0 : (asked < p.k ? asked : p.k);
+  const auto within = [&](int64_t asked) { return asked < 0 ? 0 : (asked < p.k ? asked : p.k); };
+  const int64_t budget = p.budgets == nullptr ? p.k : within(p.budgets[sample * p.budget_stride]);
+  const int64_t tail = p.num_low == nullptr ? 0 : within(p.num_low[sample * p.num_low_stride]);
   // First the high tail; then, with the order reversed, the low one of what the high one did not take. Its ties are one
   // key of the reversed order, the first ones of which are taken.
   Threshold<uint32_t> high = no_candidate<uint32_t>(), low = high, taken = {0, 0};
@@ -60,7 +61,8 @@ __device__ __forceinline__ void select_tails(const SelectProblem& p, int64_t sam
       const uint32_t key = keys(i);
       return key > bound ? kNoKey : (turn == 0 ? key : reversed_key<T>(key));
     };
-    const Threshold<uint32_t> found = threshold_of_best(open, of_warp, turn == 0 ? p.k - tail : tail, taken, scratch);
+    const Threshold<uint32_t> found =
+        threshold_of_best(open, of_warp, turn == 0 ? budget - tail : tail, taken, scratch);
     if (turn == 0) {
       high = found;
       taken = {reversed_key<T>(high.key), high.ties};
