@@ -39,6 +39,7 @@ def cases() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         "mask_to_indices": ((mask, K), {}),
         "repulsion_sample": ((features, K), {"positions": positions, "potential": "riesz", "aggregate": "sum"}),
         "spatial_semantic_nms": ((scores, features, positions, K), {"sigma_semantic": 0.5, "mask": mask}),
+        "dpp_sample": ((features, K), {"quality": scores, "mask": mask}),
         "gather_compact": (([features, mask], indices), {"dims": [1, 1]}),
     }
 

@@ -21,6 +21,7 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   m.def("contrastive_scores(Tensor features, Tensor anchor_indices, Tensor reference_indices) -> Tensor");
   m.def("cosine_scores(Tensor features, Tensor queries, *, Tensor? query_mask=None, str reduction=\"max\") -> Tensor");
   m.def("cross_attention_scores(Tensor query, Tensor key, *, Tensor? key_indices=None, Tensor? query_mask=None, Tensor? key_mask=None, Tensor? query_positions=None, float? scale=None, bool causal=False, bool cosine=False, str head_reduction=\"mean\", str query_reduction=\"mean\") -> (Tensor scores, Tensor entropy, Tensor lse)");
+  m.def("dpp_sample(Tensor features, SymInt k, *, Tensor? quality=None, Tensor? mask=None, float epsilon=1e-06) -> (Tensor indices, Tensor gains, Tensor counts)");
   m.def("gather_compact(Tensor[] tensors, Tensor indices, *, int[] dims, int[]? batch_dims=None) -> Tensor[]");
   m.def("_invert_indices(Tensor indices, SymInt size) -> Tensor");
   m.def("mask_to_indices(Tensor mask, SymInt capacity) -> (Tensor indices, Tensor counts)");
@@ -130,6 +131,19 @@ inline CrossAttentionScoresChoices check_cross_attention_scores(const Tensor& qu
   check_heads(op, query, key);
   check_work(op, "key", "B * Hq * M * max(N, V) * D", {B, Hq, M, std::max(N, V), D});
   return {check_choice(op, "head_reduction", head_reduction, {"mean", "sum", "max", "none"}), check_choices(op, "query_reduction", query_reduction, {"mean", "sum", "max", "last"})};
+}
+
+inline void check_dpp_sample(const Tensor& features, int64_t k, const OptionalTensor& quality, const OptionalTensor& mask, double epsilon) {
+  const char* op = "dpp_sample";
+  check_floating(op, "features", features, "[B, N, C]", 3);
+  [[maybe_unused]] const int64_t B = features.size(0);
+  [[maybe_unused]] const int64_t N = features.size(1);
+  [[maybe_unused]] const int64_t C = features.size(2);
+  check_count(op, "k", k, B);
+  check_beside(op, "quality", quality, features, "[B, N]", {B, N}, std::nullopt);
+  check_beside(op, "mask", mask, features, "[B, N]", {B, N}, ScalarType::Bool);
+  check_real(op, "epsilon", epsilon, 0, false, std::numeric_limits<double>::infinity());
+  check_work(op, "features", "B * N * N * C", {B, N, N, C});
 }
 
 inline void check_invert_indices(const Tensor& indices, int64_t size) {
