@@ -40,6 +40,7 @@ def cases() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         "repulsion_sample": ((features, K), {"positions": positions, "potential": "riesz", "aggregate": "sum"}),
         "spatial_semantic_nms": ((scores, features, positions, K), {"sigma_semantic": 0.5, "mask": mask}),
         "dpp_sample": ((features, K), {"quality": scores, "mask": mask}),
+        "coverage_sample": ((features, K), {"row_weights": scores, "mask": torch.rand(B, C) > 0.2}),
         "gather_compact": (([features, mask], indices), {"dims": [1, 1]}),
     }
 
