@@ -183,3 +183,21 @@ def adaptprune(scores, features, positions, k, grid, groups, radius=5.0, sigma_d
                 alike = (1 - cos(features[j], features[m])) ** 2 / (2 * sigma_s**2)
                 s[j] *= 1 - math.exp(-(d**2) / (2 * sigma_d**2)) * math.exp(-alike)
     return {"order": picks, "corrected": corrected}
+
+
+def cdpruner(features, text, k, image=None, margin=MARGIN):
+    """The gain of a token is a quotient of determinants, so that no factor is updated; k is below the rank."""
+    patches, sign = (features, 1) if image is None else (image, -1)
+    relevance = np.array([sign * sum(cos(e, t) for t in text) / len(text) for e in patches])
+    low, high = relevance.min(), relevance.max()
+    quality = (relevance - low + 1e-6) / (high - low) if high > low else np.ones(len(relevance))
+    likeness = np.array([[cos(f, g) for g in features] for f in features])
+    kernel, picks, gains = quality[:, None] * likeness * quality, [], []
+    for _ in range(min(k, len(features))):
+        rest = [i for i in range(len(features)) if i not in picks]
+        whole = np.linalg.det(kernel[np.ix_(picks, picks)])
+        gain = {i: np.linalg.det(kernel[np.ix_([*picks, i], [*picks, i])]) / whole for i in rest}
+        (j,) = best(gain, rest, 1, margin=margin)
+        picks.append(j)
+        gains.append(gain[j])
+    return {"order": picks, "relevance": relevance, "quality": quality, "gains": gains}

@@ -6,6 +6,7 @@ from ._registry import add, get_method, method_names, register_method, unregiste
 from .adafv import ADAFV, adafv
 from .adaptprune import ADAPTPRUNE, adaptprune
 from .baselines import DIVPRUNE, FASTV, RANDOM, divprune, fastv, random
+from .cdpruner import CDPRUNER, cdpruner
 from .coast import COAST, coast
 from .sts import STS, sts_semantics, sts_structure
 from .zspaprune import ZSPAPRUNE, zspaprune
@@ -17,6 +18,7 @@ __all__ = [
     "Stage",
     "adafv",
     "adaptprune",
+    "cdpruner",
     "coast",
     "divprune",
     "fastv",
@@ -31,6 +33,6 @@ __all__ = [
 ]
 
 # The order of every table.
-for _method in (COAST, STS, ADAFV, ZSPAPRUNE, ADAPTPRUNE, FASTV, DIVPRUNE, RANDOM):
+for _method in (COAST, STS, ADAFV, ZSPAPRUNE, ADAPTPRUNE, FASTV, DIVPRUNE, RANDOM, CDPRUNER):
     add(_method)
 del _method, add
