@@ -201,3 +201,17 @@ def cdpruner(features, text, k, image=None, margin=MARGIN):
         picks.append(j)
         gains.append(gain[j])
     return {"order": picks, "relevance": relevance, "quality": quality, "gains": gains}
+
+
+def scope(features, saliency, k, alpha=1.0):
+    n = len(features)
+    likeness = [[cos(f, g) for g in features] for f in features]
+    covered, picks, gains = [0.0] * n, [], []
+    for _ in range(min(k, n)):
+        rest = [i for i in range(n) if i not in picks]
+        gain = {i: sum(max(likeness[r][i] - covered[r], 0) for r in range(n)) * saliency[i] ** alpha for i in rest}
+        (j,) = best(gain, rest, 1)
+        picks.append(j)
+        gains.append(gain[j])
+        covered = [max(c, likeness[r][j]) for r, c in enumerate(covered)]
+    return {"order": picks, "gains": gains}

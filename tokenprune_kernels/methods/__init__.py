@@ -8,6 +8,7 @@ from .adaptprune import ADAPTPRUNE, adaptprune
 from .baselines import DIVPRUNE, FASTV, RANDOM, divprune, fastv, random
 from .cdpruner import CDPRUNER, cdpruner
 from .coast import COAST, coast
+from .scope import SCOPE, scope
 from .sts import STS, sts_semantics, sts_structure
 from .zspaprune import ZSPAPRUNE, zspaprune
 
@@ -26,6 +27,7 @@ __all__ = [
     "method_names",
     "random",
     "register_method",
+    "scope",
     "sts_semantics",
     "sts_structure",
     "unregister_method",
@@ -33,6 +35,6 @@ __all__ = [
 ]
 
 # The order of every table.
-for _method in (COAST, STS, ADAFV, ZSPAPRUNE, ADAPTPRUNE, FASTV, DIVPRUNE, RANDOM, CDPRUNER):
+for _method in (COAST, STS, ADAFV, ZSPAPRUNE, ADAPTPRUNE, FASTV, DIVPRUNE, RANDOM, CDPRUNER, SCOPE):
     add(_method)
 del _method, add
