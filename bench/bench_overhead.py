@@ -1,7 +1,8 @@
 """What a call costs before any work is done: every op on one element, against the aten op nearest to it.
 
 torch.ops.tokenprune.X may cost 1.5 times the aten op, the Python function with its argument checks 4 times; importing
-the package may cost 50 ms on top of torch. Each function makes CALLS calls.
+the package may cost 50 ms on top of torch. The Triton wrappers are Python: their part of a call is shown, without a
+bound. Each function makes CALLS calls.
 """
 
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import tokenprune_kernels as tp
+from tokenprune_kernels import _triton
 
 CALLS = 200
 IMPORTS = 5
@@ -105,6 +107,29 @@ def test_overhead(race: Any, name: str, level: str) -> None:
             {"ours": repeated(lambda: function(*args, **kwargs)), baseline.__name__: repeated(baseline)},
             check=check,
             target=(baseline.__name__, 1 / 1.5 if level == "op" else 1 / 4),
+            seconds=0.5,
+        )
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_overhead_of_triton(race: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the host does in a call of the Triton kernels, from the dispatcher to the launches, which are left out."""
+    pytest.importorskip("triton")
+    from tokenprune_kernels.triton import runtime
+
+    monkeypatch.setattr(runtime, "recorder", lambda *launch: None)
+    baseline, args, kwargs = OPS[name]
+    function = getattr(_triton.namespace(), name)
+
+    def check(results: dict[str, Any]) -> None:
+        want = flat(getattr(torch.ops.tokenprune, name)(*args, **kwargs))
+        assert [(t.shape, t.dtype) for t in flat(results["ours"])] == [(t.shape, t.dtype) for t in want]
+
+    with torch.inference_mode():
+        race(
+            f"{CALLS} calls: torch.ops.tokenprune_triton.{name}, without launches",
+            {"ours": repeated(lambda: function(*args, **kwargs)), baseline.__name__: repeated(baseline)},
+            check=check,
             seconds=0.5,
         )
 

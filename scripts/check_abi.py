@@ -16,7 +16,8 @@ import time
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from testing import ROOT
+
 GIGABYTES_FREE = 15
 ABI_AUDIT = [sys.executable, "-c", "import sys; from torch_abi_audit.cli import main; sys.exit(main())"]
 

@@ -8,11 +8,11 @@ import importlib.metadata
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).resolve().parent.parent
+from testing import ROOT
+
 # The integration, Triton, packaging, and the pages that users follow.
 TESTS = (
     "tests/transformers", "tests/triton", "tests/demo", "tests/package/test_build.py", "tests/package/test_binary.py",

@@ -16,7 +16,8 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from testing import ROOT
+
 # The oldest, two between (5.23 is the last that calls the cache past_key_values), and the newest.
 VERSIONS = ("5.3.0", "5.12.1", "5.23.0", "newest")
 

@@ -19,7 +19,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+from testing import ROOT
+
 # Release of Triton: the torch that asks for it.
 PAIRS = {"3.6.0": "2.10, 2.11", "3.7.0": "2.12", "3.7.1": "2.13", "3.8.0": "2.14", "3.9.0": "2.15"}
 # The interpreter of 3.6 makes numbers of arrays with one element, which numpy 2.4 refuses.

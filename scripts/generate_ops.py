@@ -57,33 +57,38 @@ def number(value: float) -> str:
     return infinity if value == float("inf") else f"-{infinity}" if value == float("-inf") else f"{value:g}"
 
 
-def check_tensor(a: Argument, kind: TensorKind, first: str | None, known: set[str]) -> list[str]:
-    """The check of one tensor, and the sizes that it is the first to name."""
+def check_tensor(a: Argument, kind: TensorKind, first: str | None, named: set[str], known: set[str]) -> list[str]:
+    """The check of one tensor, and the sizes that it names: -1, which leaves a size free, while tensors are absent."""
     text = quoted(kind.text)
     lines = []
     if first is None and kind.dtypes is FLOATS:
         lines.append(f"check_floating(op, {quoted(a.name)}, {a.name}, {text}, {len(kind.shape)});")
     else:
-        sizes = ", ".join(s if s.isdigit() or s in known else "-1" for s in kind.shape)
+        sizes = ", ".join(s if s.isdigit() or s in named else "-1" for s in kind.shape)
         dtype = "std::nullopt" if kind.dtypes is FLOATS else f"ScalarType::{SCALAR_TYPES[kind.dtypes[0]]}"
         like = f", {quoted(kind.like)}" if kind.like else ""
         of = first or a.name
         lines.append(f"check_beside(op, {quoted(a.name)}, {a.name}, {of}, {text}, {{{sizes}}}, {dtype}{like});")
     for d, letter in enumerate(kind.shape):
-        if not letter.isdigit() and letter not in known:
-            size = f"{a.name}.size({d})" if a.required else f"{a.name} ? {a.name}->size({d}) : 0"
-            lines.append(f"[[maybe_unused]] const int64_t {letter} = {size};")
-            known.add(letter)
+        if letter.isdigit() or letter in known:
+            continue
+        declared = "" if letter in named else f"[[maybe_unused]] {'const ' if a.required else ''}int64_t "
+        before = letter if letter in named else -1
+        size = f"{a.name}.size({d})" if a.required else f"{a.name} ? {a.name}->size({d}) : {before}"
+        lines.append(f"{declared}{letter} = {size};")
+    if a.required:
+        known.update(kind.shape)
+    named.update(kind.shape)
     return lines
 
 
 def check_function(op: Op) -> str:
     choices = [a for a in op.arguments if isinstance(a.kind, Choice)]
     struct = "".join(word.capitalize() for word in op.name.split("_")) + "Choices"
-    lines, known, first = [], set[str](), None
+    lines, named, known, first = [], set[str](), set[str](), None
     for a in op.arguments:
         if isinstance(a.kind, TensorKind):
-            lines += check_tensor(a, a.kind, first, known)
+            lines += check_tensor(a, a.kind, first, named, known)
             first = first or a.name
         elif isinstance(a.kind, Count):
             lines.append(f"check_count(op, {quoted(a.name)}, {a.name}, B);")
@@ -96,7 +101,7 @@ def check_function(op: Op) -> str:
         lines.append(f"{op.rule.cpp};")
     if op.work is not None:
         blamed, product = op.work
-        factors = re.sub(r"(max|min)\(", r"std::\1(", ", ".join(product.split(" * ")))
+        factors = re.sub(r"(max|min)\(", r"std::\1(", product.replace(" * ", ", "))
         lines.append(f"check_work(op, {quoted(blamed)}, {quoted(product)}, {{{factors}}});")
     if choices:
         parsed = [

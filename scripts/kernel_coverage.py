@@ -19,7 +19,8 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from testing import ROOT
+
 KERNELS = ROOT / "csrc" / "include" / "tokenprune"
 COUNTS = ROOT / "build" / "emulator"
 

@@ -18,7 +18,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-ROOT = Path(__file__).resolve().parent.parent
+from testing import ROOT
+
 HEADER = "# Written by `make lock` from the ranges of pyproject.toml. torch is the Makefile's variable TORCH.\n"
 
 

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor
 
 import tokenprune_kernels as tp
-from testing import ROOT, gpu_backend
+from testing import gpu_backend
+from testing.process import printed
 from tokenprune_kernels import _backend, _triton
 from tokenprune_kernels._triton import interpreted as interpreting
 
@@ -35,7 +35,7 @@ def add_emulator() -> str | None:
         return "the compiled library is not loaded"
     import emulator
 
-    _backend._extra["emulator"] = emulator.ops()
+    _backend._extra["emulator"] = emulator.ops(), "cuda"
     return None
 
 
@@ -43,7 +43,7 @@ def add_gpu() -> str | None:
     """Make the CUDA kernels on a real GPU a backend named "gpu", which takes CPU tensors; else the reason why not."""
     reason = gpu_backend.absent() if "gpu" in WANTED else "not in TOKENPRUNE_TEST_BACKENDS"
     if reason is None:
-        _backend._extra["gpu"] = gpu_backend.OnGpu()
+        _backend._extra["gpu"] = gpu_backend.OnGpu(), "cuda"
     return reason
 
 
@@ -54,7 +54,7 @@ def add_triton() -> str | None:
     if _triton.absent() is not None:
         return _triton.absent()
     if gpu_backend.has_gpu():
-        _backend._extra["triton"] = gpu_backend.OnGpu("tokenprune_triton")
+        _backend._extra["triton"] = gpu_backend.OnGpu("tokenprune_triton"), "triton"
         _triton.namespace()
     else:
         if "triton.language" in sys.modules and not interpreting():
@@ -96,8 +96,7 @@ BACKENDS = (
 
 def lacks(backend: str, op: str) -> str | None:
     """Why a backend of the tests does not run an op, or None: its kernels of that op are not written yet."""
-    kernels = "cuda" if backend in ("emulator", "gpu") else backend
-    return None if backend == "reference" else _backend.lacks(kernels, op)
+    return None if backend == "reference" else _backend.lacks(backend, op)
 
 
 def backends_of(op: str) -> tuple[str, ...]:
@@ -159,13 +158,8 @@ def assert_as_good_as_torch(got: Tensor, exact: Tensor, plain: Tensor, scale: fl
 def run_with_capability(capability: str, script: str) -> list[str]:
     """The lines a Python script prints in a process of its own whose CPU kernels use this instruction set."""
     say = "from tokenprune_kernels import _registry\nprint(_registry.build_info()['cpu_capability'])\n"
-    environment = {**os.environ, "TOKENPRUNE_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", say + script], env=environment, cwd=ROOT,
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    chosen, *lines = run.stdout.splitlines()
+    told = printed("-c", say + script, TOKENPRUNE_CPU_CAPABILITY=capability, OMP_NUM_THREADS="1")
+    chosen, *lines = told.splitlines()
     if chosen != capability:
         pytest.skip(f"this machine has {chosen}, not {capability}")
     return lines

@@ -1,13 +1,11 @@
 """A copy of the checkout that a test may change, to see what a change takes."""
 
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from . import ROOT
+from .process import printed, search_path
 
 FOLDERS = ("tokenprune_kernels", "python_ref", "testing", "emulator", "tests", "bench", "studies", "docs")
 
@@ -36,13 +34,7 @@ def edit(file: Path, replacements: Iterable[tuple[str, str]]) -> None:
 
 def run(root: Path, *arguments: str) -> str:
     """What Python prints in the copy, on backends that need no build."""
-    paths = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=root, capture_output=True, text=True, timeout=600, check=False,
-        env={**os.environ, "PYTHONPATH": paths, "TOKENPRUNE_TEST_BACKENDS": "cpu,reference"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-3000:]
-    return done.stdout
+    return printed(*arguments, cwd=root, PYTHONPATH=search_path(root), TOKENPRUNE_TEST_BACKENDS="cpu,reference")
 
 
 def pytest(root: Path, *arguments: str) -> str:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _registry, _triton
-from ._accept import is_good
-from ._checks import check
+from ._accept import checked_sizes
 from ._op import OPS
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
@@ -32,8 +31,9 @@ class BackendUnavailableError(RuntimeError):
     """A backend was asked for by name and cannot serve the call; the message says why."""
 
 
-# Further namespaces of ops by backend name: the tests add the CUDA kernels emulated on the host.
-_extra: dict[str, Any] = {}
+# Further namespaces of ops by backend name, each with the backend whose kernels it has: the tests add the CUDA kernels
+# emulated on the host.
+_extra: dict[str, tuple[Any, str]] = {}
 
 
 def _check_name(name: str, source: str) -> str:
@@ -92,14 +92,14 @@ def unavailable(name: str, device: str) -> str | None:
 unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def served_by(tensor: Tensor) -> str:
-    """The backend that ops on this tensor run on now."""
+def served_by(op: str, tensor: Tensor) -> str:
+    """The backend that this op runs on now, for this tensor."""
     name = _requested.name or _from_environment
     if name != "auto":
         return name
     kind = tensor.device.type
     for candidate in ("cpu", "cuda", "triton"):
-        if unavailable(candidate, kind) is None:
+        if lacks(candidate, op) is None and unavailable(candidate, kind) is None:
             return candidate
     return "reference"
 
@@ -112,26 +112,25 @@ def implementation(backend: str | None, tensor: Tensor, op: str) -> Any:
         if tensor.is_cuda and _registry.lacks_binary(tensor.device.index) and _triton.unavailable("cuda") is None:
             return torch.ops.tokenprune_triton
         return torch.ops.tokenprune
-    if name in _extra:
-        return _extra[name]
     _check_name(name, "backend")
     if name == "reference":
         return _registry.references
-    reason = lacks(name, op) or unavailable(name, tensor.device.type)
+    reason = lacks(name, op) or (None if name in _extra else unavailable(name, tensor.device.type))
     if reason is not None:
         raise BackendUnavailableError(f"backend {name!r} was asked for, but {reason}")
+    if name in _extra:
+        return _extra[name][0]
     return torch.ops.tokenprune_triton if name == "triton" else torch.ops.tokenprune
 
 
 def lacks(backend: str, op: str) -> str | None:
     """What to say where an op has no kernel for a backend, or None where it has one."""
+    backend = _extra[backend][1] if backend in _extra else backend
     return None if backend in OPS[op].backends else f"{op} has no {backend} kernel yet"
 
 
 def call(name: str, backend: str | None, *args: Any, **kwargs: Any) -> Any:
     """Check the arguments of an op, all of them and in the order of its schema, and make one call of the backend."""
-    op, values = OPS[name], (*args, *kwargs.values())
-    if not is_good(op, values):
-        check(op, values)
+    checked_sizes(OPS[name], (*args, *kwargs.values()))
     first = args[0] if isinstance(args[0], Tensor) else args[1]
     return getattr(implementation(backend, first, name), name)(*args, **kwargs)

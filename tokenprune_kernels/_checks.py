@@ -19,8 +19,9 @@ QUANTIZED = frozenset(
     getattr(torch, name) for name in ("qint8", "quint8", "qint32", "quint4x2", "quint2x4") if hasattr(torch, name)
 )
 # Stride 0 makes dimensions of any size, which no loop gets through. No argument may have more elements than this, which
-# is beyond every memory.
+# is beyond every memory, and no call needs that many multiplications.
 MOST_ELEMENTS, _MOST = 1 << 40, "2^40"
+MOST_WORK, _MOST_WORK = 1 << 56, "2^56"
 _is_compiling = torch.compiler.is_compiling
 
 Sizes = dict[str, Any]  # by letter
@@ -65,6 +66,7 @@ def check(op: Op, values: Sequence[Any]) -> Sizes:
     if op.rule is not None:
         op.rule.check(op.name, sizes, *values)
     _check_bounds(op, sizes, values)
+    _check_work(op, sizes)
     return sizes
 
 
@@ -138,6 +140,24 @@ def _check_bounds(op: Op, sizes: Sizes, values: Sequence[Any]) -> None:
             if type(value) is int and type(batch) is int and value * max(batch, 1) >= MOST_ELEMENTS:
                 expected = f"keep B * {argument.name} below {_MOST}"
                 fail(ValueError, op.name, argument.name, expected, [batch, value])
+
+
+@functools.cache
+def _factors(op: Op) -> Callable[..., list[int]]:
+    """The factors of an op's work as a function of its sizes by name."""
+    assert op.work is not None
+    factors: Callable[..., list[int]] = eval(f"lambda {', '.join(op.sizes)}: [{op.work[1].replace(' * ', ', ')}]")
+    return factors
+
+
+def _check_work(op: Op, sizes: Sizes) -> None:
+    """The sizes of several arguments together: a size of 0 counts as 1 here too, and symbolic ones pass."""
+    if op.work is None or _is_compiling() or any(type(size) is not int for size in sizes.values()):
+        return
+    factors = _factors(op)(*(sizes.get(name, -1) for name in op.sizes))  # -1: of a tensor that is absent
+    if math.prod(factor for factor in factors if factor > 0) >= MOST_WORK:
+        blamed, product = op.work
+        fail(ValueError, op.name, blamed, f"keep {product} below {_MOST_WORK}", factors)
 
 
 def is_bounded(t: Tensor) -> bool:

@@ -152,13 +152,24 @@ class Op:
     arguments: tuple[Argument, ...]
     outputs: dict[str, Output]  # in order; empty for a list of tensors
     backends: tuple[str, ...]  # that have a kernel; elsewhere the reference serves
-    work: tuple[str, str] | None  # the argument to blame, and the product of sizes that has to stay below 2^56
+    work: tuple[str, str] | None  # the argument to blame, and the product of sizes that _checks.MOST_WORK bounds
     rule: Rule | None
     fake: Callable[..., Any] | None  # for outputs that are not of the kinds above
 
     @property
     def private(self) -> bool:
         return self.name.startswith("_")
+
+    @cached_property
+    def sizes(self) -> tuple[str, ...]:
+        """The names of what its shapes are made of: the letters of its tensors and its counts, in order."""
+        named: list[str] = []
+        for a in self.arguments:
+            if isinstance(a.kind, TensorKind):
+                named += [letter for letter in a.kind.shape if not letter.isdigit()]
+            elif isinstance(a.kind, Count):
+                named.append(a.name)
+        return tuple(dict.fromkeys(named))
 
     @cached_property
     def schema(self) -> str:

@@ -8,10 +8,10 @@ import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from testing import ROOT
+
 REFERENCES = "tokenprune_kernels.reference"
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from . import ROOT
+from testing import ROOT
+
 from .environment import find_program
 from .run import Run
 

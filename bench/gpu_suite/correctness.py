@@ -8,7 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from . import ROOT, work
+from testing import ROOT
+
+from . import work
 from .run import Run, summarize
 
 ITEM_SECONDS = 90.0

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import ROOT, work
+from testing import ROOT
+
+from . import work
 
 Stage = dict[str, Any]
 

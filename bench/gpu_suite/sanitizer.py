@@ -8,7 +8,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from . import ROOT, work
+from testing import ROOT
+
+from . import work
 from .environment import find_program
 from .run import Run, summarize
 

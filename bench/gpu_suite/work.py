@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import ROOT
+from testing import ROOT
 
 BROKEN = 75  # exit code: the device is unusable in this process
 DONE_BADLY = ("failed", "crashed", "hung")

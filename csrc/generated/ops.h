@@ -68,7 +68,7 @@ inline AttentionScoresChoices check_attention_scores(const Tensor& query, const 
   [[maybe_unused]] const int64_t N = key.size(2);
   check_beside(op, "lse", lse, query, "[B, Hq, M]", {B, Hq, M}, std::nullopt);
   check_beside(op, "key_indices", key_indices, query, "[B, V]", {B, -1}, ScalarType::Long);
-  [[maybe_unused]] const int64_t V = key_indices ? key_indices->size(1) : 0;
+  [[maybe_unused]] int64_t V = key_indices ? key_indices->size(1) : -1;
   check_beside(op, "query_mask", query_mask, query, "[B, M]", {B, M}, ScalarType::Bool);
   check_beside(op, "key_mask", key_mask, query, "[B, N]", {B, N}, ScalarType::Bool);
   check_beside(op, "query_positions", query_positions, query, "[B, M]", {B, M}, ScalarType::Long);
@@ -139,7 +139,7 @@ inline CrossAttentionScoresChoices check_cross_attention_scores(const Tensor& qu
   [[maybe_unused]] const int64_t Hkv = key.size(1);
   [[maybe_unused]] const int64_t N = key.size(2);
   check_beside(op, "key_indices", key_indices, query, "[B, V]", {B, -1}, ScalarType::Long);
-  [[maybe_unused]] const int64_t V = key_indices ? key_indices->size(1) : 0;
+  [[maybe_unused]] int64_t V = key_indices ? key_indices->size(1) : -1;
   check_beside(op, "query_mask", query_mask, query, "[B, M]", {B, M}, ScalarType::Bool);
   check_beside(op, "key_mask", key_mask, query, "[B, N]", {B, N}, ScalarType::Bool);
   check_beside(op, "query_positions", query_positions, query, "[B, M]", {B, M}, ScalarType::Long);
@@ -192,9 +192,9 @@ inline RepulsionSampleChoices check_repulsion_sample(const Tensor& features, int
   [[maybe_unused]] const int64_t C = features.size(2);
   check_count(op, "k", k, B);
   check_beside(op, "positions", positions, features, "[B, N, P]", {B, N, -1}, std::nullopt);
-  [[maybe_unused]] const int64_t P = positions ? positions->size(2) : 0;
+  [[maybe_unused]] int64_t P = positions ? positions->size(2) : -1;
   check_beside(op, "seed_indices", seed_indices, features, "[B, S]", {B, -1}, ScalarType::Long);
-  [[maybe_unused]] const int64_t S = seed_indices ? seed_indices->size(1) : 0;
+  [[maybe_unused]] int64_t S = seed_indices ? seed_indices->size(1) : -1;
   check_beside(op, "energy", energy, features, "[B, N]", {B, N}, std::nullopt);
   check_beside(op, "mask", mask, features, "[B, N]", {B, N}, ScalarType::Bool);
   check_real(op, "feature_weight", feature_weight, 0, false, std::numeric_limits<double>::infinity());

@@ -2,9 +2,6 @@
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +12,8 @@ from torch import Tensor
 
 import emulator
 import tokenprune_kernels as tp
-from testing import ROOT
 from testing.cases import NO_EMULATOR
+from testing.process import printed
 
 pytestmark = pytest.mark.skipif(NO_EMULATOR is not None, reason=str(NO_EMULATOR))
 module = emulator.load() if NO_EMULATOR is None else None
@@ -361,12 +358,7 @@ def test_checked_indices_raise(tmp_path: Path):
         "    except IndexError as error:\n"
         "        print(error)\n"
     )
-    environment = {**os.environ, "TOKENPRUNE_CHECK_INDICES": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True,
-        timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert [line.split(": ", 1)[1] for line in done.stdout.splitlines()] == [
+    told = printed("-c", program, TOKENPRUNE_CHECK_INDICES="1")
+    assert [line.split(": ", 1)[1] for line in told.splitlines()] == [
         "indices must lie in [-1, 4), got 4", "indices must lie in [-1, 4), got -2"
     ]  # fmt: skip

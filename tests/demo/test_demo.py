@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 import tokenprune_kernels as tp
+from testing.process import python
 from tests.demo.case import MISSING, NAMES, demo, refused
 from tokenprune_kernels.__main__ import EXTRAS, main
 
@@ -109,13 +109,7 @@ def test_command_shows_every_method(small: Path, tmp_path: Path) -> None:
     """Called as a user does: a process of its own, with the output in a pipe."""
     out = tmp_path / "panel.png"
     model = [] if small == example.FOLDER else ["--model", str(small)]
-    done = subprocess.run(
-        [sys.executable, "-m", "tokenprune_kernels", "demo", *model, "--out", str(out), "--repeats", "1"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = python("-m", "tokenprune_kernels", "demo", *model, "--out", out, "--repeats", "1")
     assert done.returncode == 0, done.stderr
     assert tuple(line.split()[1] for line in done.stdout.splitlines() if "576 -> 128" in line) == NAMES
     assert done.stderr.splitlines() == [f"{name}: answered" for name in ("all tokens", *NAMES)]

@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from testing.cases import dtypes_of
+from tests.methods import transcriptions
 from tests.methods.transcriptions import NearTieError
 from tokenprune_kernels.methods import Selection
 
@@ -40,6 +42,16 @@ class Prompt(NamedTuple):
     def numpy(self, *names: str) -> list[Any]:
         values = [getattr(self, n) for n in names]
         return [v.double().numpy() if v.is_floating_point() else v.numpy() for v in values]
+
+
+def row_scores(p: Prompt, how: str) -> np.ndarray:
+    """The attention that the visual tokens receive: of the last query row, or the mean of all rows."""
+    return transcriptions.row_scores(*p.numpy("query", "key", "rows", "indices"), how)
+
+
+def most_attended(p: Prompt, k: int, how: str) -> list[int]:
+    scores = row_scores(p, how)
+    return transcriptions.best(scores, range(len(scores)), k)
 
 
 def prompt(seed: int, dtype: torch.dtype, grid: tuple[int, int] = (5, 6), crops: int = 1, rows: int = 4) -> Prompt:

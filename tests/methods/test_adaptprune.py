@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,18 +16,15 @@ from tests.methods.inputs import (
     over_dtypes,
     prompt,
     ragged,
+    row_scores,
     widest,
 )
 from tokenprune_kernels.methods import adaptprune
 
 
-def _attention(p: Prompt) -> np.ndarray:
-    return transcriptions.row_scores(*p.numpy("query", "key", "rows", "indices"), "last")
-
-
 def _expected(p: Prompt, k: int, **options):
     features, positions, groups = p.numpy("features", "positions", "groups")
-    return transcriptions.adaptprune(_attention(p), features, positions, k, p.grid, groups, **options)
+    return transcriptions.adaptprune(row_scores(p, "last"), features, positions, k, p.grid, groups, **options)
 
 
 def _kept(p: Prompt, k: int, **options):
@@ -46,7 +42,7 @@ def test_selects_what_the_formulas_say(k, dtype, backend):
     kept = _kept(p, k, backend=backend)
     assert [i for i in kept.details["order"][0].tolist() if i >= 0] == expected["order"]
     assert_selected(kept, [expected["order"]])
-    assert_close(kept.details["attention"][0], _attention(p))
+    assert_close(kept.details["attention"][0], row_scores(p, "last"))
     assert_close(kept.details["corrected"][0], expected["corrected"])
 
 
@@ -56,7 +52,7 @@ def test_centre_prior_is_the_papers_table(grid, backend):
     """exp(-(y^2 + x^2) / (2 sigma^2)) over evenly spaced coordinates, divided by its maximum."""
     p = prompt(1, widest(backend), grid=grid)
     corrected = _kept(p, 1, backend=backend).details["corrected"][0]
-    assert_close(corrected, _attention(p) * transcriptions.centre_prior(p.positions.numpy(), grid))
+    assert_close(corrected, row_scores(p, "last") * transcriptions.centre_prior(p.positions.numpy(), grid))
 
 
 @over_backends

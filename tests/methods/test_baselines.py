@@ -1,32 +1,32 @@
 """FastV and DivPrune against transcriptions, and the distribution of the random choice."""
 
-import numpy as np
 import pytest
 import torch
 
 from testing.cases import interpreted, over_backends
 from tests.methods import transcriptions
-from tests.methods.inputs import Prompt, assert_close, assert_selected, batch, decided, over_dtypes, prompt, ragged
+from tests.methods.inputs import (
+    assert_close,
+    assert_selected,
+    batch,
+    decided,
+    most_attended,
+    over_dtypes,
+    prompt,
+    ragged,
+    row_scores,
+)
 from tokenprune_kernels.methods import divprune, fastv, random
-
-
-def _last_row(p: Prompt) -> np.ndarray:
-    return transcriptions.row_scores(*p.numpy("query", "key", "rows", "indices"), "last")
-
-
-def _fastv(p: Prompt, k: int) -> list[int]:
-    scores = _last_row(p)
-    return transcriptions.best(scores, range(len(scores)), k)
 
 
 @over_backends
 @over_dtypes
 @pytest.mark.parametrize("k", [0, 1, 9, 30, 33])
 def test_fastv(k, dtype, backend):
-    p, expected = decided(lambda seed: prompt(seed, dtype), lambda p: _fastv(p, k))
+    p, expected = decided(lambda seed: prompt(seed, dtype), lambda p: most_attended(p, k, "last"))
     kept = fastv(p.query[None], p.key[None], k, key_indices=p.indices[None], backend=backend)
     assert_selected(kept, [expected])
-    assert_close(kept.details["attention"][0], _last_row(p))
+    assert_close(kept.details["attention"][0], row_scores(p, "last"))
     only_last = fastv(p.query[None, :, -1:], p.key[None], k, key_indices=p.indices[None], backend=backend)
     assert only_last.indices.tolist() == kept.indices.tolist()
 
@@ -35,7 +35,7 @@ def test_fastv(k, dtype, backend):
 @over_dtypes
 @pytest.mark.parametrize("k", [1, 8, 20, 40])
 def test_fastv_padding_changes_nothing(k, dtype, backend):
-    prompts, expected = decided(lambda seed: ragged(seed, dtype), lambda ps: [_fastv(p, k) for p in ps])
+    prompts, expected = decided(lambda seed: ragged(seed, dtype), lambda ps: [most_attended(p, k, "last") for p in ps])
     b = batch(prompts)
     assert_selected(fastv(b.query, b.key, k, **b.attention, backend=backend), expected)
 

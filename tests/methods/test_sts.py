@@ -1,6 +1,5 @@
 """The two STS-style stages against a transcription of our formulas."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,9 +11,11 @@ from tests.methods.inputs import (
     assert_selected,
     batch,
     decided,
+    most_attended,
     over_dtypes,
     prompt,
     ragged,
+    row_scores,
     widest,
 )
 from tokenprune_kernels.methods import sts_semantics, sts_structure
@@ -23,15 +24,6 @@ from tokenprune_kernels.methods import sts_semantics, sts_structure
 def _structure(p: Prompt, k: int, **options) -> list[int]:
     features, positions = p.numpy("features", "positions")
     return transcriptions.sts_structure(features, positions, k, **options)
-
-
-def _row_mean(p: Prompt) -> np.ndarray:
-    return transcriptions.row_scores(*p.numpy("query", "key", "rows", "indices"), "mean")
-
-
-def _semantics(p: Prompt, k: int) -> list[int]:
-    scores = _row_mean(p)
-    return transcriptions.best(scores, range(len(scores)), k)
 
 
 @over_backends
@@ -108,17 +100,17 @@ def test_structure_energy_carries_a_saliency(backend):
 @over_dtypes
 @pytest.mark.parametrize("k", [0, 1, 9, 30, 33])
 def test_semantics_keeps_what_the_instruction_attends_to(k, dtype, backend):
-    p, expected = decided(lambda seed: prompt(seed, dtype), lambda p: _semantics(p, k))
+    p, expected = decided(lambda seed: prompt(seed, dtype), lambda p: most_attended(p, k, "mean"))
     kept = sts_semantics(p.query[None], p.key[None], k, key_indices=p.indices[None], backend=backend)
     assert_selected(kept, [expected])
-    assert_close(kept.details["attention"][0], _row_mean(p))
+    assert_close(kept.details["attention"][0], row_scores(p, "mean"))
 
 
 @over_backends
 @over_dtypes
 @pytest.mark.parametrize("k", [1, 8, 20, 40])
 def test_semantics_padding_changes_nothing(k, dtype, backend):
-    prompts, expected = decided(lambda seed: ragged(seed, dtype), lambda ps: [_semantics(p, k) for p in ps])
+    prompts, expected = decided(lambda seed: ragged(seed, dtype), lambda ps: [most_attended(p, k, "mean") for p in ps])
     b = batch(prompts)
     assert_selected(sts_semantics(b.query, b.key, k, **b.attention, backend=backend), expected)
 
@@ -133,5 +125,5 @@ def test_stage_two_on_the_survivors_of_stage_one(backend):
     second = sts_semantics(b.query, b.key, 6, **{**b.attention, "key_indices": indices}, backend=backend)
     for sample, p in enumerate(prompts):
         survivors = [i for i in first.indices[sample].tolist() if i >= 0]
-        best = transcriptions.best(_row_mean(p)[survivors], range(len(survivors)), 6)
+        best = transcriptions.best(row_scores(p, "mean")[survivors], range(len(survivors)), 6)
         assert second.indices[sample].tolist() == sorted(best)

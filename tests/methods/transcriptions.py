@@ -185,6 +185,34 @@ def adaptprune(scores, features, positions, k, grid, groups, radius=5.0, sigma_d
     return {"order": picks, "corrected": corrected}
 
 
+def evs(features, frames, k):
+    """`frames` are the numbers of tokens of each frame, one after the other."""
+    start, s = 0, []
+    for t, n in enumerate(frames):
+        for p in range(n):
+            has_one = t > 0 and frames[t - 1] == n
+            s.append(1 - cos(features[start + p], features[start - n + p]) if has_one else 255.0)
+        start += n
+    return {"dissimilarity": s, "indices": sorted(best(s, range(len(s)), k))}
+
+
+def dart(key, hidden, text, indices, rows, k, image_pivots=4, text_pivots=4):
+    """`key` [Hkv, N, D] of the prompt, `hidden` [V, C] of the tokens at `indices`, `text` [T, C] of those at `rows`."""
+    norm = np.abs(key).sum((0, 2))
+    of_image = best(norm[indices], range(len(indices)), min(image_pivots, k))
+    of_text = best(norm[rows], range(len(rows)), text_pivots)
+    best(norm[indices], range(len(indices)), 1), [best(norm[rows], of_text, i) for i in range(len(of_text))]
+    [best(norm[indices], of_image, i) for i in range(len(of_image))]  # their order counts too
+    kept = set(of_image)
+    pivots = [hidden[i] for i in of_image] + [text[i] for i in of_text]
+    each = math.ceil((k - len(of_image)) / len(pivots)) if pivots else 0
+    for pivot in pivots:
+        like = [cos(h, pivot) for h in hidden]
+        free = [i for i in range(len(indices)) if i not in kept]
+        kept |= set(best(like, free, min(each, k - len(kept)), largest=False))
+    return {"indices": sorted(kept), "of_image": of_image, "of_text": of_text}
+
+
 def cdpruner(features, text, k, image=None, margin=MARGIN):
     """The gain of a token is a quotient of determinants, so that no factor is updated; k is below the rank."""
     patches, sign = (features, 1) if image is None else (image, -1)

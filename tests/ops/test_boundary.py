@@ -19,8 +19,9 @@ from testing import op_samples as samples
 from testing.cases import NO_EMULATOR, NO_TRITON, backends_of, interpreted, lacks, over_backends
 from testing.op_samples import OPS, SAMPLE_IDS, SAMPLES, Call, Sizes, make, map_tensors, outputs, positional, run
 from tests.ops.test_contract import assert_same
-from tests.ops.test_errors import RICHEST, _rich
+from tests.ops.test_errors import RICHEST, _rich, too_much_work
 from tokenprune_kernels import _backend, _checks, _triton
+from tokenprune_kernels import _op as described
 
 over_ops = pytest.mark.parametrize("op", OPS)
 over_samples = pytest.mark.parametrize(("op", "name"), SAMPLES, ids=SAMPLE_IDS)
@@ -33,7 +34,7 @@ def _namespaces(op: str) -> Iterator[Any]:
     """Where an op on CPU tensors is: the package's, the emulated CUDA kernels', Triton's."""
     yield torch.ops.tokenprune
     if not NO_EMULATOR and not lacks("emulator", op):
-        yield _backend._extra["emulator"]
+        yield _backend._extra["emulator"][0]
     if not NO_TRITON and interpreted("triton") and not lacks("triton", op):
         yield _triton.namespace()
 
@@ -95,35 +96,12 @@ def test_a_k_beyond_every_memory_is_refused_by_name(op: str) -> None:
                     attempt()
 
 
-def _far(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.zeros(1, dtype=dtype).expand(shape)
-
-
-LONG = 2**32
-WORK = {
-    "cross_attention_scores": {"query": _far(1, 1, LONG, 1), "key": _far(1, 1, LONG, 1)},
-    "attention_entropy": {"query": _far(1, LONG, 1, 1), "key": _far(1, 1, LONG, 1)},
-    "attention_scores": {"query": _far(1, 1, LONG, 1), "key": _far(1, 1, LONG, 1), "lse": _far(1, 1, LONG)},
-    "cosine_scores": {"features": _far(1, LONG, 1), "queries": _far(1, LONG, 1)},
-    "contrastive_scores": {
-        "features": _far(1, LONG, 1),
-        "anchor_indices": _far(1, LONG, dtype=torch.int64),
-        "reference_indices": _far(1, 1, dtype=torch.int64),
-    },
-    "repulsion_sample": {"features": _far(1, LONG, 1), "k": 1},
-    "spatial_semantic_nms": {
-        "scores": _far(1, LONG), "features": _far(1, LONG, 1), "positions": _far(1, LONG, 2), "k": LONG
-    },
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("op", WORK)
+@pytest.mark.parametrize("op", [op for op in OPS if described.OPS[op].work])
 def test_products_of_sizes_of_several_arguments_are_bounded(op: str) -> None:
     """Each tensor is of a size that memory might have; all pairs of their entries are not to be had."""
-    args, kwargs = positional(Call(op, WORK[op]))
-    for ops in list(_namespaces(op))[: 1 if NO_EMULATOR else 2]:
-        with pytest.raises(RuntimeError, match=rf"tokenprune::{op}: \w+ must keep B \* .* below 2\^56, got \["):
-            getattr(ops, op)(*args, **kwargs)
+    for errors, attempt in _every_way(too_much_work(op)):
+        with pytest.raises(errors, match=rf"tokenprune::{op}: \w+ must keep [\w *(),]+ below 2\^56, got \["):
+            attempt()
 
 
 @over_ops

@@ -12,9 +12,10 @@ import tokenprune_kernels as tp
 from testing import op_samples as samples
 from testing.cases import BACKENDS, GPU_BACKENDS, backends_of, over_backends
 from testing.op_samples import OPS, Call, Sizes, make, run, run_op, with_arguments
+from tokenprune_kernels import _checks
 from tokenprune_kernels import _op as described
-from tokenprune_kernels._accept import is_good
-from tokenprune_kernels._op import AtLeast, Choice, Number
+from tokenprune_kernels._accept import good_sizes
+from tokenprune_kernels._op import AtLeast, Choice, Number, TensorKind
 
 over_ops = pytest.mark.parametrize("op", OPS)
 RICHEST = {op: list(samples.FACTORIES[op])[-1] for op in OPS} | {
@@ -42,6 +43,27 @@ def _rich(op: str) -> Call:
     sizes = Sizes(tokens=11, channels=8, k=4)
     call = make(op, RICHEST[op], sizes)
     return with_arguments(call, **{**samples.optional_tensors(op, sizes), **call.arguments})
+
+
+def too_much_work(op: str) -> Call:
+    """As few sizes of 2^32 as make the op's work too much; each tensor is of a size that memory might have."""
+    description = described.OPS[op]
+    kinds: dict[str, Any] = {a.name: a.kind for a in description.arguments if a.required}
+    named = {size for name, kind in kinds.items() for size in getattr(kind, "shape", [name])}
+    free = [size for size in description.sizes if size in named]
+    for long in itertools.chain.from_iterable(itertools.combinations(free, n) for n in (1, 2, 3)):
+        sizes = {size: 2**32 if size in long else 1 for size in free}
+        if math.prod(_checks._factors(description)(*(sizes.get(s, -1) for s in description.sizes))) < _checks.MOST_WORK:
+            continue
+        tensors = ((name, kind) for name, kind in kinds.items() if isinstance(kind, TensorKind))
+        shapes = {name: [sizes.get(s, 2) for s in kind.shape] for name, kind in tensors}
+        if all(math.prod(shape) < _checks.MOST_ELEMENTS for shape in shapes.values()):
+            far = {name: torch.zeros(1, dtype=kinds[name].dtypes[0]).expand(shape) for name, shape in shapes.items()}
+            return Call(
+                op,
+                {name: (far | sizes).get(name, value) for name, value in make(op).arguments.items() if name in kinds},
+            )
+    raise AssertionError(f"{op}: no sizes are too much work")
 
 
 def wrong_calls(op: str) -> Iterator[tuple[str, str, Call]]:
@@ -72,6 +94,9 @@ def wrong_calls(op: str) -> Iterator[tuple[str, str, Call]]:
     for name, number in _of_kind(op, Number):
         for value in _outside(number):
             yield f"number {value}", name, with_arguments(call, **{name: value})
+    work = described.OPS[op].work
+    if work is not None:
+        yield "work", work[0], too_much_work(op)
 
 
 def _assert_good_call_works(op: str) -> None:
@@ -172,6 +197,28 @@ def test_index_values_out_of_range_raise_index_errors(op: str, backend: str) -> 
     _assert_good_call_works(op)
 
 
+FLOATING = {op: [(a, k) for a, k in _of_kind(op, TensorKind) if k.dtypes is described.FLOATS] for op in OPS}
+# What GPU kernels convert to float32 themselves, beside features that are narrower anyway.
+CONVERTED = (("attention_scores", "lse"), ("repulsion_sample", "positions"), ("repulsion_sample", "energy"))
+
+
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend in GPU_BACKENDS])
+@pytest.mark.parametrize("op", [op for op in OPS if FLOATING[op]])
+def test_float64_is_refused(op: str, backend: str) -> None:
+    """By name, in whichever tensor it is; those that have the dtype of another one change with it."""
+    call = _rich(op)
+    for name in (name for name, kind in FLOATING[op] if not kind.like):
+        alike = [name, *(other for other, kind in FLOATING[op] if kind.like == name)]
+        wide = with_arguments(call, **{other: call.arguments[other].double() for other in alike})
+        if (op, name) in CONVERTED:
+            for got, want in zip(run(wide, backend), run(call, backend), strict=True):
+                assert torch.equal(got, want), name
+        else:
+            expected = rf"tokenprune::{op}: {name} must be float16, bfloat16 or float32 on a GPU \(.*\), got float64"
+            with pytest.raises((RuntimeError, TypeError), match=expected):
+                run(wide, backend)
+
+
 @over_backends
 @pytest.mark.parametrize("op", OPTIONS)
 def test_options_must_be_strings(op: str, backend: str) -> None:
@@ -241,14 +288,14 @@ def _values(call: Call) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize(("op", "name"), samples.SAMPLES, ids=samples.SAMPLE_IDS)
 def test_the_fast_check_accepts_good_calls(op: str, name: str) -> None:
-    assert is_good(described.OPS[op], _values(make(op, name)))
+    assert good_sizes(described.OPS[op], _values(make(op, name)))
 
 
 @over_ops
 def test_the_fast_check_accepts_no_wrong_call(op: str) -> None:
     for fault, _, call in wrong_calls(op):
         try:
-            accepted = is_good(described.OPS[op], _values(call))
+            accepted = good_sizes(described.OPS[op], _values(call))
         except ValueError:  # a rule that says itself what is wrong
             continue
-        assert not accepted, fault
+        assert accepted is None, fault

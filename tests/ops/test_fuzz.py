@@ -6,15 +6,13 @@ is a failing test, which names the number. TOKENPRUNE_FUZZ_CALLS is how many the
 
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from testing import ROOT
 from testing.op_samples import OPS
+from testing.process import python
 
 CALLS = int(os.environ.get("TOKENPRUNE_FUZZ_CALLS", "5000"))
 IN_A_PROCESS = 5000
@@ -23,9 +21,8 @@ IN_A_PROCESS = 5000
 @pytest.mark.parametrize("first", range(0, CALLS, IN_A_PROCESS))
 def test_malformed_calls_return_or_raise(first: int, tmp_path: Path) -> None:
     count = min(IN_A_PROCESS, CALLS - first)
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.ops.fuzz", str(first), str(count), tmp_path / "number"], cwd=ROOT,
-        capture_output=True, text=True, timeout=3600, check=False, env={**os.environ, "OMP_NUM_THREADS": "2"},
+    run = python(
+        "-m", "tests.ops.fuzz", first, count, tmp_path / "number", timeout=3600, OMP_NUM_THREADS="2"
     )  # fmt: skip
     if run.returncode:
         number = (tmp_path / "number").read_text().strip()

@@ -1,12 +1,8 @@
 """An op that finds no memory says which op, what it wanted and how many bytes, and works again when there is some."""
 
-import os
-import subprocess
-import sys
-
-from testing import ROOT
 from testing.cases import compiled
 from testing.op_samples import OPS
+from testing.process import printed
 
 # In a process of its own, whose address space ends a little above what it has. Every large allocation is a mapping of
 # its own, so that the limit holds for each; the threads are there before the limit is.
@@ -63,14 +59,7 @@ for op in OPS:
 
 @compiled
 def test_failed_allocations_name_the_op_and_what_it_wanted() -> None:
-    environment = {
-        **os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "2"
-    }  # fmt: skip
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, cwd=ROOT,
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout + run.stderr[-3000:]
-    seen = {op: (int(failed), int(succeeded)) for op, failed, succeeded in map(str.split, run.stdout.splitlines())}
+    told = printed("-c", SCRIPT, MALLOC_MMAP_THRESHOLD_="65536", MALLOC_ARENA_MAX="1", OMP_NUM_THREADS="2")
+    seen = {op: (int(failed), int(succeeded)) for op, failed, succeeded in map(str.split, told.splitlines())}
     assert set(seen) == set(OPS)
     assert all(failed and succeeded for failed, succeeded in seen.values()), f"the limit made no difference: {seen}"

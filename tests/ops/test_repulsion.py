@@ -1,8 +1,5 @@
 """repulsion_sample: exact picks on exact inputs, each step replayed otherwise, ties, special cases and edge cases."""
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -12,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tokenprune_kernels as tp
-from testing import ROOT, gpu_backend
+from testing import gpu_backend
 from testing.cases import DTYPES, GPU_BACKENDS, compiled, dtypes_of, over_backends, over_capabilities, over_dtypes
+from testing.process import printed
 from tokenprune_kernels import reference
 
 over_aggregates = pytest.mark.parametrize("aggregate", ["max", "sum"])
@@ -324,11 +322,11 @@ def test_threads_and_batch_do_not_matter(aggregate: str, potential: str) -> None
 def test_every_capability(capability: str) -> None:
     """A capability that the machine lacks falls back to the best one it has, which passes just the same."""
     selected = "real_size or (identical and float32 and 72) or (test_replay and float32 and cpu)"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", selected]
-    environment = {**os.environ, "TOKENPRUNE_CPU_CAPABILITY": capability}
-    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert " passed" in run.stdout
+    told = printed(
+        "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", selected,
+        TOKENPRUNE_CPU_CAPABILITY=capability,
+    )  # fmt: skip
+    assert " passed" in told
 
 
 PEAK = """
@@ -347,8 +345,4 @@ print(peak() - before)
 @compiled
 def test_no_gram_matrix_of_many_tokens() -> None:
     """N x N floats would take 550 MiB here; the rows that are kept take 24 MiB and the rest is of the order of N."""
-    environment = {k: v for k, v in os.environ.items() if k != "TOKENPRUNE_POISON"}
-    run = subprocess.run(
-        [sys.executable, "-c", PEAK], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True
-    )
-    assert float(run.stdout) < 100
+    assert float(printed("-c", PEAK, TOKENPRUNE_POISON=None)) < 100

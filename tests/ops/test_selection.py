@@ -51,6 +51,22 @@ class TestTopk:
         assert indices.tolist() == [want]
         assert counts.tolist() == [sum(i >= 0 for i in want)]
 
+    def test_budgets(self, backend, dtype):
+        """Each sample as if it were called alone with the smaller one of its budget and k."""
+        budgets = torch.tensor([3, 0, -1, 7, 2**62, -(2**63), 1])
+        scores = torch.randint(-3, 4, (7, 11), generator=torch.Generator().manual_seed(0)).to(dtype)
+        mask = torch.rand(7, 11, generator=torch.Generator().manual_seed(1)) > 0.3
+        for k in (0, 1, 5, 20):
+            for largest in (True, False):
+                options = {"largest": largest, "mask": mask}
+                indices, counts = tp.select_topk(scores, k, budgets=budgets, backend=backend, **options)
+                for b, budget in enumerate(budgets.tolist()):
+                    alone = {**options, "mask": mask[b : b + 1]}
+                    few = min(max(budget, 0), k)
+                    want, count = tp.select_topk(scores[b : b + 1], few, backend="reference", **alone)
+                    assert indices[b].tolist() == want[0].tolist() + [-1] * (k - few)
+                    assert counts[b] == count[0]
+
     def test_masked_tokens_are_never_selected(self, backend, dtype):
         scores = row(9, 1, INF, 3, NAN, dtype=dtype)
         mask = torch.tensor([[False, True, False, True, True]])

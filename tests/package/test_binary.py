@@ -4,13 +4,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import tokenprune_kernels as tp
 from testing import ROOT
+from testing.process import printed
 
 OBJECTS = sorted((ROOT / "build").glob("temp*/**/*.o"))
 SIMD = [o for o in OBJECTS if o.parent.name == "simd"]
@@ -36,30 +36,27 @@ def lines_of(*command: str) -> list[str]:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
 
 
+def capability_chosen(capability: str) -> str:
+    """What a process that is asked for a capability takes."""
+    ask = "import tokenprune_kernels as tp; print(tp.config()['compiled library']['cpu_capability'])"
+    return printed("-c", ask, TOKENPRUNE_CPU_CAPABILITY=capability).strip()
+
+
 @needs_library
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_capability_agrees_with_the_reference(capability: str) -> None:
     """In a process of its own, because the choice is made once. Exact indices, floats by the tolerance rule."""
-    environment = {**os.environ, "TOKENPRUNE_CPU_CAPABILITY": capability}
-    ask = "import tokenprune_kernels as tp; print(tp.config()['compiled library']['cpu_capability'])"
-    chosen = subprocess.run([sys.executable, "-c", ask], env=environment, cwd=ROOT, capture_output=True, text=True)
-    if chosen.stdout.strip() != capability:
-        pytest.skip(f"this machine has no {capability}: it chose {chosen.stdout.strip()}")
+    if (chosen := capability_chosen(capability)) != capability:
+        pytest.skip(f"this machine has no {capability}: it chose {chosen}")
     wanted = "(agrees_with or odd_dimensions or nan_feature or masked_padding) and cpu"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", wanted]
-    done = subprocess.run(
-        [*command, "tests/ops/test_contract.py"], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", wanted, "tests/ops/test_contract.py"]
+    assert " passed" in printed(*command, TOKENPRUNE_CPU_CAPABILITY=capability)
 
 
 @needs_library
 def test_an_unknown_capability_is_ignored() -> None:
-    ask = "import tokenprune_kernels as tp; print(tp.config()['compiled library']['cpu_capability'])"
-    environment = {**os.environ, "TOKENPRUNE_CPU_CAPABILITY": "avx1024"}
-    chosen = subprocess.run([sys.executable, "-c", ask], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert (
-        chosen.stdout.strip() == tp.config()["compiled library"]["cpu_capability"]
+        capability_chosen("avx1024") == tp.config()["compiled library"]["cpu_capability"]
         or "TOKENPRUNE_CPU_CAPABILITY" in os.environ
     )
 

@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 
 from testing import ROOT
+from testing.process import printed
 
 SWITCHES = ("TOKENPRUNE_CPU", "TOKENPRUNE_CUDA", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "CXX", "CXXFLAGS", "LDFLAGS")
 OBJECTS = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
@@ -142,11 +143,8 @@ def test_wheel_without_a_compiler_is_pure_and_works(tmp_path: Path) -> None:
     )
     # -S: the import hook of this checkout's editable installation stays away, which would find the library.
     folders = [str(tmp_path / "installed"), *(p for p in sys.path if p and Path(p).resolve() != ROOT)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
-    command = [sys.executable, "-S", "-c", program]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    package, reference, reason, kept = done.stdout.splitlines()
+    told = printed("-S", "-c", program, cwd=tmp_path, PYTHONPATH=os.pathsep.join(folders))
+    package, reference, reason, kept = told.splitlines()
     assert Path(package).is_relative_to(tmp_path / "installed")
     assert Path(reference).is_relative_to(tmp_path / "installed")
     assert "no compiled library was built" in reason

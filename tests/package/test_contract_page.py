@@ -1,11 +1,10 @@
 """docs/contract.md: every promise names tests that exist, every op has its section, and what is cited is there."""
 
 import re
-from pathlib import Path
 
 import tokenprune_kernels.ops
+from testing import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "contract.md").read_text()
 CITED = re.compile(r"`(test_\w+)`")
 

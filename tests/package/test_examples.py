@@ -1,25 +1,17 @@
 """The scripts of examples/ run and say what they should."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import tokenprune_kernels as tp
 from testing import ROOT
+from testing.process import printed, search_path
 
 
 def run(name: str) -> str:
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / name)], capture_output=True, text=True, timeout=300, check=False,
-        env={**os.environ, "PYTHONPATH": paths},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return printed(ROOT / "examples" / name, PYTHONPATH=search_path(ROOT))
 
 
 def test_every_example_is_tested() -> None:
@@ -29,9 +21,9 @@ def test_every_example_is_tested() -> None:
 
 
 def test_third_party_module() -> None:
-    printed = run("third_party_module.py")
-    assert "kept [1, 128, 1024], count [128]" in printed
-    assert "compiled with fullgraph=True: equal" in printed
+    told = run("third_party_module.py")
+    assert "kept [1, 128, 1024], count [128]" in told
+    assert "compiled with fullgraph=True: equal" in told
 
 
 def test_drop_in_selection() -> None:
@@ -40,20 +32,20 @@ def test_drop_in_selection() -> None:
 
 @pytest.mark.skipif(tp.config()["backends"]["cpu"] is not None, reason="the compiled library is not loaded")
 def test_export_pruner() -> None:
-    printed = run("export_pruner.py")
-    found = re.findall(r"(\d+) tokens.*first indices (\[.*\])", printed)
+    told = run("export_pruner.py")
+    found = re.findall(r"(\d+) tokens.*first indices (\[.*\])", told)
     assert len(found) == 4
     there, here = dict(found[:2]), dict(found[2:])
     assert there == here
-    assert "576 tokens: kept [1, 64, 256]" in printed
+    assert "576 tokens: kept [1, 64, 256]" in told
 
 
 def test_own_method() -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("PIL", reason="Pillow is not installed")
-    printed = run("own_method.py").splitlines()
-    assert [line.rpartition(":")[0] for line in printed[1:]] == [
+    lines = run("own_method.py").splitlines()
+    assert [line.rpartition(":")[0] for line in lines[1:]] == [
         *["outliers: 128 of 576 tokens"] * 3,
         "unlike_the_mean: 128 of 576 tokens",
     ]
-    assert printed[1].rpartition(": ")[2] == printed[4].rpartition(": ")[2] != ""
+    assert lines[1].rpartition(": ")[2] == lines[4].rpartition(": ")[2] != ""

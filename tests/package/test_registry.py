@@ -2,39 +2,20 @@
 
 import inspect
 import os
-import subprocess
-import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 
 import tokenprune_kernels as tp
-from testing import ROOT
+from testing.process import printed, python
 from tokenprune_kernels import _registry
 from tokenprune_kernels._op import OPS, public_ops
 
 over_ops = pytest.mark.parametrize("op", public_ops())
 needs_library = pytest.mark.skipif(tp.config()["backends"]["cpu"] is not None, reason="no compiled library here")
 SCORES = torch.tensor([[0.1, 0.9, 0.5]])
-
-
-def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """A fresh interpreter in the root of the checkout."""
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, **environment},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def assert_succeeds(*arguments: str, **environment: str) -> str:
-    done = run_python(*arguments, **environment)
-    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    return done.stdout
 
 
 # --- schemas --------------------------------------------------------------------------------------------------------
@@ -56,7 +37,7 @@ def test_the_described_ops_are_registered_and_exported_and_no_others() -> None:
 
 
 def test_the_cpp_half_of_the_descriptions_is_fresh() -> None:
-    assert_succeeds("-m", "scripts.generate_ops", "--check")
+    printed("-m", "scripts.generate_ops", "--check")
 
 
 @over_ops
@@ -136,6 +117,18 @@ def test_a_gpu_the_build_does_not_fit_is_served_by_triton(monkeypatch: pytest.Mo
     _registry._fits_device.cache_clear()
 
 
+@needs_library
+def test_the_reference_serves_an_op_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokenprune_kernels._backend import served_by
+
+    assert served_by("select_topk", SCORES) == "cpu"
+    with tp.use_backend("reference"):
+        assert served_by("select_topk", SCORES) == "reference"
+    monkeypatch.setitem(OPS, "select_topk", replace(OPS["select_topk"], backends=("cuda",)))
+    assert served_by("select_topk", SCORES) == "reference"
+    assert served_by("score_entropy", SCORES) == "cpu"
+
+
 def test_use_backend_nests_and_is_restored_after_errors() -> None:
     with tp.use_backend("cuda"):
         with tp.use_backend("reference"):
@@ -194,14 +187,14 @@ with tp.use_backend("reference"):
 with tp.use_backend("auto"):
     print(ask())
 """
-    lines = assert_succeeds("-c", script, TOKENPRUNE_BACKEND="cuda").splitlines()
+    lines = printed("-c", script, TOKENPRUNE_BACKEND="cuda").splitlines()
     assert "'cuda' was asked for" in lines[0]
     assert lines[1:] == ["[[1, 2]]"] * 3
-    assert assert_succeeds("-c", script, TOKENPRUNE_BACKEND="").splitlines() == ["[[1, 2]]"] * 4
+    assert printed("-c", script, TOKENPRUNE_BACKEND="").splitlines() == ["[[1, 2]]"] * 4
 
 
 def test_environment_variable_with_an_unknown_name_is_refused() -> None:
-    done = run_python("-c", "import tokenprune_kernels", TOKENPRUNE_BACKEND="gpu")
+    done = python("-c", "import tokenprune_kernels", TOKENPRUNE_BACKEND="gpu")
     assert done.returncode != 0
     assert "TOKENPRUNE_BACKEND must be one of auto, cuda, triton, cpu, reference, got 'gpu'" in done.stderr
 
@@ -217,10 +210,10 @@ def test_config_names_versions_and_backends(capsys: pytest.CaptureFixture[str]) 
     assert config["backends"]["reference"] is None
     assert all(reason is None or len(reason) > 10 for reason in config["backends"].values())
     tp.show_config()
-    printed = capsys.readouterr().out
+    shown = capsys.readouterr().out
     for name, reason in config["backends"].items():
-        assert f"  {name}: {'available' if reason is None else f'unavailable, {reason}'}\n" in printed
-    assert f"torch: {torch.__version__}\n" in printed
+        assert f"  {name}: {'available' if reason is None else f'unavailable, {reason}'}\n" in shown
+    assert f"torch: {torch.__version__}\n" in shown
 
 
 @needs_library
@@ -240,7 +233,7 @@ import tokenprune_kernels
 heavy = {"torch._dynamo", "torch._inductor", "triton", "transformers", "PIL", "skimage", "rich", "sympy", "numpy"}
 print(sorted(heavy & (set(sys.modules) - before)))
 """
-    assert assert_succeeds("-c", script).strip() == "[]"
+    assert printed("-c", script).strip() == "[]"
 
 
 # --- without the compiled library -----------------------------------------------------------------------------------
@@ -265,7 +258,7 @@ try:
 except tp.BackendUnavailableError as error:
     print(error)
 """
-    assert "the compiled library is not loaded (" in assert_succeeds("-c", script)
+    assert "the compiled library is not loaded (" in printed("-c", script)
 
 
 @pytest.mark.skipif(os.environ.get("TOKENPRUNE_TEST_WITHOUT_LIBRARY") == "1", reason="this is that very run")
@@ -275,8 +268,6 @@ def test_without_the_library_the_contract_holds() -> None:
     files = [f"tests/{name}.py" for name in (
         "ops/test_contract", "ops/test_contract_memory", "ops/test_errors", "package/test_dispatch"
     )]  # fmt: skip
-    printed = assert_succeeds(
-        *command, *files, TOKENPRUNE_TEST_WITHOUT_LIBRARY="1", TOKENPRUNE_TEST_BACKENDS="reference"
-    )
-    assert " passed" in printed
-    assert "failed" not in printed
+    told = printed(*command, *files, TOKENPRUNE_TEST_WITHOUT_LIBRARY="1", TOKENPRUNE_TEST_BACKENDS="reference")
+    assert " passed" in told
+    assert "failed" not in told

@@ -4,9 +4,6 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,9 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tokenprune_kernels as tp
-from testing import ROOT, gpu_backend
+from testing import gpu_backend
 from testing.cases import NO_TRITON
 from testing.op_samples import SAMPLES
+from testing.process import printed
 from tokenprune_kernels import _triton
 
 pytestmark = pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
@@ -36,14 +34,8 @@ DEVICE = "cuda" if gpu_backend.has_gpu() else "cpu"  # the interpreter runs on t
 BLOCK = 64
 
 
-def run_script(*arguments: str, **environment: str) -> str:
-    """What a process of its own prints; Triton is not in its interpreted mode there."""
-    whole = {**os.environ, "TRITON_INTERPRET": "0", **environment}
-    done = subprocess.run(
-        [sys.executable, *arguments], env=whole, cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    return done.stdout
+def without_interpreter(*arguments: str, **environment: str) -> str:
+    return printed(*arguments, TRITON_INTERPRET="0", **environment)
 
 
 # --- keys -----------------------------------------------------------------------------------------------------------
@@ -223,12 +215,12 @@ with traced():
     print(said(3), *poisoned())
 """
     switch = str(int(asked))
-    printed = run_script("-c", script, TOKENPRUNE_CHECK_INDICES=switch, TOKENPRUNE_POISON=switch).splitlines()
+    lines = without_interpreter("-c", script, TOKENPRUNE_CHECK_INDICES=switch, TOKENPRUNE_POISON=switch).splitlines()
     what = "tokenprune::op: name must lie in [-1, 3), got"
     wrong = [f"{what} 0 to 3", f"{what} -2 to -2", f"{what} {-(2**63)} to {2**63 - 1}"]
-    assert printed[0] == str([None, None, *(wrong if asked else [None] * 3)])
-    assert printed[1] == f"{asked} {asked} False True"
-    assert printed[2] == "None False False False True"
+    assert lines[0] == str([None, None, *(wrong if asked else [None] * 3)])
+    assert lines[1] == f"{asked} {asked} False True"
+    assert lines[2] == "None False False False True"
 
 
 # --- when Triton serves ---------------------------------------------------------------------------------------------
@@ -288,7 +280,7 @@ try:
 except tp.BackendUnavailableError as error:
     print(error)
 """
-    assert run_script("-c", script).strip() == (
+    assert without_interpreter("-c", script).strip() == (
         "backend 'triton' was asked for, but the inputs are on cpu:"
         " the kernels need a GPU (or TRITON_INTERPRET=1 from the start, for tests)"
     )
@@ -311,7 +303,7 @@ ops = [f"tokenprune::{name}" for name in _triton.served()]
 print(len(ops), [op for op in ops if not has(op, "CUDA") or not has(op, "XPU") or has(op, "CPU")])
 print("triton" in sys.modules)
 """
-    assert run_script("-c", script).splitlines() == [f"{len(TRITON_OPS)} []", "False"]
+    assert without_interpreter("-c", script).splitlines() == [f"{len(TRITON_OPS)} []", "False"]
 
 
 # --- torch.compile --------------------------------------------------------------------------------------------------
@@ -326,7 +318,7 @@ SCATTERING = ("select_topk", "select_two_tailed", "select_mixture", "mask_to_ind
 @functools.cache
 def graphs() -> dict[str, dict[str, Any]]:
     """What becomes of every sample call under torch.compile on a GPU, in a process without the interpreter."""
-    return json.loads(run_script("-m", "testing.triton_compile.trace", json.dumps(DISSOLVED)).splitlines()[-1])
+    return json.loads(without_interpreter("-m", "testing.triton_compile.trace", json.dumps(DISSOLVED)).splitlines()[-1])
 
 
 def test_every_op_has_kernels() -> None:

@@ -8,6 +8,8 @@ from .adaptprune import ADAPTPRUNE, adaptprune
 from .baselines import DIVPRUNE, FASTV, RANDOM, divprune, fastv, random
 from .cdpruner import CDPRUNER, cdpruner
 from .coast import COAST, coast
+from .dart import DART, dart
+from .evs import EVS, evs
 from .scope import SCOPE, scope
 from .sts import STS, sts_semantics, sts_structure
 from .zspaprune import ZSPAPRUNE, zspaprune
@@ -21,7 +23,9 @@ __all__ = [
     "adaptprune",
     "cdpruner",
     "coast",
+    "dart",
     "divprune",
+    "evs",
     "fastv",
     "get_method",
     "method_names",
@@ -35,6 +39,6 @@ __all__ = [
 ]
 
 # The order of every table.
-for _method in (COAST, STS, ADAFV, ZSPAPRUNE, ADAPTPRUNE, FASTV, DIVPRUNE, RANDOM, CDPRUNER, SCOPE):
+for _method in (COAST, STS, ADAFV, ZSPAPRUNE, ADAPTPRUNE, FASTV, DIVPRUNE, RANDOM, DART, EVS, CDPRUNER, SCOPE):
     add(_method)
 del _method, add

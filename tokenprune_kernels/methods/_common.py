@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ..ops import attention_scores, cross_attention_scores, gather_compact, mask_to_indices
 
+Grid = tuple[int, int] | Tensor
+
 
 class Selection(NamedTuple):
     """The kept visual tokens of a batch.
@@ -90,3 +92,14 @@ def check_visual(method: str, name: str, t: Tensor, batch: int, tokens: int) -> 
             f"{method}: {name} must have shape [B, V, ...] = [{batch}, {tokens}, ...] (one entry per visual token), "
             f"got {list(t.shape)}"
         )
+
+
+def grid_sides(method: str, grid: Grid, batch: int, tokens: int) -> tuple[int | Tensor, int | Tensor]:
+    """Height and width of the grid: (h, w), or [B, 2] or [B, V, 2] as tensors that broadcast over [B, V]."""
+    if not isinstance(grid, Tensor):
+        return grid
+    if grid.shape not in ((batch, 2), (batch, tokens, 2)):
+        expected = f"[B, 2] or [B, V, 2], B = {batch} and V = {tokens}"
+        raise ValueError(f"{method}: grid must have shape {expected}, got {list(grid.shape)}")
+    height, width = (grid if grid.dim() == 3 else grid.unsqueeze(1)).unbind(-1)
+    return height, width

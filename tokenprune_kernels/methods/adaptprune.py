@@ -4,10 +4,8 @@ import torch
 from torch import Tensor
 
 from ..ops import spatial_semantic_nms
-from ._common import Selection, ascending, check_count, check_visual, visual_attention, visual_mask
+from ._common import Grid, Selection, ascending, check_count, check_visual, grid_sides, visual_attention, visual_mask
 from ._method import Method, Stage
-
-Grid = tuple[int, int] | Tensor
 
 
 @torch.no_grad()
@@ -85,11 +83,7 @@ def adaptprune(
 
 def _centre_prior(positions: Tensor, grid: Grid) -> Tensor:
     """g(row, column), 1 at the cell nearest to the centre."""
-    batch, tokens, _ = positions.shape
-    if isinstance(grid, Tensor) and grid.shape not in ((batch, 2), (batch, tokens, 2)):
-        expected = f"[B, 2] or [B, V, 2], B = {batch} and V = {tokens}"
-        raise ValueError(f"adaptprune: grid must have shape {expected}, got {list(grid.shape)}")
-    height, width = (grid if grid.dim() == 3 else grid.unsqueeze(1)).unbind(-1) if isinstance(grid, Tensor) else grid
+    height, width = grid_sides("adaptprune", grid, *positions.shape[:2])
     return torch.exp((_offset(positions[..., 0], height) + _offset(positions[..., 1], width)) * -0.5)
 
 

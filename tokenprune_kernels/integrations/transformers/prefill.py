@@ -184,7 +184,7 @@ def _prune(plan: Plan, now: Prefill, planned: PlannedStage, layer: nn.Module, in
         hidden = _compact(plan, now, after, columns, inputs)
     now.tokens, now.columns = after, columns
     now.segments.append(Segment(planned.layer, after))
-    now.report.pruned(planned.layer, after.counts, after.origin, served_by(hidden))
+    now.report.pruned(planned.layer, after.counts, after.origin, served_by("gather_compact", hidden))
     return {**inputs, "hidden_states": hidden}
 
 

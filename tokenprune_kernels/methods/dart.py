@@ -1,0 +1,112 @@
+"""DART (arXiv 2502.11494): keep a few pivots and the tokens that duplicate them least."""
+
+import torch
+from torch import Tensor
+
+from ..ops import cosine_scores, gather_compact, select_topk
+from ._common import Selection, ascending, check_count, check_visual, visual_mask
+from ._method import Method, Stage
+
+
+@torch.no_grad()
+def dart(
+    key: Tensor,
+    features: Tensor,
+    text_embeddings: Tensor,
+    k: int,
+    *,
+    key_indices: Tensor,
+    query_positions: Tensor,
+    text_mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    image_pivots: int = 4,
+    text_pivots: int = 4,
+    backend: str | None = None,
+) -> Selection:
+    """DART (arXiv 2502.11494), duplication-aware reduction of tokens; inside the language model.
+
+    1. Pivots: the P_i visual tokens and the P_t text tokens with the largest L1 norm of their key, all heads together.
+       The visual ones are kept.
+    2. Pivot by pivot, visual ones first and each kind by falling norm: of the tokens not kept yet, keep the
+       k' = ceil((K - P_i) / (P_i + P_t)) least similar to the pivot by the cosine of hidden states, until K are kept.
+
+    key [B, Hkv, N, D] are all keys of the prompt, with RoPE, of the attention before; features [B, V, C] and
+    text_embeddings [B, T, C] are hidden states of the visual and of the text tokens; key_indices [B, V] and
+    query_positions [B, T] are their positions in the prompt (-1 in key_indices: padding, never selected). text_mask
+    [B, T] says which text tokens are real, key_mask [B, N] which keys. The returned indices are positions among the V
+    visual tokens.
+
+    Where it comes from. The public implementations of others differ from each other, and the authors' repository was
+    not available: exactly K kept tokens and pivots by falling norm are AngelSlim's, text pivots only from the text
+    behind the images is LightCompress's. Ours: with fewer than P_t text tokens the others share the budget; the norms
+    are float32; ties go to the lower index. A budget below P_i keeps the first K pivots.
+
+    details: pivots [B, P_i + P_t], the index of each pivot among the visual or the text tokens, -1 where there is none.
+
+    >>> import torch
+    >>> from tokenprune_kernels.methods import dart
+    >>> key = torch.tensor([9.0, 1.0, 1.0, 1.0, 2.0]).view(1, 1, 5, 1)  # four visual tokens and one of text
+    >>> hidden = torch.tensor([[[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [1.0, 1.0]]])
+    >>> visual, text = torch.arange(4)[None], torch.tensor([[4]])
+    >>> kept = dart(key, hidden, hidden[:, :1], 2, key_indices=visual, query_positions=text, image_pivots=1)
+    >>> kept.indices, kept.details["pivots"]
+    (tensor([[0, 2]]), tensor([[ 0,  0, -1, -1, -1]]))
+    """
+    check_count("dart", k)
+    batch, tokens, _ = features.shape
+    check_visual("dart", "key_indices", key_indices, batch, tokens)
+    norms = key.abs().sum(dim=(1, 3), dtype=torch.float64 if key.dtype == torch.float64 else torch.float32)
+    free = visual_mask(key_indices, key_mask, backend)
+    assert free is not None
+    real = torch.ones_like(query_positions, dtype=torch.bool) if text_mask is None else text_mask
+    of_image, is_image = _largest(norms, key_indices, free, image_pivots)
+    is_image = is_image & (torch.arange(image_pivots, device=key.device) < k)
+    of_text, is_text = _largest(norms, query_positions, real, text_pivots)
+    pivots = torch.cat([of_image.where(is_image, -1), of_text.where(is_text, -1)], 1)
+
+    columns = torch.arange(tokens + 1, device=key.device)
+    taken = (columns == of_image.where(is_image, tokens).unsqueeze(-1)).any(1)[:, :tokens]
+    # How many are still to be kept, and how many of them each pivot keeps: on the device, without a wait.
+    left = k - is_image.sum(1)
+    exists = torch.cat([is_image, is_text], 1)
+    each = (left + exists.sum(1) - 1).div(exists.sum(1).clamp_min(1), rounding_mode="floor")
+    (of_features,) = gather_compact([features], pivots[:, :image_pivots], dims=[1], backend=backend)
+    (of_embeddings,) = gather_compact([text_embeddings], pivots[:, image_pivots:], dims=[1], backend=backend)
+    vectors = torch.cat([of_features, of_embeddings], 1)
+    for p in range(pivots.shape[1]):
+        budgets = torch.where(exists[:, p], torch.minimum(each, left), 0)
+        similarity = cosine_scores(features, vectors[:, p : p + 1], backend=backend)
+        chosen, counts = select_topk(similarity, k, mask=free & ~taken, largest=False, budgets=budgets, backend=backend)
+        taken = taken | _marked(chosen, tokens)
+        left = left - counts
+    indices, counts = ascending(torch.where(taken, columns[:tokens], -1), tokens, k, backend)
+    return Selection(indices, counts, {"pivots": pivots})
+
+
+def _largest(norms: Tensor, positions: Tensor, real: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` real ones of the listed positions with the largest norm, by falling norm, and how many there are.
+
+    As (indices [B, count] into the list, True [B, count] where there is one).
+    """
+    listed = norms.gather(1, positions.clamp_min(0)) if norms.shape[1] else norms.new_zeros(positions.shape)
+    # A stable sort keeps the lower index first; no norm is negative.
+    padded = torch.nn.functional.pad(torch.where(real, listed, -1.0), (0, count), value=-1.0)
+    order = padded.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    exists = torch.nn.functional.pad(real, (0, count)).gather(1, order)
+    return torch.where(exists, order, 0), exists
+
+
+def _marked(indices: Tensor, size: int) -> Tensor:
+    """[B, size]: which tokens a -1 padded list names."""
+    marked = indices.new_zeros((indices.shape[0], size + 1), dtype=torch.bool)
+    return marked.scatter(1, indices.remainder(size + 1), True)[:, :size]
+
+
+DART = Method(
+    "dart",
+    (Stage(dart, "layer"),),
+    title="DART",
+    summary="pivots and what is least like them",
+    paper="2502.11494",
+    source="public implementations, which differ; see its page of help",
+)
