@@ -43,6 +43,8 @@ def cases() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         "spatial_semantic_nms": ((scores, features, positions, K), {"sigma_semantic": 0.5, "mask": mask}),
         "density_peaks": ((features, K), {"neighbors": 3, "mask": mask}),
         "merge_tokens": ((features, indices), {"weights": scores, "mask": mask, "threshold": 0.1}),
+        "dpp_sample": ((features, K), {"quality": scores, "mask": mask}),
+        "coverage_sample": ((features, K), {"row_weights": scores, "mask": torch.rand(B, C) > 0.2}),
         "gather_compact": (([features, mask], indices), {"dims": [1, 1]}),
     }
 

@@ -20,8 +20,10 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   m.def("attention_scores(Tensor query, Tensor key, Tensor lse, *, Tensor? key_indices=None, Tensor? query_mask=None, Tensor? key_mask=None, Tensor? query_positions=None, float? scale=None, bool causal=False, bool cosine=False, str head_reduction=\"mean\", str query_reduction=\"mean\") -> Tensor");
   m.def("contrastive_scores(Tensor features, Tensor anchor_indices, Tensor reference_indices) -> Tensor");
   m.def("cosine_scores(Tensor features, Tensor queries, *, Tensor? query_mask=None, str reduction=\"max\") -> Tensor");
+  m.def("coverage_sample(Tensor similarity, SymInt k, *, Tensor? row_weights=None, Tensor? quality=None, Tensor? row_mask=None, Tensor? mask=None) -> (Tensor indices, Tensor gains, Tensor counts)");
   m.def("cross_attention_scores(Tensor query, Tensor key, *, Tensor? key_indices=None, Tensor? query_mask=None, Tensor? key_mask=None, Tensor? query_positions=None, float? scale=None, bool causal=False, bool cosine=False, str head_reduction=\"mean\", str query_reduction=\"mean\") -> (Tensor scores, Tensor entropy, Tensor lse)");
   m.def("density_peaks(Tensor features, SymInt k, *, SymInt neighbors=5, Tensor? mask=None) -> (Tensor indices, Tensor counts, Tensor density, Tensor distance)");
+  m.def("dpp_sample(Tensor features, SymInt k, *, Tensor? quality=None, Tensor? mask=None, float epsilon=1e-06) -> (Tensor indices, Tensor gains, Tensor counts)");
   m.def("gather_compact(Tensor[] tensors, Tensor indices, *, int[] dims, int[]? batch_dims=None) -> Tensor[]");
   m.def("_invert_indices(Tensor indices, SymInt size) -> Tensor");
   m.def("mask_to_indices(Tensor mask, SymInt capacity) -> (Tensor indices, Tensor counts)");
@@ -110,6 +112,20 @@ inline CosineScoresChoices check_cosine_scores(const Tensor& features, const Ten
   return {check_choice(op, "reduction", reduction, {"max", "mean"})};
 }
 
+inline void check_coverage_sample(const Tensor& similarity, int64_t k, const OptionalTensor& row_weights, const OptionalTensor& quality, const OptionalTensor& row_mask, const OptionalTensor& mask) {
+  const char* op = "coverage_sample";
+  check_floating(op, "similarity", similarity, "[B, R, N]", 3);
+  [[maybe_unused]] const int64_t B = similarity.size(0);
+  [[maybe_unused]] const int64_t R = similarity.size(1);
+  [[maybe_unused]] const int64_t N = similarity.size(2);
+  check_count(op, "k", k, B);
+  check_beside(op, "row_weights", row_weights, similarity, "[B, R]", {B, R}, std::nullopt);
+  check_beside(op, "quality", quality, similarity, "[B, N]", {B, N}, std::nullopt);
+  check_beside(op, "row_mask", row_mask, similarity, "[B, R]", {B, R}, ScalarType::Bool);
+  check_beside(op, "mask", mask, similarity, "[B, N]", {B, N}, ScalarType::Bool);
+  check_work(op, "similarity", "B * min(k, N) * R * N", {B, std::min(k, N), R, N});
+}
+
 // Which of the words each option is.
 struct CrossAttentionScoresChoices {
   int head_reduction;
@@ -145,6 +161,19 @@ inline void check_density_peaks(const Tensor& features, int64_t k, int64_t neigh
   check_count(op, "k", k, B);
   check_at_least(op, "neighbors", neighbors, 1);
   check_beside(op, "mask", mask, features, "[B, N]", {B, N}, ScalarType::Bool);
+  check_work(op, "features", "B * N * N * C", {B, N, N, C});
+}
+
+inline void check_dpp_sample(const Tensor& features, int64_t k, const OptionalTensor& quality, const OptionalTensor& mask, double epsilon) {
+  const char* op = "dpp_sample";
+  check_floating(op, "features", features, "[B, N, C]", 3);
+  [[maybe_unused]] const int64_t B = features.size(0);
+  [[maybe_unused]] const int64_t N = features.size(1);
+  [[maybe_unused]] const int64_t C = features.size(2);
+  check_count(op, "k", k, B);
+  check_beside(op, "quality", quality, features, "[B, N]", {B, N}, std::nullopt);
+  check_beside(op, "mask", mask, features, "[B, N]", {B, N}, ScalarType::Bool);
+  check_real(op, "epsilon", epsilon, 0, false, std::numeric_limits<double>::infinity());
   check_work(op, "features", "B * N * N * C", {B, N, N, C});
 }
 
