@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from testing import ROOT
-
-from .cuda_kernels import OBJECTS, REFRESH, Kernel, demangle, families, label, nvcc_version, order, unlisted
+from testing.cuda_kernels import OBJECTS, REFRESH, Kernel, demangle, families, label, nvcc_version, order, unlisted
 
 TABLE = ROOT / "tests" / "cuda" / "resources.csv"
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")

@@ -8,12 +8,14 @@ _registry.load()  # the ops are described, so that they can be registered
 from . import methods, reference  # noqa: E402
 from ._backend import BackendUnavailableError, use_backend  # noqa: E402
 from ._config import config, show_config  # noqa: E402
+from ._masks import indices_to_mask  # noqa: E402
 from ._version import __version__  # noqa: E402
 
 __all__ = [
     "BackendUnavailableError",
     "__version__",
     "config",
+    "indices_to_mask",
     "methods",
     "reference",
     "show_config",

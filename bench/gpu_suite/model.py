@@ -21,7 +21,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scripts.cuda_costs import TABLE, Cost, read_table
+from testing.cuda_costs import TABLE, Cost, read_table
 
 from .costs import ASSUMED
 

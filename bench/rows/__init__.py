@@ -138,7 +138,7 @@ def gpu_rows(scale: Scale) -> list[Row]:
 
 
 def cpu_rows() -> list[Row]:
-    from . import attention, compaction, methods, nms, repulsion, selection, similarity
+    from . import attention, compaction, density, merging, methods, nms, repulsion, selection, similarity
 
-    families = (attention, compaction, methods, nms, repulsion, selection, similarity)
+    families = (attention, compaction, density, merging, methods, nms, repulsion, selection, similarity)
     return [row for family in families for row in family.cpu_rows()]

@@ -91,6 +91,40 @@ def others_of(model: Model) -> list[Row]:
     ]  # fmt: skip
 
 
+def grouped(frames: int, tokens: int, keep: int) -> Row:
+    """The crops of an image or the frames of a video, each with the same budget, so that torch.topk can do it too."""
+    n = frames * tokens
+
+    def make(device: torch.device, seed: int) -> Inputs:
+        return on(device, {"scores": attention_like(seed, 1, n),
+                           "groups": torch.arange(frames).repeat_interleave(tokens)[None],
+                           "budgets": torch.full((1, frames), keep)})  # fmt: skip
+
+    def equal_groups(x: Inputs) -> Tensor:
+        of_group = topk_and_sort(x["scores"].view(frames, tokens), keep)
+        return of_group + torch.arange(0, n, tokens, device=of_group.device)[:, None]
+
+    def loop(x: Inputs) -> Tensor:
+        kept = []
+        for g, budget in enumerate(x["budgets"][0].tolist()):
+            token = (x["groups"][0] == g).nonzero()[:, 0]
+            kept.append(token[x["scores"][0, token].topk(budget).indices])
+        return torch.cat(kept).sort().values
+
+    ours, reference = both(lambda m, x: m.select_grouped_topk(**x, k=frames * keep))
+    return Row(
+        f"select_grouped_topk {frames} groups of {tokens}, {keep} each",
+        ("select_grouped_topk",),
+        make,
+        ours,
+        against(reference, 1e-5),
+        {"loop over groups": loop, "torch.topk of equal groups": equal_groups, "reference": reference},
+        uncapturable=("loop over groups",),
+        targets={"loop over groups": 2.0},
+        agree=same,
+    )
+
+
 def gpu_rows(scale: Scale) -> list[Row]:
     llava, qwen, large = map(scale.model, ("LLaVA-1.5-7B", "Qwen2.5-VL-7B@4096", "Qwen2.5-VL-7B@16384"))
     return [topk(llava, 1), topk(llava, 16), topk(qwen, 1), topk(large, 1), *others_of(llava)]
@@ -148,4 +182,5 @@ def cpu_rows() -> list[Row]:
         {"reference, torch.compile": lambda x: mixture(x["text"], x["visual"], llava.keep)},
         targets={"reference, torch.compile": 1.0}, agree=same, seconds=0.6,
     )  # fmt: skip
-    return [*rows, million(torch.float32), million(torch.bfloat16), against_compiled]
+    return [*rows, million(torch.float32), million(torch.bfloat16), against_compiled, grouped(5, 576, 64),
+            grouped(32, 196, 40)]  # fmt: skip

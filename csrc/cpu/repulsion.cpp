@@ -26,21 +26,6 @@ const RepulsionKernels<double>& repulsion_kernels<double>() {
 
 namespace {
 
-// Unit vectors of the tokens of a sample, rows `stride` apart and zero-padded.
-template <class T, class A = Wide<T>>
-void normalize_sample(Team& team, const Tensor& features, int64_t b, int64_t stride, A* unit) {
-  const T* from = static_cast<const T*>(features.const_data_ptr()) + b * features.stride(0);
-  const RowKernels<A>& kernels = row_kernels<A>();
-  const int64_t dim = features.size(2), row_stride = features.stride(1);
-  team.parallel_for(features.size(1), grain(dim), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      A* to = unit + i * stride;
-      normalize_row(kernels, from + i * row_stride, dim, to);
-      std::fill(to + dim, to + padded(dim), A(0));
-    }
-  });
-}
-
 std::tuple<Tensor, Tensor> repulsion_sample(const Tensor& features_in, int64_t k, const OptionalTensor& positions_in,
                                             const OptionalTensor& seeds_in, const OptionalTensor& energy_in,
                                             const OptionalTensor& mask_in, std::string potential, std::string aggregate,
@@ -67,8 +52,7 @@ std::tuple<Tensor, Tensor> repulsion_sample(const Tensor& features_in, int64_t k
   std::fill(count, count + batch, int64_t(0));
   if (batch == 0 || n == 0 || k == 0) return {indices, counts};
 
-  // Rows a power of two apart would compete for the same cache sets.
-  const int64_t stride = padded(dim) + kRowMultiple;
+  const int64_t stride = unit_stride(dim);
   Tensor unit = new_empty(features, {batch, n, stride}, wide_type(features));
   dispatch_floating(features.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -77,7 +61,7 @@ std::tuple<Tensor, Tensor> repulsion_sample(const Tensor& features_in, int64_t k
         potential_weights<A>(feature_weight, position_weight, exponent, sigma, epsilon, positions.has_value());
     const auto run = [&](int64_t b, Team& team) {
       A* rows = unit.mutable_data_ptr<A>() + b * n * stride;
-      normalize_sample<T>(team, features, b, stride, rows);
+      normalize_sample<T>(team, features, b, rows);
       const int64_t axes = positions ? positions->size(2) : 0, n_seeds = seeds ? seeds->size(1) : 0;
       const Sample<A> sample{team,
                              rows,
@@ -97,17 +81,7 @@ std::tuple<Tensor, Tensor> repulsion_sample(const Tensor& features_in, int64_t k
                              out + b * k};
       count[b] = choice.aggregate == 1 ? sample_sum(sample) : sample_max(sample);
     };
-    // Samples side by side when they keep the threads busy, else one after the other, all threads on one.
-    if (batch >= torch::stable::get_num_threads()) {
-      parallel_for(batch, 1, [&](int64_t begin, int64_t end) {
-        Team alone(1);
-        for (int64_t b = begin; b < end; ++b) run(b, alone);
-      });
-    } else {
-      with_team(double(batch * n) * dim * (std::min(k, n) + (seeds ? seeds->size(1) : 0)), [&](Team& team) {
-        for (int64_t b = 0; b < batch; ++b) run(b, team);
-      });
-    }
+    over_samples_in_teams(batch, double(n) * dim * (std::min(k, n) + (seeds ? seeds->size(1) : 0)), run);
   });
   return {indices, counts};
 }

@@ -2,24 +2,14 @@
 #pragma once
 
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 #include "args/repulsion.h"
-#include "cpu/simd/repulsion.h"
-#include "cpu/simd/rows.h"
-#include "cpu/team.h"
-#include "tokenprune/order.h"
+#include "cpu/lazy.h"
 
 namespace tokenprune {
 
-constexpr int64_t kGramTokens = 3072;       // up to here sample_gram may store a cosine per pair of tokens
-constexpr int64_t kParallelWork = 1 << 17;  // multiply-adds that are worth handing to another thread of a team
-
-inline int64_t padded(int64_t n) { return (n + kRowMultiple - 1) / kRowMultiple * kRowMultiple; }
-
-// Tokens per piece when one token costs `work` multiply-adds.
-inline int64_t grain(int64_t work) { return std::max<int64_t>(kMaxPairRows, kParallelWork / (work + 1)); }
+constexpr int64_t kGramTokens = 3072;  // up to here sample_gram may store a cosine per pair of tokens
 
 // One sample. Rows of `unit` are padded to a multiple of kRowMultiple.
 template <class A>
@@ -43,21 +33,10 @@ struct Sample {
   bool valid(int64_t i) const { return mask == nullptr || mask[i]; }
 };
 
-template <class A>
-using Key = decltype(order_key(A()));
-// Sorts as the candidate order for the smallest value does: the lesser rank is the better candidate.
-template <class A>
-using Rank = Ranked<Key<A>, int64_t>;
-
+// By the smallest value.
 template <class A>
 Rank<A> rank(A value, int64_t i) {
   return {order_key(static_cast<A>(-value)), i};
-}
-
-// Behind every candidate.
-template <class A>
-Rank<A> worst_rank() {
-  return {kNoKey, std::numeric_limits<int64_t>::max()};
 }
 
 template <class A>

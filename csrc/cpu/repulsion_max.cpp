@@ -33,11 +33,6 @@ Lazy<A> start_lazy(const Sample<A>& s, std::vector<int64_t> selected) {
           {}};
 }
 
-template <class A>
-bool worse(const Rank<A>& a, const Rank<A>& b) {
-  return b < a;
-}
-
 // Applies the selected tokens in [their `seen`, last) to up to kMaxPairRows tokens, in portions, and stops early once
 // every one of them is worse than `limit`.
 template <class A>
@@ -71,25 +66,10 @@ void bring_up(Lazy<A>& lazy, const int64_t* tokens, int64_t count, int64_t last,
   }
 }
 
-// All of `tokens`, in groups of similar staleness, on several threads when that pays.
 template <class A>
 void bring_up_all(Lazy<A>& lazy, std::vector<int64_t>& tokens, int64_t last, const Rank<A>& limit) {
-  constexpr int64_t kSpread = 4;
-  std::sort(tokens.begin(), tokens.end(),
-            [&](int64_t a, int64_t b) { return lazy.seen[a] != lazy.seen[b] ? lazy.seen[a] < lazy.seen[b] : a < b; });
-  const int64_t count = tokens.size(), pieces = (count + kMaxPairRows - 1) / kMaxPairRows;
-  int64_t work = 0;
-  for (const int64_t i : tokens) work += std::min<int64_t>(last - lazy.seen[i], 12) * lazy.sample.dim;
-  lazy.sample.team.parallel_for(pieces, work >= 2 * kParallelWork ? 1 : pieces, [&](int64_t begin, int64_t end) {
-    const int64_t stop = std::min(end * kMaxPairRows, count);
-    for (int64_t at = begin * kMaxPairRows; at < stop;) {
-      int64_t next = at + 1;
-      while (next < stop && next < at + kMaxPairRows && lazy.seen[tokens[next]] <= lazy.seen[tokens[at]] + kSpread)
-        ++next;
-      bring_up(lazy, tokens.data() + at, next - at, last, limit);
-      at = next;
-    }
-  });
+  in_groups(lazy.sample.team, tokens, lazy.seen, last, lazy.sample.dim,
+            [&](const int64_t* group, int64_t count) { bring_up(lazy, group, count, last, limit); });
 }
 
 // Applies the first few selected ones to all `tokens`; then they wait in a heap, the best one on top.
@@ -100,40 +80,17 @@ std::vector<Rank<A>> first_round(Lazy<A>& lazy, std::vector<int64_t>& tokens) {
   std::vector<Rank<A>> heap;
   heap.reserve(tokens.size());
   for (const int64_t i : tokens) heap.push_back(rank(lazy.bound[i], i));
-  std::make_heap(heap.begin(), heap.end(), worse<A>);
+  std::make_heap(heap.begin(), heap.end(), worse<Rank<A>>);
   return heap;
 }
 
-// Takes the best token out of the heap.
 template <class A>
 int64_t pop_best(Lazy<A>& lazy, std::vector<Rank<A>>& heap) {
-  constexpr int64_t kSmallBatch = 4, kLargeBatch = 64;
   const int64_t last = lazy.selected.size();
-  std::vector<int64_t>& batch = lazy.batch;
-  Rank<A> limit = worst_rank<A>();  // the best candidate that is up to date
-  for (int64_t size = kSmallBatch; lazy.seen[heap.front().index] < last; size = std::min(2 * size, kLargeBatch)) {
-    batch.clear();
-    while (!heap.empty() && static_cast<int64_t>(batch.size()) < size && heap.front() < limit) {
-      const int64_t i = heap.front().index;
-      if (lazy.seen[i] == last) {
-        limit = heap.front();
-        break;
-      }
-      batch.push_back(i);
-      std::pop_heap(heap.begin(), heap.end(), worse<A>);
-      heap.pop_back();
-    }
-    bring_up_all(lazy, batch, last, limit);
-    for (const int64_t i : batch) {
-      heap.push_back(rank(lazy.bound[i], i));
-      if (lazy.seen[i] == last) limit = std::min(limit, heap.back());
-      std::push_heap(heap.begin(), heap.end(), worse<A>);
-    }
-  }
-  const int64_t best = heap.front().index;
-  std::pop_heap(heap.begin(), heap.end(), worse<A>);
-  heap.pop_back();
-  return best;
+  return pop_best(
+      heap, lazy.batch, [&](int64_t i) { return lazy.seen[i] == last; },
+      [&](std::vector<int64_t>& tokens, const Rank<A>& limit) { bring_up_all(lazy, tokens, last, limit); },
+      [&](int64_t i) { return rank(lazy.bound[i], i); });
 }
 
 // The valid token whose largest cosine with another valid one is smallest, or -1: one lazy step in which all valid

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 #include <tuple>
+#include <utility>
 
 #include "cpu/selection_choose.h"
 #include "dispatch.h"
@@ -117,6 +118,73 @@ std::tuple<Tensor, Tensor> select_two_tailed(const Tensor& scores, const Tensor&
   return select(scores, mask, &num_low, nullptr, k, true);
 }
 
+// The tokens of one sample sorted by group.
+template <class Key>
+struct GroupWorkspace : Workspace<Key> {
+  GroupWorkspace(int64_t n, int64_t groups)
+      : Workspace<Key>(n), token(new int64_t[n]), listed(new uint8_t[n]), begin(new int64_t[groups + 1]) {}
+  std::unique_ptr<int64_t[]> token;
+  std::unique_ptr<uint8_t[]> listed;  // is token[slot] chosen?
+  std::unique_ptr<int64_t[]> begin;   // the first slot of each group
+};
+
+// A counting sort by group, which leaves the tokens of a group in ascending order, and a selection of its own in each.
+// `group_of` and `budget` of one sample have rows of stride 1.
+template <class T, class Key>
+void choose_in_groups(const T* scores, const int64_t* group_of, const int64_t* budget, const uint8_t* mask, int64_t n,
+                      int64_t groups, bool largest, GroupWorkspace<Key>& space) {
+  const auto taking_part = [&](int64_t i) {
+    const int64_t g = group_of[i];
+    return g >= 0 && g < groups && budget[g] > 0 && (mask == nullptr || mask[i]);
+  };
+  int64_t* const begin = space.begin.get();
+  std::fill(begin, begin + groups + 1, int64_t(0));
+  for (int64_t i = 0; i < n; ++i)
+    if (taking_part(i)) ++begin[group_of[i]];
+  int64_t slots = 0;
+  for (int64_t g = 0; g <= groups; ++g) slots += std::exchange(begin[g], slots);
+  for (int64_t i = 0; i < n; ++i) {
+    if (!taking_part(i)) continue;
+    const int64_t slot = begin[group_of[i]]++;  // what was the group's first slot is the next group's, in the end
+    const Key key = order_key(to_float(scores[i]));
+    space.keys[slot] = largest ? key : reversed_key<Wide<T>>(key);
+    space.token[slot] = i;
+  }
+  uint8_t *const listed = space.listed.get(), *const chosen = space.chosen.get();
+  std::fill(listed, listed + n, uint8_t(0));
+  std::fill(chosen, chosen + n, uint8_t(0));
+  for (int64_t g = 0, first = 0; g < groups; first = begin[g++])
+    choose_best(space.keys.get() + first, begin[g] - first, budget[g], space.scratch.get(), listed + first);
+  for (int64_t slot = 0; slot < slots; ++slot) chosen[space.token[slot]] = listed[slot];
+}
+
+std::tuple<Tensor, Tensor> select_grouped_topk(const Tensor& scores_in, const Tensor& groups_in,
+                                               const Tensor& budgets_in, int64_t k, const OptionalTensor& mask_in,
+                                               bool largest) {
+  check_select_grouped_topk(scores_in, groups_in, budgets_in, k, mask_in, largest);
+  const Tensor scores = with_contiguous_rows(scores_in), groups = with_contiguous_rows(groups_in);
+  const Tensor budgets = with_contiguous_rows(budgets_in);
+  const int64_t n = scores.size(1);
+  const Selected selected(scores, scores.size(0), k);
+  const MaskRows mask(mask_in);
+  const int64_t* const group_of = groups.const_data_ptr<int64_t>();
+  const int64_t* const budget = budgets.const_data_ptr<int64_t>();
+  dispatch_floating(scores.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using Space = GroupWorkspace<decltype(order_key(Wide<T>{}))>;
+    const T* const values = static_cast<const T*>(scores.const_data_ptr());
+    over_samples<Space>(
+        scores.size(0), n,
+        [&](int64_t b, Space& space) {
+          choose_in_groups(values + b * scores.stride(0), group_of + b * groups.stride(0),
+                           budget + b * budgets.stride(0), mask.row(b), n, budgets.size(1), largest, space);
+          selected.list(b, space.chosen.get(), n);
+        },
+        budgets.size(1));
+  });
+  return selected.result();
+}
+
 // f(0) + ... + f(n - 1) in float64, in blocks: rounding errors grow with the length of a block, not with n.
 template <class F>
 double blocked_sum(int64_t n, const F& f) {
@@ -172,6 +240,7 @@ Tensor score_entropy(const Tensor& scores_in, const OptionalTensor& mask_in, boo
 
 STABLE_TORCH_LIBRARY_IMPL(tokenprune, CPU, m) {
   TOKENPRUNE_IMPL(m, "select_topk", select_topk);
+  TOKENPRUNE_IMPL(m, "select_grouped_topk", select_grouped_topk);
   TOKENPRUNE_IMPL(m, "select_two_tailed", select_two_tailed);
   TOKENPRUNE_IMPL(m, "mask_to_indices", mask_to_indices);
   TOKENPRUNE_IMPL(m, "score_entropy", score_entropy);

@@ -20,16 +20,16 @@ struct Workspace {
   std::unique_ptr<uint8_t[]> chosen;
 };
 
-// f(sample, workspace) for every sample. Workspaces are made here, because f runs where nothing may throw: one for each
-// piece of the batch that can run at the same time.
-template <class Space, class F>
-void over_samples(int64_t batch, int64_t n, const F& f) {
+// f(sample, workspace) for every sample. Workspaces, made from n and `sizes`, are made here, because f runs where nothing
+// may throw: one for each piece of the batch that can run at the same time.
+template <class Space, class F, class... Sizes>
+void over_samples(int64_t batch, int64_t n, const F& f, Sizes... sizes) {
   constexpr int64_t kWorthAThread = 32768;  // elements; below this, waking a thread costs more than it saves
   const int64_t threads = batch > 1 && batch * n > kWorthAThread ? torch::stable::get_num_threads() : 1;
   const int64_t pieces = std::min(batch, threads);
   std::vector<Space> spaces;
   spaces.reserve(pieces);
-  for (int64_t p = 0; p < pieces; ++p) spaces.emplace_back(n);
+  for (int64_t p = 0; p < pieces; ++p) spaces.emplace_back(n, sizes...);
   parallel_for(pieces, 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p)
       for (int64_t b = batch * p / pieces; b < batch * (p + 1) / pieces; ++b) f(b, spaces[p]);

@@ -100,4 +100,20 @@ void with_team(double work, const F& lead) {
   });
 }
 
+// f(sample, team) for every sample of a batch, each worth `work` multiply-adds: side by side when they keep the threads
+// busy, else one after the other, all threads on one.
+template <class F>
+void over_samples_in_teams(int64_t batch, double work, const F& f) {
+  if (batch >= torch::stable::get_num_threads()) {
+    parallel_for(batch, 1, [&](int64_t begin, int64_t end) {
+      Team alone(1);
+      for (int64_t b = begin; b < end; ++b) f(b, alone);
+    });
+  } else {
+    with_team(batch * work, [&](Team& team) {
+      for (int64_t b = 0; b < batch; ++b) f(b, team);
+    });
+  }
+}
+
 }  // namespace tokenprune

@@ -20,12 +20,18 @@ inline void define_ops(torch::stable::detail::StableLibrary& m) {
   m.def("attention_scores(Tensor query, Tensor key, Tensor lse, *, Tensor? key_indices=None, Tensor? query_mask=None, Tensor? key_mask=None, Tensor? query_positions=None, float? scale=None, bool causal=False, bool cosine=False, str head_reduction=\"mean\", str query_reduction=\"mean\") -> Tensor");
   m.def("contrastive_scores(Tensor features, Tensor anchor_indices, Tensor reference_indices) -> Tensor");
   m.def("cosine_scores(Tensor features, Tensor queries, *, Tensor? query_mask=None, str reduction=\"max\") -> Tensor");
+  m.def("coverage_sample(Tensor similarity, SymInt k, *, Tensor? row_weights=None, Tensor? quality=None, Tensor? row_mask=None, Tensor? mask=None) -> (Tensor indices, Tensor gains, Tensor counts)");
   m.def("cross_attention_scores(Tensor query, Tensor key, *, Tensor? key_indices=None, Tensor? query_mask=None, Tensor? key_mask=None, Tensor? query_positions=None, float? scale=None, bool causal=False, bool cosine=False, str head_reduction=\"mean\", str query_reduction=\"mean\") -> (Tensor scores, Tensor entropy, Tensor lse)");
+  m.def("density_peaks(Tensor features, SymInt k, *, SymInt neighbors=5, Tensor? mask=None) -> (Tensor indices, Tensor counts, Tensor density, Tensor distance)");
+  m.def("dpp_sample(Tensor features, SymInt k, *, Tensor? quality=None, Tensor? mask=None, float epsilon=1e-06) -> (Tensor indices, Tensor gains, Tensor counts)");
   m.def("gather_compact(Tensor[] tensors, Tensor indices, *, int[] dims, int[]? batch_dims=None) -> Tensor[]");
   m.def("_invert_indices(Tensor indices, SymInt size) -> Tensor");
   m.def("mask_to_indices(Tensor mask, SymInt capacity) -> (Tensor indices, Tensor counts)");
+  m.def("merge_tokens(Tensor values, Tensor targets, *, Tensor? keys=None, Tensor? assignment=None, Tensor? weights=None, Tensor? mask=None, float? threshold=None, str metric=\"cosine\", bool include_targets=True) -> (Tensor merged, Tensor sizes, Tensor assignment)");
+  m.def("paired_cosine(Tensor a, Tensor b) -> Tensor");
   m.def("repulsion_sample(Tensor features, SymInt k, *, Tensor? positions=None, Tensor? seed_indices=None, Tensor? energy=None, Tensor? mask=None, str potential=\"cosine\", str aggregate=\"max\", float feature_weight=1.0, float position_weight=1.0, float exponent=1.0, float sigma=1.0, float epsilon=1e-06, str first=\"outlier\") -> (Tensor indices, Tensor counts)");
   m.def("score_entropy(Tensor scores, *, Tensor? mask=None, bool normalized=True) -> Tensor");
+  m.def("select_grouped_topk(Tensor scores, Tensor groups, Tensor budgets, SymInt k, *, Tensor? mask=None, bool largest=True) -> (Tensor indices, Tensor counts)");
   m.def("select_mixture(Tensor text_scores, Tensor visual_scores, SymInt k, *, float floor=0.25, Tensor? mask=None) -> (Tensor indices, Tensor counts, Tensor num_text)");
   m.def("select_topk(Tensor scores, SymInt k, *, Tensor? mask=None, bool largest=True, Tensor? budgets=None) -> (Tensor indices, Tensor counts)");
   m.def("select_two_tailed(Tensor scores, Tensor num_low, SymInt k, *, Tensor? mask=None) -> (Tensor indices, Tensor counts)");
@@ -106,6 +112,20 @@ inline CosineScoresChoices check_cosine_scores(const Tensor& features, const Ten
   return {check_choice(op, "reduction", reduction, {"max", "mean"})};
 }
 
+inline void check_coverage_sample(const Tensor& similarity, int64_t k, const OptionalTensor& row_weights, const OptionalTensor& quality, const OptionalTensor& row_mask, const OptionalTensor& mask) {
+  const char* op = "coverage_sample";
+  check_floating(op, "similarity", similarity, "[B, R, N]", 3);
+  [[maybe_unused]] const int64_t B = similarity.size(0);
+  [[maybe_unused]] const int64_t R = similarity.size(1);
+  [[maybe_unused]] const int64_t N = similarity.size(2);
+  check_count(op, "k", k, B);
+  check_beside(op, "row_weights", row_weights, similarity, "[B, R]", {B, R}, std::nullopt);
+  check_beside(op, "quality", quality, similarity, "[B, N]", {B, N}, std::nullopt);
+  check_beside(op, "row_mask", row_mask, similarity, "[B, R]", {B, R}, ScalarType::Bool);
+  check_beside(op, "mask", mask, similarity, "[B, N]", {B, N}, ScalarType::Bool);
+  check_work(op, "similarity", "B * min(k, N) * R * N", {B, std::min(k, N), R, N});
+}
+
 // Which of the words each option is.
 struct CrossAttentionScoresChoices {
   int head_reduction;
@@ -132,6 +152,31 @@ inline CrossAttentionScoresChoices check_cross_attention_scores(const Tensor& qu
   return {check_choice(op, "head_reduction", head_reduction, {"mean", "sum", "max", "none"}), check_choices(op, "query_reduction", query_reduction, {"mean", "sum", "max", "last"})};
 }
 
+inline void check_density_peaks(const Tensor& features, int64_t k, int64_t neighbors, const OptionalTensor& mask) {
+  const char* op = "density_peaks";
+  check_floating(op, "features", features, "[B, N, C]", 3);
+  [[maybe_unused]] const int64_t B = features.size(0);
+  [[maybe_unused]] const int64_t N = features.size(1);
+  [[maybe_unused]] const int64_t C = features.size(2);
+  check_count(op, "k", k, B);
+  check_at_least(op, "neighbors", neighbors, 1);
+  check_beside(op, "mask", mask, features, "[B, N]", {B, N}, ScalarType::Bool);
+  check_work(op, "features", "B * N * N * C", {B, N, N, C});
+}
+
+inline void check_dpp_sample(const Tensor& features, int64_t k, const OptionalTensor& quality, const OptionalTensor& mask, double epsilon) {
+  const char* op = "dpp_sample";
+  check_floating(op, "features", features, "[B, N, C]", 3);
+  [[maybe_unused]] const int64_t B = features.size(0);
+  [[maybe_unused]] const int64_t N = features.size(1);
+  [[maybe_unused]] const int64_t C = features.size(2);
+  check_count(op, "k", k, B);
+  check_beside(op, "quality", quality, features, "[B, N]", {B, N}, std::nullopt);
+  check_beside(op, "mask", mask, features, "[B, N]", {B, N}, ScalarType::Bool);
+  check_real(op, "epsilon", epsilon, 0, false, std::numeric_limits<double>::infinity());
+  check_work(op, "features", "B * N * N * C", {B, N, N, C});
+}
+
 inline void check_invert_indices(const Tensor& indices, int64_t size) {
   const char* op = "_invert_indices";
   check_beside(op, "indices", indices, indices, "[B, K]", {-1, -1}, ScalarType::Long);
@@ -146,6 +191,37 @@ inline void check_mask_to_indices(const Tensor& mask, int64_t capacity) {
   [[maybe_unused]] const int64_t B = mask.size(0);
   [[maybe_unused]] const int64_t N = mask.size(1);
   check_count(op, "capacity", capacity, B);
+}
+
+// Which of the words each option is.
+struct MergeTokensChoices {
+  int metric;
+};
+
+inline MergeTokensChoices check_merge_tokens(const Tensor& values, const Tensor& targets, const OptionalTensor& keys, const OptionalTensor& assignment, const OptionalTensor& weights, const OptionalTensor& mask, std::optional<double>, const std::string& metric, bool) {
+  const char* op = "merge_tokens";
+  check_floating(op, "values", values, "[B, N, D]", 3);
+  [[maybe_unused]] const int64_t B = values.size(0);
+  [[maybe_unused]] const int64_t N = values.size(1);
+  [[maybe_unused]] const int64_t D = values.size(2);
+  check_beside(op, "targets", targets, values, "[B, K]", {B, -1}, ScalarType::Long);
+  [[maybe_unused]] const int64_t K = targets.size(1);
+  check_beside(op, "keys", keys, values, "[B, N, E]", {B, N, -1}, std::nullopt);
+  [[maybe_unused]] int64_t E = keys ? keys->size(2) : -1;
+  check_beside(op, "assignment", assignment, values, "[B, N]", {B, N}, ScalarType::Long);
+  check_beside(op, "weights", weights, values, "[B, N]", {B, N}, std::nullopt);
+  check_beside(op, "mask", mask, values, "[B, N]", {B, N}, ScalarType::Bool);
+  check_work(op, "values", "B * N * K * max(D, E)", {B, N, K, std::max(D, E)});
+  return {check_choice(op, "metric", metric, {"cosine", "euclidean"})};
+}
+
+inline void check_paired_cosine(const Tensor& a, const Tensor& b) {
+  const char* op = "paired_cosine";
+  check_floating(op, "a", a, "[B, N, C]", 3);
+  [[maybe_unused]] const int64_t B = a.size(0);
+  [[maybe_unused]] const int64_t N = a.size(1);
+  [[maybe_unused]] const int64_t C = a.size(2);
+  check_beside(op, "b", b, a, "[B, N, C]", {B, N, C}, std::nullopt, "a");
 }
 
 // Which of the words each option is.
@@ -182,6 +258,18 @@ inline void check_score_entropy(const Tensor& scores, const OptionalTensor& mask
   check_floating(op, "scores", scores, "[B, N]", 2);
   [[maybe_unused]] const int64_t B = scores.size(0);
   [[maybe_unused]] const int64_t N = scores.size(1);
+  check_beside(op, "mask", mask, scores, "[B, N]", {B, N}, ScalarType::Bool);
+}
+
+inline void check_select_grouped_topk(const Tensor& scores, const Tensor& groups, const Tensor& budgets, int64_t k, const OptionalTensor& mask, bool) {
+  const char* op = "select_grouped_topk";
+  check_floating(op, "scores", scores, "[B, N]", 2);
+  [[maybe_unused]] const int64_t B = scores.size(0);
+  [[maybe_unused]] const int64_t N = scores.size(1);
+  check_beside(op, "groups", groups, scores, "[B, N]", {B, N}, ScalarType::Long);
+  check_beside(op, "budgets", budgets, scores, "[B, G]", {B, -1}, ScalarType::Long);
+  [[maybe_unused]] const int64_t G = budgets.size(1);
+  check_count(op, "k", k, B);
   check_beside(op, "mask", mask, scores, "[B, N]", {B, N}, ScalarType::Bool);
 }
 

@@ -7,7 +7,7 @@ import torch
 
 from bench.gpu_suite import model, predictions
 from bench.gpu_suite.costs import ASSUMED
-from scripts.cuda_costs import Cost
+from testing.cuda_costs import Cost
 
 
 @functools.cache

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from scripts import cuda_kernels as kernels
 from scripts import cuda_resources as resources
+from testing import cuda_kernels as kernels
 from testing.cuda_tools import cuobjdump
 
 Kernel, Usage = kernels.Kernel, resources.Usage

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from scripts import cuda_costs as costs
-from scripts import cuda_kernels as kernels
 from scripts import machine_code
+from testing import cuda_kernels as kernels
 from testing.cuda_tools import cuobjdump, nvdisasm
 
 from .test_build import build

@@ -211,3 +211,35 @@ def dart(key, hidden, text, indices, rows, k, image_pivots=4, text_pivots=4):
         free = [i for i in range(len(indices)) if i not in kept]
         kept |= set(best(like, free, min(each, k - len(kept)), largest=False))
     return {"indices": sorted(kept), "of_image": of_image, "of_text": of_text}
+
+
+def cdpruner(features, text, k, image=None, margin=MARGIN):
+    """The gain of a token is a quotient of determinants, so that no factor is updated; k is below the rank."""
+    patches, sign = (features, 1) if image is None else (image, -1)
+    relevance = np.array([sign * sum(cos(e, t) for t in text) / len(text) for e in patches])
+    low, high = relevance.min(), relevance.max()
+    quality = (relevance - low + 1e-6) / (high - low) if high > low else np.ones(len(relevance))
+    likeness = np.array([[cos(f, g) for g in features] for f in features])
+    kernel, picks, gains = quality[:, None] * likeness * quality, [], []
+    for _ in range(min(k, len(features))):
+        rest = [i for i in range(len(features)) if i not in picks]
+        whole = np.linalg.det(kernel[np.ix_(picks, picks)])
+        gain = {i: np.linalg.det(kernel[np.ix_([*picks, i], [*picks, i])]) / whole for i in rest}
+        (j,) = best(gain, rest, 1, margin=margin)
+        picks.append(j)
+        gains.append(gain[j])
+    return {"order": picks, "relevance": relevance, "quality": quality, "gains": gains}
+
+
+def scope(features, saliency, k, alpha=1.0):
+    n = len(features)
+    likeness = [[cos(f, g) for g in features] for f in features]
+    covered, picks, gains = [0.0] * n, [], []
+    for _ in range(min(k, n)):
+        rest = [i for i in range(n) if i not in picks]
+        gain = {i: sum(max(likeness[r][i] - covered[r], 0) for r in range(n)) * saliency[i] ** alpha for i in rest}
+        (j,) = best(gain, rest, 1)
+        picks.append(j)
+        gains.append(gain[j])
+        covered = [max(c, likeness[r][j]) for r, c in enumerate(covered)]
+    return {"order": picks, "gains": gains}

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tokenprune_kernels as tp
-from testing.cases import BACKENDS, DTYPES, assert_as_good_as_torch, over_backends, over_dtypes
+from testing.cases import BACKENDS, DTYPES, assert_as_good_as_torch, lacks, over_backends, over_dtypes
 
 NAN, INF = float("nan"), float("inf")
 # Few values, exact in every dtype: ties, signed zeros, infinities, NaN, small neighbours of zero.
@@ -99,6 +99,106 @@ def test_topk_agrees_with_a_sort_of_many(n, largest, dtype, spread):
         indices, counts = tp.select_topk(scores, k, largest=largest)
         assert torch.equal(indices, want)
         assert counts.tolist() == [k, k]
+
+
+def literal_groups(
+    scores: Tensor, groups: Tensor, budgets: Tensor, k: int, mask: Tensor | None, largest: bool
+) -> tuple[list[list[int]], list[int]]:
+    """The contract's words in plain Python: of every group the budget's best, then the first k of all of them."""
+    indices, counts = [], []
+    for b in range(scores.shape[0]):
+        kept: list[int] = []
+        for g in range(budgets.shape[1]):
+            tokens = [
+                i for i in range(scores.shape[1]) if groups[b, i] == g and (mask is None or bool(mask[b, i]))
+            ]  # fmt: skip
+
+            def place(i: int, b: int = b) -> tuple[bool, float, int]:
+                value = float(scores[b, i])
+                return value != value, 0.0 if value != value else -value if largest else value, i
+
+            kept += sorted(tokens, key=place)[: max(int(budgets[b, g]), 0)]
+        kept = sorted(kept)[:k]
+        counts.append(len(kept))
+        indices.append(kept + [-1] * (k - len(kept)))
+    return indices, counts
+
+
+GROUPED_BACKENDS = tuple(backend for backend in BACKENDS if lacks(backend, "select_grouped_topk") is None)
+
+
+@pytest.mark.parametrize("backend", GROUPED_BACKENDS)
+class TestGroupedTopk:
+    @over_dtypes
+    @pytest.mark.parametrize(
+        ("scores", "groups", "budgets", "k", "largest", "want"),
+        [
+            ((9, 8, 7, 1, 3, 2), (0, 0, 0, 1, 1, 1), (1, 2), 4, True, [0, 4, 5, -1]),
+            ((9, 8, 7, 1, 3, 2), (0, 1, 0, 1, 0, 1), (1, 1), 2, False, [3, 4]),
+            ((5, 5, 5, 5), (2, 0, 2, 0), (1, 9, 1), 3, True, [0, 1, -1]),
+            ((5, 6, 7, 8), (-1, 0, 1, 2), (4, 4), 4, True, [1, 2, -1, -1]),
+            ((5, 6, 7, 8), (2**62, -(2**63), 0, 1), (1, 1), 4, True, [2, 3, -1, -1]),
+            ((1, 2, 3, 4), (0, 0, 0, 0), (3,), 2, True, [1, 2]),
+            ((1, 2, 3, 4), (0, 0, 1, 1), (-5, 2**62), 4, True, [2, 3, -1, -1]),
+            ((NAN, -INF, NAN, 1), (0, 0, 1, 1), (1, 1), 2, True, [1, 3]),
+            ((NAN, INF, NAN, 1), (0, 0, 1, 1), (2, 1), 3, False, [0, 1, 3]),
+            ((0.0, -0.0, 0.0), (0, 0, 0), (2,), 2, True, [0, 1]),
+            ((1, 2), (0, 0), (), 2, True, [-1, -1]),
+            ((), (), (1, 2), 2, True, [-1, -1]),
+            ((1, 2), (0, 0), (1,), 0, True, []),
+        ],
+    )
+    def test_groups(self, backend, dtype, scores, groups, budgets, k, largest, want):
+        group_of, budget = torch.tensor([groups], dtype=torch.int64), torch.tensor([budgets], dtype=torch.int64)
+        indices, counts = tp.select_grouped_topk(
+            row(*scores, dtype=dtype), group_of, budget, k, largest=largest, backend=backend
+        )
+        assert indices.tolist() == [want]
+        assert counts.tolist() == [sum(i >= 0 for i in want)]
+
+    def test_each_sample_has_its_own_groups_and_budgets(self, backend):
+        scores = torch.arange(6.0).repeat(2, 1)
+        groups = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 0, 1, 0, 1, 0]])
+        indices, counts = tp.select_grouped_topk(scores, groups, torch.tensor([[1, 1], [2, 0]]), 3, backend=backend)
+        assert indices.tolist() == [[2, 5, -1], [3, 5, -1]]
+        assert counts.tolist() == [2, 2]
+
+    def test_masked_tokens_do_not_use_up_the_budget(self, backend):
+        mask = torch.tensor([[False, True, True, True]])
+        got = tp.select_grouped_topk(row(9, 1, 2, 3), torch.zeros(1, 4, dtype=torch.int64), torch.tensor([[2]]), 4,
+                                     mask=mask, backend=backend)  # fmt: skip
+        assert got[0].tolist() == [[2, 3, -1, -1]]
+
+    def test_one_group_is_select_topk(self, backend):
+        scores, mask = torch.randint(0, 9, (3, 200)).float(), torch.rand(3, 200) < 0.8
+        groups, budgets = torch.zeros(3, 200, dtype=torch.int64), torch.tensor([[0], [17], [400]])
+        for largest in (True, False):
+            got = tp.select_grouped_topk(scores, groups, budgets, 40, mask=mask, largest=largest, backend=backend)
+            want = tp.select_topk(scores, 200, mask=mask, largest=largest, budgets=budgets[:, 0], backend="reference")
+            assert torch.equal(got[0], want[0][:, :40])
+            assert torch.equal(got[1], want[1].clamp(max=40))
+
+
+@settings(deadline=None, max_examples=200, print_blob=True)
+@given(data=st.data())
+def test_random_groups_with_many_ties(data):
+    batch, n, k = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 60)), data.draw(st.integers(0, 70))
+    dtype, count = data.draw(st.sampled_from(DTYPES)), data.draw(st.integers(0, 9))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    pool = torch.tensor(data.draw(st.lists(st.sampled_from(VALUES), min_size=1, max_size=8)))
+    scores = pool[torch.randint(0, len(pool), (batch, n), generator=generator)].to(dtype)
+    groups = torch.randint(-1, count + 1, (batch, n), generator=generator)
+    budgets = torch.randint(-2, 12, (batch, count), generator=generator)
+    density = data.draw(st.sampled_from([0.0, 0.5, 0.9, None]))
+    mask = None if density is None else torch.rand(batch, n, generator=generator) < density
+    largest = data.draw(st.booleans())
+    want = literal_groups(scores, groups, budgets, k, mask, largest)
+    for backend in GROUPED_BACKENDS:
+        if backend in ("cpu", "reference"):
+            indices, counts = tp.select_grouped_topk(
+                scores, groups, budgets, k, mask=mask, largest=largest, backend=backend
+            )
+            assert (indices.tolist(), counts.tolist()) == want
 
 
 @over_backends

@@ -1,7 +1,8 @@
-"""cosine_scores and contrastive_scores: against the float64 reference, their identities, the edges of their domain."""
+"""The cosine ops: against the float64 reference, their identities, the edges of their domain."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +16,7 @@ from testing.cases import (
     assert_as_good_as_torch,
     compiled,
     dtypes_of,
+    lacks,
     over_backends,
     over_capabilities,
     over_dtypes,
@@ -266,10 +268,100 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> N
     assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
 
 
+# --- paired_cosine ----------------------------------------------------------------------------------------------------
+
+PAIRED_BACKENDS = tuple(backend for backend in BACKENDS if lacks(backend, "paired_cosine") is None)
+over_paired = pytest.mark.parametrize("backend", PAIRED_BACKENDS)
+
+
+def literal_pairs(a: Tensor, b: Tensor) -> Tensor:
+    """The formula in float64 and plain loops, of the code's own references independent."""
+    x, y = a.double().numpy(), b.double().numpy()
+    scores = np.zeros(x.shape[:2])
+    for s in range(x.shape[0]):
+        for i in range(x.shape[1]):
+            norms = [max(math.sqrt(sum(float(e) ** 2 for e in row)), 1e-12) for row in (x[s, i], y[s, i])]
+            scores[s, i] = sum(float(e) * float(f) for e, f in zip(x[s, i], y[s, i], strict=True)) / norms[0] / norms[1]
+    return torch.from_numpy(scores)
+
+
+@over_paired
+@over_dtypes
+@pytest.mark.parametrize("channels", [1, 7, 72, 80, 515])
+def test_paired_cosine(backend: str, dtype: torch.dtype, channels: int) -> None:
+    for batch, n in [(2, 13), (1, 1), (3, 5)]:
+        a, b = torch.randn(batch, n, channels).to(dtype), torch.randn(batch, n, channels).to(dtype)
+        got = tp.paired_cosine(a, b, backend=backend)
+        assert_as_good_as_torch(got, literal_pairs(a, b), reference.paired_cosine(a, b))
+
+
+@over_paired
+@over_dtypes
+def test_a_list_against_itself_is_one_exactly_where_norms_are_exact(backend: str, dtype: torch.dtype) -> None:
+    rows = ternary(2, 70, 96).to(dtype)
+    ones = torch.ones(2, 70, dtype=torch.float64)
+    assert torch.equal(tp.paired_cosine(rows, rows, backend=backend).double(), ones)
+    assert torch.equal(tp.paired_cosine(rows, -rows * 4, backend=backend).double(), -ones)
+    assert tp.paired_cosine(rows, torch.zeros_like(rows), backend=backend).eq(0).all()
+
+
+@over_paired
+@over_dtypes
+def test_one_frame_later_as_views_of_one_video(backend: str, dtype: torch.dtype) -> None:
+    """Also with the channels of the frames next to each other, where no dimension but the last is contiguous."""
+    video = torch.randn(6, 10, 33).to(dtype)
+    for view in (video, video.transpose(0, 1).contiguous().transpose(0, 1), video.flip(0)):
+        got = tp.paired_cosine(view[1:], view[:-1], backend=backend)
+        exact = literal_pairs(view[1:], view[:-1])
+        assert_as_good_as_torch(got, exact, reference.paired_cosine(view[1:], view[:-1]))
+
+
+@compiled
+def test_strided_tokens_are_not_copied() -> None:
+    """A million tokens of stride 0: the result is the largest tensor that is made."""
+    a, b = (torch.randn(1, 1, 64).expand(1, 2**20, 64) for _ in range(2))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        got = tp.paired_cosine(a, b, backend="cpu")
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert largest <= got.numel() * got.element_size()
+    assert torch.equal(got, got[:, :1].expand_as(got))
+
+
+@over_paired
+@pytest.mark.parametrize("special", [0.0, -0.0, NAN, INF, -INF, 1e30, 1e-30])
+def test_special_values_in_pairs(backend: str, special: float) -> None:
+    # 1e30: the squares overflow in float32, so the unit vector is 0; 1e-30: below the floor of the norm.
+    for filled in (slice(None), slice(0, 1)):
+        a, b = torch.randn(2, 20, 24), torch.randn(2, 20, 24)
+        a[:, ::7, filled] = special
+        b[:, ::3, filled] = special
+        for x, y in ((a, b), (b, a)):
+            got = tp.paired_cosine(x, y, backend=backend)
+            expected = reference.paired_cosine(x, y)
+            torch.testing.assert_close(got, expected, rtol=0, atol=16 * 2**-23, equal_nan=True)
+
+
+@settings(deadline=None, max_examples=40, print_blob=True)
+@given(
+    st.integers(0, 3), st.integers(0, 40), st.integers(0, 300),
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]), st.integers(0, 2**31),
+)  # fmt: skip
+def test_random_pairs(batch: int, n: int, channels: int, dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    a, b = torch.randn(batch, n, channels).to(dtype), torch.randn(batch, n, channels).to(dtype)
+    for backend in PAIRED_BACKENDS:
+        if dtype in dtypes_of(backend):
+            got = tp.paired_cosine(a, b, backend=backend)
+            assert_as_good_as_torch(got, literal_pairs(a, b), reference.paired_cosine(a, b))
+
+
 PER_CAPABILITY = """
 import json, torch
-from testing.cases import DTYPES
-from tests.ops.test_similarity import REDUCTIONS, check_contrastive, check_cosine, index_list
+import tokenprune_kernels as tp
+from testing.cases import DTYPES, assert_as_good_as_torch
+from tests.ops.test_similarity import (
+    REDUCTIONS, check_contrastive, check_cosine, index_list, literal_pairs, reference,
+)
 torch.manual_seed(0)
 for dtype in DTYPES:
     for channels in (1, 72, 270):
@@ -278,6 +370,9 @@ for dtype in DTYPES:
             for reduction in REDUCTIONS:
                 check_cosine(features, queries, torch.rand(2, m) < 0.9, reduction, "cpu")
             check_contrastive(features, index_list(2, 59, m), index_list(2, 59, m), "cpu")
+        a, b = torch.randn(2, 9, channels).to(dtype), torch.randn(2, 9, channels).to(dtype)
+        got = tp.paired_cosine(a, b, backend="cpu")
+        assert_as_good_as_torch(got, literal_pairs(a, b), reference.paired_cosine(a, b))
 print("done")
 """
 

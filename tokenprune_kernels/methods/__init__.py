@@ -6,9 +6,11 @@ from ._registry import add, get_method, method_names, register_method, unregiste
 from .adafv import ADAFV, adafv
 from .adaptprune import ADAPTPRUNE, adaptprune
 from .baselines import DIVPRUNE, FASTV, RANDOM, divprune, fastv, random
+from .cdpruner import CDPRUNER, cdpruner
 from .coast import COAST, coast
 from .dart import DART, dart
 from .evs import EVS, evs
+from .scope import SCOPE, scope
 from .sts import STS, sts_semantics, sts_structure
 from .zspaprune import ZSPAPRUNE, zspaprune
 
@@ -19,6 +21,7 @@ __all__ = [
     "Stage",
     "adafv",
     "adaptprune",
+    "cdpruner",
     "coast",
     "dart",
     "divprune",
@@ -28,6 +31,7 @@ __all__ = [
     "method_names",
     "random",
     "register_method",
+    "scope",
     "sts_semantics",
     "sts_structure",
     "unregister_method",
@@ -35,6 +39,6 @@ __all__ = [
 ]
 
 # The order of every table.
-for _method in (COAST, STS, ADAFV, ZSPAPRUNE, ADAPTPRUNE, FASTV, DIVPRUNE, RANDOM, DART, EVS):
+for _method in (COAST, STS, ADAFV, ZSPAPRUNE, ADAPTPRUNE, FASTV, DIVPRUNE, RANDOM, DART, EVS, CDPRUNER, SCOPE):
     add(_method)
 del _method, add

@@ -13,6 +13,7 @@ from .._op import AtLeast, Count, counts, flags, floats, op, picks, scores
     mask=flags("B N"),
     returns={"indices": picks("B k"), "counts": counts("B"), "density": scores("B N"), "distance": scores("B N")},
     work=("features", "B * N * N * C"),
+    backends=("cpu",),
 )
 def density_peaks(
     features: Tensor, k: int, *, neighbors: int = 5, mask: Tensor | None = None, backend: str | None = None
@@ -22,7 +23,8 @@ def density_peaks(
     With d_ij = ||f_i - f_j|| / sqrt(C) and m_i the mean of the `neighbors` smallest d_ij^2, token i itself among them,
     the density is exp(-m_i). Token j is denser than i when m_j < m_i, or equal with j < i. The k largest
     log(distance_i) - m_i are selected, which is the order of density times distance without its underflow. SparseVLM
-    (arXiv 2410.04417) and FlashVID (arXiv 2602.08024) merge pruned tokens into such centres.
+    (arXiv 2410.04417) and FlashVID (arXiv 2602.08024) merge pruned tokens into such centres. On the CPU the
+    distances of up to 4096 valid tokens are in memory at once (64 MiB in float32); those of more are computed twice.
 
     Args:
         features: [B, N, C], float16, bfloat16, float32 or float64, in any strides.

@@ -54,8 +54,8 @@ TOKENPRUNE_INLINE void pack_panel(const A* rows, int64_t row_stride, int64_t n, 
 }
 
 // A tile of `keys` x `vecs` vectors in registers; the panel holds `vecs` vectors per element. The sums, together with
-// what `out` already holds if `add`, leave multiplied by `factor`.
-template <class A, int vecs, int keys>
+// what `out` already holds if `add`, leave multiplied by `factor`. They are of products, or of squared differences.
+template <class A, int vecs, int keys, bool differences = false>
 TOKENPRUNE_INLINE void panel_tile(const A* panel, int64_t dim, const A* key, int64_t key_stride, bool add, A factor,
                                   A* out, int64_t out_stride) {
   constexpr int width = kWidth<A>;
@@ -72,7 +72,14 @@ TOKENPRUNE_INLINE void panel_tile(const A* panel, int64_t dim, const A* key, int
     for (int j = 0; j < keys; ++j) {
       const Vec<A> x = splat(key[j * key_stride + d]);
 #pragma GCC unroll 4
-      for (int v = 0; v < vecs; ++v) sum[j][v] += x * a[v];
+      for (int v = 0; v < vecs; ++v) {
+        if constexpr (differences) {
+          const Vec<A> gap = x - a[v];
+          sum[j][v] += gap * gap;
+        } else {
+          sum[j][v] += x * a[v];
+        }
+      }
     }
   }
 #pragma GCC unroll 32
@@ -85,30 +92,52 @@ TOKENPRUNE_INLINE void panel_tile(const A* panel, int64_t dim, const A* key, int
 }
 
 // out[key * out_stride + lane] (+)= <key, panel row lane> over one block of dimensions.
-template <class A, int vecs>
+template <class A, int vecs, bool differences = false>
 TOKENPRUNE_INLINE void panel_block(const A* panel, int64_t dim, const A* key, int64_t key_stride, int64_t n_keys,
                                    bool add, A factor, A* out, int64_t out_stride) {
   constexpr int tile = kTileKeys * 2 / vecs;
   int64_t j = 0;
   for (; j + tile <= n_keys; j += tile)
-    panel_tile<A, vecs, tile>(panel, dim, key + j * key_stride, key_stride, add, factor, out + j * out_stride,
-                              out_stride);
+    panel_tile<A, vecs, tile, differences>(panel, dim, key + j * key_stride, key_stride, add, factor,
+                                           out + j * out_stride, out_stride);
   for (; j + 4 <= n_keys; j += 4)
-    panel_tile<A, vecs, 4>(panel, dim, key + j * key_stride, key_stride, add, factor, out + j * out_stride, out_stride);
+    panel_tile<A, vecs, 4, differences>(panel, dim, key + j * key_stride, key_stride, add, factor, out + j * out_stride,
+                                        out_stride);
   for (; j < n_keys; ++j)
-    panel_tile<A, vecs, 1>(panel, dim, key + j * key_stride, key_stride, add, factor, out + j * out_stride, out_stride);
+    panel_tile<A, vecs, 1, differences>(panel, dim, key + j * key_stride, key_stride, add, factor, out + j * out_stride,
+                                        out_stride);
 }
 
-// out[key][lane] = <keys[key], panel row lane> for all keys.
-template <class A>
+// out[key][lane] = <keys[key], panel row lane> for all keys, or their squared distance.
+template <class A, bool differences = false>
 TOKENPRUNE_INLINE void panel_dots(const A* panel, int64_t dim, const A* keys, int64_t key_stride, int64_t n_keys,
                                   A* out) {
   constexpr int lanes = kPanelLanes<A>;
   if (dim == 0) std::memset(out, 0, n_keys * lanes * sizeof(A));
   for (int64_t start = 0; start < dim; start += kBlock) {
     const int64_t length = dim - start < kBlock ? dim - start : kBlock;
-    panel_block<A, 2>(panel + start * lanes, length, keys + start, key_stride, n_keys, start > 0, A(1), out, lanes);
+    panel_block<A, 2, differences>(panel + start * lanes, length, keys + start, key_stride, n_keys, start > 0, A(1),
+                                   out, lanes);
   }
+}
+
+// squares[lane] = <panel row lane, itself>, in the order of panel_dots: equal rows have a distance of exactly 0.
+template <class A>
+TOKENPRUNE_INLINE void panel_squares(const A* panel, int64_t dim, A* squares) {
+  constexpr int width = kWidth<A>;
+  Vec<A> total[2] = {};
+  for (int64_t start = 0; start < dim; start += kBlock) {
+    const int64_t end = dim - start < kBlock ? dim : start + kBlock;
+    Vec<A> sum[2] = {};
+    for (int64_t d = start; d < end; ++d)
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        const Vec<A> x = load(panel + (d * 2 + v) * width);
+        sum[v] += x * x;
+      }
+    for (int v = 0; v < 2; ++v) total[v] += sum[v];
+  }
+  for (int v = 0; v < 2; ++v) store(squares + v * width, total[v]);
 }
 
 // <a, b>, summed in four interleaved vectors.

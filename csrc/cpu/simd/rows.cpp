@@ -16,6 +16,16 @@ void against_panel(const A* panel, int64_t dim, const A* keys, int64_t key_strid
   panel_dots<A>(panel, dim, keys, key_stride, n_keys, out);
 }
 
+template <class A>
+void distances(const A* panel, int64_t dim, const A* keys, int64_t key_stride, int64_t n_keys, A* out) {
+  panel_dots<A, true>(panel, dim, keys, key_stride, n_keys, out);
+}
+
+template <class A>
+void squares_of(const A* panel, int64_t dim, A* squares) {
+  panel_squares<A>(panel, dim, squares);
+}
+
 template <class T, class A>
 void normalize(const T* row, int64_t dim, A* unit) {
   widen(row, dim, unit);
@@ -27,11 +37,17 @@ void normalize(const T* row, int64_t dim, A* unit) {
 
 extern const RowKernels<float> rows_f32;
 extern const RowKernels<double> rows_f64;
-const RowKernels<float> rows_f32 = {kPanelLanes<float>,     pack<float>,
-                                    against_panel<float>,   normalize<float, float>,
-                                    normalize<Half, float>, normalize<BFloat16, float>};
-const RowKernels<double> rows_f64 = {kPanelLanes<double>,       pack<double>, against_panel<double>,
-
-                                     normalize<double, double>, nullptr,      nullptr};
+const RowKernels<float> rows_f32 = {kPanelLanes<float>,
+                                    kBlock,
+                                    pack<float>,
+                                    against_panel<float>,
+                                    distances<float>,
+                                    squares_of<float>,
+                                    normalize<float, float>,
+                                    normalize<Half, float>,
+                                    normalize<BFloat16, float>};
+const RowKernels<double> rows_f64 = {
+    kPanelLanes<double>,       kBlock,  pack<double>, against_panel<double>, distances<double>, squares_of<double>,
+    normalize<double, double>, nullptr, nullptr};
 
 }  // namespace tokenprune::TOKENPRUNE_SIMD

@@ -9,11 +9,16 @@ namespace tokenprune {
 
 template <class A>
 struct RowKernels {
-  int panel_lanes;  // rows in one panel
+  int panel_lanes;      // rows in one panel
+  int64_t panel_block;  // dimensions whose products are summed before they are added to the sums of those before
   // Transposes up to panel_lanes rows into a panel of dim * panel_lanes elements; missing rows are zero.
   void (*pack_panel)(const A* rows, int64_t row_stride, int64_t n, int64_t dim, A* panel);
   // out[key * panel_lanes + lane] = <keys[key], panel row lane>.
   void (*panel_dots)(const A* panel, int64_t dim, const A* keys, int64_t key_stride, int64_t n_keys, A* out);
+  // The same of ||keys[key] - panel row lane||^2, from differences.
+  void (*panel_distances)(const A* panel, int64_t dim, const A* keys, int64_t key_stride, int64_t n_keys, A* out);
+  // squares[lane] = <panel row lane, itself>, to the bit what panel_dots gives of two such rows.
+  void (*panel_squares)(const A* panel, int64_t dim, A* squares);
   // The row in the arithmetic type, divided by max(||row||, kNormFloor).
   void (*normalize)(const A* row, int64_t dim, A* unit);
   void (*normalize_half)(const Half* row, int64_t dim, A* unit);          // float only

@@ -28,6 +28,27 @@ Wide<T> dot(const T* a, const T* b, int64_t dim) {
   return horizontal_sum<A>((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
+// Three vectors of each sum: nine chains of multiply-adds hide their latency, more would leave AVX2 without registers.
+template <class T>
+void pair_sums(const T* a, const T* b, int64_t dim, Wide<T>* sums) {
+  using A = Wide<T>;
+  constexpr int width = kWidth<A>, chains = 3;
+  Vec<A> sum[3][chains] = {};
+  const auto add = [&](int u, Vec<A> x, Vec<A> y) __attribute__((always_inline)) {
+    sum[0][u] += x * y;
+    sum[1][u] += x * x;
+    sum[2][u] += y * y;
+  };
+  int64_t d = 0;
+  for (; d + chains * width <= dim; d += chains * width)
+#pragma GCC unroll 3
+    for (int u = 0; u < chains; ++u) add(u, load_wide(a + d + u * width), load_wide(b + d + u * width));
+  for (; d + width <= dim; d += width) add(0, load_wide(a + d), load_wide(b + d));
+  if (d < dim) add(0, load_rest(a + d, dim - d), load_rest(b + d, dim - d));
+#pragma GCC unroll 3
+  for (int q = 0; q < 3; ++q) sums[q] = horizontal_sum<A>(sum[q][0] + (sum[q][1] + sum[q][2]));
+}
+
 // Every sum runs in `chains` interleaved vectors: together there are enough of them to hide the latency of the
 // multiply-add, and with two rows few enough loads of the unit rows to keep it busy.
 template <class T, int count, bool squared>
@@ -105,8 +126,8 @@ void max_into(const A* x, int64_t n, A* into) {
 }
 
 template <class T>
-constexpr SimilarityKernels<T, Wide<T>> kKernels = {dot<T>, few_dots<T>, add_scaled<T>, widen_row<T>,
-                                                    max_into<Wide<T>>};
+constexpr SimilarityKernels<T, Wide<T>> kKernels = {dot<T>,        pair_sums<T>, few_dots<T>,
+                                                    add_scaled<T>, widen_row<T>, max_into<Wide<T>>};
 
 }  // namespace
 

@@ -16,6 +16,8 @@ template <class T, class A>
 struct SimilarityKernels {
   // <a, b>
   A (*dot)(const T* a, const T* b, int64_t dim);
+  // sums = <a, b>, <a, a>, <b, b> in one pass
+  void (*pair_sums)(const T* a, const T* b, int64_t dim, A* sums);
   // dots[r * kFew + q] = <rows[r], units[q]> for two rows and `count` <= kFew unit rows, and <rows[r], rows[r]> when
   // `squares` is given, in one pass. A row's results do not depend on its partner or on which of the pair it is.
   void (*few_dots)(const T* const* rows, int64_t dim, const A* units, int64_t unit_stride, int count, A* dots,
