@@ -135,7 +135,7 @@ def nms(scores: Any, features: Any, positions: Any, k: int, *_: Any, **options: 
     batch, n, dim = features.shape
     kind, size = CPP[features.dtype], features.element_size()
     moved, k, near = batch * n * dim * size, min(k, n), 81  # tokens of a window
-    yield Launch(f"nms_prepare_kernel<{kind}", moved / 512, pieces=batch * n / 8, dram=moved)
+    yield Launch(f"nms_prepare_kernel<{kind}", moved / 512, pieces=batch * n / 4, dram=moved)
     tiles = -(-n // 64)
     if 4 * batch * n * n <= 16 << 20:
         pairs = batch * tiles * (tiles // 2 + 1)
