@@ -66,20 +66,20 @@ def contrastive_calls() -> Iterator[Call]:
 
 def repulsion_calls() -> Iterator[Call]:
     points = torch.rand(1, 130, 2)
-    for limit in (1, 1000):  # both algorithms
+    for tokens, fields in ((1000, 64), (1, 64), (1, 0)):  # a matrix of cosines, points, rounds
         for first in ("outlier", "isolated", "index"):
             for more in ({}, {"seed_indices": torch.arange(70)[None]}, {"energy": torch.rand(1, 130)},
                          {"positions": points, "potential": "riesz", "aggregate": "sum"}):  # fmt: skip
-                for dim in (2, 100):
-                    yield functools.partial(repulsion, limit, randn(1, 130, dim), first=first, **more)
+                yield functools.partial(repulsion, tokens, fields, randn(1, 130, 2), first=first, **more)
 
 
-def repulsion(limit: int, features: Tensor, **options: Any) -> Any:
-    module.set_repulsion_limits(limit, module.GRAM_BYTE_LIMIT, module.ROUND_LIMIT)
+def repulsion(tokens: int, fields: int, features: Tensor, **options: Any) -> Any:
+    usual = module.GRAM_TOKEN_LIMIT, module.GRAM_BYTE_LIMIT, module.POINT_FIELD_LIMIT, module.ROUND_LIMIT
+    module.set_repulsion_limits(tokens, usual[1], fields, usual[3])
     try:
         return tp.repulsion_sample(features, 20, **options)
     finally:
-        module.set_repulsion_limits(module.GRAM_TOKEN_LIMIT, module.GRAM_BYTE_LIMIT, module.ROUND_LIMIT)
+        module.set_repulsion_limits(*usual)
 
 
 def nms_calls() -> Iterator[Call]:
