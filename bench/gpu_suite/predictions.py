@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from bench.rows import Scale, gpu_rows
 from testing import ROOT, pages
+from tokenprune_kernels._backend import lacks
 
 from . import model
 from .costs import floor_seconds, predicted_rates
@@ -32,6 +33,8 @@ class Figures(NamedTuple):
 
 def figures() -> Iterator[tuple[str, Figures]]:
     for row in gpu_rows(Scale(toy=False)):
+        if any(lacks("cuda", op) for op in row.ops):
+            continue  # there is no machine code to count
         floor = floor_seconds(row, predicted_rates()) if row.bytes else dict.fromkeys(("memory", "products", "floor"))
         calls = model.calls_of(row)
         parts, least = model.predicted(calls), sum(model.predicted(calls, least=True).values())
