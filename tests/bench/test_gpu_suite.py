@@ -67,7 +67,7 @@ def test_a_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
     )  # fmt: skip
     assert "a dry run has nothing worth keeping" in refused.stderr
     kept = report.kept(results)
-    assert len(kept["rows"]) == len([i for s in ("timing", "compiled", "triton") for i in results["stages"][s]["items"]
+    assert len(kept["rows"]) == len([i for s in report.TIMED for i in results["stages"][s]["items"]
                                      if "times" in i])  # fmt: skip
     assert "trace" not in json.dumps(kept)
 

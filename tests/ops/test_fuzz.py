@@ -29,4 +29,4 @@ def test_malformed_calls_return_or_raise(first: int, tmp_path: Path) -> None:
         pytest.fail(f"exit status {run.returncode} at `python -m tests.ops.fuzz {number} 1`:\n{run.stderr[-4000:]}")
     returned = Counter(json.loads(run.stdout))
     assert set(returned) == set(OPS)
-    assert min(returned.values()) > count // 200, f"hardly any call got past the checks: {returned}"
+    assert min(returned.values()) > count // len(OPS) // 16, f"hardly any call got past the checks: {returned}"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.transformers.vlm import oracle
-from tests.transformers.vlm.checks import spy_on
+from tests.transformers.vlm.checks import RENUMBERED, spy_on
 from tests.transformers.vlm.models import Prompts
 from tests.transformers.vlm.models_crops import RAGGED
 from tests.transformers.vlm.runs_crops import (
@@ -61,7 +61,7 @@ def test_logits_and_greedy_tokens_equal_the_float64_path(family: str, batch: str
 
     drops = [oracle.Drop(at, oracle.dropped_columns(prompts, kept)) for at, kept in pruning.kept_at.items()]
     more = {}
-    if method == "adafv":  # its positions are numbered anew
+    if method in RENUMBERED:
         real = torch.cat([prompts.inputs["attention_mask"].bool() & ~drops[0].columns, new[:, 1:] >= 0], 1)
         more["position_ids"] = (real.cumsum(1) - 1).clamp_min(0)
     expected = oracle.logits(prompts, drops, new[:, :-1], **more)[:, -new.shape[1] :]

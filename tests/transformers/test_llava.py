@@ -11,6 +11,7 @@ from tests.transformers.vlm.checks import (
     CLOSE,
     IN_MODEL,
     LAYER,
+    RENUMBERED,
     assert_decoded_like_the_oracle,
     drops_of,
     generate,
@@ -85,7 +86,7 @@ def test_prefill_and_32_decoded_tokens_equal_the_float64_path(method: str, batch
     assert [d.layer for d in drops] == {"sts": [0, LAYER]}.get(method, [LAYER if method in IN_MODEL else 0])
     if method == "sts":
         assert pruning.kept_at[0].shape[1] == 2 * count
-    assert_decoded_like_the_oracle(prompts, drops, out, renumber=method == "adafv")
+    assert_decoded_like_the_oracle(prompts, drops, out, renumber=method in RENUMBERED)
 
 
 @over_methods
@@ -229,6 +230,9 @@ def test_a_padded_batch_keeps_what_each_sample_alone_keeps(method: str) -> None:
     if method == "random":
         pytest.skip("draws for the whole batch")
     prompts = llava(3, ragged=True, images=2)
+    if method == "dart":  # the L1 norm of a rotated key depends on its position, which padding must not shift then
+        counted = prompts.inputs["attention_mask"].cumsum(1) - 1
+        prompts.inputs["position_ids"] = counted.clamp_min(0)
     with prune_visual_tokens(prompts.model, method, 0.2, **layer_of(method)) as pruning:
         together = prompts.model(**prompts.inputs).logits[:, -1]
         kept = pruning.kept

@@ -77,7 +77,7 @@ def test_launches(launches, n):
         ("select_kernel", (3,)), ("select_kernel", (3,)), ("mask_kernel", (3,)),
         ("list_kernel", (6,)), ("mixture_kernel", (3,)),
     ]  # fmt: skip
-    assert [args[3] is None for name, _, args in launches if name == "select_kernel"] == [n <= 4096] * 2
+    assert [args[4] is None for name, _, args in launches if name == "select_kernel"] == [n <= 4096] * 2
     assert (launches[-1][2][1] is None) == (n <= 4096)
 
 

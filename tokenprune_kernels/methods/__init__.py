@@ -39,6 +39,6 @@ __all__ = [
 ]
 
 # The order of every table.
-for _method in (COAST, STS, ADAFV, ZSPAPRUNE, ADAPTPRUNE, FASTV, DIVPRUNE, RANDOM, DART, EVS, CDPRUNER, SCOPE):
+for _method in (COAST, STS, ADAFV, ZSPAPRUNE, ADAPTPRUNE, DART, EVS, CDPRUNER, SCOPE, FASTV, DIVPRUNE, RANDOM):
     add(_method)
 del _method, add

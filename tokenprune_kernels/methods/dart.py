@@ -39,7 +39,8 @@ def dart(
     Where it comes from. The public implementations of others differ from each other, and the authors' repository was
     not available: exactly K kept tokens and pivots by falling norm are AngelSlim's, text pivots only from the text
     behind the images is LightCompress's. Ours: with fewer than P_t text tokens the others share the budget; the norms
-    are float32; ties go to the lower index. A budget below P_i keeps the first K pivots.
+    are float32; ties go to the lower index. The L1 norm of a rotated key depends on its position: in a padded batch,
+    position ids have to count the real tokens, as `generate` makes them. A budget below P_i keeps the first K pivots.
 
     details: pivots [B, P_i + P_t], the index of each pivot among the visual or the text tokens, -1 where there is none.
 

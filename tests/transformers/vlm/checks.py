@@ -17,6 +17,8 @@ from .models import IMAGE, Prompts
 
 LAYER = 2  # of 4
 ON_LAYOUT = [name for name in METHODS if get_method(name).uses & {"positions", "grid", "groups", "stacked_positions"}]
+# Whose positions are numbered anew in front of the model.
+RENUMBERED = [name for name in METHODS if get_method(name).positions == "renumber"]
 # In the model, twice, before it with renumbered positions, and before it with the original ones.
 FOUR = ("coast", "sts", "adafv", "divprune")
 over_four = pytest.mark.parametrize("method", FOUR)
