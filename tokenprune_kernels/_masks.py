@@ -35,7 +35,6 @@ def indices_to_mask(indices: Tensor, size: int) -> Tensor:
     if size < 0:
         raise ValueError(f"indices_to_mask: size must be >= 0, got {size}")
     named = (indices >= 0) & (indices < size)
-    mask = indices.new_zeros(
-        (indices.shape[0], size + 1), dtype=torch.bool
-    )  # the last column takes what names no token
+    # The last column takes what names no token.
+    mask = indices.new_zeros((indices.shape[0], size + 1), dtype=torch.bool)
     return mask.scatter_(1, torch.where(named, indices, size), True)[:, :size].contiguous()

@@ -11,19 +11,18 @@ from torch import Tensor
 
 import tokenprune_kernels as tp
 from testing.cases import (
-    BACKENDS,
     GPU_BACKENDS,
     assert_as_good_as_torch,
+    backends_of,
     compiled,
     dtypes_of,
-    lacks,
     over_capabilities,
     over_dtypes,
     run_with_capability,
 )
 
 NAN, INF = math.nan, math.inf
-PEAKS = tuple(backend for backend in BACKENDS if lacks(backend, "density_peaks") is None)
+PEAKS = backends_of("density_peaks")
 over_peaks = pytest.mark.parametrize("backend", PEAKS)
 
 

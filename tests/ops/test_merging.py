@@ -11,12 +11,11 @@ from torch import Tensor
 
 import tokenprune_kernels as tp
 from testing.cases import (
-    BACKENDS,
     GPU_BACKENDS,
     assert_as_good_as_torch,
+    backends_of,
     compiled,
     dtypes_of,
-    lacks,
     over_capabilities,
     over_dtypes,
     run_with_capability,
@@ -24,7 +23,7 @@ from testing.cases import (
 from testing.op_samples import features
 
 NAN, INF = math.nan, math.inf
-MERGING = tuple(backend for backend in BACKENDS if lacks(backend, "merge_tokens") is None)
+MERGING = backends_of("merge_tokens")
 over_merging = pytest.mark.parametrize("backend", MERGING)
 over_metrics = pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 

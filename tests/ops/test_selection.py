@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tokenprune_kernels as tp
-from testing.cases import BACKENDS, DTYPES, assert_as_good_as_torch, lacks, over_backends, over_dtypes
+from testing.cases import BACKENDS, DTYPES, assert_as_good_as_torch, backends_of, over_backends, over_dtypes
 
 NAN, INF = float("nan"), float("inf")
 # Few values, exact in every dtype: ties, signed zeros, infinities, NaN, small neighbours of zero.
@@ -124,7 +124,7 @@ def literal_groups(
     return indices, counts
 
 
-GROUPED_BACKENDS = tuple(backend for backend in BACKENDS if lacks(backend, "select_grouped_topk") is None)
+GROUPED_BACKENDS = backends_of("select_grouped_topk")
 
 
 @pytest.mark.parametrize("backend", GROUPED_BACKENDS)

@@ -14,9 +14,9 @@ from testing.cases import (
     BACKENDS,
     GPU_BACKENDS,
     assert_as_good_as_torch,
+    backends_of,
     compiled,
     dtypes_of,
-    lacks,
     over_backends,
     over_capabilities,
     over_dtypes,
@@ -270,7 +270,7 @@ def test_results_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> N
 
 # --- paired_cosine ----------------------------------------------------------------------------------------------------
 
-PAIRED_BACKENDS = tuple(backend for backend in BACKENDS if lacks(backend, "paired_cosine") is None)
+PAIRED_BACKENDS = backends_of("paired_cosine")
 over_paired = pytest.mark.parametrize("backend", PAIRED_BACKENDS)
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._masks import indices_to_mask
 from ..ops import attention_scores, cross_attention_scores, gather_compact, mask_to_indices
 
 Grid = tuple[int, int] | Tensor
@@ -66,9 +67,7 @@ def visual_mask(key_indices: Tensor | None, key_mask: Tensor | None, backend: st
 
 def ascending(indices: Tensor, size: int, k: int, backend: str | None) -> tuple[Tensor, Tensor]:
     """The entries of a -1 padded list over `size` tokens in raster order: (indices [B, k], counts)."""
-    kept = indices.new_zeros((indices.shape[0], size + 1), dtype=torch.bool)
-    kept.scatter_(1, indices.remainder(size + 1), True)  # -1 lands in the extra last column
-    return mask_to_indices(kept[:, :size], k, backend=backend)
+    return mask_to_indices(indices_to_mask(indices, size), k, backend=backend)
 
 
 def check_count(method: str, k: int) -> None:

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..ops import cosine_scores, gather_compact, select_topk
-from ._common import Selection, ascending, check_count, check_visual, visual_mask
+from .._masks import indices_to_mask
+from ..ops import cosine_scores, gather_compact, mask_to_indices, select_topk
+from ._common import Selection, check_count, check_visual, visual_mask
 from ._method import Method, Stage
 
 
@@ -65,8 +66,7 @@ def dart(
     of_text, is_text = _largest(norms, query_positions, real, text_pivots)
     pivots = torch.cat([of_image.where(is_image, -1), of_text.where(is_text, -1)], 1)
 
-    columns = torch.arange(tokens + 1, device=key.device)
-    taken = (columns == of_image.where(is_image, tokens).unsqueeze(-1)).any(1)[:, :tokens]
+    taken = indices_to_mask(pivots[:, :image_pivots], tokens)
     # How many are still to be kept, and how many of them each pivot keeps: on the device, without a wait.
     left = k - is_image.sum(1)
     exists = torch.cat([is_image, is_text], 1)
@@ -78,9 +78,9 @@ def dart(
         budgets = torch.where(exists[:, p], torch.minimum(each, left), 0)
         similarity = cosine_scores(features, vectors[:, p : p + 1], backend=backend)
         chosen, counts = select_topk(similarity, k, mask=free & ~taken, largest=False, budgets=budgets, backend=backend)
-        taken = taken | _marked(chosen, tokens)
+        taken = taken | indices_to_mask(chosen, tokens)
         left = left - counts
-    indices, counts = ascending(torch.where(taken, columns[:tokens], -1), tokens, k, backend)
+    indices, counts = mask_to_indices(taken, k, backend=backend)
     return Selection(indices, counts, {"pivots": pivots})
 
 
@@ -95,12 +95,6 @@ def _largest(norms: Tensor, positions: Tensor, real: Tensor, count: int) -> tupl
     order = padded.sort(dim=1, descending=True, stable=True).indices[:, :count]
     exists = torch.nn.functional.pad(real, (0, count)).gather(1, order)
     return torch.where(exists, order, 0), exists
-
-
-def _marked(indices: Tensor, size: int) -> Tensor:
-    """[B, size]: which tokens a -1 padded list names."""
-    marked = indices.new_zeros((indices.shape[0], size + 1), dtype=torch.bool)
-    return marked.scatter(1, indices.remainder(size + 1), True)[:, :size]
 
 
 DART = Method(

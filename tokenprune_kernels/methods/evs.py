@@ -50,7 +50,7 @@ def evs(
     check_visual("evs", "groups", groups, batch, tokens)
     height, width = grid_sides("evs", grid, batch, tokens)
     index = torch.arange(tokens, device=features.device)
-    area = torch.zeros_like(groups) + torch.as_tensor(height * width, device=groups.device).long()
+    area = (torch.zeros_like(groups) + height * width).long()
     before = index - area
     has_one = (before >= 0) & (before < index)
     before = torch.where(has_one, before, 0)

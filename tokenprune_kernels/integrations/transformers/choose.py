@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import gather_compact, mask_to_indices
+from ... import gather_compact, indices_to_mask, mask_to_indices
 from ...methods import Selection, Stage
 from .layout import Layout
 from .tokens import Tokens
@@ -170,9 +170,7 @@ def _indices(name: str, result: Any, k: int, present: Tensor) -> Tensor:
     check = indices.device.type == "cpu" or _CHECK_INDICES
     if ordered and not check:
         return indices
-    chosen = present.new_zeros((batch, tokens + 1))
-    chosen.scatter_(1, torch.where((indices >= 0) & (indices < tokens), indices, tokens), True)
-    ascending, counts = mask_to_indices(chosen[:, :tokens] & present, k)
+    ascending, counts = mask_to_indices(indices_to_mask(indices, tokens) & present, k)
     if check and (bool((counts < k).any()) or (ordered and not torch.equal(ascending, indices))):
         raise ValueError(
             f"prune_visual_tokens: {name} must return k = {k} distinct indices of each sample's visual tokens"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ... import gather_compact, mask_to_indices
+from ... import gather_compact, indices_to_mask, mask_to_indices
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,8 @@ def keep(tokens: Tokens, selected: Tensor, kept_counts: list[int]) -> tuple[Toke
     selected [B, K]: indices among the visual tokens, ascending, -1 after the last. Every other real token stays.
     Generation reads the last column: samples that keep fewer tokens are padded on the left.
     """
-    batch, most = selected.shape[0], tokens.visual.shape[1]
-    chosen = selected.new_zeros((batch, most + 1), dtype=torch.bool)
-    chosen.scatter_(1, selected.remainder(most + 1), True)  # -1 lands in the extra last column
-    stays = (tokens.slot < 0) | chosen[:, :most].gather(1, tokens.slot.clamp_min(0))
+    chosen = indices_to_mask(selected, tokens.visual.shape[1])
+    stays = (tokens.slot < 0) | chosen.gather(1, tokens.slot.clamp_min(0))
     if tokens.real is not None:
         stays = stays & tokens.real
     lengths = [n - c + k for n, c, k in zip(tokens.lengths, tokens.counts, kept_counts, strict=True)]
