@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.op_calls import OpCall, OpCalls
 from testing.cuda_costs import TABLE, Cost, read_table
 
 from .costs import ASSUMED
@@ -204,7 +204,7 @@ def limit_seconds(launch: Launch, cost: Cost, least: bool = False) -> dict[str, 
     }
 
 
-def predicted(calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]], least: bool = False) -> dict[str, float]:
+def predicted(calls: list[OpCall], least: bool = False) -> dict[str, float]:
     """Seconds that the calls of a row take at most, or at least, by the limit that binds; `launch` is starting them."""
     _, table = read_table(TABLE.read_text())
     parts = {"launch": 0.0}
@@ -219,22 +219,10 @@ def predicted(calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]], least: b
     return parts
 
 
-class _Calls(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        namespace, name = func.name().split("::")
-        if namespace == "tokenprune":
-            self.found.append((name, args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def calls_of(row: Any) -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+def calls_of(row: Any) -> list[OpCall]:
     """The ops that a row calls, with their arguments as tensors without data."""
     with FakeTensorMode():
         inputs = row.make(torch.device("cpu"), 0)
-        with _Calls() as seen:
+        with OpCalls() as seen:
             row.ours(inputs)
     return seen.found

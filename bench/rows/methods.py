@@ -4,10 +4,10 @@ import functools
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenprune_kernels as tp
 from bench import method_calls
+from bench.op_calls import OpCalls
 from bench.shapes import MODELS, Model
 from testing.gpu_checks import Inputs
 
@@ -18,27 +18,13 @@ MIN_OVERLAP = 0.9  # of a method's tokens with the reference's: a near tie of a 
 LAUNCHES = {"dart": 20}  # pivot by pivot
 
 
-class _Calls(TorchDispatchMode):
-    """Remembers which of our ops are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ops: dict[str, None] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        namespace, name = func.name().split("::")
-        if namespace == "tokenprune":
-            self.ops[name] = None
-        return func(*args, **(kwargs or {}))
-
-
 @functools.cache
 def ops_of(method: str) -> tuple[str, ...]:
     """The ops that a method calls on a plain prompt; which they are does not depend on sizes."""
     toy = Scale(toy=True).model("LLaVA-1.5-7B")
-    with tp.use_backend("auto"), _Calls() as seen:
+    with tp.use_backend("auto"), OpCalls() as seen:
         method_calls.calls(toy, method_calls.inputs(toy))[method]()
-    return tuple(seen.ops)
+    return tuple(dict.fromkeys(op for op, _, _ in seen.found))
 
 
 def method_row(model: Model, method: str, name: str, ops: tuple[str, ...], dtype: torch.dtype, **more: Any) -> Row:

@@ -4,9 +4,7 @@ import math
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -15,94 +13,9 @@ from torch import Tensor
 import emulator
 from emulator import build
 from testing.cases import NO_EMULATOR
+from tests.cuda.broken import in_all_schedules, run, schedules
 
 pytestmark = pytest.mark.skipif(shutil.which(os.environ.get("CXX") or "g++") is None, reason="no C++ compiler")
-
-
-@pytest.fixture(scope="module")
-def broken() -> ModuleType:
-    return emulator.load_broken()
-
-
-@pytest.fixture(autouse=True)
-def _fresh(broken: ModuleType) -> Any:
-    broken.settings().reset()
-    yield
-    broken.settings().reset()
-
-
-def run(
-    broken: ModuleType, name: str, given: Tensor | None = None, out: Tensor | None = None, variant: int = 0,
-    grid: tuple[int, int, int] = (1, 1, 1), block: tuple[int, int, int] = (32, 1, 1), shared: int = 0, cluster: int = 1,
-    cooperative: bool = False,
-) -> Tensor | None:  # fmt: skip
-    status = broken.run(
-        name, grid, block, shared, cluster, cooperative,
-        given.data_ptr() if given is not None else 0, out.data_ptr() if out is not None else 0, variant,
-    )  # fmt: skip
-    assert status == "cudaSuccess"
-    return out
-
-
-def schedules(broken: ModuleType) -> Iterator[None]:
-    """Sets one schedule after the other."""
-    kinds, settings = broken.Schedule, broken.settings()
-    for settings.schedule, settings.seed in [
-        (kinds.forward, 0),
-        (kinds.reversed, 0),
-        *((kinds.shuffled, s) for s in range(4)),
-    ]:
-        yield
-
-
-def in_all_schedules(broken: ModuleType, *args: Any, **kwargs: Any) -> list[Tensor]:
-    results = []
-    for _ in schedules(broken):
-        out = kwargs["out"].clone()
-        run(broken, *args, **{**kwargs, "out": out})
-        results.append(out)
-    return results
-
-
-# --- dependent launches -----------------------------------------------------------------------------------------------
-
-
-def lead_and_follow(broken: ModuleType, variant: int, followers: int = 1) -> list[Tensor]:
-    given, out = torch.arange(32.0), torch.cat([torch.zeros(64), torch.ones(32)])
-    assert broken.run_dependent(followers, given.data_ptr(), out.data_ptr(), variant) == "cudaSuccess"
-    return list(out.view(3, 32))
-
-
-@pytest.mark.parametrize("followers", [0, 1, 2, 3])
-def test_dependent_launches_wait_for_each_other(broken, followers):
-    for _ in schedules(broken):
-        sums, doubles, addends = lead_and_follow(broken, 0, followers)
-        assert torch.equal(sums, torch.arange(32.0) + 1)
-        assert torch.equal(doubles, 2 * followers * sums)
-        assert addends.tolist() == [7.0 if followers else 1.0] * 32
-
-
-@pytest.mark.parametrize("variant", [1, 4], ids=["no thread waits", "a thread does not wait"])
-def test_a_dependent_launch_that_does_not_wait_is_an_error(broken, variant):
-    for _ in schedules(broken):
-        with pytest.raises(RuntimeError, match=r"follow.*ends without having waited for the launch before"):
-            lead_and_follow(broken, variant)
-        assert torch.equal(lead_and_follow(broken, 0)[0], torch.arange(32.0) + 1)  # nothing is left behind
-
-
-def test_what_a_dependent_launch_does_before_it_waits_comes_first(broken):
-    for _ in schedules(broken):
-        sums, doubles, _ = lead_and_follow(broken, 2)
-        assert torch.equal(sums, torch.arange(32.0) + 1)
-        assert doubles.tolist() == [0.0] * 32  # twice what was there before
-        sums, _, _ = lead_and_follow(broken, 3)
-        assert torch.equal(sums, torch.arange(32.0) + 7)  # with what it has overwritten
-
-
-def test_dependent_launches_need_compute_capability_9(broken):
-    broken.settings().architecture = 89
-    out = torch.zeros(96)
-    assert broken.run_dependent(1, out.data_ptr(), out.data_ptr(), 0) == "cudaErrorInvalidConfiguration"
 
 
 # --- missing barriers -------------------------------------------------------------------------------------------------

@@ -1,31 +1,12 @@
 """The tensor cores of the emulator: every rounding they can be set to, against exact integer arithmetic."""
 
 import math
-import os
-import shutil
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-
-import emulator
-
-pytestmark = pytest.mark.skipif(shutil.which(os.environ.get("CXX") or "g++") is None, reason="no C++ compiler")
-
-
-@pytest.fixture(scope="module")
-def broken() -> ModuleType:
-    return emulator.load_broken()
-
-
-@pytest.fixture(autouse=True)
-def _fresh(broken: ModuleType) -> Iterator[None]:
-    broken.settings().reset()
-    yield
-    broken.settings().reset()
 
 
 def lanes_of_mma() -> tuple[list, list, list]:

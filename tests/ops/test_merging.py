@@ -20,7 +20,7 @@ from testing.cases import (
     over_dtypes,
     run_with_capability,
 )
-from testing.op_samples import features
+from testing.op_inputs import features
 
 NAN, INF = math.nan, math.inf
 MERGING = backends_of("merge_tokens")
@@ -330,7 +330,7 @@ def test_random_shapes(data) -> None:
 PER_CAPABILITY = """
 import torch
 from testing.cases import DTYPES
-from testing.op_samples import features
+from testing.op_inputs import features
 from tests.ops.test_merging import check, kept
 torch.manual_seed(0)
 for dtype in DTYPES:

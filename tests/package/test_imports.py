@@ -107,6 +107,6 @@ def test_all_kinds_of_imports_are_seen() -> None:
     assert "testing.op_samples" in imported("tests.ops.test_contract")
     assert "tests.ops.test_contract" in imported("tests.ops.test_boundary")
     assert "bench.gpu_suite.work" in imported("bench.gpu_suite.run")
-    assert EMULATOR in imported("tests.cuda.test_emulator")
+    assert EMULATOR in imported("tests.cuda.conftest")
     assert EMULATOR not in imported("testing.cases")
     assert EMULATOR in imported("testing.cases", late=True)

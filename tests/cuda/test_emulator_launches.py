@@ -1,29 +1,14 @@
-"""Cooperative launches on the emulator: blocks that wait for each other, and launches that are refused."""
+"""Cooperative and dependent launches on the emulator: who waits for whom, and launches that are refused."""
 
-import os
-import shutil
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 
-import emulator
-from tests.cuda.test_emulator import in_all_schedules, run
+from tests.cuda.broken import in_all_schedules, run, schedules
 
-pytestmark = pytest.mark.skipif(shutil.which(os.environ.get("CXX") or "g++") is None, reason="no C++ compiler")
-
-
-@pytest.fixture(scope="module")
-def broken() -> ModuleType:
-    return emulator.load_broken()
-
-
-@pytest.fixture(autouse=True)
-def _fresh(broken: ModuleType) -> Iterator[None]:
-    broken.settings().reset()
-    yield
-    broken.settings().reset()
+# --- cooperative launches ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("begin", [0, 2**32 - 3])
@@ -68,3 +53,44 @@ def test_cooperative_launches_must_fit_on_the_device(broken):
     assert status(2, 32, cluster=2) == "cudaErrorNotSupported"
     settings.cooperative = False
     assert status(1, 32) == "cudaErrorNotSupported"
+
+
+# --- dependent launches -----------------------------------------------------------------------------------------------
+
+
+def lead_and_follow(broken: ModuleType, variant: int, followers: int = 1) -> list[Tensor]:
+    given, out = torch.arange(32.0), torch.cat([torch.zeros(64), torch.ones(32)])
+    assert broken.run_dependent(followers, given.data_ptr(), out.data_ptr(), variant) == "cudaSuccess"
+    return list(out.view(3, 32))
+
+
+@pytest.mark.parametrize("followers", [0, 1, 2, 3])
+def test_dependent_launches_wait_for_each_other(broken, followers):
+    for _ in schedules(broken):
+        sums, doubles, addends = lead_and_follow(broken, 0, followers)
+        assert torch.equal(sums, torch.arange(32.0) + 1)
+        assert torch.equal(doubles, 2 * followers * sums)
+        assert addends.tolist() == [7.0 if followers else 1.0] * 32
+
+
+@pytest.mark.parametrize("variant", [1, 4], ids=["no thread waits", "a thread does not wait"])
+def test_a_dependent_launch_that_does_not_wait_is_an_error(broken, variant):
+    for _ in schedules(broken):
+        with pytest.raises(RuntimeError, match=r"follow.*ends without having waited for the launch before"):
+            lead_and_follow(broken, variant)
+        assert torch.equal(lead_and_follow(broken, 0)[0], torch.arange(32.0) + 1)  # nothing is left behind
+
+
+def test_what_a_dependent_launch_does_before_it_waits_comes_first(broken):
+    for _ in schedules(broken):
+        sums, doubles, _ = lead_and_follow(broken, 2)
+        assert torch.equal(sums, torch.arange(32.0) + 1)
+        assert doubles.tolist() == [0.0] * 32  # twice what was there before
+        sums, _, _ = lead_and_follow(broken, 3)
+        assert torch.equal(sums, torch.arange(32.0) + 7)  # with what it has overwritten
+
+
+def test_dependent_launches_need_compute_capability_9(broken):
+    broken.settings().architecture = 89
+    out = torch.zeros(96)
+    assert broken.run_dependent(1, out.data_ptr(), out.data_ptr(), 0) == "cudaErrorInvalidConfiguration"
