@@ -1,6 +1,6 @@
 """The sample calls of every op on the device, against the reference in float64: without pytest, and quick.
 
-The values of the samples are exactly representable (testing/op_samples.py), so that indices must be equal and floats
+The values of the samples are exactly representable (testing/op_inputs.py), so that indices must be equal and floats
 may differ by a few roundings only.
 """
 
