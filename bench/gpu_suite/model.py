@@ -103,6 +103,16 @@ def similarity(features: Any, best: Any, mean: Any = None, *_: Any, **options: A
                  dram=size * batch * dim * (n + listed), l2=tiles * 128 * dim * size)  # fmt: skip
 
 
+def paired(a: Any, b: Any, *_: Any, **options: Any) -> Iterator[Launch]:
+    """Of two views of one video, the second reading comes from the L2."""
+    batch, n, dim = a.shape
+    moved = float(batch * n * dim * a.element_size())
+    warps = max(w for w in (1, 2, 4, 8) if w == 1 or (batch * n * w / 2 < 16 * 132 and moved > batch * n * 1024 * w))
+    same = a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    yield Launch(f"paired_cosine_kernel<{CPP[a.dtype]}, true", 2 * moved / 512, pieces=batch * n * warps / 8,
+                 dram=(1 if same else 2) * moved, l2=2 * moved)  # fmt: skip
+
+
 def repulsion(features: Any, k: int, positions: Any = None, *_: Any, **options: Any) -> Iterator[Launch]:
     batch, n, dim = features.shape
     kind, size, steps = CPP[features.dtype], features.element_size(), min(k, n)
@@ -169,6 +179,7 @@ OPS: dict[str, Any] = {
     "cross_attention_scores": lambda *a, **o: attention(True, True, *a, **o),
     "cosine_scores": lambda features, queries, *a, **o: similarity(features, queries),
     "contrastive_scores": similarity,
+    "paired_cosine": paired,
     "repulsion_sample": repulsion,
     "spatial_semantic_nms": nms,
     "select_topk": lambda scores, *a, **o: radix(f"select_kernel<{CPP[scores.dtype]}, false", scores),

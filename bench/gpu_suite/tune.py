@@ -44,6 +44,7 @@ SWEEPS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
     "similarity.cluster": (SIMILARITY, POWERS),
     "similarity.teams": (SIMILARITY, (1, 2)),
     "similarity.rows_per_warp": (SIMILARITY, (1, 4)),
+    "similarity.pair_warps": (("paired_cosine",), POWERS),
     "select.cluster": (SELECT, POWERS),
     "select.threads": (SELECT, (64, 128, 256, 512)),
     "mixture.threads": (("select_mixture",), (128, 256, 512)),

@@ -35,6 +35,7 @@ INSTRUCTIONS = {
     "nms_weights_kernel<float": {**PLAIN_FLOAT32, **ASYNCHRONOUS},
     "gather_compact_kernel": {**WIDE_LOADS, **WIDE_STORES},
     "warp_similarity_kernel<": WIDE_LOADS,
+    **{f"paired_cosine_kernel<{name}, true>": ASYNCHRONOUS for name in ("float", "__half", "__nv_bfloat16")},
     "select_kernel<": ONE_INCREMENT,
     "mixture_kernel": ONE_INCREMENT,
 }

@@ -57,6 +57,12 @@ def similarity_calls() -> Iterator[Call]:
         yield lambda n=n, q=queries, d=dim: tp.cosine_scores(randn(1, n, d), randn(1, q, d))
 
 
+def paired_calls() -> Iterator[Call]:
+    for batch, n, dim in ((1, 1, 8), (2, 5, 5), (1, 3, 2000), (3, 200, 40)):
+        video = randn(batch + 1, n, dim)
+        yield lambda video=video: tp.paired_cosine(video[1:], video[:-1])
+
+
 def contrastive_calls() -> Iterator[Call]:
     for anchors, references in ((1, 0), (1, 1), (4, 4), (4, 5), (9, 1), (9, 32), (9, 40), (9, 128), (9, 160)):
         rows = torch.arange(200)[None]
@@ -129,6 +135,7 @@ CALLS: dict[str, Callable[[], Iterator[Call]]] = {
     ),
     "cosine_scores": similarity_calls,
     "contrastive_scores": contrastive_calls,
+    "paired_cosine": paired_calls,
     "repulsion_sample": repulsion_calls,
     "spatial_semantic_nms": nms_calls,
     "gather_compact": lambda: compaction_calls(False),
