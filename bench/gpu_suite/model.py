@@ -157,6 +157,37 @@ def nms(scores: Any, features: Any, positions: Any, k: int, *_: Any, **options: 
     yield Launch(f"nms_select_kernel<{kind}", steps=k, pieces=batch)
 
 
+def merging(
+    values: Any, targets: Any, *_: Any, keys: Any = None, assignment: Any = None, **options: Any
+) -> Iterator[Launch]:
+    batch, n, width = values.shape
+    kind, size, slots = CPP[values.dtype], values.element_size(), targets.shape[1]
+    if assignment is None:
+        of, dim = values if keys is None else keys, (values if keys is None else keys).shape[2]
+        moved, tiles = float(batch * n * dim * of.element_size()), batch * -(-n // 64)
+        parts = max(1, min(8, 264 // tiles, dim // 128))  # blocks of a cluster that share the channels
+        yield Launch(f"merge_norms_kernel<{CPP[of.dtype]}", moved / 512, pieces=batch * n / 4, dram=moved)
+        yield Launch(f"merge_assign_kernel<{CPP[of.dtype]}", batch * products(n, slots, dim), -(-dim // 64),
+                     tiles * parts, l2=moved * -(-slots // 64) * 2)  # fmt: skip
+    else:
+        yield Launch("copy_assignment_kernel", pieces=batch * n / 128)
+    yield Launch(f"merge_means_kernel<{kind}", batch * n * width * size / 512, pieces=batch * slots,
+                 dram=float(batch * (n + slots) * width * size), l2=8.0 * batch * slots * n)  # fmt: skip
+
+
+def density(features: Any, k: int, *_: Any, **options: Any) -> Iterator[Launch]:
+    batch, n, dim = features.shape
+    kind, size, side = CPP[features.dtype], features.element_size(), -(-n // 64)
+    tiles = batch * side * (side + 1) // 2
+    parts = max(1, min(8, 264 // tiles, dim // 128))  # blocks of a cluster that share the channels
+    yield Launch(f"density_products_kernel<{kind}", tiles * products(64, 64, dim), -(-dim // 64), tiles * parts,
+                 dram=float(batch * n * dim * size), l2=tiles * 128.0 * dim * size)  # fmt: skip
+    yield Launch(f"density_means_kernel<{kind}", pieces=batch * n / 16, steps=4, step_trips=-(-n // 512),
+                 l2=16.0 * batch * n * n)  # fmt: skip
+    yield Launch(f"density_distances_kernel<{kind}", batch * n * n / 128, pieces=batch * n / 4, l2=4.0 * batch * n * n)
+    yield from radix("select_kernel<float", features[:, :, 0])
+
+
 def compaction(tensors: Any, indices: Any, dims: Any, *_: Any, **options: Any) -> Iterator[Launch]:
     part = sum(t.numel() * t.element_size() / t.shape[dim] for t, dim in zip(tensors, dims, strict=True))
     yield Launch("gather_compact_kernel", dram=2.0 * part * indices.shape[-1])
@@ -180,6 +211,8 @@ OPS: dict[str, Any] = {
     "cosine_scores": lambda features, queries, *a, **o: similarity(features, queries),
     "contrastive_scores": similarity,
     "paired_cosine": paired,
+    "merge_tokens": merging,
+    "density_peaks": density,
     "repulsion_sample": repulsion,
     "spatial_semantic_nms": nms,
     "select_topk": lambda scores, *a, **o: radix(f"select_kernel<{CPP[scores.dtype]}, false", scores),

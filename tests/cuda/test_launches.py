@@ -96,6 +96,19 @@ def nms_calls() -> Iterator[Call]:
         )
 
 
+def merging_calls() -> Iterator[Call]:
+    joined = torch.zeros(1, 70, dtype=torch.int64)
+    for n, k, dim in ((1, 1, 8), (70, 5, 8), (70, 66, 600), (70, 0, 8)):
+        targets = torch.arange(k)[None]
+        for more in ({}, {"metric": "euclidean"}, {"assignment": joined[:, :n].clamp_max(k - 1)}):
+            yield functools.partial(tp.merge_tokens, randn(1, n, dim), targets, **more)
+
+
+def density_calls() -> Iterator[Call]:
+    for batch, n, dim in ((1, 1, 8), (2, 70, 8), (1, 70, 600), (1, 0, 8)):
+        yield lambda b=batch, n=n, d=dim: tp.density_peaks(randn(b, n, d), 5)
+
+
 def selection_calls(which: str) -> Iterator[Call]:
     for batch, n in ((1, 1), (3, 500), (1, 1025), (1, 16384), (1, 16400)):
         k = min(n, 40)
@@ -136,6 +149,8 @@ CALLS: dict[str, Callable[[], Iterator[Call]]] = {
     "cosine_scores": similarity_calls,
     "contrastive_scores": contrastive_calls,
     "paired_cosine": paired_calls,
+    "merge_tokens": merging_calls,
+    "density_peaks": density_calls,
     "repulsion_sample": repulsion_calls,
     "spatial_semantic_nms": nms_calls,
     "gather_compact": lambda: compaction_calls(False),
