@@ -131,9 +131,9 @@ def matching(rows: list[Row], pattern: str) -> list[Row]:
 
 
 def gpu_rows(scale: Scale) -> list[Row]:
-    from . import attention, compaction, methods, nms, repulsion, selection, similarity
+    from . import attention, compaction, greedy, methods, nms, repulsion, selection, similarity
 
-    families = (attention, similarity, repulsion, nms, selection, compaction, methods)
+    families = (attention, similarity, repulsion, greedy, nms, selection, compaction, methods)
     return [row for family in families for row in family.gpu_rows(scale)]
 
 

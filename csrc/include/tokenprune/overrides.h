@@ -37,6 +37,9 @@ enum class Planned {
   kSelectThreads,
   kMixtureThreads,
   kGatherVectors,
+  kDppMatrix,
+  kDppCluster,
+  kCoverageCluster,
   kCount,
 };
 
@@ -49,7 +52,8 @@ constexpr std::array<const char*, static_cast<size_t>(Planned::kCount)> kPlanned
     "nms.splits",          "nms.cluster",       "nms.threads",
     "similarity.cluster",  "similarity.teams",  "similarity.rows_per_warp",
     "select.cluster",      "select.threads",    "mixture.threads",
-    "gather.vectors",
+    "gather.vectors",      "dpp.matrix",        "dpp.cluster",
+    "coverage.cluster",
 };
 
 struct PlanOverrides {
