@@ -1,5 +1,5 @@
-"""Rows of dpp_sample and coverage_sample on a GPU. As those of repulsion_sample, picks are replayed in float64: a near tie
-may fall either way, and every later pick then differs."""
+"""Rows of dpp_sample and coverage_sample on a GPU. Picks are replayed in float64, as those of repulsion_sample: a near
+tie may fall either way, and every later pick then differs."""
 
 import torch
 from torch import Tensor

@@ -35,6 +35,8 @@ INSTRUCTIONS = {
     "nms_weights_kernel<float": {**PLAIN_FLOAT32, **ASYNCHRONOUS},
     "gather_compact_kernel": {**WIDE_LOADS, **WIDE_STORES},
     "warp_similarity_kernel<": WIDE_LOADS,
+    "dpp_rows_kernel<": WIDE_LOADS,
+    "coverage_greedy_kernel": WIDE_LOADS,
     "select_kernel<": ONE_INCREMENT,
     "mixture_kernel": ONE_INCREMENT,
 }

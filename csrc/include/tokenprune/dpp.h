@@ -72,7 +72,7 @@ inline void plan_dpp_matrix(const DppProblem& p, const DeviceLimits& limits, Dpp
   plan.cluster = static_cast<int>(limits.planned_power(Planned::kDppCluster, most, 1, most));
   plan.share = static_cast<int>(ceil_div<int64_t>(p.n, plan.cluster));
   // Eight neighbouring floats of four rows are in 32 different banks, and in whole sectors of device memory.
-  plan.pitch = round_up(plan.share, 32) + kDppTokens;
+  plan.pitch = round_up(std::max(plan.share, kDppTokens) - kDppTokens, 32) + kDppTokens;
   plan.block = std::min(kDppThreads, 32 * ceil_div(plan.share, kDppTokens));
   const int64_t beside = dpp_floats(plan.pitch, width), room = (limits.shared_per_block - kDppStatic) / 4 - beside;
   plan.shared_rows = std::clamp<int64_t>(room / plan.pitch / kDppParts * kDppParts, 0, round_up<int64_t>(width, 4));
