@@ -38,6 +38,8 @@ INSTRUCTIONS = {
     **{f"paired_cosine_kernel<{name}, true>": ASYNCHRONOUS for name in ("float", "__half", "__nv_bfloat16")},
     "merge_norms_kernel<": WIDE_LOADS,
     "merge_means_kernel<": {**WIDE_LOADS, **WIDE_STORES},
+    "dpp_rows_kernel<": WIDE_LOADS,
+    "coverage_greedy_kernel": WIDE_LOADS,
     "select_kernel<": ONE_INCREMENT,
     "mixture_kernel": ONE_INCREMENT,
 }

@@ -38,6 +38,9 @@ enum class Planned {
   kSelectThreads,
   kMixtureThreads,
   kGatherVectors,
+  kDppMatrix,
+  kDppCluster,
+  kCoverageCluster,
   kCount,
 };
 
@@ -66,6 +69,9 @@ constexpr std::array<const char*, static_cast<size_t>(Planned::kCount)> kPlanned
     "select.threads",
     "mixture.threads",
     "gather.vectors",
+    "dpp.matrix",
+    "dpp.cluster",
+    "coverage.cluster",
 };
 
 struct PlanOverrides {
