@@ -139,6 +139,15 @@ def contrasts() -> Iterator[Call]:
     yield Call("odd sizes fp32", _contrast(2, 37, 71, 3, 5, SINGLE))
 
 
+def pairs() -> Iterator[Call]:
+    for dtype in DTYPES:
+        video = meta(32, 196, 3584, dtype=dtype)
+        yield Call(NAMES[dtype], {"a": video[1:], "b": video[:-1]})
+        yield Call(f"{NAMES[dtype]}, odd sizes", {"a": meta(2, 37, 71, dtype=dtype), "b": meta(2, 37, 71, dtype=dtype)})
+    for channels in (64, 256):
+        yield Call(f"C {channels}", {"a": meta(2, 37, channels), "b": meta(2, 37, channels)})
+
+
 def _contrast(
     batch: int, tokens: int, channels: int, anchors: int, references: int, dtype: torch.dtype = HALF
 ) -> dict[str, Tensor]:
@@ -309,6 +318,7 @@ SHAPES: dict[str, list[Call]] = {
     "score_entropy": list(entropies()),
     "cosine_scores": list(cosines()),
     "contrastive_scores": list(contrasts()),
+    "paired_cosine": list(pairs()),
     "select_topk": list(topk()),
     "select_two_tailed": list(two_tailed()),
     "select_mixture": list(mixtures()),

@@ -10,7 +10,7 @@ from .nms import spatial_semantic_nms
 from .repulsion import repulsion_sample
 from .selection_entropy import score_entropy
 from .selection_topk import mask_to_indices, select_topk, select_two_tailed
-from .similarity import contrastive_scores, cosine_scores
+from .similarity import contrastive_scores, cosine_scores, paired_cosine
 
 __all__ = [
     "_invert_indices",
@@ -21,6 +21,7 @@ __all__ = [
     "cross_attention_scores",
     "gather_compact",
     "mask_to_indices",
+    "paired_cosine",
     "repulsion_sample",
     "score_entropy",
     "select_mixture",
