@@ -16,7 +16,7 @@ from .._op import Choice, flags, floats, indices, op, picks, scores, values
     metric=Choice(("cosine", "euclidean")),
     returns={"merged": values("B K D"), "sizes": scores("B K"), "assignment": picks("B N", ascending=False)},
     work=("values", "B * N * K * max(D, E)"),
-    backends=("cpu",),
+    backends=("cpu", "triton"),
 )
 def merge_tokens(
     values: Tensor,
