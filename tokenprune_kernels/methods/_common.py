@@ -93,7 +93,7 @@ def merge_into(
     assignment: Tensor,
     backend: str | None,
 ) -> dict[str, Tensor]:
-    """`merged`, `sizes` and `assignment` of a `Selection` that keeps `indices` [B, K], some of which are merged targets.
+    """`merged`, `sizes` and `assignment` of a `Selection` that keeps `indices` [B, K], some of them targets of a merge.
 
     targets [B, T] are tokens among the kept ones, -1: no entry; rows [B, T, C] is what becomes of them, and sizes
     [B, T] how many tokens each stands for; assignment [B, V] is the t that a token joined, -1: none.
