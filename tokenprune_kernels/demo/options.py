@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..integrations.transformers.pruning import budget_of
+from ..integrations.transformers.budgets import budget_of
 from ..methods import method_names
 from . import DemoError
 
