@@ -16,6 +16,8 @@ void bind_merging_planner(py::module_& m);
 void bind_similarity_planner(py::module_& m);
 void bind_attention_columns_planner(py::module_& m);
 void bind_nms_planner(py::module_& m);
+void bind_dpp_planner(py::module_& m);
+void bind_coverage_planner(py::module_& m);
 
 void bind_planners(py::module_& m) {
   py::class_<tokenprune::DeviceLimits>(m, "DeviceLimits")
@@ -34,4 +36,6 @@ void bind_planners(py::module_& m) {
   bind_similarity_planner(m);
   bind_attention_columns_planner(m);
   bind_nms_planner(m);
+  bind_dpp_planner(m);
+  bind_coverage_planner(m);
 }

@@ -161,13 +161,20 @@ __global__ void __launch_bounds__(kGreedyThreads)
 }
 
 template <class T, int kTile>
-cudaError_t launch_gram(const RepulsionProblem& p, const RepulsionPlan& plan, float* gram, float* inverse,
-                        cudaStream_t stream) {
+cudaError_t launch_gram_tiles(const RepulsionProblem& p, const RepulsionPlan& plan, float* gram, float* inverse,
+                              cudaStream_t stream) {
   using Tile = GramTile<kTile>;
   const int64_t side = ceil_div<int64_t>(p.n, kTile), tiles = side * (side + 1) / 2;
   return launch({dim3(p.batch * tiles * plan.parts), dim3(Tile::kThreads), Tile::kShared, stream,
                  static_cast<unsigned>(plan.parts)},
                 gram_kernel<T, kTile>, p, tiles, gram, inverse);
+}
+
+template <class T>
+cudaError_t launch_gram(const RepulsionProblem& p, const RepulsionPlan& plan, float* gram, float* inverse,
+                        cudaStream_t stream) {
+  return plan.tile == 128 ? launch_gram_tiles<T, 128>(p, plan, gram, inverse, stream)
+                          : launch_gram_tiles<T, 64>(p, plan, gram, inverse, stream);
 }
 
 // All picks of a group of samples.
@@ -176,8 +183,7 @@ cudaError_t launch_repulsion_gram(const RepulsionProblem& p, const RepulsionPlan
                                   cudaStream_t stream) {
   float *gram = floats, *inverse = gram + plan.gram_floats, *start = inverse + plan.samples * p.n;
   if (p.k > 0 && p.n > 0) {
-    const cudaError_t status = plan.tile == 128 ? launch_gram<T, 128>(p, plan, gram, inverse, stream)
-                                                : launch_gram<T, 64>(p, plan, gram, inverse, stream);
+    const cudaError_t status = launch_gram<T>(p, plan, gram, inverse, stream);
     if (status != cudaSuccess) return status;
   }
   const bool potentials = p.k > 0 && p.n > 0 && p.potential != Potential::kCosine;
