@@ -37,6 +37,11 @@ INSTRUCTIONS = {
     "warp_similarity_kernel<": WIDE_LOADS,
     **{f"paired_cosine_kernel<{name}, true>": ASYNCHRONOUS for name in ("float", "__half", "__nv_bfloat16")},
     "select_kernel<": ONE_INCREMENT,
+    **{
+        f"select_grouped_kernel<{name}, (GroupedMemory){held}": ONE_INCREMENT
+        for name in ("float", "__half", "__nv_bfloat16")
+        for held in (0, 1)
+    },
     "mixture_kernel": ONE_INCREMENT,
 }
 

@@ -29,7 +29,7 @@ OPS_OF = {
     "repulsion": ("repulsion_sample",),
     "nms": ("spatial_semantic_nms",),
     "similarity": ("cosine_scores", "contrastive_scores", "paired_cosine"),
-    "select": ("select_topk", "select_two_tailed", "mask_to_indices"),
+    "select": ("select_topk", "select_grouped_topk", "select_two_tailed", "mask_to_indices"),
     "mixture": ("select_mixture",),
     "gather": ("gather_compact",),
 }
@@ -106,6 +106,7 @@ CHANGES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
     "similarity.pair_warps": ("2", "paired_cosine", 300, {}),
     "select.cluster": ("8", "select_topk", 300, {}),
     "select.threads": ("64", "select_topk", 300, {}),
+    "select.digit": ("4", "select_grouped_topk", 300, {}),
     "mixture.threads": ("128", "select_mixture", 1000, {}),
     "gather.vectors": ("1024", "gather_compact", 300, {}),
 }

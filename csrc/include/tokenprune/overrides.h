@@ -36,6 +36,7 @@ enum class Planned {
   kSimilarityPairWarps,
   kSelectCluster,
   kSelectThreads,
+  kSelectDigit,
   kMixtureThreads,
   kGatherVectors,
   kCount,
@@ -64,6 +65,7 @@ constexpr std::array<const char*, static_cast<size_t>(Planned::kCount)> kPlanned
     "similarity.pair_warps",
     "select.cluster",
     "select.threads",
+    "select.digit",
     "mixture.threads",
     "gather.vectors",
 };
