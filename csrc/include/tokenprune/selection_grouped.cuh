@@ -201,8 +201,9 @@ __device__ __forceinline__ void select_members(const GroupedProblem& p, int64_t 
   finish_list(out, p.k, p.counts + sample, min(static_cast<int64_t>(found.of[0]), p.k));
 }
 
+// One block of a multiprocessor is enough for ptxas, which would spill for the sake of three.
 template <class T, GroupedMemory memory>
-__global__ void __launch_bounds__(kSelectMaxThreads) select_grouped_kernel(const GroupedProblem p, int digit) {
+__global__ void __launch_bounds__(kSelectMaxThreads, 1) select_grouped_kernel(const GroupedProblem p, int digit) {
   using Scratch = RadixScratch<uint32_t>;
   TOKENPRUNE_SHARED(Scratch, scratch);
   TOKENPRUNE_SHARED(uint32_t[kMaxCluster], open_blocks);
