@@ -11,6 +11,9 @@ if os.environ.get("TOKENPRUNE_TEST_WITHOUT_LIBRARY") == "1":  # of test_registry
 import pytest
 import torch
 
+# Before any test file: what a test file imports may import Triton, whose interpreter this turns on.
+from testing.cases import DTYPES, NO_EMULATOR, dtypes_of, lacks
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
@@ -20,8 +23,6 @@ def _seed() -> None:
 @pytest.fixture(autouse=True)
 def _fresh_emulator() -> Iterator[None]:
     """No test sees the emulator's settings or launches of another."""
-    from testing.cases import NO_EMULATOR
-
     if NO_EMULATOR is not None:
         yield
         return
@@ -50,7 +51,6 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """GPU kernels take no float64 (contract section 1), Triton's interpreter no bfloat16: no tests, and so no skips."""
-    from testing.cases import DTYPES, dtypes_of, lacks
     from tokenprune_kernels._op import OPS
 
     def exists(item: pytest.Item) -> bool:

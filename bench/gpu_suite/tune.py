@@ -50,6 +50,9 @@ SWEEPS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
     "select.digit": (("select_grouped_topk",), (3, 4, 5, 6, 7, 8)),
     "mixture.threads": (("select_mixture",), (128, 256, 512)),
     "gather.vectors": (("gather_compact",), (256, 512, 1024)),
+    "dpp.matrix": (("dpp_sample",), (0, 4096)),
+    "dpp.cluster": (("dpp_sample",), POWERS),
+    "coverage.cluster": (("coverage_sample",), POWERS),
 }
 MARGIN = 0.98  # of the best time so far: a smaller gain is noise
 

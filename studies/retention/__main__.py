@@ -1,4 +1,8 @@
-"""`python -m studies.retention`: measure, write the results, the figures and the tables of the page."""
+"""`python -m studies.retention`: measure, write the results, the figures and the tables of the page.
+
+Every batch of questions leaves its outcomes under build/retention, and the same command on the same commit goes on
+from there.
+"""
 
 import argparse
 from pathlib import Path
@@ -14,14 +18,14 @@ from testing.machine import commit, processor
 from testing.pages import fill
 
 from . import figures, page, results
-from .measure import IN_MODEL, METHODS, TOKENS, UNPRUNED, Outcome, Run, measure, runs
+from .measure import IN_MODEL, METHODS, TOKENS, UNPRUNED, Outcome, Run, measure, runs, with_other_positions
 from .timing import prefill_seconds
 
 MODEL = ROOT / "studies" / "models" / "tiny-llava-vqa"
 RESULTS = ROOT / "studies" / "results" / "retention.json"
 PAGE = ROOT / "docs" / "retention.md"
 SHOWN_KEEP = 64  # of the images of failures
-OTHER_LAYER_KEEP = 128  # the budget at which the methods inside the model are tried at a second layer
+VARIANTS_KEEP = 128  # the budget at which a second layer and the other position ids are tried
 PER_METHOD = 4
 
 
@@ -29,7 +33,9 @@ def _failures(asked: list[Item], outcomes: dict[Run, Outcome], keep: int) -> lis
     """For every method, questions of different families that only the unpruned model answers correctly."""
     chosen = []
     for method in METHODS:
-        run, outcome = next((r, o) for r, o in outcomes.items() if r[:3] == (method, keep, None))
+        run, outcome = next(
+            (r, o) for r, o in outcomes.items() if (r.method, r.keep, r.variant) == (method, keep, (None, None))
+        )
         lost = (outcomes[UNPRUNED].right & ~outcome.right).nonzero().flatten().tolist()
         taken: dict[str, int] = {}
         for index in lost:
@@ -69,9 +75,11 @@ def main() -> None:
     asked = items(options.split, options.per_family)
     table = runs()
     if options.layer:
-        table += runs(IN_MODEL, (OTHER_LAYER_KEEP,), options.layer)
+        table += runs(IN_MODEL, (VARIANTS_KEEP,), options.layer)
+    table += with_other_positions(VARIANTS_KEEP)
     at = commit()
-    outcomes = measure(model, options.split, asked, table)
+    parts = ROOT / "build" / "retention" / f"{at.replace(' ', '-')}-{options.split}-{options.per_family}"
+    outcomes = measure(model, options.split, asked, table, parts=parts)
     example = next(batches(options.split, asked[:1], 1))
     seconds = prefill_seconds(model, table, example.inputs, options.rounds)
     facts = {
@@ -82,7 +90,8 @@ def main() -> None:
     for name, value in by_family(asked, outcomes[UNPRUNED].right).items():
         print(f"{name:10} {value:6.1%}")
     for run, outcome in outcomes.items():
-        print(f"{run.method:10} {run.keep:3} layer {run.layer or '-'}  {outcome.right.double().mean().item():6.1%}")
+        name = f"{run.method:10} {run.keep:3} layer {run.layer or '-'} {run.positions or '-':8}"
+        print(f"{name} {outcome.right.double().mean().item():6.1%}")
     if options.out == RESULTS:
         write_page(results.load(options.out))
         lost = _failures(asked, outcomes, SHOWN_KEEP)

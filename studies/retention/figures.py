@@ -39,7 +39,7 @@ class Failure(NamedTuple):
 def plot(table: Table, path: Path) -> None:
     """Accuracy of every method over the share of tokens kept, with 95% intervals."""
     figure, axes = plt.subplots(figsize=(8, 5), dpi=110)
-    colours = plt.get_cmap("tab10")
+    colours = plt.get_cmap("tab20")
     shares = [keep / TOKENS for keep in keeps(table)]
     for number, method in enumerate(table.methods()):
         values = [mean_share(table.of(method, keep)) for keep in keeps(table)]

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,15 +19,22 @@ from tokenprune_kernels.methods import get_method
 TOKENS = SIDE * SIDE
 KEEPS = (192, 128, 64, 32)  # 33.3%, 22.2%, 11.1%, 5.6% of 576
 SEEDS = (0, 1, 2)
+Variant = tuple[int | None, str | None]  # the layer and the position ids
+OWN: Variant = (None, None)  # those of the method
 
 
 class Run(NamedTuple):
-    """A method at a budget; `layer` other than the method's own, or None; `seed` of one that draws."""
+    """A method at a budget; `layer` and `positions` other than the method's own, or None; `seed` of one that draws."""
 
     method: str
     keep: int
     layer: int | None = None
     seed: int | None = None
+    positions: str | None = None
+
+    @property
+    def variant(self) -> Variant:
+        return self.layer, self.positions
 
 
 @dataclass
@@ -61,6 +69,13 @@ def runs(methods: tuple[str, ...] = METHODS, keeps: tuple[int, ...] = KEEPS, lay
     return table
 
 
+def with_other_positions(keep: int) -> list[Run]:
+    """What the authors renumber with original position ids, and the other way round; in front of the model only."""
+    other = {"original": "renumber", "renumber": "original"}
+    before = tuple(method for method in METHODS if method not in IN_MODEL)
+    return [run._replace(positions=other[get_method(run.method).positions]) for run in runs(before, (keep,))]
+
+
 @contextmanager
 def one_encoding(model: Any) -> Iterator[None]:
     """The vision tower sees each batch once: its second call on the same pixels returns what the first one did.
@@ -87,28 +102,56 @@ def ask(model: Any, run: Run, inputs: dict[str, Tensor], index: int = 0) -> tupl
     if run == UNPRUNED:
         return answered(model, inputs), torch.arange(TOKENS).expand(len(inputs["input_ids"]), -1)
     seed = None if run.seed is None else run.seed * 1_000_003 + index
-    with prune_visual_tokens(model, run.method, run.keep, layer=run.layer, seed=seed) as pruning:
+    with prune_visual_tokens(
+        model, run.method, run.keep, layer=run.layer, seed=seed, positions=run.positions
+    ) as pruning:
         words = answered(model, inputs)
         assert pruning.kept is not None
         return words, pruning.kept
 
 
-def measure(model: Any, split: str, asked: list[Item], table: list[Run], size: int = 32) -> dict[Run, Outcome]:
-    """All runs on all items; a batch goes through every run before the next one is drawn."""
+def measure(
+    model: Any, split: str, asked: list[Item], table: list[Run], size: int = 32, parts: Path | None = None
+) -> dict[Run, Outcome]:
+    """All runs on all items; a batch goes through every run before the next one is drawn.
+
+    In the folder `parts` every batch leaves its outcomes, and what is there is not measured again.
+    """
     outcomes = {run: Outcome.empty(len(asked), run.keep) for run in (UNPRUNED, *table)}
     # For a method that reads the tower's attention the tower has to run.
     reading = {run for run in table if "saliency" in get_method(run.method).uses}
     groups = [[run for run in outcomes if (run in reading) is reads] for reads in (False, True)]
     with tqdm(total=len(asked), desc="questions", mininterval=5) as bar:
         for batch in batches(split, asked, size):
-            pairs = zip(batch.images, batch.indices, strict=True)
-            wanted = torch.stack([needed(image, asked[n].question) for image, n in pairs])
+            part = None if parts is None else parts / f"{batch.indices[0]}-{len(batch.indices)}.pt"
+            known = _read(part)
             for group, tower in zip(groups, (one_encoding(model), nullcontext()), strict=True):
                 with tower:
                     for run in group:
-                        _record(outcomes[run], batch, wanted, *ask(model, run, batch.inputs, batch.indices[0]))
+                        if run not in known:
+                            known[run] = ask(model, run, batch.inputs, batch.indices[0])
+            if part is not None:
+                _write(part, known)
+            pairs = zip(batch.images, batch.indices, strict=True)
+            wanted = torch.stack([needed(image, asked[n].question) for image, n in pairs])
+            for run, outcome in outcomes.items():
+                _record(outcome, batch, wanted, *known[run])
             bar.update(len(batch.indices))
     return outcomes
+
+
+def _read(part: Path | None) -> dict[Run, tuple[Tensor, Tensor]]:
+    if part is None or not part.exists():
+        return {}
+    return {Run(*run): answers for run, answers in torch.load(part, weights_only=True).items()}
+
+
+def _write(part: Path, known: dict[Run, tuple[Tensor, Tensor]]) -> None:
+    """Whole or not at all: a run can be stopped at any moment."""
+    part.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = part.with_suffix(".tmp")
+    torch.save({tuple(run): answers for run, answers in known.items()}, unfinished)
+    unfinished.replace(part)
 
 
 def _record(outcome: Outcome, batch: Batch, wanted: Tensor, words: Tensor, kept: Tensor) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 
 from studies.vqa.questions import FAMILIES
 
-from .measure import TOKENS, UNPRUNED
+from .measure import TOKENS, UNPRUNED, Variant
 from .results import Table
 from .statistics import Change, change, mean_share, share
 
@@ -19,11 +19,6 @@ def points(value: Change) -> str:
 
 def keeps(table: Table) -> list[int]:
     return sorted({run.keep for run in table.right if run != UNPRUNED}, reverse=True)
-
-
-def layers(table: Table) -> list[int]:
-    """Layers other than the methods' own that were measured too."""
-    return sorted({run.layer for run in table.right if run.layer is not None})
 
 
 def budget(keep: int) -> str:
@@ -44,10 +39,10 @@ def model_table(table: Table) -> str:
     return "\n".join(lines)
 
 
-def _row(table: Table, method: str, keep: int, layer: int | None, name: str) -> str:
-    right, full = table.of(method, keep, layer), table.right[UNPRUNED]
+def _row(table: Table, method: str, keep: int, variant: Variant, name: str) -> str:
+    right, full = table.of(method, keep, variant), table.right[UNPRUNED]
     accuracy = mean_share(right)
-    runs = table.of_runs(method, keep, layer)
+    runs = table.of_runs(method, keep, variant)
     covered = np.mean([table.covered[run] for run in runs])
     took = table.seconds.get(runs[0])
     ratio = f"{table.seconds[UNPRUNED] / took:.2f}x" if took else ""
@@ -67,10 +62,11 @@ def budget_table(table: Table, keep: int) -> str:
     """All methods at one budget."""
     heads = ("method", "accuracy", "of unpruned", "change, points", *FAMILIES, "needed tokens kept", "prefill")
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for layer in (None, *layers(table)):
-        measured = [method for method in table.methods() if table.of_runs(method, keep, layer)]
-        at = "" if layer is None else f", layer {layer}"
-        lines += [_row(table, method, keep, layer, f"`{method}`{at}") for method in measured]
+    for variant in table.variants():
+        measured = [method for method in table.methods() if table.of_runs(method, keep, variant)]
+        layer, positions = variant
+        at = (f", layer {layer}" if layer is not None else "") + (f", positions {positions}" if positions else "")
+        lines += [_row(table, method, keep, variant, f"`{method}`{at}") for method in measured]
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from studies.vqa.evaluate import Item
 from studies.vqa.questions import FAMILIES
 
-from .measure import UNPRUNED, Outcome, Run
+from .measure import OWN, UNPRUNED, Outcome, Run, Variant
 
 
 class Table(NamedTuple):
@@ -27,13 +27,17 @@ class Table(NamedTuple):
         """Those that were measured, in the order of the runs."""
         return list(dict.fromkeys(run.method for run in self.right if run != UNPRUNED))
 
-    def of_runs(self, method: str, keep: int, layer: int | None = None) -> list[Run]:
-        """The runs of a method at a budget: one, or one per seed."""
-        return [run for run in self.right if run[:3] == (method, keep, layer)]
+    def variants(self) -> list[Variant]:
+        """Layers and position ids, the methods' own first."""
+        return list(dict.fromkeys(run.variant for run in self.right))
 
-    def of(self, method: str, keep: int, layer: int | None = None) -> Tensor:
+    def of_runs(self, method: str, keep: int, variant: Variant = OWN) -> list[Run]:
+        """The runs of a method at a budget: one, or one per seed."""
+        return [run for run in self.right if (run.method, run.keep, run.variant) == (method, keep, variant)]
+
+    def of(self, method: str, keep: int, variant: Variant = OWN) -> Tensor:
         """[seeds, N]: right answers of a method at a budget."""
-        return torch.stack([self.right[run] for run in self.of_runs(method, keep, layer)])
+        return torch.stack([self.right[run] for run in self.of_runs(method, keep, variant)])
 
     def by_family(self, right: Tensor) -> list[float]:
         """The accuracy of each family, of answers [R, N] or [N]."""
@@ -75,7 +79,7 @@ def load(path: Path) -> Table:
     content = json.loads(path.read_text())
     rows = content.pop("runs")
     families = np.repeat(list(content["families"]), list(content["families"].values()))
-    runs = [(Run(row["method"], row["keep"], row["layer"], row["seed"]), row) for row in rows]
+    runs = [(Run(row["method"], row["keep"], row["layer"], row["seed"], row.get("positions")), row) for row in rows]
     assert runs[0][0] == UNPRUNED
     return Table(
         content,

@@ -32,6 +32,8 @@ OPS_OF = {
     "select": ("select_topk", "select_grouped_topk", "select_two_tailed", "mask_to_indices"),
     "mixture": ("select_mixture",),
     "gather": ("gather_compact",),
+    "dpp": ("dpp_sample",),
+    "coverage": ("coverage_sample",),
 }
 
 
@@ -109,6 +111,9 @@ CHANGES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
     "select.digit": ("4", "select_grouped_topk", 300, {}),
     "mixture.threads": ("128", "select_mixture", 1000, {}),
     "gather.vectors": ("1024", "gather_compact", 300, {}),
+    "dpp.matrix": ("0", "dpp_sample", 300, {}),
+    "dpp.cluster": ("2", "dpp_sample", 300, {}),
+    "coverage.cluster": ("2", "coverage_sample", 300, {}),
 }
 
 
@@ -132,7 +137,7 @@ def test_overrides_change_nothing_about_determinism() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nms.colour=3", "expected one of attention.splits, .*gather.vectors, got 'nms.colour'"),
+        ("nms.colour=3", "expected one of attention.splits, .*gather.vectors, .*, got 'nms.colour'"),
         ("select.threads", "select.threads must be an integer, got ''"),
         ("select.threads=many", "select.threads must be an integer, got 'many'"),
         ("select.threads=64,,", "expected one of .*, got ''"),

@@ -10,8 +10,23 @@ pytest.importorskip("skimage", reason="scikit-image, which has the photographs, 
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib, which draws the plot, is not installed")
 
+from studies.retention import measure as measuring
 from studies.retention import page, results, statistics, timing
-from studies.retention.measure import KEEPS, METHODS, SEEDS, TOKENS, UNPRUNED, Outcome, Run, measure, runs
+from studies.retention.measure import (
+    IN_MODEL,
+    KEEPS,
+    METHODS,
+    OWN,
+    SEEDS,
+    TOKENS,
+    UNPRUNED,
+    Outcome,
+    Run,
+    ask,
+    measure,
+    runs,
+    with_other_positions,
+)  # fmt: skip
 from studies.vqa import model as tiny
 from studies.vqa.evaluate import Item, answered, batches, items, needed
 from studies.vqa.questions import FAMILIES
@@ -143,6 +158,24 @@ def test_results_come_back_from_their_file(tmp_path, asked):
     assert row.endswith("| 50.0 | 2.00x |")
 
 
+def test_what_was_measured_before_a_run_was_stopped_is_not_measured_again(model, asked, tmp_path, monkeypatch):
+    first = [Run("divprune", 32), Run("random", 32, None, 1)]
+    want = measure(model, "test", asked, first, parts=tmp_path)
+    seen = []
+    monkeypatch.setattr(measuring, "ask", lambda m, run, *rest: (seen.append(run), ask(m, run, *rest))[1])
+    got = measure(model, "test", asked, [*first, Run("scope", 32)], parts=tmp_path)
+    assert set(seen) == {Run("scope", 32)}
+    for run, outcome in want.items():
+        assert torch.equal(got[run].given, outcome.given)
+        assert torch.equal(got[run].kept, outcome.kept)
+
+
+def test_other_position_ids_are_tried_where_a_method_allows_them():
+    tried = with_other_positions(64)
+    assert {(run.method, run.positions) for run in tried} >= {("adafv", "original"), ("divprune", "renumber")}
+    assert not {run.method for run in tried} & set(IN_MODEL)
+
+
 def test_timing_covers_every_run_once(model, asked):
     table = [Run("divprune", 64), Run("random", 64, None, 0), Run("random", 64, None, 1)]
     inputs = next(batches("test", asked[:1], 1)).inputs
@@ -167,7 +200,7 @@ def test_committed_results_are_those_of_the_committed_weights():
     weights = load(ROOT / "studies" / "models" / "tiny-llava-vqa")
     every = items("test", per_family if per_family < 3 else 3)
     indices = [n * per_family + k for n in range(len(FAMILIES)) for k in range(len(every) // len(FAMILIES))]
-    chosen = [run for run in table.right if run.keep == 128 and run.layer is None and run.method != "random"]
+    chosen = [run for run in table.right if run.keep == 128 and run.variant == OWN and run.method != "random"]
     assert set(chosen) <= set(runs())
     outcomes = measure(weights, "test", every, chosen)
     differing = sum(int((outcome.right != table.right[run][indices]).sum()) for run, outcome in outcomes.items())

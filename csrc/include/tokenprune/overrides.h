@@ -39,6 +39,9 @@ enum class Planned {
   kSelectDigit,
   kMixtureThreads,
   kGatherVectors,
+  kDppMatrix,
+  kDppCluster,
+  kCoverageCluster,
   kCount,
 };
 
@@ -68,6 +71,9 @@ constexpr std::array<const char*, static_cast<size_t>(Planned::kCount)> kPlanned
     "select.digit",
     "mixture.threads",
     "gather.vectors",
+    "dpp.matrix",
+    "dpp.cluster",
+    "coverage.cluster",
 };
 
 struct PlanOverrides {
