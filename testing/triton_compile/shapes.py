@@ -316,7 +316,9 @@ def coverages() -> Iterator[Call]:
             yield Call(f"{NAMES[dtype]}, {tokens} tokens", base)
         full = {"row_weights": meta(2, 600, dtype=dtype), "quality": meta(2, 576, dtype=dtype)}
         masks = {"row_mask": flags(2, 600), "mask": flags(2, 576)}
-        yield Call(f"{NAMES[dtype]}, everything", {"similarity": meta(2, 600, 576, dtype=dtype), **full, **masks, "k": 64})
+        yield Call(
+            f"{NAMES[dtype]}, everything", {"similarity": meta(2, 600, 576, dtype=dtype), **full, **masks, "k": 64}
+        )
 
 
 def peaks() -> Iterator[Call]:

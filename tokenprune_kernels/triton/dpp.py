@@ -40,9 +40,10 @@ def dpp_config(n: int) -> Config:
 
 @triton.jit
 def _quality(quality_ptr, token, inside):
-    if quality_ptr is None:
-        return tl.full(token.shape, 1.0, tl.float32)
-    return tl.load(quality_ptr + token, mask=inside, other=0.0).to(tl.float32)
+    quality = tl.full(token.shape, 1.0, tl.float32)
+    if quality_ptr is not None:
+        quality = tl.load(quality_ptr + token, mask=inside, other=0.0).to(tl.float32)
+    return quality
 
 
 @triton.jit
