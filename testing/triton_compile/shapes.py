@@ -314,11 +314,9 @@ def coverages() -> Iterator[Call]:
         for tokens in (37, 576, 2880, 16384):
             base = {"similarity": meta(1, min(tokens, 2880), tokens, dtype=dtype), "k": 64}
             yield Call(f"{NAMES[dtype]}, {tokens} tokens", base)
-        full = {"row_weights": meta(2, 600, dtype=dtype), "quality": meta(2, 576, dtype=dtype)}
-        masks = {"row_mask": flags(2, 600), "mask": flags(2, 576)}
-        yield Call(
-            f"{NAMES[dtype]}, everything", {"similarity": meta(2, 600, 576, dtype=dtype), **full, **masks, "k": 64}
-        )
+        full = {"similarity": meta(2, 600, 576, dtype=dtype), "row_weights": meta(2, 600, dtype=dtype), "k": 64}
+        more = {"quality": meta(2, 576, dtype=dtype), "row_mask": flags(2, 600), "mask": flags(2, 576)}
+        yield Call(f"{NAMES[dtype]}, everything", {**full, **more})
 
 
 def peaks() -> Iterator[Call]:
