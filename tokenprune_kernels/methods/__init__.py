@@ -12,6 +12,7 @@ from .dart import DART, dart
 from .evs import EVS, evs
 from .scope import SCOPE, scope
 from .sts import STS, sts_semantics, sts_structure
+from .visionzip import VISIONZIP, visionzip
 from .zspaprune import ZSPAPRUNE, zspaprune
 
 __all__ = [
@@ -35,10 +36,12 @@ __all__ = [
     "sts_semantics",
     "sts_structure",
     "unregister_method",
+    "visionzip",
     "zspaprune",
 ]
 
 # The order of every table.
-for _method in (COAST, STS, ADAFV, ZSPAPRUNE, ADAPTPRUNE, DART, EVS, CDPRUNER, SCOPE, FASTV, DIVPRUNE, RANDOM):
+_PUBLISHED = (COAST, STS, ADAFV, ZSPAPRUNE, ADAPTPRUNE, DART, EVS, CDPRUNER, SCOPE, VISIONZIP)
+for _method in (*_PUBLISHED, FASTV, DIVPRUNE, RANDOM):
     add(_method)
-del _method, add
+del _method, _PUBLISHED, add
