@@ -12,6 +12,7 @@ from .dart import DART, dart
 from .evs import EVS, evs
 from .scope import SCOPE, scope
 from .sts import STS, sts_semantics, sts_structure
+from .vidcom2 import VIDCOM2, vidcom2
 from .visionzip import VISIONZIP, visionzip
 from .zspaprune import ZSPAPRUNE, zspaprune
 
@@ -36,12 +37,13 @@ __all__ = [
     "sts_semantics",
     "sts_structure",
     "unregister_method",
+    "vidcom2",
     "visionzip",
     "zspaprune",
 ]
 
 # The order of every table.
-_PUBLISHED = (COAST, STS, ADAFV, ZSPAPRUNE, ADAPTPRUNE, DART, EVS, CDPRUNER, SCOPE, VISIONZIP)
+_PUBLISHED = (COAST, STS, ADAFV, ZSPAPRUNE, ADAPTPRUNE, DART, EVS, VIDCOM2, CDPRUNER, SCOPE, VISIONZIP)
 for _method in (*_PUBLISHED, FASTV, DIVPRUNE, RANDOM):
     add(_method)
 del _method, _PUBLISHED, add
