@@ -302,3 +302,21 @@ def vidcom2(features, frames, k):
     else:
         kept = kept + best(s, [i for i in range(n) if i not in kept], min(k, n) - len(kept), largest=False)
     return {"indices": sorted(kept), "redundancy": s, "budgets": budgets}
+
+
+def mmtok(features, text, k, seen=None, alpha=0.5):
+    """Coverage of the stacked matrix, with the weights multiplied in, as in the authors' code."""
+    seen, n, rows = features if seen is None else seen, len(features), []
+    for queries, tokens, temperature, weight in ((text, features, 0.02, 1.0), (seen, seen, 0.2, alpha)):
+        for query in queries:
+            e = np.exp([(cos(query, token) - 1) / temperature for token in tokens])
+            rows.append(weight / len(queries) * e / e.sum())
+    covered, picks, gains = [0.0] * len(rows), [], []
+    for _ in range(min(k, n)):
+        rest = [i for i in range(n) if i not in picks]
+        gain = {i: sum(max(row[i] - c, 0) for row, c in zip(rows, covered, strict=True)) for i in rest}
+        (j,) = best(gain, rest, 1)
+        picks.append(j)
+        gains.append(gain[j])
+        covered = [max(c, row[j]) for row, c in zip(rows, covered, strict=True)]
+    return {"order": picks, "gains": gains}
