@@ -68,11 +68,11 @@ def renumbered(prompts: Prompts, drops: Sequence[oracle.Drop], new: int) -> dict
 
 
 def assert_decoded_like_the_oracle(
-    prompts: Prompts, drops: Sequence[oracle.Drop], out: Any, *, renumber: bool = False
+    prompts: Prompts, drops: Sequence[oracle.Drop], out: Any, *, renumber: bool = False, close: Any = CLOSE
 ) -> None:
     """The logits of the prefill and of every decoding step, given the tokens that were decoded."""
     length = prompts.inputs["input_ids"].shape[1]
     new = out.sequences[:, length:]
     more = renumbered(prompts, drops, new.shape[1] - 1) if renumber else {}
     want = oracle.logits(prompts, drops, new[:, :-1], **more)[:, length - 1 :]
-    torch.testing.assert_close(torch.stack(out.logits, 1).double(), want, **CLOSE)
+    torch.testing.assert_close(torch.stack(out.logits, 1).double(), want, **close)

@@ -122,7 +122,7 @@ SOURCES: dict[str, Callable[[LayerContext], Any]] = {
 }
 
 
-def check_layer(method: str, stage: Stage, layer: Any) -> None:
+def check_stage(method: str, stage: Stage, layer: Any) -> None:
     """Whether a decoder layer has what a function asks of it."""
     if "unrotated_key" in stage.uses and not hasattr(layer.self_attn, "k_proj"):
         raise NotImplementedError(

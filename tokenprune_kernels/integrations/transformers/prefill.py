@@ -6,7 +6,6 @@ later layer gets the shortened ones instead of what the model's loop hands it.
 
 import functools
 import threading
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from ... import gather_compact
 from ..._backend import served_by
 from ...methods import Stage
+from .budgets import Budget
 from .cache import Pruned, Segment, check_cache, compact_layers, layer_length, remember
 from .choose import AttentionInputs, LayerContext, choose
 from .deepstack import DeepStack, take_deepstack
@@ -35,11 +35,11 @@ IMAGES_LATER = (
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage of a method in front of decoder layer `layer`; `budget`: of so many visual tokens keep how many."""
+    """A stage of a method in front of decoder layer `layer`."""
 
     layer: int
     stage: Stage
-    budget: Callable[[int], int]
+    budget: Budget
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Prefill:
     cache: Any = None  # that the layers fill
     segments: list[Segment] = field(default_factory=list)
     attention: AttentionInputs | None = None  # of the layer before a pruning layer
-    columns: Tensor | None = None  # of the last pruning, into the sequence before it
+    columns: list[Tensor] = field(default_factory=list)  # of each segment, into the sequence before it
     # What the layers get instead of the model's, after the first pruning.
     replaced: dict[str, Any] = field(default_factory=dict)
 
@@ -162,11 +162,22 @@ def end_prefill(plan: Plan, now: Prefill) -> None:
     if now.cache is None:
         return
     last = now.segments[-1]
-    if plan.compact_cache and last.first > 0 and now.columns is not None:
+    if plan.compact_cache and last.first > 0:
         with now.report.clock("compact_ms"):
-            compact_layers(now.cache, range(last.first), now.columns)
+            _compact_caches(now)
         now.segments = [Segment(0, last.tokens)]
     remember(now.cache, Pruned(now.original.length, now.segments, now.next_position))
+
+
+def _compact_caches(now: Prefill) -> None:
+    """Drops from the cache of every layer what the last layers lack; the layers up to a pruning are one call."""
+    left: Tensor | None = None  # the columns of the last segment, in the sequence in front of the current one
+    starts = [0, *(segment.first for segment in now.segments)]
+    for start, end, columns in reversed(list(zip(starts, starts[1:], now.columns, strict=False))):
+        # A column of padding gathers 0 from column numbers that start at 1.
+        left = columns if left is None else gather_compact([columns + 1], left, dims=[1])[0] - 1
+        if start < end:
+            compact_layers(now.cache, range(start, end), left)
 
 
 def _prune(plan: Plan, now: Prefill, planned: PlannedStage, layer: nn.Module, inputs: Inputs) -> Inputs:
@@ -182,8 +193,9 @@ def _prune(plan: Plan, now: Prefill, planned: PlannedStage, layer: nn.Module, in
     now.attention = None
     with now.report.clock("compact_ms"):
         hidden = _compact(plan, now, after, columns, inputs)
-    now.tokens, now.columns = after, columns
+    now.tokens = after
     now.segments.append(Segment(planned.layer, after))
+    now.columns.append(columns)
     now.report.pruned(planned.layer, after.counts, after.origin, served_by("gather_compact", hidden))
     return {**inputs, "hidden_states": hidden}
 

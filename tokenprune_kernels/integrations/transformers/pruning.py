@@ -1,15 +1,16 @@
 """`prune_visual_tokens`: the block inside which a model drops visual tokens, and what it tells afterwards."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
 
-from ...methods import ARGUMENTS, Method, Stage, get_method, method_names
+from ...methods import ARGUMENTS, Method, get_method, method_names
 from ...methods._method import Choose
 from .block import Block
-from .choose import check_layer
+from .budgets import Share, as_python, budget_of, check_layer, schedule_of, times
+from .choose import check_stage
 from .families import Family
 from .hooks import install
 from .overlay import boxes_of, overlay
@@ -17,49 +18,32 @@ from .prefill import Plan, PlannedStage
 from .registry import family_of, unwrapped
 
 METHODS = method_names()  # of this package; users may register others
+Keep = Share | Mapping[int, Share]
 IN_MODEL = tuple(name for name in METHODS if get_method(name).in_model)
 
 
-def as_python(number: Any) -> Any:
-    """The scalars of NumPy and torch as Python's numbers; anything else as it is."""
-    return number.item() if getattr(number, "shape", None) == () else number
-
-
-def budget_of(keep: int | float) -> Callable[[int], int]:
-    """How many of a sample's visual tokens stay: a count, or a ratio of what there is, rounded, at least one."""
-    keep = as_python(keep)
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
-        raise TypeError(f"prune_visual_tokens: keep must be an int (tokens) or a float (ratio), got {keep!r}")
-    if isinstance(keep, int):
-        if keep < 1:
-            raise ValueError(f"prune_visual_tokens: keep must be at least 1 token, got {keep}")
-        return lambda tokens: min(keep, tokens)
-    if not 0 < keep <= 1:
-        raise ValueError(f"prune_visual_tokens: a ratio to keep must lie in (0, 1], got {keep}")
-    return lambda tokens: min(tokens, max(1, round(keep * tokens)))
-
-
-def stages_of(
-    method: Method, budget: Callable[[int], int], layer: int | None, family: Family, depth: int
-) -> list[PlannedStage]:
-    """Where the method chooses, and how many."""
-    inside = [stage.at_layer(layer) for stage in method.stages]
-    if not any(inside):
+def stages_of(method: Method, keep: Keep, layer: int | None, family: Family, depth: int) -> list[PlannedStage]:
+    """Where the method chooses, and how many: what works inside the model does so at every layer of a schedule."""
+    if isinstance(keep, Mapping):
         if layer is not None:
-            raise ValueError(f"prune_visual_tokens: {method.name} works before the language model and takes no layer")
-        layer = 0
+            raise ValueError("prune_visual_tokens: a schedule to keep names its layers; layer must be None then")
+        schedule = schedule_of(keep, depth)
+        layer = next(iter(schedule))
     else:
-        layer = as_python(layer)
-        if layer is None:
+        budget = budget_of(keep)
+        if layer is None and method.in_model:
             # The paper's layer, on a model that is deep enough for it.
             layer = min(method.layers.get(family.name, method.layer), depth - 1)
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer < depth:
-            raise ValueError(f"prune_visual_tokens: layer must lie in [1, {depth - 1}] for this model, got {layer!r}")
-
-    def planned(stage: Stage, there: bool) -> PlannedStage:
-        return PlannedStage(layer if there else 0, stage, lambda tokens: min(tokens, stage.share * budget(tokens)))
-
-    return [planned(*each) for each in zip(method.stages, inside, strict=True)]
+        schedule = {0 if layer is None else check_layer(layer, depth): budget}
+    inside = [stage.at_layer(layer) for stage in method.stages]
+    if layer is not None and not any(inside):
+        what = "schedule" if isinstance(keep, Mapping) else "layer"
+        raise ValueError(f"prune_visual_tokens: {method.name} works before the language model and takes no {what}")
+    return [
+        PlannedStage(at, stage, times(stage.share, budget))
+        for stage, there in zip(method.stages, inside, strict=True)
+        for at, budget in (schedule.items() if there else [(0, schedule[min(schedule)])])
+    ]
 
 
 def check_options(method: Method, options: dict[str, Any]) -> None:
@@ -90,7 +74,7 @@ class Pruning:
         self,
         model: nn.Module,
         method: str | Method | Choose,
-        keep: int | float,
+        keep: Keep,
         *,
         layer: int | None = None,
         positions: str | None = None,
@@ -107,9 +91,8 @@ class Pruning:
             raise ValueError(
                 f"prune_visual_tokens: the positions of {family.name} carry the image's geometry: original"
             )
-        budget = budget_of(keep)
         method = get_method(method, caller="prune_visual_tokens")
-        stages = stages_of(method, budget, layer, family, len(decoder.layers))
+        stages = stages_of(method, keep, layer, family, len(decoder.layers))
         check_options(method, options or {})
         in_model = any(planned.layer > 0 for planned in stages)
         if positions is None:
@@ -124,7 +107,7 @@ class Pruning:
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise TypeError(f"prune_visual_tokens: seed must be an int or None, got {seed!r}")
         for planned in stages:
-            check_layer(method.name, planned.stage, decoder.layers[planned.layer])
+            check_stage(method.name, planned.stage, decoder.layers[planned.layer])
         self.method, self.model = method.name, model
         self._block = Block(Plan(
             family, core, decoder, method.name, {planned.layer: planned for planned in stages},
@@ -150,7 +133,7 @@ class Pruning:
 
     @property
     def kept_at(self) -> dict[int, Tensor]:
-        """What was left in front of each pruning layer, as `kept`: sts prunes twice."""
+        """What was left in front of each pruning layer, as `kept`: of sts and of schedules several."""
         return self._block.report.kept_at
 
     @property
@@ -183,7 +166,7 @@ class Pruning:
 def prune_visual_tokens(
     model: nn.Module,
     method: str | Method | Choose = "coast",
-    keep: int | float = 0.222,
+    keep: Keep = 0.222,
     *,
     layer: int | None = None,
     positions: str | None = None,
@@ -200,7 +183,8 @@ def prune_visual_tokens(
             it takes `k` and, by the names of its parameters, what it asks for of
             `tokenprune_kernels.methods.ARGUMENTS`, and returns indices [B, k] of visual tokens or a `Selection`.
         keep: visual tokens to keep per sample, an int, or the share of them, a float in (0, 1]; scalars of NumPy and
-            torch are as good.
+            torch are as good. Or a schedule, {layer: one of these}: of the prompt's visual tokens so many are kept from
+            that decoder layer on, shares rounded down. Layers ascend, and what is kept does not grow.
         layer: for methods that work inside the model: the decoder layer in front of which tokens are dropped, by the
             attention of the layer before it. Default: the paper's, or 2. A function that asks for no attention works in
             front of the language model unless a layer is given.
