@@ -10,8 +10,10 @@ from .cdpruner import CDPRUNER, cdpruner
 from .coast import COAST, coast
 from .dart import DART, dart
 from .evs import EVS, evs
+from .mmtok import MMTOK, mmtok
 from .scope import SCOPE, scope
 from .sts import STS, sts_semantics, sts_structure
+from .vidcom2 import VIDCOM2, vidcom2
 from .visionzip import VISIONZIP, visionzip
 from .zspaprune import ZSPAPRUNE, zspaprune
 
@@ -30,18 +32,20 @@ __all__ = [
     "fastv",
     "get_method",
     "method_names",
+    "mmtok",
     "random",
     "register_method",
     "scope",
     "sts_semantics",
     "sts_structure",
     "unregister_method",
+    "vidcom2",
     "visionzip",
     "zspaprune",
 ]
 
 # The order of every table.
-_PUBLISHED = (COAST, STS, ADAFV, ZSPAPRUNE, ADAPTPRUNE, DART, EVS, CDPRUNER, SCOPE, VISIONZIP)
+_PUBLISHED = (COAST, STS, ADAFV, ZSPAPRUNE, ADAPTPRUNE, DART, EVS, VIDCOM2, CDPRUNER, SCOPE, MMTOK, VISIONZIP)
 for _method in (*_PUBLISHED, FASTV, DIVPRUNE, RANDOM):
     add(_method)
 del _method, _PUBLISHED, add
