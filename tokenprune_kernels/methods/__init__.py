@@ -10,6 +10,7 @@ from .cdpruner import CDPRUNER, cdpruner
 from .coast import COAST, coast
 from .dart import DART, dart
 from .evs import EVS, evs
+from .pyramiddrop import PYRAMIDDROP, pyramiddrop
 from .scope import SCOPE, scope
 from .sts import STS, sts_semantics, sts_structure
 from .zspaprune import ZSPAPRUNE, zspaprune
@@ -29,6 +30,7 @@ __all__ = [
     "fastv",
     "get_method",
     "method_names",
+    "pyramiddrop",
     "random",
     "register_method",
     "scope",
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 # The order of every table.
-for _method in (COAST, STS, ADAFV, ZSPAPRUNE, ADAPTPRUNE, DART, EVS, CDPRUNER, SCOPE, FASTV, DIVPRUNE, RANDOM):
+_BASELINES = (FASTV, DIVPRUNE, RANDOM)
+for _method in (COAST, STS, ADAFV, ZSPAPRUNE, ADAPTPRUNE, DART, EVS, CDPRUNER, SCOPE, PYRAMIDDROP, *_BASELINES):
     add(_method)
 del _method, add
