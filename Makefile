@@ -21,7 +21,7 @@ CSRC = $(shell find csrc emulator tests -name '*.h' -o -name '*.cpp' -o -name '*
 # Names of the environment that change the build or the installation reach the recipes as they are.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test bench bench-prefill retention weights readme build cuda-table triton-table lint format sanitize \
+.PHONY: help demo test bench bench-prefill retention hub weights readme build cuda-table triton-table lint format sanitize \
         coverage check-abi check-triton check-transformers check-newest lock clean
 
 help:  ## list the targets
@@ -47,6 +47,9 @@ bench-prefill: bench  ## time the prefill of a small vision-language model with 
 
 retention: build  ## how much accuracy every method keeps: studies/results/retention.json and docs/retention.md (20 minutes)
 	$(BIN)/python -m studies.retention $(ARGS)
+
+hub: $(STAMP)  ## write the package in the kernel hub's form, for CPUs: build/hub (ARGS=--cuda: with CUDA kernels)
+	$(BIN)/python -m scripts.hub $(ARGS)
 
 weights: build  ## train the small model again, from nothing (70 minutes on two cores; stopped, it goes on where it was)
 	$(BIN)/python -m studies.vqa.train --out studies/models/tiny-llava-vqa $(ARGS)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import tokenprune_kernels as tp
 
+from .baselines_greedy import coverage as published
 from .images import make_features
 from .shapes import MODELS
 
@@ -20,21 +21,6 @@ def _inference() -> Any:
     torch.manual_seed(0)
     with torch.inference_mode():
         yield
-
-
-def published(similarity: Tensor, quality: Tensor, k: int) -> Tensor:
-    """The gains of all tokens over all rows anew in every step."""
-    batch, rows, _ = similarity.shape
-    sample = torch.arange(batch, device=similarity.device)
-    covered, taken = similarity.new_zeros(batch, rows, 1), torch.zeros_like(quality, dtype=torch.bool)
-    picks = torch.empty(batch, k, dtype=torch.int64, device=similarity.device)
-    for step in range(k):
-        gain = (similarity - covered).clamp_min(0).sum(1) * quality
-        j = gain.masked_fill(taken, -torch.inf).argmax(-1)
-        picks[:, step] = j
-        taken[sample, j] = True
-        covered = torch.maximum(covered, similarity[sample, :, j].unsqueeze(-1))
-    return picks
 
 
 def same_picks(results: dict[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import tokenprune_kernels as tp
 
+from .baselines_greedy import dpp as published
 from .images import make_features
 from .shapes import MODELS
 
@@ -26,24 +27,6 @@ def _inference() -> Any:
     torch.manual_seed(0)
     with torch.inference_mode():
         yield
-
-
-def published(features: Tensor, quality: Tensor, k: int) -> Tensor:
-    """The whole kernel first, then one row of its Cholesky factor a step, over all tokens."""
-    unit = torch.nn.functional.normalize(features.float(), dim=-1)
-    kernel = quality.unsqueeze(2) * (unit @ unit.mT) * quality.unsqueeze(1)
-    batch, n, _ = kernel.shape
-    sample = torch.arange(batch, device=features.device)
-    factor, gain = kernel.new_zeros(k, batch, n), kernel.diagonal(dim1=1, dim2=2).clone()
-    picks = torch.empty(batch, k, dtype=torch.int64, device=features.device)
-    for step in range(k):
-        j = gain.argmax(-1)
-        picks[:, step] = j
-        earlier = torch.einsum("sb,sbn->bn", factor[:step, sample, j], factor[:step])
-        factor[step] = (kernel[sample, j] - earlier) / gain[sample, j].sqrt().unsqueeze(-1)
-        gain -= factor[step].square()
-        gain[sample, j] = -torch.inf
-    return picks
 
 
 def greedy_up_to_rounding(features: Tensor, quality: Tensor) -> Callable[[dict[str, Tensor]], None]:

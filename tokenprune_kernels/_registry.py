@@ -9,6 +9,7 @@ import importlib
 import json
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from . import _autograd, _fakes, _triton, _vmap, reference
 from ._checks import on_dense
 from ._op import OPS, compiled_ops
+from ._version import __version__
 
 _library: torch.library.Library | None = None  # keeps the registrations alive
 _binary: Any = None
@@ -149,13 +151,22 @@ def _fallback(name: str) -> Callable[..., Any]:
     return as_runtime_error(on_dense(name, run))
 
 
+def _claim_ops() -> None:
+    """A second copy in one process, as the kernel hub can bring one, would define the same ops and end in a crash."""
+    this = f"tokenprune_kernels {__version__} in {Path(__file__).resolve().parent}"
+    first = vars(torch).setdefault("_tokenprune_kernels", this)
+    if first is not this:
+        raise ImportError(f"{first} has defined torch.ops.tokenprune, and so would {this}: import only one of them")
+
+
 def load() -> None:
     """Load the compiled library, or define the ops from the references; then add fakes, autograd, vmap and Triton."""
     global _library, _binary, _load_error
     if _library is not None:
         return
+    _claim_ops()
     try:
-        _binary = importlib.import_module("tokenprune_kernels._C")
+        _binary = importlib.import_module("._C", __package__)
     except ModuleNotFoundError:
         _load_error = "no compiled library was built: no C++ compiler at installation, or TOKENPRUNE_CPU=0"
     except ImportError as error:

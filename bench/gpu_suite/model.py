@@ -13,6 +13,7 @@ What the machine code says of an iteration is a range (scripts/machine_code.py),
 met, or everything skipped that can be. It is a prediction: no measurement is in it.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -103,6 +104,16 @@ def similarity(features: Any, best: Any, mean: Any = None, *_: Any, **options: A
                  dram=size * batch * dim * (n + listed), l2=tiles * 128 * dim * size)  # fmt: skip
 
 
+def paired(a: Any, b: Any, *_: Any, **options: Any) -> Iterator[Launch]:
+    """Of two views of one video, the second reading comes from the L2."""
+    batch, n, dim = a.shape
+    moved = float(batch * n * dim * a.element_size())
+    warps = max(w for w in (1, 2, 4, 8) if w == 1 or (batch * n * w / 2 < 16 * 132 and moved > batch * n * 1024 * w))
+    same = a.untyped_storage()._cdata == b.untyped_storage()._cdata
+    yield Launch(f"paired_cosine_kernel<{CPP[a.dtype]}, true", 2 * moved / 512, pieces=batch * n * warps / 8,
+                 dram=(1 if same else 2) * moved, l2=2 * moved)  # fmt: skip
+
+
 def repulsion(features: Any, k: int, positions: Any = None, *_: Any, **options: Any) -> Iterator[Launch]:
     batch, n, dim = features.shape
     kind, size, steps = CPP[features.dtype], features.element_size(), min(k, n)
@@ -131,6 +142,29 @@ def repulsion(features: Any, k: int, positions: Any = None, *_: Any, **options: 
         yield Launch(f"rounds_kernel<{kind}", steps=steps / 4, pieces=264, cluster=True)  # some picks a round
 
 
+def dpp(features: Any, k: int, *_: Any, **options: Any) -> Iterator[Launch]:
+    batch, n, dim = features.shape
+    kind, size, steps = CPP[features.dtype], features.element_size(), min(k, n)
+    if n <= 3072:
+        yield from itertools.islice(repulsion(features, k, first="index"), 1)
+        # A warp takes 8 tokens of a block at once, and 4 of the terms of their sums.
+        trips = -(-n // (64 * 24)) * steps // 8
+        yield Launch("dpp_matrix_kernel", steps=steps, step_trips=trips, pieces=8 * batch, cluster=True)
+        return
+    moved = float(batch * n * dim * size)
+    yield Launch(f"dpp_prepare_kernel<{kind}", moved / 512, pieces=batch * n / 8, dram=moved)
+    yield Launch(f"dpp_rows_kernel<{kind}", steps=steps, pieces=264, l2=moved * steps, cluster=True)
+
+
+def coverage(similarity: Any, k: int, *_: Any, **options: Any) -> Iterator[Launch]:
+    """About 100 tokens are evaluated in a step, by 128 warps."""
+    batch, rows, n = similarity.shape
+    kind, size, steps = CPP[similarity.dtype], similarity.element_size(), min(k, n)
+    yield Launch(f"coverage_columns_kernel<{kind}", batch * rows * n / 4096, pieces=batch * rows * n / 4096,
+                 dram=float(batch * rows * n * size))  # fmt: skip
+    yield Launch("coverage_greedy_kernel", steps=steps, step_trips=-(-rows // 128), pieces=8 * batch, cluster=True)
+
+
 def nms(scores: Any, features: Any, positions: Any, k: int, *_: Any, **options: Any) -> Iterator[Launch]:
     batch, n, dim = features.shape
     kind, size = CPP[features.dtype], features.element_size()
@@ -145,6 +179,37 @@ def nms(scores: Any, features: Any, positions: Any, k: int, *_: Any, **options: 
         yield Launch(f"nms_lists_kernel<{kind}", batch * k * up(near, 64) / 8 * dim / 16, -(-dim // 16), batch * k,
                      l2=batch * k * near * dim * size)  # fmt: skip
     yield Launch(f"nms_select_kernel<{kind}", steps=k, pieces=batch)
+
+
+def merging(
+    values: Any, targets: Any, *_: Any, keys: Any = None, assignment: Any = None, **options: Any
+) -> Iterator[Launch]:
+    batch, n, width = values.shape
+    kind, size, slots = CPP[values.dtype], values.element_size(), targets.shape[1]
+    if assignment is None:
+        of, dim = values if keys is None else keys, (values if keys is None else keys).shape[2]
+        moved, tiles = float(batch * n * dim * of.element_size()), batch * -(-n // 64)
+        parts = max(1, min(8, 264 // tiles, dim // 128))  # blocks of a cluster that share the channels
+        yield Launch(f"merge_norms_kernel<{CPP[of.dtype]}", moved / 512, pieces=batch * n / 4, dram=moved)
+        yield Launch(f"merge_assign_kernel<{CPP[of.dtype]}", batch * products(n, slots, dim), -(-dim // 64),
+                     tiles * parts, l2=moved * -(-slots // 64) * 2)  # fmt: skip
+    else:
+        yield Launch("copy_assignment_kernel", pieces=batch * n / 128)
+    yield Launch(f"merge_means_kernel<{kind}", batch * n * width * size / 512, pieces=batch * slots,
+                 dram=float(batch * (n + slots) * width * size), l2=8.0 * batch * slots * n)  # fmt: skip
+
+
+def density(features: Any, k: int, *_: Any, **options: Any) -> Iterator[Launch]:
+    batch, n, dim = features.shape
+    kind, size, side = CPP[features.dtype], features.element_size(), -(-n // 64)
+    tiles = batch * side * (side + 1) // 2
+    parts = max(1, min(8, 264 // tiles, dim // 128))  # blocks of a cluster that share the channels
+    yield Launch(f"density_products_kernel<{kind}", tiles * products(64, 64, dim), -(-dim // 64), tiles * parts,
+                 dram=float(batch * n * dim * size), l2=tiles * 128.0 * dim * size)  # fmt: skip
+    yield Launch(f"density_means_kernel<{kind}", pieces=batch * n / 16, steps=4, step_trips=-(-n // 512),
+                 l2=16.0 * batch * n * n)  # fmt: skip
+    yield Launch(f"density_distances_kernel<{kind}", batch * n * n / 128, pieces=batch * n / 4, l2=4.0 * batch * n * n)
+    yield from radix("select_kernel<float", features[:, :, 0])
 
 
 def compaction(tensors: Any, indices: Any, dims: Any, *_: Any, **options: Any) -> Iterator[Launch]:
@@ -169,7 +234,12 @@ OPS: dict[str, Any] = {
     "cross_attention_scores": lambda *a, **o: attention(True, True, *a, **o),
     "cosine_scores": lambda features, queries, *a, **o: similarity(features, queries),
     "contrastive_scores": similarity,
+    "paired_cosine": paired,
+    "merge_tokens": merging,
+    "density_peaks": density,
     "repulsion_sample": repulsion,
+    "dpp_sample": dpp,
+    "coverage_sample": coverage,
     "spatial_semantic_nms": nms,
     "select_topk": lambda scores, *a, **o: radix(f"select_kernel<{CPP[scores.dtype]}, false", scores),
     "select_two_tailed": lambda scores, *a, **o: radix(f"select_kernel<{CPP[scores.dtype]}, true", scores),

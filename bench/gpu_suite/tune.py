@@ -44,10 +44,14 @@ SWEEPS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
     "similarity.cluster": (SIMILARITY, POWERS),
     "similarity.teams": (SIMILARITY, (1, 2)),
     "similarity.rows_per_warp": (SIMILARITY, (1, 4)),
+    "similarity.pair_warps": (("paired_cosine",), POWERS),
     "select.cluster": (SELECT, POWERS),
     "select.threads": (SELECT, (64, 128, 256, 512)),
     "mixture.threads": (("select_mixture",), (128, 256, 512)),
     "gather.vectors": (("gather_compact",), (256, 512, 1024)),
+    "dpp.matrix": (("dpp_sample",), (0, 4096)),
+    "dpp.cluster": (("dpp_sample",), POWERS),
+    "coverage.cluster": (("coverage_sample",), POWERS),
 }
 MARGIN = 0.98  # of the best time so far: a smaller gain is noise
 

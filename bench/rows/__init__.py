@@ -131,9 +131,11 @@ def matching(rows: list[Row], pattern: str) -> list[Row]:
 
 
 def gpu_rows(scale: Scale) -> list[Row]:
-    from . import attention, compaction, methods, nms, repulsion, selection, similarity
+    from . import attention, compaction, density, greedy, merging, methods, nms, repulsion, selection, similarity
 
-    families = (attention, similarity, repulsion, nms, selection, compaction, methods)
+    families = (
+        attention, similarity, repulsion, greedy, nms, selection, merging, density, compaction, methods,
+    )  # fmt: skip
     return [row for family in families for row in family.gpu_rows(scale)]
 
 

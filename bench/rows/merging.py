@@ -7,7 +7,7 @@ import torch
 import tokenprune_kernels as tp
 from testing.gpu_checks import Inputs
 
-from . import Row, against, normal, on, short
+from . import Check, Row, Scale, against, normal, on, short
 
 FLOAT, BRAIN = torch.float32, torch.bfloat16
 USUAL = "normalise, product, argmax, one-hot"
@@ -35,7 +35,7 @@ def agree(got: Any, ours: Any) -> None:
     torch.testing.assert_close(got[0][agreed], ours[0][agreed], rtol=2e-2, atol=2e-5)
 
 
-def merge(n: int, width: int, k: int, of_keys: int, dtype: torch.dtype) -> Row:
+def merge(n: int, width: int, k: int, of_keys: int, dtype: torch.dtype, check: Check | None = None, **more: Any) -> Row:
     def make(device: torch.device, seed: int) -> Inputs:
         values = normal(seed, 1, n, width, dtype=dtype)
         keys = values if of_keys == width else normal(seed + 1000, 1, n, of_keys, dtype=dtype)
@@ -47,11 +47,29 @@ def merge(n: int, width: int, k: int, of_keys: int, dtype: torch.dtype) -> Row:
         ("merge_tokens",),
         make,
         lambda x: tp.merge_tokens(**x),
-        against(lambda x: tp.reference.merge_tokens(**x), 2e-3),
+        check or against(lambda x: tp.reference.merge_tokens(**x), 2e-3),
         {USUAL: usual},
         targets={USUAL: 3.0},
+        bytes=(n * (width + of_keys) + k * width) * dtype.itemsize + 8 * n,
+        flops=2.0 * n * k * of_keys,
+        dtype=dtype,
         agree=agree,
+        **more,
     )
+
+
+def like_reference(x: Inputs, ours: Any) -> dict[str, float]:
+    """A near tie may fall either way, so that means are compared where both had the same tokens."""
+    want = tp.reference.merge_tokens(**x)
+    agree(ours, want)
+    return {"differently assigned": float((ours[2] != want[2]).sum())}
+
+
+def gpu_rows(scale: Scale) -> list[Row]:
+    llava, next_ = scale.model("LLaVA-1.5-7B"), scale.model("LLaVA-NeXT-7B")
+    sizes = [(llava.tokens, llava.vision_hidden, scale(64, 6), llava.vision_hidden),
+             (next_.tokens, next_.hidden, scale(320, 12), scale(128, 16))]  # fmt: skip
+    return [merge(*size, BRAIN, max_launches=3, check=like_reference) for size in sizes]
 
 
 def cpu_rows() -> list[Row]:

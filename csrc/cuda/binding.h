@@ -60,6 +60,12 @@ struct MaskArgument {
   OptionalTensor tensor;
 };
 
+// Does every row of a tensor of three dimensions start at a multiple of 16 bytes?
+inline bool rows_start_aligned(const Tensor& t) {
+  const auto fits = [&](int64_t stride) { return stride * static_cast<int64_t>(t.element_size()) % 16 == 0; };
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 && fits(t.stride(0)) && fits(t.stride(1));
+}
+
 template <class T>
 struct StorageTag {
   using type = T;

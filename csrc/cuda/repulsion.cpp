@@ -10,12 +10,6 @@ namespace tokenprune {
 
 namespace {
 
-// Does every row start at a multiple of 16 bytes?
-bool rows_are_aligned(const Tensor& t) {
-  const auto fits = [&](int64_t stride) { return stride * static_cast<int64_t>(t.element_size()) % 16 == 0; };
-  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 && fits(t.stride(0)) && fits(t.stride(1));
-}
-
 std::tuple<Tensor, Tensor> repulsion_sample(const Tensor& features_in, int64_t k, const OptionalTensor& positions_in,
                                             const OptionalTensor& seeds_in, const OptionalTensor& energy_in,
                                             const OptionalTensor& mask_in, std::string potential, std::string aggregate,
@@ -43,7 +37,7 @@ std::tuple<Tensor, Tensor> repulsion_sample(const Tensor& features_in, int64_t k
       features.const_data_ptr(),
       features.stride(0),
       features.stride(1),
-      rows_are_aligned(features),
+      rows_start_aligned(features),
       positions ? positions->const_data_ptr<float>() : nullptr,
       positions ? positions->size(2) : 0,
       seeds ? seeds->const_data_ptr<int64_t>() : nullptr,

@@ -1,7 +1,8 @@
-// CUDA bindings of cosine_scores and contrastive_scores: checks, allocation, launch.
+// CUDA bindings of the similarity ops: checks, allocation, launch.
 #include "tokenprune/similarity.h"
 
 #include "cuda/binding.h"
+#include "tokenprune/similarity_paired.h"
 
 namespace tokenprune {
 
@@ -94,11 +95,34 @@ Tensor contrastive_scores(const Tensor& features_in, const Tensor& anchors_in, c
                cuda, {{"features", features}, {"anchor_indices", anchors}, {"reference_indices", references}});
 }
 
+Tensor paired_cosine(const Tensor& a_in, const Tensor& b_in) {
+  const char* op = "paired_cosine";
+  check_paired_cosine(a_in, b_in);
+  check_not_float64(op, {{"a", a_in}});
+  const CudaScope cuda(a_in);
+  const Tensor a = with_contiguous_rows(a_in), b = with_contiguous_rows(b_in);
+  const int64_t batch = a.size(0), n = a.size(1), dim = a.size(2);
+  Tensor scores = new_empty(a, {batch, n}, ScalarType::Float);
+  const PairedProblem problem{{a.const_data_ptr(), a.stride(0), a.stride(1)},
+                              {b.const_data_ptr(), b.stride(0), b.stride(1)},
+                              batch,
+                              n,
+                              dim,
+                              rows_are_aligned(a) && rows_are_aligned(b),
+                              scores.mutable_data_ptr<float>()};
+  const PairedPlan plan = plan_paired(batch, n, dim, static_cast<int>(a.element_size()), cuda.limits());
+  const cudaError_t status = dispatch_storage(
+      a, [&](auto tag) { return launch_paired_cosine<typename decltype(tag)::type>(problem, plan, cuda.stream()); });
+  check_launch(op, status, {{"a", a}, {"b", b}});
+  return scores;
+}
+
 }  // namespace
 
 TOKENPRUNE_CUDA_OPS(m) {
   TOKENPRUNE_IMPL(m, "cosine_scores", cosine_scores);
   TOKENPRUNE_IMPL(m, "contrastive_scores", contrastive_scores);
+  TOKENPRUNE_IMPL(m, "paired_cosine", paired_cosine);
 }
 
 }  // namespace tokenprune

@@ -11,9 +11,13 @@ void bind_compaction_planner(py::module_& m);
 void bind_selection_planner(py::module_& m);
 void bind_repulsion_planner(py::module_& m);
 void bind_mixture_planner(py::module_& m);
+void bind_density_planner(py::module_& m);
+void bind_merging_planner(py::module_& m);
 void bind_similarity_planner(py::module_& m);
 void bind_attention_columns_planner(py::module_& m);
 void bind_nms_planner(py::module_& m);
+void bind_dpp_planner(py::module_& m);
+void bind_coverage_planner(py::module_& m);
 
 void bind_planners(py::module_& m) {
   py::class_<tokenprune::DeviceLimits>(m, "DeviceLimits")
@@ -27,7 +31,11 @@ void bind_planners(py::module_& m) {
   bind_selection_planner(m);
   bind_repulsion_planner(m);
   bind_mixture_planner(m);
+  bind_density_planner(m);
+  bind_merging_planner(m);
   bind_similarity_planner(m);
   bind_attention_columns_planner(m);
   bind_nms_planner(m);
+  bind_dpp_planner(m);
+  bind_coverage_planner(m);
 }

@@ -1,9 +1,11 @@
-// The planner of cosine_scores and contrastive_scores.
+// The planners of the similarity ops.
 #include <pybind11/pybind11.h>
 
 #include "tokenprune/similarity.h"
+#include "tokenprune/similarity_paired.h"
 
 namespace py = pybind11;
+using tokenprune::PairedPlan;
 using tokenprune::SimilarityPlan;
 
 void bind_similarity_planner(py::module_& m) {
@@ -19,4 +21,8 @@ void bind_similarity_planner(py::module_& m) {
       .def_readonly("combine", &SimilarityPlan::combine)
       .def_property_readonly("workspace", &SimilarityPlan::workspace);
   m.def("plan_similarity", &tokenprune::plan_similarity);
+  py::class_<PairedPlan>(m, "PairedPlan")
+      .def_readonly("warps", &PairedPlan::warps)
+      .def_readonly("blocks", &PairedPlan::blocks);
+  m.def("plan_paired", &tokenprune::plan_paired);
 }

@@ -139,6 +139,15 @@ def contrasts() -> Iterator[Call]:
     yield Call("odd sizes fp32", _contrast(2, 37, 71, 3, 5, SINGLE))
 
 
+def pairs() -> Iterator[Call]:
+    for dtype in DTYPES:
+        video = meta(32, 196, 3584, dtype=dtype)
+        yield Call(NAMES[dtype], {"a": video[1:], "b": video[:-1]})
+        yield Call(f"{NAMES[dtype]}, odd sizes", {"a": meta(2, 37, 71, dtype=dtype), "b": meta(2, 37, 71, dtype=dtype)})
+    for channels in (64, 256):
+        yield Call(f"C {channels}", {"a": meta(2, 37, channels), "b": meta(2, 37, channels)})
+
+
 def _contrast(
     batch: int, tokens: int, channels: int, anchors: int, references: int, dtype: torch.dtype = HALF
 ) -> dict[str, Tensor]:
@@ -203,6 +212,18 @@ def positions_of_true() -> Iterator[Call]:
     for tokens in LENGTHS:
         yield Call(f"{tokens} tokens", {"mask": flags(2, tokens), "capacity": 192})
     yield Call("strided", {"mask": flags(2, 601)[:, 25:], "capacity": 577})
+
+
+def grouped() -> Iterator[Call]:
+    for dtype in DTYPES:
+        scores = meta(2, 6272, dtype=dtype)
+        yield Call(NAMES[dtype], {"scores": scores, "groups": integers(2, 6272), "budgets": integers(2, 32), "k": 512})
+    for tokens in LENGTHS:
+        call = {"scores": meta(2, tokens, dtype=SINGLE), "groups": integers(2, tokens), "budgets": integers(2, 5)}
+        yield Call(f"{tokens} tokens", {**call, "k": 64})
+        yield Call(f"smallest of {tokens} tokens, mask", {**call, "k": 64, "mask": flags(2, tokens), "largest": False})
+    strays = {"scores": meta(2, 576), "groups": integers(2, 576), "budgets": integers(2, 0), "k": 64}
+    yield Call("no groups", strays)
 
 
 # --- greedy ---------------------------------------------------------------------------------------------------------
@@ -297,6 +318,22 @@ def compactions() -> Iterator[Call]:
     yield Call("tokens last", {"tensors": [meta(2, 1024, 576)], "indices": integers(2, 192), "dims": [-1]})
 
 
+def merges() -> Iterator[Call]:
+    for metric in ("cosine", "euclidean"):
+        for dtype in DTYPES:
+            base = {"values": meta(2, 576, 1024, dtype=dtype), "targets": integers(2, 64), "metric": metric}
+            yield Call(f"{NAMES[dtype]} {metric}", base)
+            weighted = {"weights": meta(2, 576, dtype=dtype), "mask": flags(2, 576), "include_targets": False}
+            yield Call(f"{NAMES[dtype]} {metric}, everything", {**base, **weighted, "threshold": 0.5})
+        for tokens, channels, targets in ((37, 71, 5), (2880, 4096, 320), (16384, 64, 1024), (6272, 1152, 16)):
+            call = {"values": meta(2, tokens, channels), "targets": integers(2, targets), "metric": metric}
+            yield Call(f"{tokens} tokens of {channels}, {metric}", call)
+    given = {"values": meta(2, 576, 1024), "targets": integers(2, 64), "assignment": integers(2, 576)}
+    yield Call("assignment", given)
+    keys = {"values": meta(2, 576, 4096), "targets": integers(2, 64), "keys": meta(2, 576, 64, dtype=SINGLE)}
+    yield Call("keys", keys)
+
+
 def inversions() -> Iterator[Call]:
     for kept, size in ((192, 576), (9, 37), (8192, 16384)):
         yield Call(f"{kept} of {size}", {"indices": integers(2, kept), "size": size})
@@ -309,12 +346,15 @@ SHAPES: dict[str, list[Call]] = {
     "score_entropy": list(entropies()),
     "cosine_scores": list(cosines()),
     "contrastive_scores": list(contrasts()),
+    "paired_cosine": list(pairs()),
     "select_topk": list(topk()),
+    "select_grouped_topk": list(grouped()),
     "select_two_tailed": list(two_tailed()),
     "select_mixture": list(mixtures()),
     "mask_to_indices": list(positions_of_true()),
     "repulsion_sample": list(repulsions()),
     "spatial_semantic_nms": list(suppressions()),
     "gather_compact": list(compactions()),
+    "merge_tokens": list(merges()),
     "_invert_indices": list(inversions()),
 }

@@ -25,7 +25,7 @@ WIDE_STORES = {r"STG\.\S*\b128": "16-byte stores"}
 ONE_INCREMENT = {r"ATOMS\.POPC\.INC": "equal keys of a warp are counted by one increment"}
 # Of the kernels whose names begin like this. A name without a kernel is an error: the table follows the kernels.
 TILED = ("attention_rows_thin", "attention_rows_wide", "attention_columns", "tile_similarity", "gram", "isolated_keys",
-         "rounds")  # fmt: skip
+         "rounds", "merge_assign", "density_products")  # fmt: skip
 INSTRUCTIONS = {
     **{f"{name}_kernel<__": {**TENSOR_CORES, **MATRICES, **ASYNCHRONOUS} for name in TILED},
     **{f"{name}_kernel<float": {**PLAIN_FLOAT32, **ASYNCHRONOUS} for name in TILED},
@@ -35,6 +35,11 @@ INSTRUCTIONS = {
     "nms_weights_kernel<float": {**PLAIN_FLOAT32, **ASYNCHRONOUS},
     "gather_compact_kernel": {**WIDE_LOADS, **WIDE_STORES},
     "warp_similarity_kernel<": WIDE_LOADS,
+    **{f"paired_cosine_kernel<{name}, true>": ASYNCHRONOUS for name in ("float", "__half", "__nv_bfloat16")},
+    "merge_norms_kernel<": WIDE_LOADS,
+    "merge_means_kernel<": {**WIDE_LOADS, **WIDE_STORES},
+    "dpp_rows_kernel<": WIDE_LOADS,
+    "coverage_greedy_kernel": WIDE_LOADS,
     "select_kernel<": ONE_INCREMENT,
     "mixture_kernel": ONE_INCREMENT,
 }

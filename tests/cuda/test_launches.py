@@ -57,6 +57,12 @@ def similarity_calls() -> Iterator[Call]:
         yield lambda n=n, q=queries, d=dim: tp.cosine_scores(randn(1, n, d), randn(1, q, d))
 
 
+def paired_calls() -> Iterator[Call]:
+    for batch, n, dim in ((1, 1, 8), (2, 5, 5), (1, 3, 2000), (3, 200, 40)):
+        video = randn(batch + 1, n, dim)
+        yield lambda video=video: tp.paired_cosine(video[1:], video[:-1])
+
+
 def contrastive_calls() -> Iterator[Call]:
     for anchors, references in ((1, 0), (1, 1), (4, 4), (4, 5), (9, 1), (9, 32), (9, 40), (9, 128), (9, 160)):
         rows = torch.arange(200)[None]
@@ -70,16 +76,31 @@ def repulsion_calls() -> Iterator[Call]:
         for first in ("outlier", "isolated", "index"):
             for more in ({}, {"seed_indices": torch.arange(70)[None]}, {"energy": torch.rand(1, 130)},
                          {"positions": points, "potential": "riesz", "aggregate": "sum"}):  # fmt: skip
-                yield functools.partial(repulsion, tokens, fields, randn(1, 130, 2), first=first, **more)
+                call = functools.partial(tp.repulsion_sample, randn(1, 130, 2), 20, first=first, **more)
+                yield functools.partial(with_limits, tokens, fields, call)
 
 
-def repulsion(tokens: int, fields: int, features: Tensor, **options: Any) -> Any:
+def with_limits(tokens: int, fields: int, call: Call) -> Any:
+    """A matrix of cosines for that many tokens at most, points for so many fields."""
     usual = module.GRAM_TOKEN_LIMIT, module.GRAM_BYTE_LIMIT, module.POINT_FIELD_LIMIT, module.ROUND_LIMIT
     module.set_repulsion_limits(tokens, usual[1], fields, usual[3])
     try:
-        return tp.repulsion_sample(features, 20, **options)
+        return call()
     finally:
         module.set_repulsion_limits(*usual)
+
+
+def dpp_calls() -> Iterator[Call]:
+    for limit in (1000, 0):  # a matrix of cosines, and the features in every step
+        for batch, tokens, k in ((1, 1, 1), (2, 130, 20)):
+            call = functools.partial(tp.dpp_sample, randn(batch, tokens, 8), k)
+            yield functools.partial(with_limits, limit, 0, call)
+
+
+def coverage_calls() -> Iterator[Call]:
+    """The state of a block in shared memory, and outside."""
+    for batch, rows, tokens in ((1, 0, 5), (1, 1, 1), (2, 70, 130), (1, 30000, 9)):
+        yield functools.partial(tp.coverage_sample, randn(batch, rows, tokens), 5)
 
 
 def nms_calls() -> Iterator[Call]:
@@ -88,6 +109,19 @@ def nms_calls() -> Iterator[Call]:
         yield lambda grid=grid, k=k, d=dim: tp.spatial_semantic_nms(
             torch.rand(1, grid.shape[1]), randn(1, grid.shape[1], d), grid, k
         )
+
+
+def merging_calls() -> Iterator[Call]:
+    joined = torch.zeros(1, 70, dtype=torch.int64)
+    for n, k, dim in ((1, 1, 8), (70, 5, 8), (70, 66, 600), (70, 0, 8)):
+        targets = torch.arange(k)[None]
+        for more in ({}, {"metric": "euclidean"}, {"assignment": joined[:, :n].clamp_max(k - 1)}):
+            yield functools.partial(tp.merge_tokens, randn(1, n, dim), targets, **more)
+
+
+def density_calls() -> Iterator[Call]:
+    for batch, n, dim in ((1, 1, 8), (2, 70, 8), (1, 70, 600), (1, 0, 8)):
+        yield lambda b=batch, n=n, d=dim: tp.density_peaks(randn(b, n, d), 5)
 
 
 def selection_calls(which: str) -> Iterator[Call]:
@@ -129,7 +163,12 @@ CALLS: dict[str, Callable[[], Iterator[Call]]] = {
     ),
     "cosine_scores": similarity_calls,
     "contrastive_scores": contrastive_calls,
+    "paired_cosine": paired_calls,
+    "merge_tokens": merging_calls,
+    "density_peaks": density_calls,
     "repulsion_sample": repulsion_calls,
+    "dpp_sample": dpp_calls,
+    "coverage_sample": coverage_calls,
     "spatial_semantic_nms": nms_calls,
     "gather_compact": lambda: compaction_calls(False),
     "gather_compact, gradient": lambda: compaction_calls(True),

@@ -28,10 +28,12 @@ OPS_OF = {
     "attention": ("cross_attention_scores", "attention_scores", "attention_entropy"),
     "repulsion": ("repulsion_sample",),
     "nms": ("spatial_semantic_nms",),
-    "similarity": ("cosine_scores", "contrastive_scores"),
+    "similarity": ("cosine_scores", "contrastive_scores", "paired_cosine"),
     "select": ("select_topk", "select_two_tailed", "mask_to_indices"),
     "mixture": ("select_mixture",),
     "gather": ("gather_compact",),
+    "dpp": ("dpp_sample",),
+    "coverage": ("coverage_sample",),
 }
 
 
@@ -103,10 +105,14 @@ CHANGES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
     "similarity.cluster": ("1", "cosine_scores", 300, {}),
     "similarity.teams": ("1", "cosine_scores", 300, {}),
     "similarity.rows_per_warp": ("4", "contrastive_scores", 300, {"anchor_indices": torch.arange(3).unsqueeze(0)}),
+    "similarity.pair_warps": ("2", "paired_cosine", 300, {}),
     "select.cluster": ("8", "select_topk", 300, {}),
     "select.threads": ("64", "select_topk", 300, {}),
     "mixture.threads": ("128", "select_mixture", 1000, {}),
     "gather.vectors": ("1024", "gather_compact", 300, {}),
+    "dpp.matrix": ("0", "dpp_sample", 300, {}),
+    "dpp.cluster": ("2", "dpp_sample", 300, {}),
+    "coverage.cluster": ("2", "coverage_sample", 300, {}),
 }
 
 
@@ -130,7 +136,7 @@ def test_overrides_change_nothing_about_determinism() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nms.colour=3", "expected one of attention.splits, .*gather.vectors, got 'nms.colour'"),
+        ("nms.colour=3", "expected one of attention.splits, .*gather.vectors, .*, got 'nms.colour'"),
         ("select.threads", "select.threads must be an integer, got ''"),
         ("select.threads=many", "select.threads must be an integer, got 'many'"),
         ("select.threads=64,,", "expected one of .*, got ''"),

@@ -1,4 +1,4 @@
-"""cosine_scores and contrastive_scores on the CUDA emulator: launches, regimes, alignment, special values, planner."""
+"""The similarity ops on the CUDA emulator: launches, regimes, alignment, special values, planner."""
 
 import math
 
@@ -251,3 +251,115 @@ def test_planner(batch, n, dim, size, best, mean, multiprocessors, architecture,
     assert (plan.groups - 1) * plan.rows_per_group < mean <= plan.groups * plan.rows_per_group
     assert plan.combine == (plan.groups > 4)
     assert plan.workspace == batch * dim * (plan.groups + plan.combine) + batch
+
+
+# --- paired_cosine ---------------------------------------------------------------------------------------------------
+
+
+def paired(a: Tensor, b: Tensor) -> Tensor:
+    return tp.paired_cosine(a, b, backend="emulator")
+
+
+def take_paired_launch() -> tuple[str, tuple[int, int, int], tuple[int, int, int]]:
+    (launch,) = module.take_launches()
+    return launch["kernel"], launch["grid"], launch["block"]
+
+
+# Units of 16 bytes of a row, multiprocessors; the warps that share a pair of the 42. A device is busy with 16 warps on
+# every multiprocessor, and a row is on its way at once with 4 units of each thread.
+PAIR_WARPS = [(5, 132, 1), (128, 132, 1), (129, 132, 2), (257, 132, 4), (513, 132, 8), (1100, 132, 8), (1100, 2, 1),
+              (1100, 3, 2), (1100, 10, 4), (1100, 11, 8), (0, 132, 1)]  # fmt: skip
+
+
+@over_dtypes
+@pytest.mark.parametrize(("units", "multiprocessors", "warps"), PAIR_WARPS)
+def test_pairs_are_shared_between_warps(dtype, units, multiprocessors, warps):
+    n, channels = 21, units * 16 // dtype.itemsize
+    a, b = torch.randn(BATCH, n, channels).to(dtype), torch.randn(BATCH, n, channels).to(dtype)
+    module.settings().sm_count = multiprocessors
+    got = paired(a, b)
+    name = {torch.float16: "__half", torch.bfloat16: "__nv_bfloat16", torch.float32: "float"}[dtype]
+    aligned = str(units > 0).lower()
+    assert take_paired_launch() == (
+        f"paired_cosine_kernel<{name}, {aligned}>",
+        (-(-42 * warps // 8), 1, 1),
+        (256, 1, 1),
+    )
+    exact = tp.reference.paired_cosine(a.double(), b.double())
+    assert_as_good_as_torch(got, exact, tp.reference.paired_cosine(a, b))
+
+
+@over_dtypes
+@pytest.mark.parametrize("channels", [8, 640, 4104])
+def test_alignment_of_pairs_changes_the_kernel_and_no_bit(dtype, channels):
+    video = torch.randn(3, 10, channels).to(dtype)
+    want = paired(video[1:], video[:-1])
+    assert take_paired_launch()[0].endswith("true>")
+    shifted = torch.nn.functional.pad(video, (1, 0))[..., 1:]  # rows off 16 bytes
+    padded = torch.nn.functional.pad(video, (0, 8))[..., :channels]  # other strides
+    for a, b, aligned in ((shifted, video, False), (video, shifted, False), (padded, video, True)):
+        assert torch.equal(paired(a[1:], b[:-1]), want)
+        assert take_paired_launch()[0].endswith(f"{str(aligned).lower()}>")
+    # Rows that end within a unit: as if zeros followed.
+    short = video[..., : channels - 3]
+    filled = torch.nn.functional.pad(short, (0, 3))
+    assert torch.equal(paired(short[1:], short[:-1]), paired(filled[1:], filled[:-1]))
+
+
+@over_dtypes
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+def test_pairs_of_any_strides(dtype, multiprocessors):
+    """Frames next to each other in every token, one row for all, every other channel: what is legal and what copies."""
+    module.settings().sm_count = multiprocessors
+    video = torch.randn(7, 5, 640).to(dtype)
+    views = [video.transpose(0, 1).contiguous().transpose(0, 1), video[:, :1].expand(7, 5, 640), video[::2],
+             video.repeat_interleave(2, -1)[..., ::2]]  # fmt: skip
+    for view in views:
+        plain = view.contiguous()
+        assert torch.equal(paired(view[1:], view[:-1]), paired(plain[1:].clone(), plain[:-1].clone()))
+
+
+@over_dtypes
+@pytest.mark.parametrize("channels", [40, 4104])
+def test_equal_pairs_get_equal_bits_in_every_schedule(dtype, channels):
+    a, b = (torch.randn(1, 1, channels).to(dtype).expand(BATCH, 13, channels) for _ in range(2))
+    results = []
+    for schedule in (module.Schedule.forward, module.Schedule.reversed, module.Schedule.shuffled):
+        module.settings().schedule = schedule
+        results.append(paired(a, b))
+    assert all(torch.equal(result, results[0][:1, :1].expand_as(result)) for result in results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("channels", [24, 2600])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_special_pairs(dtype, channels, shift):
+    """Every two of ordinary, zero, tiny, overflowing, infinite and NaN rows, with one warp per pair and several."""
+    rows = torch.randn(9, channels + shift)[:, shift:]
+    rows[2:7] = torch.tensor([0.0, 1e-30, 1e30, INF, NAN])[:, None]
+    rows[7, :3], rows[8, -2:] = 1e30, -INF
+    rows = rows.to(dtype)
+    a, b = rows.repeat_interleave(9, 0)[None], rows.repeat(9, 1)[None]
+    torch.testing.assert_close(paired(a, b), tp.reference.paired_cosine(a, b), rtol=0, atol=16 * 2**-23, equal_nan=True)
+
+
+def test_a_failing_launch_of_pairs_is_reported():
+    module.settings().fail_launch = 1
+    with pytest.raises(RuntimeError, match=r"tokenprune::paired_cosine: CUDA error .* a \[1, 2, 3\] float32, b"):
+        paired(torch.ones(1, 2, 3), torch.ones(1, 2, 3))
+
+
+@hypothesis_settings(deadline=None, max_examples=300, print_blob=True)
+@given(st.integers(0, 70_000), SIZES, st.integers(0, 1 << 20), st.sampled_from([2, 4]), st.integers(1, 200))
+def test_planner_of_pairs(batch, n, dim, size, multiprocessors):
+    limits = module.DeviceLimits()
+    limits.sm_count = multiprocessors
+    plan = module.plan_paired(batch, n, dim, size, limits)
+    assert plan.warps in (1, 2, 4, 8)
+    assert (plan.blocks - 1) * (8 // plan.warps) < max(batch * n, 1) <= max(plan.blocks, 1) * (8 // plan.warps)
+    units = -(-dim * size // 16)
+    if plan.warps > 1:  # with half as many, the device was not busy, and a thread read more than 4 units
+        assert batch * n * plan.warps // 2 < 16 * multiprocessors
+        assert units > 4 * 32 * plan.warps // 2
+    if plan.warps < 8:
+        assert batch * n * plan.warps >= 16 * multiprocessors or units <= 4 * 32 * plan.warps

@@ -29,6 +29,15 @@ def _call(stage: Stage) -> Method:
 STAGES = [stage for name in methods.method_names() for stage in methods.get_method(name).stages]
 METHODS = {stage.name: _call(stage) for stage in STAGES}
 
+
+def _of_merging(kept: Selection) -> list[torch.Tensor]:
+    """What a method gives that merges; nothing of the others."""
+    fields = (kept.merged, kept.sizes, kept.assignment)
+    present = [t for t in fields if t is not None]
+    assert len(present) in (0, len(fields))
+    return present
+
+
 over_methods = pytest.mark.parametrize("name", METHODS)
 
 
@@ -81,7 +90,8 @@ def test_no_gradient_and_inputs_untouched(name, backend):
     for t in tensors:
         t.requires_grad_(t.is_floating_point())
     kept = METHODS[name](b, 7, backend)
-    assert not any(t.requires_grad and t is not b.saliency for t in (*kept[:2], *kept.details.values()))
+    made = [*kept[:2], *kept.details.values(), *_of_merging(kept)]
+    assert not any(t.requires_grad and t is not b.saliency for t in made)
     assert all(torch.equal(now, then) for now, then in zip(tensors, before, strict=True))
 
 
@@ -134,6 +144,7 @@ def test_compiles_to_one_graph_for_all_sizes(name):
         assert kept.indices.tolist() == expected.indices.tolist()
         assert kept.counts.tolist() == expected.counts.tolist()
         assert kept.details.keys() == expected.details.keys()
+        assert all(map(torch.equal, _of_merging(kept), _of_merging(expected)))
     assert traced == 1
 
 

@@ -243,3 +243,29 @@ def scope(features, saliency, k, alpha=1.0):
         gains.append(gain[j])
         covered = [max(c, likeness[r][j]) for r, c in enumerate(covered)]
     return {"order": picks, "gains": gains}
+
+
+def visionzip(features, saliency, keys, k, contextual):
+    """The rows in raster order, and for each how many tokens it stands for and which slot each token went to."""
+    n = len(features)
+    dominant = best(saliency, range(n), min(n, k - contextual))
+    rest = [i for i in range(n) if i not in dominant]
+    step = max(1, len(rest) // contextual) if contextual else 1
+    targets = rest[::step][:contextual]
+    kept = sorted(dominant + targets)
+    members = {t: [] for t in targets}
+    for i in rest:
+        if i not in targets and targets:
+            like = [cos(keys[i], keys[t]) for t in targets]
+            (nearest,) = best(like, range(len(targets)), 1)
+            members[targets[nearest]].append(i)
+    joined = {i: t for t, those in members.items() for i in those}
+    mean = {t: np.mean(features[those], axis=0) for t, those in members.items() if those}
+    return {
+        "indices": kept,
+        "dominant": sorted(dominant),
+        "contextual": targets,
+        "merged": np.array([features[i] + mean.get(i, 0) for i in kept]),
+        "sizes": [1 + len(members.get(i, [])) for i in kept],
+        "assignment": [kept.index(joined.get(i, i)) if joined.get(i, i) in kept else -1 for i in range(n)],
+    }

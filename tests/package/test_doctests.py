@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import textwrap
 from types import ModuleType
 from typing import Any
 
@@ -56,6 +57,14 @@ def test_examples_of_the_readme_run() -> None:
     assert names["selection"].counts.tolist() == [910]
     assert names["pruning"].stats["prefills"] == 1
     assert names["out"].shape[1] > prompts.inputs["input_ids"].shape[1]
+
+
+def test_examples_of_when_not_to_use_us_run() -> None:
+    """They stand in a list, hence indented."""
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "when-not.md").read_text(), re.DOTALL)
+    assert examples
+    for example in examples:
+        exec(textwrap.dedent(example), {})
 
 
 PUBLIC = [f"tokenprune_kernels.{name}" for name in tp.__all__ if inspect.isfunction(getattr(tp, name))] + [

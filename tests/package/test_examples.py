@@ -16,8 +16,8 @@ def run(name: str) -> str:
 
 def test_every_example_is_tested() -> None:
     scripts = {file.name for file in (ROOT / "examples").glob("*.py")}
-    text = Path(__file__).read_text()
-    assert all(f'run("{name}")' in text for name in scripts)
+    tests = "".join(file.read_text() for file in Path(__file__).parent.glob("*.py"))
+    assert [name for name in scripts if f'"{name}")' not in tests and f'"{name}",' not in tests] == []
 
 
 def test_third_party_module() -> None:

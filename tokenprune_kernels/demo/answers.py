@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenprune_kernels.integrations.transformers import prune_visual_tokens
-from tokenprune_kernels.integrations.transformers.pruning import Pruning
-
+from ..integrations.transformers import prune_visual_tokens
+from ..integrations.transformers.pruning import Pruning
 from . import DemoError
 from .checkpoint import Checkpoint
 

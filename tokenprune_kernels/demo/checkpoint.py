@@ -14,8 +14,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
-from tokenprune_kernels.integrations.transformers.registry import family_of, family_of_type
-
+from ..integrations.transformers.registry import family_of, family_of_type
 from . import DemoError
 
 

@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from tokenprune_kernels.integrations.transformers.budgets import budget_of
-from tokenprune_kernels.methods import method_names
-
+from ..integrations.transformers.budgets import budget_of
+from ..methods import method_names
 from . import DemoError
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from PIL import Image
 from rich.console import Console
 
-from tokenprune_kernels.methods import get_method
-
+from ..methods import get_method
 from . import DemoError, example, panel
 from .answers import Row, ask_and_time, count_visual, rows
 from .checkpoint import load as load_checkpoint

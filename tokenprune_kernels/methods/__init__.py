@@ -13,6 +13,7 @@ from .evs import EVS, evs
 from .pyramiddrop import PYRAMIDDROP, pyramiddrop
 from .scope import SCOPE, scope
 from .sts import STS, sts_semantics, sts_structure
+from .visionzip import VISIONZIP, visionzip
 from .zspaprune import ZSPAPRUNE, zspaprune
 
 __all__ = [
@@ -37,11 +38,12 @@ __all__ = [
     "sts_semantics",
     "sts_structure",
     "unregister_method",
+    "visionzip",
     "zspaprune",
 ]
 
 # The order of every table.
-_BASELINES = (FASTV, DIVPRUNE, RANDOM)
-for _method in (COAST, STS, ADAFV, ZSPAPRUNE, ADAPTPRUNE, DART, EVS, CDPRUNER, SCOPE, PYRAMIDDROP, *_BASELINES):
+_PUBLISHED = (COAST, STS, ADAFV, ZSPAPRUNE, ADAPTPRUNE, DART, EVS, CDPRUNER, SCOPE, PYRAMIDDROP, VISIONZIP)
+for _method in (*_PUBLISHED, FASTV, DIVPRUNE, RANDOM):
     add(_method)
-del _method, add
+del _method, _PUBLISHED, add

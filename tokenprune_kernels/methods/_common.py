@@ -18,11 +18,25 @@ class Selection(NamedTuple):
         the prompt: with `key_indices`, the position in the prompt is `key_indices[b, indices[b, n]]`.
     counts: [B] int64, the number of valid entries, min(K, visual tokens of the sample).
     details: the intermediate quantities of the method by name, on the device of the inputs.
+
+    A method that merges what it drops gives three more, which are None otherwise:
+
+    merged: [B, K, C] in the dtype of `features`, without gradient: the rows that the sequence goes on with. Whoever
+        compacts it puts `merged[b, n]` where `features[b, indices[b, n]]` would be: in the embeddings in front of the
+        language model, in the hidden states in front of a decoder layer. All else, positions and caches, stays that of
+        token `indices[b, n]`. A token that nothing joined has its own row; 0 in padding.
+    sizes: [B, K] float32 (float64 for float64 features), how many tokens each row stands for, itself among them; 0 in
+        padding.
+    assignment: [B, V] int64, the slot n in [0, K) of the row that a token became part of, its own for a kept token; -1
+        for one that is lost or padding. With it `merge_tokens` averages other tensors over the same tokens.
     """
 
     indices: Tensor
     counts: Tensor
     details: dict[str, Tensor]
+    merged: Tensor | None = None
+    sizes: Tensor | None = None
+    assignment: Tensor | None = None
 
 
 def visual_attention(
@@ -68,6 +82,36 @@ def visual_mask(key_indices: Tensor | None, key_mask: Tensor | None, backend: st
 def ascending(indices: Tensor, size: int, k: int, backend: str | None) -> tuple[Tensor, Tensor]:
     """The entries of a -1 padded list over `size` tokens in raster order: (indices [B, k], counts)."""
     return mask_to_indices(indices_to_mask(indices, size), k, backend=backend)
+
+
+def merge_into(
+    features: Tensor,
+    indices: Tensor,
+    targets: Tensor,
+    rows: Tensor,
+    sizes: Tensor,
+    assignment: Tensor,
+    backend: str | None,
+) -> dict[str, Tensor]:
+    """`merged`, `sizes` and `assignment` of a `Selection` that keeps `indices` [B, K], some of them targets of a merge.
+
+    targets [B, T] are tokens among the kept ones, -1: no entry; rows [B, T, C] is what becomes of them, and sizes
+    [B, T] how many tokens each stands for; assignment [B, V] is the t that a token joined, -1: none.
+    """
+    k = indices.shape[1]
+    kept = indices_to_mask(indices, assignment.shape[1])
+    slot = torch.where(kept, kept.cumsum(1), 0)  # from 1 on, because gather_compact gives 0 where there is no entry
+    (of_target,) = gather_compact([slot], targets, dims=[1], backend=backend)
+    (joined,) = gather_compact([of_target], assignment, dims=[1], backend=backend)
+    (own,) = gather_compact([features], indices, dims=[1], backend=backend)
+    at = torch.where(of_target > 0, of_target - 1, k)  # a slot more takes what has no entry
+    alone = torch.nn.functional.pad((indices >= 0).to(sizes.dtype), (0, 1))
+    own = torch.nn.functional.pad(own, (0, 0, 0, 1))
+    return {
+        "merged": own.scatter(1, at.unsqueeze(-1).expand_as(rows), rows)[:, :k],
+        "sizes": alone.scatter(1, at, sizes)[:, :k],
+        "assignment": torch.where(joined > 0, joined, slot) - 1,
+    }
 
 
 def check_count(method: str, k: int) -> None:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .._backend import call
-from .._op import Choice, flags, floats, indices, op, picks, scores, values
+from .._op import KERNELS, Choice, flags, floats, indices, op, picks, scores, values
 
 
 @op(
@@ -16,7 +16,7 @@ from .._op import Choice, flags, floats, indices, op, picks, scores, values
     metric=Choice(("cosine", "euclidean")),
     returns={"merged": values("B K D"), "sizes": scores("B K"), "assignment": picks("B N", ascending=False)},
     work=("values", "B * N * K * max(D, E)"),
-    backends=("cpu",),
+    backends=KERNELS,
 )
 def merge_tokens(
     values: Tensor,

@@ -13,7 +13,7 @@ from .._op import Count, counts, flags, floats, integers, op, picks
     k=Count(),
     mask=flags("B N"),
     returns={"indices": picks("B k"), "counts": counts("B")},
-    backends=("cpu",),
+    backends=("cpu", "triton"),
 )
 def select_grouped_topk(
     scores: Tensor,

@@ -5,12 +5,14 @@ Importing this package imports Triton; the rest of tokenprune_kernels does so on
 
 from .attention import attention_entropy, attention_scores, cross_attention_scores
 from .compaction import _invert_indices, gather_compact
+from .merging import merge_tokens
 from .mixture import select_mixture
 from .nms import spatial_semantic_nms
 from .repulsion import repulsion_sample
 from .selection_entropy import score_entropy
+from .selection_groups import select_grouped_topk
 from .selection_topk import mask_to_indices, select_topk, select_two_tailed
-from .similarity import contrastive_scores, cosine_scores
+from .similarity import contrastive_scores, cosine_scores, paired_cosine
 
 __all__ = [
     "_invert_indices",
@@ -21,8 +23,11 @@ __all__ = [
     "cross_attention_scores",
     "gather_compact",
     "mask_to_indices",
+    "merge_tokens",
+    "paired_cosine",
     "repulsion_sample",
     "score_entropy",
+    "select_grouped_topk",
     "select_mixture",
     "select_topk",
     "select_two_tailed",

@@ -1,4 +1,4 @@
-"""Triton kernel of cosine_scores and contrastive_scores: tiles of dot products, divided by the norms afterwards.
+"""Triton kernels of cosine_scores, contrastive_scores and paired_cosine: dot products, divided by the norms afterwards.
 
 Every feature has its cosines with a list of rows for a maximum (the queries, the anchors) and one for a mean (the
 queries, the references); the score is the maximum, the mean, or the maximum minus the mean. A list is a tensor of its
@@ -14,6 +14,8 @@ for every BLOCK_N features (from L2: the lists are short), writes [B, N]. No wor
 
 Dividing after the reduction differs from normalising first only where squares overflow: a row of finite elements is
 then a unit vector of zeros, and one with NaN or infinite elements makes every cosine NaN. Such rows are read again.
+
+paired_cosine has one dot product per token: a launch over blocks of tokens that reads both lists once.
 """
 
 import torch
@@ -63,7 +65,14 @@ def _inverse_norms(squares, rows_ptr, counts, channels, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _cosines(
+def _divided(dots, by_row, by_feature):
+    """Cosines. Where squares overflow, so may the dot product: 0 there, or the other vector's NaN."""
+    dots = tl.where((by_row == 0) | (by_feature == 0), 0.0, dots)
+    return dots * by_feature * by_row
+
+
+@triton.jit
+def cosine_tile(
     listed_ptr, listed, features_ptr, tokens, channels,
     BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -82,9 +91,7 @@ def _cosines(
         feature_squares += feature * feature
     by_row = _inverse_norms(tl.sum(listed_squares, 1), listed_ptr, listed, channels, BLOCK_C)[:, None]
     by_feature = _inverse_norms(tl.sum(feature_squares, 1), features_ptr, tokens, channels, BLOCK_C)[None, :]
-    # Where squares overflow, so may the dot product: 0 there, or the other vector's NaN.
-    dots = tl.where((by_row == 0) | (by_feature == 0), 0.0, dots)
-    return dots * by_feature * by_row
+    return _divided(dots, by_row, by_feature)
 
 
 @triton.jit
@@ -125,7 +132,7 @@ def similarity_kernel(
         if mask_ptr is not None:
             listed = listed & (tl.load(mask_ptr + entry, mask=listed, other=0) != 0)
         listed_ptr = rows_ptr + tl.where(listed, row, 0) * row_stride
-        cosine = _cosines(listed_ptr, listed, features_ptr, tokens, channels, BLOCK_L, BLOCK_N, BLOCK_C)
+        cosine = cosine_tile(listed_ptr, listed, features_ptr, tokens, channels, BLOCK_L, BLOCK_N, BLOCK_C)
         if to_best:
             # No cosine is infinite: inf stands for NaN, which wins over every number, and -inf for an empty list.
             cosine = tl.where(cosine == cosine, cosine, float("inf"))
@@ -173,6 +180,56 @@ def contrastive_scores(features: Tensor, anchor_indices: Tensor, reference_indic
         similarity_kernel, (batch * cdiv(n, config.blocks["BLOCK_N"]),), features,
         features, features, anchors, references, None, scores,
         n, channels, a, r, *features.stride()[:2], *features.stride()[:2], anchors.stride(0), references.stride(0), 0,
+        config=config,
+    )  # fmt: skip
+    return scores
+
+
+# --- pairs -----------------------------------------------------------------------------------------------------------
+
+
+def pairs_config(channels: int) -> Config:
+    """Few tokens each, so that many programs read at the same time, and a warp reads at least 256 bytes of a row."""
+    return Config({"BLOCK_N": 4, "BLOCK_C": power_of_two(channels, 64, 512)}, num_warps=4, num_stages=2)
+
+
+@triton.jit
+def pairs_kernel(
+    a_ptr, b_ptr, scores_ptr, n, channels, a_sample_stride, a_row_stride, b_sample_stride, b_row_stride,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    tiles = (n + BLOCK_N - 1) // BLOCK_N
+    sample = (tl.program_id(0) // tiles).to(tl.int64)
+    token = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    tokens = token < n
+    row = tl.where(tokens, token, 0).to(tl.int64)
+    a_ptr += sample * a_sample_stride + row * a_row_stride
+    b_ptr += sample * b_sample_stride + row * b_row_stride
+    dots = tl.full([BLOCK_N, BLOCK_C], 0.0, tl.float32)
+    a_squares = tl.full([BLOCK_N, BLOCK_C], 0.0, tl.float32)
+    b_squares = tl.full([BLOCK_N, BLOCK_C], 0.0, tl.float32)
+    for start in range(0, channels, BLOCK_C):
+        column = start + tl.arange(0, BLOCK_C)
+        inside = tokens[:, None] & (column < channels)[None, :]
+        a = tl.load(a_ptr[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(b_ptr[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        dots += a * b
+        a_squares += a * a
+        b_squares += b * b
+    by_a = _inverse_norms(tl.sum(a_squares, 1), a_ptr, tokens, channels, BLOCK_C)
+    by_b = _inverse_norms(tl.sum(b_squares, 1), b_ptr, tokens, channels, BLOCK_C)
+    tl.store(scores_ptr + sample * n + token, _divided(tl.sum(dots, 1), by_a, by_b), mask=tokens)
+
+
+def paired_cosine(a: Tensor, b: Tensor) -> Tensor:
+    scores: Tensor = fresh(_fakes.paired_cosine(a, b))
+    check_not_float64("paired_cosine", a=a)
+    a, b = rows(a), rows(b)
+    batch, n, channels = a.shape
+    config = pairs_config(channels)
+    launch(
+        pairs_kernel, (batch * cdiv(n, config.blocks["BLOCK_N"]),), a,
+        a, b, scores, n, channels, *a.stride()[:2], *b.stride()[:2],
         config=config,
     )  # fmt: skip
     return scores

@@ -191,6 +191,12 @@ inline RepulsionPlan plan_repulsion(const RepulsionProblem& p, const DeviceLimit
   return plan;
 }
 
+// The inner products of all pairs of tokens, [batch, n, n], and the inverse norms, [batch, n], by the plan's tiles and
+// parts. Of the problem it looks at the features and sizes alone.
+template <class T>
+cudaError_t launch_gram(const RepulsionProblem& problem, const RepulsionPlan& plan, float* gram, float* inverse,
+                        cudaStream_t stream);
+
 // floats and words are the plan's workspaces.
 template <class T>
 cudaError_t launch_repulsion(const RepulsionProblem& problem, const RepulsionPlan& plan, float* floats, uint32_t* words,

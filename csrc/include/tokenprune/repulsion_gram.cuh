@@ -16,14 +16,6 @@
 
 namespace tokenprune {
 
-// Tiles of a triangle in one dimension: 0 is (0, 0), then (0, 1), (1, 1), (0, 2), ...
-__device__ __forceinline__ int2 tile_of(int64_t index) {
-  int column = static_cast<int>((sqrtf(8.0f * static_cast<float>(index) + 1) - 1) / 2);
-  while (int64_t(column) * (column + 1) / 2 > index) --column;  // the root is rounded
-  while (int64_t(column + 1) * (column + 2) / 2 <= index) ++column;
-  return {static_cast<int>(index - int64_t(column) * (column + 1) / 2), column};
-}
-
 // The inner products of tile `at` of the pairs of a sample's n tokens; `tokens`, in shared memory, gets which they are.
 template <class T, int kTile>
 __device__ __forceinline__ float* pair_tile(const TokenRows& rows, int64_t n, int2 at, int (&tokens)[2][kTile]) {
@@ -34,15 +26,6 @@ __device__ __forceinline__ float* pair_tile(const TokenRows& rows, int64_t n, in
   }
   __syncthreads();
   return gram_tile<T, kTile, kThreads>(rows, tokens[0], tokens[1], kTile, dynamic_shared());
-}
-
-// Part `part` of the channels of rows, of `parts`; the parts begin at whole stages.
-template <class T>
-__device__ __forceinline__ TokenRows channels_of(const TokenRows& rows, int64_t part, int64_t parts) {
-  constexpr int64_t kDepth = kRowBytes / static_cast<int64_t>(sizeof(T));
-  const int64_t steps = ceil_div(rows.channels, kDepth), begin = steps * part / parts * kDepth;
-  const int64_t end = min(steps * (part + 1) / parts * kDepth, rows.channels);
-  return {static_cast<const T*>(rows.data) + begin, rows.stride, end - begin, rows.aligned};
 }
 
 // A cluster shares a tile: every block multiplies its part of the channels, and adds up the parts of its share of the
@@ -58,17 +41,7 @@ __global__ void __launch_bounds__(GramTile<kTile>::kThreads, GramTile<kTile>::kB
   float* dots = pair_tile<T>(rows, n, tile_of(tile % tiles), tokens);
   const int row0 = tokens[0][0], column0 = tokens[1][0];  // kept in registers meanwhile, they would spill
   const int own_shift = __ffs(kTile / parts) - 1, own = 1 << own_shift, first = static_cast<int>(part) * own;
-  if (parts > 1) {
-    cluster_sync();
-    for (int q = threadIdx.x; q < own * kTile; q += Tile::kThreads) {
-      float* here = dots + (first + q / kTile) * Tile::kOutPitch + q % kTile;
-      float sum = *cluster_shared(here, 0);
-#pragma unroll 1
-      for (uint32_t other = 1; other < parts; ++other) sum += *cluster_shared(here, other);
-      *here = sum;  // nobody else reads this block's share of its rows
-    }
-    cluster_sync();
-  }
+  add_up_parts<kTile>(dots);
   gram += sample * n * n;
   for (int q = threadIdx.x; q < own * kTile; q += Tile::kThreads) {
     const int r = first + q / kTile, c = q % kTile;
@@ -188,13 +161,20 @@ __global__ void __launch_bounds__(kGreedyThreads)
 }
 
 template <class T, int kTile>
-cudaError_t launch_gram(const RepulsionProblem& p, const RepulsionPlan& plan, float* gram, float* inverse,
-                        cudaStream_t stream) {
+cudaError_t launch_gram_tiles(const RepulsionProblem& p, const RepulsionPlan& plan, float* gram, float* inverse,
+                              cudaStream_t stream) {
   using Tile = GramTile<kTile>;
   const int64_t side = ceil_div<int64_t>(p.n, kTile), tiles = side * (side + 1) / 2;
   return launch({dim3(p.batch * tiles * plan.parts), dim3(Tile::kThreads), Tile::kShared, stream,
                  static_cast<unsigned>(plan.parts)},
                 gram_kernel<T, kTile>, p, tiles, gram, inverse);
+}
+
+template <class T>
+cudaError_t launch_gram(const RepulsionProblem& p, const RepulsionPlan& plan, float* gram, float* inverse,
+                        cudaStream_t stream) {
+  return plan.tile == 128 ? launch_gram_tiles<T, 128>(p, plan, gram, inverse, stream)
+                          : launch_gram_tiles<T, 64>(p, plan, gram, inverse, stream);
 }
 
 // All picks of a group of samples.
@@ -203,8 +183,7 @@ cudaError_t launch_repulsion_gram(const RepulsionProblem& p, const RepulsionPlan
                                   cudaStream_t stream) {
   float *gram = floats, *inverse = gram + plan.gram_floats, *start = inverse + plan.samples * p.n;
   if (p.k > 0 && p.n > 0) {
-    const cudaError_t status = plan.tile == 128 ? launch_gram<T, 128>(p, plan, gram, inverse, stream)
-                                                : launch_gram<T, 64>(p, plan, gram, inverse, stream);
+    const cudaError_t status = launch_gram<T>(p, plan, gram, inverse, stream);
     if (status != cudaSuccess) return status;
   }
   const bool potentials = p.k > 0 && p.n > 0 && p.potential != Potential::kCosine;

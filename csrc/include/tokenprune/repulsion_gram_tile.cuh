@@ -207,4 +207,39 @@ __device__ __forceinline__ float* gram_tile(const TokenRows& rows, const int* le
   return reinterpret_cast<float*>(shared);
 }
 
+// Tiles of a triangle in one dimension: 0 is (0, 0), then (0, 1), (1, 1), (0, 2), ...
+__device__ __forceinline__ int2 tile_of(int64_t index) {
+  int column = static_cast<int>((sqrtf(8.0f * static_cast<float>(index) + 1) - 1) / 2);
+  while (int64_t(column) * (column + 1) / 2 > index) --column;  // the root is rounded
+  while (int64_t(column + 1) * (column + 2) / 2 <= index) ++column;
+  return {static_cast<int>(index - int64_t(column) * (column + 1) / 2), column};
+}
+
+// Part `part` of the channels of rows, of `parts`; the parts begin at whole stages.
+template <class T>
+__device__ __forceinline__ TokenRows channels_of(const TokenRows& rows, int64_t part, int64_t parts) {
+  constexpr int64_t kDepth = kRowBytes / static_cast<int64_t>(sizeof(T));
+  const int64_t steps = ceil_div(rows.channels, kDepth), begin = steps * part / parts * kDepth;
+  const int64_t end = min(steps * (part + 1) / parts * kDepth, rows.channels);
+  return {static_cast<const T*>(rows.data) + begin, rows.stride, end - begin, rows.aligned};
+}
+
+// Where the blocks of a cluster have multiplied a part of the channels each: adds up the parts of this block's share of
+// the tile's rows, which are kTile / cluster_size() from rank * that on, in the order of the blocks.
+template <int kTile>
+__device__ __forceinline__ void add_up_parts(float* dots) {
+  const uint32_t parts = cluster_size();
+  if (parts == 1) return;
+  const int own = kTile / parts, first = static_cast<int>(cluster_rank()) * own;
+  cluster_sync();
+  for (int q = threadIdx.x; q < own * kTile; q += blockDim.x) {
+    float* here = dots + (first + q / kTile) * GramTile<kTile>::kOutPitch + q % kTile;
+    float sum = *cluster_shared(here, 0);
+#pragma unroll 1
+    for (uint32_t other = 1; other < parts; ++other) sum += *cluster_shared(here, other);
+    *here = sum;  // nobody else reads this block's share of its rows
+  }
+  cluster_sync();
+}
+
 }  // namespace tokenprune

@@ -109,11 +109,13 @@ __device__ __forceinline__ const float* positions_of(const RepulsionProblem& p, 
   return p.has_distances() ? p.positions + sample * p.n * p.axes : nullptr;
 }
 
-__device__ __forceinline__ bool is_valid(const RepulsionProblem& p, int64_t sample, int64_t token) {
+template <class Problem>
+__device__ __forceinline__ bool is_valid(const Problem& p, int64_t sample, int64_t token) {
   return p.mask == nullptr || p.mask[sample * p.mask_stride + token];
 }
 
-__device__ __forceinline__ TokenRows rows_of(const RepulsionProblem& p, int64_t sample, int64_t element_size) {
+template <class Problem>
+__device__ __forceinline__ TokenRows rows_of(const Problem& p, int64_t sample, int64_t element_size) {
   return {static_cast<const unsigned char*>(p.features) + sample * p.batch_stride * element_size, p.row_stride,
           p.channels, p.aligned};
 }

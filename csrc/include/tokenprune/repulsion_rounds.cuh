@@ -318,7 +318,7 @@ template <class T>
 __global__ void __launch_bounds__(kRoundThreads, kRoundBlocks)
     rounds_kernel(const RepulsionProblem p, const RepulsionWorkspace w, uint32_t rounds) {
   TOKENPRUNE_SHARED(BlockGroup, group);
-  group.form(w, 1);
+  group.form(w.counters + w.groups, w.groups);
   for (uint32_t sample = group.index; sample < p.batch; sample += w.groups) {
     if (group.rank == 0) mark_stored_seeds(p, w, sample);
     for (uint32_t round = 0; round < rounds; ++round) {

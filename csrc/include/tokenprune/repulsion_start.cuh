@@ -9,7 +9,9 @@
 //              a warp per token takes the product with the sum. Reads the features twice.
 #pragma once
 
+#include "tokenprune/block_group.cuh"
 #include "tokenprune/repulsion_gram.cuh"
+#include "tokenprune/row_sums.cuh"
 
 namespace tokenprune {
 
@@ -52,43 +54,6 @@ struct RepulsionWorkspace {
   __device__ __forceinline__ uint32_t* list_of(uint32_t group) const { return picks + group * kCandidates; }
   __device__ __forceinline__ float* rows_of(uint32_t group, int64_t n) const { return rows + group * kCandidates * n; }
 };
-
-// The blocks that work on the same samples: blockIdx.x, blockIdx.x + groups, ... The samples are the same numbers. In
-// shared memory, where it takes no registers meanwhile.
-struct BlockGroup {
-  uint32_t index, rank, size, target;
-  uint32_t* counter;
-
-  // All threads call it. `kernel`, 0 or 1, tells apart the kernels of a call.
-  __device__ __forceinline__ void form(const RepulsionWorkspace& w, int kernel) {
-    if (threadIdx.x == 0) {
-      index = blockIdx.x % w.groups;
-      rank = blockIdx.x / w.groups;
-      size = gridDim.x / w.groups;
-      target = 0;
-      counter = w.counters + kernel * w.groups + index;
-    }
-    __syncthreads();
-  }
-  __device__ __forceinline__ void sync() { group_sync(counter, target, size); }
-};
-
-// The sum over a row's channels of f(element, channel), by a warp, in an order that is the same for every row.
-template <class T, class F>
-__device__ __forceinline__ float sum_over_row(const TokenRows& rows, int64_t token, F&& f) {
-  constexpr int kChunk = 16 / static_cast<int>(sizeof(T));
-  const T* row = static_cast<const T*>(rows.data) + token * rows.stride;
-  const int64_t whole = rows.aligned ? rows.channels / kChunk * kChunk : 0;
-  float sum = 0;
-  for (int64_t c = lane_id() * kChunk; c < whole; c += kWarp * kChunk) {
-    const uint4 packed = *reinterpret_cast<const uint4*>(row + c);
-    const T* element = reinterpret_cast<const T*>(&packed);
-#pragma unroll
-    for (int e = 0; e < kChunk; ++e) sum += f(to_float(element[e]), c + e);
-  }
-  for (int64_t c = whole + lane_id(); c < rows.channels; c += kWarp) sum += f(to_float(row[c]), c);
-  return warp_reduce(sum, Sum());
-}
 
 template <class T>
 __global__ void __launch_bounds__(kStartThreads)
@@ -140,7 +105,7 @@ template <class T>
 __global__ void __launch_bounds__(kStartThreads, kRoundBlocks)
     outlier_keys_kernel(const RepulsionProblem p, const RepulsionWorkspace w) {
   TOKENPRUNE_SHARED(BlockGroup, group);
-  group.form(w, 0);
+  group.form(w.counters, w.groups);
   const int64_t threads = int64_t(group.size) * kStartThreads,
                 thread = int64_t(group.rank) * kStartThreads + threadIdx.x;
   float* parts = w.direction + group.index * (kDirectionParts + 1) * p.channels;
