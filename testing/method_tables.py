@@ -35,6 +35,9 @@ def faithful_to() -> str:
 
 
 def _where(method: Method) -> str:
+    if method.schedule:
+        stages = " and ".join(f"{layer} ({share})" for layer, share in method.schedule.items())
+        return f"in front of layers {stages} of {method.depth}"
     layers = dict.fromkeys(method.layers.values())
     others = [f"{', '.join(f for f, at in method.layers.items() if at == layer)}: {layer}" for layer in layers]
     layer = f"layer {method.layer}" + (f" ({'; '.join(others)})" if others else "")

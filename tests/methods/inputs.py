@@ -134,6 +134,7 @@ def batch(prompts: list[Prompt]) -> Batch:
 def arguments(b: Batch) -> dict[str, Any]:
     """Everything that a method may ask for, with stand-ins for what only a decoder layer or several crops have."""
     return {
+        "next_query": b.query, "next_key": b.key, "next_scale": None,
         "query": b.query, "key": b.key, "scale": None, "lse": None, "causal": True, **b.attention,
         "features": b.features, "visual_embeddings": b.features, "unrotated_key": b.features,
         "text_embeddings": b.text, "text_mask": b.text_mask, "saliency": b.saliency,

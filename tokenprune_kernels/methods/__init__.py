@@ -11,6 +11,7 @@ from .coast import COAST, coast
 from .dart import DART, dart
 from .evs import EVS, evs
 from .mmtok import MMTOK, mmtok
+from .pyramiddrop import PYRAMIDDROP, pyramiddrop
 from .scope import SCOPE, scope
 from .sts import STS, sts_semantics, sts_structure
 from .vidcom2 import VIDCOM2, vidcom2
@@ -33,6 +34,7 @@ __all__ = [
     "get_method",
     "method_names",
     "mmtok",
+    "pyramiddrop",
     "random",
     "register_method",
     "scope",
@@ -45,7 +47,9 @@ __all__ = [
 ]
 
 # The order of every table.
-_PUBLISHED = (COAST, STS, ADAFV, ZSPAPRUNE, ADAPTPRUNE, DART, EVS, VIDCOM2, CDPRUNER, SCOPE, MMTOK, VISIONZIP)
+_PUBLISHED = (
+    COAST, STS, ADAFV, ZSPAPRUNE, ADAPTPRUNE, DART, EVS, VIDCOM2, CDPRUNER, SCOPE, MMTOK, PYRAMIDDROP, VISIONZIP,
+)  # fmt: skip
 for _method in (*_PUBLISHED, FASTV, DIVPRUNE, RANDOM):
     add(_method)
 del _method, _PUBLISHED, add

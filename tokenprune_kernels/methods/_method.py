@@ -18,6 +18,8 @@ Choose = Callable[..., Selection | Tensor]
 EVIDENCE = {
     "query": "[B, Hq, T, D]: queries of the attention in the layer before, of the text behind the images",
     "key": "[B, Hkv, L, D]: keys of the attention in the layer before, of the whole prompt",
+    "next_query": "[B, Hq, T, D]: `query` of the attention in the layer that comes, made by its own projections",
+    "next_key": "[B, Hkv, L, D]: `key` of the attention in the layer that comes, made by its own projections",
     "features": "[B, V, C]: hidden states of the visual tokens; in front of the language model, the projector's output",
     "visual_embeddings": "[B, V, C]: another name of `features`",
     "unrotated_key": "[B, V, Hkv * D]: `k_proj` of `features` in the layer that comes, without norm and rotation",
@@ -40,11 +42,14 @@ EXTENT = {
     "key_mask": "[B, L] bool: False for padding; None when there is none",
     "causal": "bool: True",
     "scale": "float: what the attention multiplies its products by",
+    "next_scale": "float: `scale` of the attention in the layer that comes",
     "lse": "[B, Hq, T] log-sum-exp of the query rows; None unless the attention gives it",
 }
 ARGUMENTS = EVIDENCE | EXTENT
 # Known only behind a decoder layer whose attention was watched.
 ATTENTION = frozenset({"query", "key", "scale", "lse"})
+# Made of the hidden states in front of a decoder layer, by that layer.
+PROJECTED = frozenset({"next_query", "next_key", "next_scale"})
 
 
 def name_of(function: Choose) -> str:
@@ -132,6 +137,11 @@ class Stage:
         """Whether the attention in the layer before has to be watched."""
         return bool(self.uses & ATTENTION)
 
+    @property
+    def projects(self) -> bool:
+        """Whether the layer that comes has to make its queries and keys in advance."""
+        return bool(self.uses & PROJECTED)
+
     def at_layer(self, layer: int | None) -> bool:
         """Whether it chooses in front of a decoder layer; `layer` is the user's."""
         return self.where == "layer" or self.reads_attention or (self.where is None and layer is not None)
@@ -150,6 +160,7 @@ class Method:
     title, summary: the name in its paper, and one line that says by what it chooses.
     paper: arXiv id. source: what this implementation is faithful to. baseline: papers compare themselves with it.
     layer, layers: the decoder layer in front of which the paper prunes, and that of families where it is another one.
+    schedule: the paper's shares by decoder layer, of a model with `depth` layers, when it prunes several times inside.
     positions: the paper's handling of rotary positions in front of the model, "original" or "renumber".
     """
 
@@ -162,6 +173,8 @@ class Method:
     baseline: bool = False
     layer: int = 2
     layers: Mapping[str, int] = field(default_factory=dict)
+    schedule: Mapping[int, float] = field(default_factory=dict)
+    depth: int = 32
     positions: str = "original"
 
     def __post_init__(self) -> None:
@@ -170,6 +183,11 @@ class Method:
         where = [stage.where for stage in self.stages]
         if len(where) != 1 and where != ["model", "layer"]:
             raise ValueError(f"method {self.name}: several stages are one of model and one of layer, got {where}")
+
+    def scheduled(self, depth: int) -> dict[int, float]:
+        """The schedule in a model of `depth` layers: at the same parts of it, but never in front of layer 0. Where two
+        of the paper's layers become one, the later one counts."""
+        return {max(1, layer * depth // self.depth): share for layer, share in self.schedule.items()}
 
     @property
     def in_model(self) -> bool:

@@ -19,6 +19,7 @@
 #include "tokenprune/density.h"
 #include "tokenprune/radix.cuh"
 #include "tokenprune/repulsion_gram_tile.cuh"
+#include "tokenprune/row_reads.cuh"
 #include "tokenprune/squared_gap.cuh"
 
 namespace tokenprune {
@@ -102,7 +103,7 @@ struct DistanceRow {
         own(squares[token]) {}
 
   __device__ __forceinline__ float operator()(int64_t other) const {
-    if (!is_point(p, sample, other)) return std::numeric_limits<float>::quiet_NaN();
+    if (!is_point(p, sample, other)) return kNan;
     return squared_gap(products[other], own, squares[other], p.channels, point<T>(p, sample, token),
                        point<T>(p, sample, other));
   }
@@ -166,7 +167,7 @@ __global__ void __launch_bounds__(kDensityThreads)
   }
   const float *means = strip.means + local * p.n, *widest = strip.widest + local * p.n;
   const float mean = means[i];
-  float closest = std::numeric_limits<float>::infinity();
+  float closest = kInfinity;
   bool any = false;
   for (int64_t j = lane_id(); j < p.n; j += kWarp) {
     const float square = distances(j);

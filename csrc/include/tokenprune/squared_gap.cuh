@@ -1,14 +1,14 @@
 // Squared distances of two rows from their inner products.
 #pragma once
 
-#include <limits>
+#include <cfloat>
 
 #include "tokenprune/device.cuh"
 
 namespace tokenprune {
 
 // Does nothing overflow that is made of two such squares?
-__device__ __forceinline__ bool is_small(float square) { return square < std::numeric_limits<float>::max() / 4; }
+__device__ __forceinline__ bool is_small(float square) { return square < FLT_MAX / 4; }
 
 template <class T>
 __device__ float squared_difference(const T* x, const T* y, int64_t channels) {

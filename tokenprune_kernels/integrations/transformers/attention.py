@@ -17,9 +17,13 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ...methods import get_method, method_names
+from ...methods._method import ATTENTION, PROJECTED
 
 # probe(query [B, H, M, D], key [B, Hkv, N, D], scale, lse [B, H, M] or None, keyword arguments of the attention)
 Probe = Callable[[Tensor, Tensor, float, Tensor | None, dict[str, Any]], None]
+
+# projecting(query, key, scale): whether the attention is called for these alone, and need not attend.
+Projecting = Callable[[Tensor, Tensor, float], bool]
 
 _PREFIX = "tokenprune"
 _numbers = itertools.count()
@@ -64,7 +68,7 @@ def _check_all_heads(module: nn.Module, query: Tensor, config: Any) -> None:
 def _blind() -> list[str]:
     """The methods that read the attention of neither the decoder nor the vision tower."""
     methods = map(get_method, method_names())
-    return [m.name for m in methods if "saliency" not in m.uses and not any(s.reads_attention for s in m.stages)]
+    return [m.name for m in methods if not m.uses & (ATTENTION | PROJECTED | {"saliency"})]
 
 
 def _with_config(module: nn.Module, config: Any) -> nn.Module:
@@ -108,7 +112,9 @@ class _Probed:
         name, config = self.base, self.config
         registered = None if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
         probes: dict[nn.Module, list[Probe]] = {}
+        projecting: dict[nn.Module, Projecting] = {}  # of one block: only those of vision towers share a config
         for block in self.blocks:
+            projecting.update(block.projecting)
             for module, probe in block.probes.items():
                 probes.setdefault(module, []).append(probe)
         # FlashAttention and functions beside transformers' own look their name up again: they find the user's.
@@ -121,15 +127,18 @@ class _Probed:
         def attend(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
         ) -> Any:
+            scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
+            if module in projecting and projecting[module](query, key, scale):
+                _check_all_heads(module, query, config)
+                return query.new_zeros(()).expand(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
             function = _eager_of(module) if registered is None else registered
             told = module if users_config is None else uncompiled(module, users_config)
             result = function(told, query, key, value, attention_mask, *args, **kwargs)
             found = probes.get(module)
             if found is not None:
                 _check_all_heads(module, query, config)
-                scale = kwargs.get("scaling")
                 for probe in found:
-                    probe(query, key, query.shape[-1] ** -0.5 if scale is None else scale, _lse(result, query), kwargs)
+                    probe(query, key, scale, _lse(result, query), kwargs)
             return result
 
         return attend
@@ -142,8 +151,11 @@ _lock = threading.RLock()
 class ProbedAttention:
     """Puts a name of ours into a config, and takes it out again. shared: other blocks may probe this config too."""
 
-    def __init__(self, config: Any, probes: dict[nn.Module, Probe], *, shared: bool = False) -> None:
-        self.config, self.probes, self.shared = config, probes, shared
+    def __init__(
+        self, config: Any, probes: dict[nn.Module, Probe], projecting: dict[nn.Module, Projecting], *,
+        shared: bool = False,
+    ) -> None:  # fmt: skip
+        self.config, self.probes, self.projecting, self.shared = config, probes, projecting, shared
 
     def install(self) -> None:
         with _lock:

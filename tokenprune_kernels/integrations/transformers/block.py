@@ -120,6 +120,14 @@ class Block:
         if isinstance(now, Prefill):
             now.attention = AttentionInputs(query, key, scale, lse)
 
+    def projecting(self, query: Tensor, key: Tensor, scale: float) -> bool:
+        """Whether a pruning layer's attention is called for these alone, in advance."""
+        now = self.calls.decoder
+        if not isinstance(now, Prefill) or now.projecting is None:
+            return False
+        now.projecting.append(AttentionInputs(query, key, scale, None))
+        return True
+
     def see_tower(self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None, keywords: Inputs) -> None:
         """The probe of the vision tower. It sees nothing when the tower runs for another model that shares it."""
         encoding, saliency = self.calls.encoding, self.plan.saliency

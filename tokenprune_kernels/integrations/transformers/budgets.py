@@ -57,6 +57,12 @@ def check_layer(layer: Any, depth: int) -> int:
     return layer
 
 
-def times(share: int, budget: Budget) -> Budget:
-    """So many times the budget."""
-    return lambda tokens: min(tokens, share * budget(tokens))
+def times(share: Share | Fraction, budget: Budget) -> Budget:
+    """So many times the budget, rounded down."""
+    return lambda tokens: min(tokens, int(share * budget(tokens)))
+
+
+def ending_with(budget: Budget, shares: Mapping[int, float]) -> dict[int, Budget]:
+    """A schedule in the proportions of `shares`, whose last layer keeps the budget."""
+    *_, last = shares.values()
+    return {layer: times(Fraction(str(share)) / Fraction(str(last)), budget) for layer, share in shares.items()}

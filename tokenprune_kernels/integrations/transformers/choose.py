@@ -35,6 +35,7 @@ class LayerContext:
     hidden: Tensor  # [B, L, C]
     layer: Any  # the decoder layer, a module
     attention: AttentionInputs | None
+    projected: Callable[[], AttentionInputs]  # what the layer itself makes of `hidden`
     layout: Callable[[], Layout]  # of the unpruned visual tokens, on the device
     saliency: Callable[[], Tensor]  # [B, V] of the unpruned visual tokens
     generator: Callable[[], torch.Generator | None]
@@ -85,12 +86,16 @@ class LayerContext:
         return None if lse is None else lse[:, :, self.first_text :]
 
 
+def not_seen() -> RuntimeError:
+    return RuntimeError(
+        "prune_visual_tokens: the attention of or before the pruning layer was not seen: it was not called through the "
+        "attention function that the configuration names"
+    )
+
+
 def _seen(context: LayerContext) -> AttentionInputs:
     if context.attention is None:
-        raise RuntimeError(
-            "prune_visual_tokens: the attention before the pruning layer was not seen: it was not called through the "
-            "attention function that the configuration names"
-        )
+        raise not_seen()
     return context.attention
 
 
@@ -99,6 +104,9 @@ SOURCES: dict[str, Callable[[LayerContext], Any]] = {
     "query": lambda c: _seen(c).query[:, :, c.first_text :],
     "key": lambda c: _seen(c).key,
     "scale": lambda c: _seen(c).scale,
+    "next_query": lambda c: c.projected().query[:, :, c.first_text :],
+    "next_key": lambda c: c.projected().key,
+    "next_scale": lambda c: c.projected().scale,
     "lse": LayerContext.lse,
     "causal": lambda c: True,
     "key_indices": lambda c: c.tokens.visual,
@@ -128,6 +136,11 @@ def check_stage(method: str, stage: Stage, layer: Any) -> None:
         raise NotImplementedError(
             f"prune_visual_tokens: {method} compares keys before RoPE, and {type(layer.self_attn).__name__} has no "
             "k_proj that makes them alone"
+        )
+    if stage.projects and not hasattr(layer, "input_layernorm"):
+        raise NotImplementedError(
+            f"prune_visual_tokens: {method} reads queries and keys of the layer that comes, and {type(layer).__name__} "
+            "has no input_layernorm in front of its attention"
         )
 
 

@@ -38,14 +38,18 @@ def _install(block: Block, model: nn.Module, installed: ExitStack) -> None:
 
     see = _uncompiled(block.see)
     probed = {planned.layer - 1 for planned in plan.stages.values() if planned.stage.reads_attention}
-    block.attention = [ProbedAttention(decoder.config, {layers[index].self_attn: see for index in probed})]
+    projecting = _uncompiled(block.projecting)
+    block.attention = [ProbedAttention(
+        decoder.config, {layers[index].self_attn: see for index in probed},
+        {layers[at].self_attn: projecting for at, planned in plan.stages.items() if planned.stage.projects},
+    )]  # fmt: skip
     if plan.saliency is not None:
         try:
             attention = plan.saliency.attention(core)
         except NotImplementedError as lacking:
             raise NotImplementedError(f"prune_visual_tokens: {plan.method} needs {lacking}") from None
         probes = {attention: _uncompiled(block.see_tower)}
-        block.attention.append(ProbedAttention(attention.config, probes, shared=True))
+        block.attention.append(ProbedAttention(attention.config, probes, {}, shared=True))
     for probe in block.attention:
         installed.callback(probe.remove)
         probe.install()

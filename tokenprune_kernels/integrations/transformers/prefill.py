@@ -18,7 +18,7 @@ from ..._backend import served_by
 from ...methods import Stage
 from .budgets import Budget
 from .cache import Pruned, Segment, check_cache, compact_layers, layer_length, remember
-from .choose import AttentionInputs, LayerContext, choose
+from .choose import AttentionInputs, LayerContext, choose, not_seen
 from .deepstack import DeepStack, take_deepstack
 from .encoding import Asked, ModelCall, Prompt
 from .families import Family, Inputs, Model, Saliency
@@ -87,6 +87,7 @@ class Prefill:
     cache: Any = None  # that the layers fill
     segments: list[Segment] = field(default_factory=list)
     attention: AttentionInputs | None = None  # of the layer before a pruning layer
+    projecting: list[AttentionInputs] | None = None  # while a pruning layer's attention is called for these alone
     columns: list[Tensor] = field(default_factory=list)  # of each segment, into the sequence before it
     # What the layers get instead of the model's, after the first pruning.
     replaced: dict[str, Any] = field(default_factory=dict)
@@ -188,7 +189,7 @@ def _prune(plan: Plan, now: Prefill, planned: PlannedStage, layer: nn.Module, in
     hidden: Tensor = inputs["hidden_states"]
     with torch.no_grad(), now.report.clock("select_ms"):
         with plan.draws.lock if "generator" in planned.stage.uses else nullcontext():
-            selected = choose(planned.stage, _context(plan, now, hidden.detach(), layer), budgets, plan.options)
+            selected = choose(planned.stage, _context(plan, now, layer, inputs), budgets, plan.options)
         after, columns = keep(tokens, selected, budgets)
     now.attention = None
     with now.report.clock("compact_ms"):
@@ -200,7 +201,26 @@ def _prune(plan: Plan, now: Prefill, planned: PlannedStage, layer: nn.Module, in
     return {**inputs, "hidden_states": hidden}
 
 
-def _context(plan: Plan, now: Prefill, hidden: Tensor, layer: nn.Module) -> LayerContext:
+def _context(plan: Plan, now: Prefill, layer: Any, inputs: Inputs) -> LayerContext:
+    hidden: Tensor = inputs["hidden_states"].detach()
+
+    @functools.cache
+    def projected() -> AttentionInputs:
+        # The attention is called as the layer does, whatever norms, rotations and offloaded weights are in it, without
+        # a cache; `Block.projecting` takes what it would attend with, and it attends to nothing.
+        embeddings = {**inputs, **now.replaced}["position_embeddings"]
+        found: list[AttentionInputs] = []
+        now.projecting = found
+        try:
+            layer.self_attn(
+                hidden_states=layer.input_layernorm(hidden), position_embeddings=embeddings, attention_mask=None
+            )
+        finally:
+            now.projecting = None
+        if not found:
+            raise not_seen()
+        return found[0]
+
     @functools.cache
     def layout() -> Layout:
         assert now.report.layout is not None
@@ -213,7 +233,7 @@ def _context(plan: Plan, now: Prefill, hidden: Tensor, layer: nn.Module) -> Laye
         return plan.saliency.read(plan.core, now.prompt.inputs, now.original.counts, now.seen).to(hidden.device)
 
     generator = functools.partial(plan.draws.of, plan.seed, hidden.device)
-    return LayerContext(now.tokens, hidden, layer, now.attention, layout, saliency, generator)
+    return LayerContext(now.tokens, hidden, layer, now.attention, projected, layout, saliency, generator)
 
 
 def _compact(plan: Plan, now: Prefill, after: Tokens, columns: Tensor, inputs: Inputs) -> Tensor:

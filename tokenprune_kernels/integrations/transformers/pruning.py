@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...methods import ARGUMENTS, Method, get_method, method_names
 from ...methods._method import Choose
 from .block import Block
-from .budgets import Share, as_python, budget_of, check_layer, schedule_of, times
+from .budgets import Share, as_python, budget_of, check_layer, ending_with, schedule_of, times
 from .choose import check_stage
 from .families import Family
 from .hooks import install
@@ -18,12 +18,15 @@ from .prefill import Plan, PlannedStage
 from .registry import family_of, unwrapped
 
 METHODS = method_names()  # of this package; users may register others
+KEEP = 0.222  # of those that name no schedule: the share that most papers compare at
 Keep = Share | Mapping[int, Share]
 IN_MODEL = tuple(name for name in METHODS if get_method(name).in_model)
 
 
-def stages_of(method: Method, keep: Keep, layer: int | None, family: Family, depth: int) -> list[PlannedStage]:
+def stages_of(method: Method, keep: Keep | None, layer: int | None, family: Family, depth: int) -> list[PlannedStage]:
     """Where the method chooses, and how many: what works inside the model does so at every layer of a schedule."""
+    if keep is None:
+        keep = (method.scheduled(depth) if layer is None else {}) or KEEP
     if isinstance(keep, Mapping):
         if layer is not None:
             raise ValueError("prune_visual_tokens: a schedule to keep names its layers; layer must be None then")
@@ -31,10 +34,12 @@ def stages_of(method: Method, keep: Keep, layer: int | None, family: Family, dep
         layer = next(iter(schedule))
     else:
         budget = budget_of(keep)
+        shares = method.scheduled(depth) if layer is None else {}
         if layer is None and method.in_model:
             # The paper's layer, on a model that is deep enough for it.
-            layer = min(method.layers.get(family.name, method.layer), depth - 1)
-        schedule = {0 if layer is None else check_layer(layer, depth): budget}
+            layer = max(shares, default=min(method.layers.get(family.name, method.layer), depth - 1))
+        at = 0 if layer is None else check_layer(layer, depth)
+        schedule = ending_with(budget, shares or {at: 1.0})
     inside = [stage.at_layer(layer) for stage in method.stages]
     if layer is not None and not any(inside):
         what = "schedule" if isinstance(keep, Mapping) else "layer"
@@ -74,7 +79,7 @@ class Pruning:
         self,
         model: nn.Module,
         method: str | Method | Choose,
-        keep: Keep,
+        keep: Keep | None = None,
         *,
         layer: int | None = None,
         positions: str | None = None,
@@ -166,7 +171,7 @@ class Pruning:
 def prune_visual_tokens(
     model: nn.Module,
     method: str | Method | Choose = "coast",
-    keep: Keep = 0.222,
+    keep: Keep | None = None,
     *,
     layer: int | None = None,
     positions: str | None = None,
@@ -184,7 +189,9 @@ def prune_visual_tokens(
             `tokenprune_kernels.methods.ARGUMENTS`, and returns indices [B, k] of visual tokens or a `Selection`.
         keep: visual tokens to keep per sample, an int, or the share of them, a float in (0, 1]; scalars of NumPy and
             torch are as good. Or a schedule, {layer: one of these}: of the prompt's visual tokens so many are kept from
-            that decoder layer on, shares rounded down. Layers ascend, and what is kept does not grow.
+            that decoder layer on, shares rounded down. Layers ascend, and what is kept does not grow. Default: the
+            paper's schedule (pyramiddrop), or 0.222; with one number, its last layer keeps that, those before in
+            proportion.
         layer: for methods that work inside the model: the decoder layer in front of which tokens are dropped, by the
             attention of the layer before it. Default: the paper's, or 2. A function that asks for no attention works in
             front of the language model unless a layer is given.
