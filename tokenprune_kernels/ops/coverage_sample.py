@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .._backend import call
-from .._op import Count, counts, flags, floats, op, picks, scores
+from .._op import KERNELS, Count, counts, flags, floats, op, picks, scores
 
 
 @op(
@@ -15,7 +15,7 @@ from .._op import Count, counts, flags, floats, op, picks, scores
     mask=flags("B N"),
     returns={"indices": picks("B k", ascending=False), "gains": scores("B k"), "counts": counts("B")},
     work=("similarity", "B * min(k, N) * R * N"),
-    backends=("cpu", "cuda", "triton"),
+    backends=KERNELS,
 )
 def coverage_sample(
     similarity: Tensor,

@@ -141,7 +141,7 @@ def coverage_kernel(
     for first in range(0, row_count, BLOCK_R):
         row = first + tl.arange(0, BLOCK_R).to(tl.int64)
         tl.store(covered_ptr + row, tl.zeros([BLOCK_R], tl.float32), mask=row < row_count)
-    count = 0
+    count = tl.full([], 0, tl.int32)
     for step in range(steps):
         tl.debug_barrier()  # what was written is read by other threads
         best = _best(bound_ptr, free_ptr, n, BLOCK_N)

@@ -75,7 +75,7 @@ def dpp_kernel(
         tl.store(d2_ptr + token, d2, mask=inside)
         tl.store(free_ptr + token, free.to(tl.uint8), mask=inside)
         best = tl.maximum(best, best_candidate(d2, free, token, True))
-    count = 0
+    count = tl.full([], 0, tl.int32)
     rank = 0  # picks that changed something: rows of the factor,
     next_ptr = factor_ptr  # and where the next one goes
     for step in range(steps):
@@ -156,7 +156,7 @@ def dpp_sample(
         return indices, gains, counts
     while begin < batch:
         some = slice(begin, min(begin + group, batch))
-        parts = (None if t is None else t[some] for t in (quality, flags))
-        _sample(features[some], *parts, float32(epsilon), indices[some], gains[some], counts[some])
+        of_quality, of_mask = (None if t is None else t[some] for t in (quality, flags))
+        _sample(features[some], of_quality, of_mask, float32(epsilon), indices[some], gains[some], counts[some])
         begin += group
     return indices, gains, counts
