@@ -223,6 +223,17 @@ def radix(kernel: str, scores: Any, *_: Any, **options: Any) -> Iterator[Launch]
     yield Launch(kernel, steps=4, step_trips=-(-n // (4 * 512 * min(8, -(-n // 2048)))), dram=4.0 * scores.numel())
 
 
+def grouped(scores: Any, groups: Any, budgets: Any, *_: Any, **options: Any) -> Iterator[Launch]:
+    """As many passes as tell the tokens of a group apart: the bits of their number, and 8 for uneven scores."""
+    (batch, n), count = scores.shape, budgets.shape[1]
+    digit = max(3, min(8, 14 - (count - 1).bit_length()))
+    cluster = next((c for c in (1, 2, 4) if n <= 8192 * c), 8)
+    passes = -(-(8 + (n // count).bit_length()) // digit)
+    name = f"select_grouped_kernel<{CPP[scores.dtype]}, (GroupedMemory)0"
+    yield Launch(name, steps=passes, step_trips=-(-n // (4 * 512 * cluster)), cluster=cluster > 1,
+                 dram=float(n * batch * (scores.element_size() + 8) + 8 * batch * count))  # fmt: skip
+
+
 def once(kernel: str, values: Any, *_: Any, **options: Any) -> Iterator[Launch]:
     """One pass of a block over a sample."""
     yield Launch(kernel, steps=-(-values.shape[-1] // (4 * 512)), dram=float(values.numel() * values.element_size()))
@@ -242,6 +253,7 @@ OPS: dict[str, Any] = {
     "coverage_sample": coverage,
     "spatial_semantic_nms": nms,
     "select_topk": lambda scores, *a, **o: radix(f"select_kernel<{CPP[scores.dtype]}, false", scores),
+    "select_grouped_topk": grouped,
     "select_two_tailed": lambda scores, *a, **o: radix(f"select_kernel<{CPP[scores.dtype]}, true", scores),
     "select_mixture": lambda text, *a, **o: radix("mixture_kernel", text),
     "mask_to_indices": lambda mask, *a, **o: once("mask_kernel", mask),

@@ -24,7 +24,7 @@ ROWS = ("cross_attention_scores", "attention_entropy")
 SCORES = ("cross_attention_scores", "attention_scores")
 REPULSION, NMS = ("repulsion_sample",), ("spatial_semantic_nms",)
 SIMILARITY = ("cosine_scores", "contrastive_scores")
-SELECT = ("select_topk", "select_two_tailed", "mask_to_indices")
+SELECT = ("select_topk", "select_grouped_topk", "select_two_tailed", "mask_to_indices")
 SWEEPS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
     "attention.splits": (ROWS, (1, 2, 4, 8, 16, 32, 64)),
     "attention.cluster": (SCORES, POWERS),
@@ -47,6 +47,7 @@ SWEEPS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
     "similarity.pair_warps": (("paired_cosine",), POWERS),
     "select.cluster": (SELECT, POWERS),
     "select.threads": (SELECT, (64, 128, 256, 512)),
+    "select.digit": (("select_grouped_topk",), (3, 4, 5, 6, 7, 8)),
     "mixture.threads": (("select_mixture",), (128, 256, 512)),
     "gather.vectors": (("gather_compact",), (256, 512, 1024)),
     "dpp.matrix": (("dpp_sample",), (0, 4096)),

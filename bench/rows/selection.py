@@ -121,13 +121,17 @@ def grouped(frames: int, tokens: int, keep: int) -> Row:
         {"loop over groups": loop, "torch.topk of equal groups": equal_groups, "reference": reference},
         uncapturable=("loop over groups",),
         targets={"loop over groups": 2.0},
+        bytes=n * 12 + 8 * frames + 8 * frames * keep + 8,
+        max_launches=1,
         agree=same,
     )
 
 
 def gpu_rows(scale: Scale) -> list[Row]:
     llava, qwen, large = map(scale.model, ("LLaVA-1.5-7B", "Qwen2.5-VL-7B@4096", "Qwen2.5-VL-7B@16384"))
-    return [topk(llava, 1), topk(llava, 16), topk(qwen, 1), topk(large, 1), *others_of(llava)]
+    groups = (scale(5, 2), 576, 64), (scale(32, 3), 196, 40), (scale(512, 4), 64, 8)  # crops, frames, a long video
+    return [topk(llava, 1), topk(llava, 16), topk(qwen, 1), topk(large, 1), *others_of(llava),
+            *(grouped(frames, scale(tokens, 20), scale(keep, 4)) for frames, tokens, keep in groups)]  # fmt: skip
 
 
 def masked(model: Model) -> Row:

@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "cuda/binding.h"
+#include "tokenprune/selection_grouped.h"
 
 namespace tokenprune {
 
@@ -64,6 +65,46 @@ std::tuple<Tensor, Tensor> select_two_tailed(const Tensor& scores, const Tensor&
   return select("select_two_tailed", scores, &num_low, nullptr, k, mask, true);
 }
 
+std::tuple<Tensor, Tensor> select_grouped_topk(const Tensor& scores_in, const Tensor& groups_in,
+                                               const Tensor& budgets_in, int64_t k, const OptionalTensor& mask_in,
+                                               bool largest) {
+  const char* op = "select_grouped_topk";
+  check_select_grouped_topk(scores_in, groups_in, budgets_in, k, mask_in, largest);
+  check_not_float64(op, {{"scores", scores_in}});
+  check_tokens(op, "scores", scores_in);
+  if (budgets_in.size(1) > kGroupedMaxGroups)
+    fail(op, "budgets", "have fewer than 2^31 groups on a GPU", budgets_in.size(1));
+  const CudaScope cuda(scores_in);
+  const Tensor scores = with_contiguous_rows(scores_in), groups = with_contiguous_rows(groups_in);
+  const Tensor budgets = with_contiguous_rows(budgets_in);
+  const MaskArgument mask(mask_in);
+  const int64_t batch = scores.size(0), n = scores.size(1), group_count = budgets.size(1);
+  const Selected selected(scores, k);
+  const GroupedPlan plan = plan_grouped(batch, n, group_count, cuda.limits());
+  Tensor workspace = new_empty(scores, {batch * plan.workspace_bytes()}, ScalarType::Byte);
+  const GroupedProblem problem{scores.const_data_ptr(),
+                               scores.stride(0),
+                               groups.const_data_ptr<int64_t>(),
+                               groups.stride(0),
+                               budgets.const_data_ptr<int64_t>(),
+                               budgets.stride(0),
+                               mask.data(),
+                               mask.stride(),
+                               selected.indices.mutable_data_ptr<int64_t>(),
+                               selected.counts.mutable_data_ptr<int64_t>(),
+                               batch,
+                               n,
+                               group_count,
+                               k,
+                               largest,
+                               workspace.mutable_data_ptr()};
+  const cudaError_t status = dispatch_storage(scores, [&](auto tag) {
+    return launch_select_grouped<typename decltype(tag)::type>(problem, plan, cuda.stream());
+  });
+  check_launch(op, status, {{"scores", scores}, {"budgets", budgets}});
+  return selected.result();
+}
+
 std::tuple<Tensor, Tensor> mask_to_indices(const Tensor& mask_in, int64_t capacity) {
   const char* op = "mask_to_indices";
   check_mask_to_indices(mask_in, capacity);
@@ -112,6 +153,7 @@ Tensor score_entropy(const Tensor& scores_in, const OptionalTensor& mask_in, boo
 
 TOKENPRUNE_CUDA_OPS(m) {
   TOKENPRUNE_IMPL(m, "select_topk", select_topk);
+  TOKENPRUNE_IMPL(m, "select_grouped_topk", select_grouped_topk);
   TOKENPRUNE_IMPL(m, "select_two_tailed", select_two_tailed);
   TOKENPRUNE_IMPL(m, "mask_to_indices", mask_to_indices);
   TOKENPRUNE_IMPL(m, "score_entropy", score_entropy);

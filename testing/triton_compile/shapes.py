@@ -296,6 +296,38 @@ def _suppression(tokens: int, channels: int, dtype: torch.dtype = HALF, batch: i
     }
 
 
+def determinants() -> Iterator[Call]:
+    for dtype in DTYPES:
+        for tokens, channels in ((576, 1024), (2880, 4096)):
+            call = {"features": meta(1, tokens, channels, dtype=dtype), "k": 64}
+            yield Call(f"{NAMES[dtype]}, {tokens} tokens of {channels}", call)
+        full = {"features": meta(2, 37, 71, dtype=dtype), "quality": meta(2, 37, dtype=dtype), "mask": flags(2, 37)}
+        yield Call(f"{NAMES[dtype]}, odd sizes, everything", {**full, "k": 9})
+    for tokens in (100, 16384):
+        full = {"features": meta(1, tokens, 1024), "quality": meta(1, tokens, dtype=SINGLE), "mask": flags(1, tokens)}
+        yield Call(f"{tokens} tokens, everything", {**full, "k": 64})
+    yield Call("64 samples", {"features": meta(64, 576, 1024), "k": 64})
+
+
+def coverages() -> Iterator[Call]:
+    for dtype in DTYPES:
+        for tokens in (37, 576, 2880, 16384):
+            base = {"similarity": meta(1, min(tokens, 2880), tokens, dtype=dtype), "k": 64}
+            yield Call(f"{NAMES[dtype]}, {tokens} tokens", base)
+        full = {"similarity": meta(2, 600, 576, dtype=dtype), "row_weights": meta(2, 600, dtype=dtype), "k": 64}
+        more = {"quality": meta(2, 576, dtype=dtype), "row_mask": flags(2, 600), "mask": flags(2, 576)}
+        yield Call(f"{NAMES[dtype]}, everything", {**full, **more})
+
+
+def peaks() -> Iterator[Call]:
+    for dtype in DTYPES:
+        yield Call(NAMES[dtype], {"features": meta(1, 576, 4096, dtype=dtype), "k": 64})
+        odd = {"features": meta(2, 37, 71, dtype=dtype), "mask": flags(2, 37), "k": 9}
+        yield Call(f"{NAMES[dtype]}, odd sizes, mask", odd)
+    for tokens in (2880, 6272):
+        yield Call(f"{tokens} tokens", {"features": meta(1, tokens, 1024), "k": 64})
+
+
 # --- compaction -----------------------------------------------------------------------------------------------------
 
 
@@ -354,6 +386,9 @@ SHAPES: dict[str, list[Call]] = {
     "mask_to_indices": list(positions_of_true()),
     "repulsion_sample": list(repulsions()),
     "spatial_semantic_nms": list(suppressions()),
+    "dpp_sample": list(determinants()),
+    "coverage_sample": list(coverages()),
+    "density_peaks": list(peaks()),
     "gather_compact": list(compactions()),
     "merge_tokens": list(merges()),
     "_invert_indices": list(inversions()),

@@ -41,6 +41,11 @@ INSTRUCTIONS = {
     "dpp_rows_kernel<": WIDE_LOADS,
     "coverage_greedy_kernel": WIDE_LOADS,
     "select_kernel<": ONE_INCREMENT,
+    **{
+        f"select_grouped_kernel<{name}, (GroupedMemory){held}": ONE_INCREMENT
+        for name in ("float", "__half", "__nv_bfloat16")
+        for held in (0, 1)
+    },
     "mixture_kernel": ONE_INCREMENT,
 }
 

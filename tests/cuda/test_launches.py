@@ -140,6 +140,12 @@ def selection_calls(which: str) -> Iterator[Call]:
         }[which]
 
 
+def grouped_calls() -> Iterator[Call]:
+    for batch, n, groups in ((1, 1, 1), (2, 500, 7), (1, 9000, 32), (1, 40000, 3), (1, 3000, 2000), (1, 3000, 6000)):
+        tokens = torch.randint(0, groups, (batch, n)), torch.randint(0, 3, (batch, groups))
+        yield lambda batch=batch, n=n, of=tokens: tp.select_grouped_topk(torch.rand(batch, n), *of, n)
+
+
 def compaction_calls(gradient: bool) -> Iterator[Call]:
     for tensors, shapes in ((1, 1), (108, 1), (16, 16)):
         values = [torch.rand(1, 9, 2 + (i % shapes), requires_grad=gradient) for i in range(tensors)]
@@ -172,6 +178,7 @@ CALLS: dict[str, Callable[[], Iterator[Call]]] = {
     "spatial_semantic_nms": nms_calls,
     "gather_compact": lambda: compaction_calls(False),
     "gather_compact, gradient": lambda: compaction_calls(True),
+    "select_grouped_topk": grouped_calls,
     **{
         op: functools.partial(selection_calls, op)
         for op in ("select_topk", "select_two_tailed", "select_mixture", "mask_to_indices", "score_entropy")

@@ -109,6 +109,14 @@ def error_of_suppression(dtype: torch.dtype, k: int, architecture: int = 90) -> 
     return abs(cosine - float(cosines(x[a : a + 1], x[b : b + 1]))) - of_roundings
 
 
+def error_of_distances(dtype: torch.dtype) -> float:
+    """The squared distance of two tokens, whose products and squares may all err."""
+    x = features(2, dtype)
+    distance = tp.density_peaks(x[None], 1, backend="emulator")[3][0, 0].double()
+    exact = x.double().diff(dim=0).square().sum()
+    return float((distance.square() * CHANNELS - exact).abs() / (4 * x.double().square().sum(-1).max()))
+
+
 CASES: dict[str, Callable[[torch.dtype], float]] = {
     "attention_rows_thin": lambda dtype: error_of_logits(dtype, 3),
     "attention_rows_wide": lambda dtype: error_of_logits(dtype, 40),
@@ -116,6 +124,7 @@ CASES: dict[str, Callable[[torch.dtype], float]] = {
     "tile_similarity": error_of_cosines,
     "gram_kernel": lambda dtype: error_of_picks(dtype, True),
     "rounds_kernel": lambda dtype: error_of_picks(dtype, False),
+    "density_products": error_of_distances,
     "nms_weights": lambda dtype: error_of_suppression(dtype, 4),
     "nms_lists": lambda dtype: error_of_suppression(dtype, 4, architecture=80),
     "nms_select": lambda dtype: error_of_suppression(dtype, 2),

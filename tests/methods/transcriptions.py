@@ -269,3 +269,54 @@ def visionzip(features, saliency, keys, k, contextual):
         "sizes": [1 + len(members.get(i, [])) for i in kept],
         "assignment": [kept.index(joined.get(i, i)) if joined.get(i, i) in kept else -1 for i in range(n)],
     }
+
+
+def vidcom2(features, frames, k):
+    """`frames` are the numbers of tokens of each frame, one after the other."""
+    n, channels = features.shape
+    variance = [float(np.mean((column - column.mean()) ** 2)) for column in features.T]
+    narrow = sorted(best(variance, range(channels), max(1, channels // 2), largest=False))
+    u = np.array([row / max(math.sqrt(float(row @ row)), 1e-12) for row in features[:, narrow]])
+    of = [t for t, size in enumerate(frames) for _ in range(size)]
+    centre = [u[[i for i in range(n) if of[i] == t]].mean(0) for t in range(len(frames))]
+
+    def likeness(a, c):
+        return sum(math.exp(-float((a - c) @ (a - c)) / (2 * width)) for width in (1 / 8, 1 / 4, 1 / 2, 1, 2))
+
+    of_video = [likeness(row, u.mean(0)) for row in u]
+    s = [a + likeness(row, centre[t]) for a, row, t in zip(of_video, u, of, strict=True)]
+    z = [-float(np.mean([of_video[i] for i in range(n) if of[i] == t])) for t in range(len(frames))]
+    w = np.exp((np.array(z) - max(z)) / 0.01)
+    w /= w.sum()
+    budgets = []
+    for t, size in enumerate(frames):
+        due = min(1.0, k / n * (1 + w[t] - 1 / len(frames))) * size
+        if abs(due % 1 - 0.5) < 1e-3:
+            raise NearTieError
+        budgets.append(min(size, max(1, round(due))))
+    kept = []
+    for t, budget in enumerate(budgets):
+        kept += best(s, [i for i in range(n) if of[i] == t], budget, largest=False)
+    if len(kept) > k:
+        kept = best(s, kept, k, largest=False)
+    else:
+        kept = kept + best(s, [i for i in range(n) if i not in kept], min(k, n) - len(kept), largest=False)
+    return {"indices": sorted(kept), "redundancy": s, "budgets": budgets}
+
+
+def mmtok(features, text, k, seen=None, alpha=0.5):
+    """Coverage of the stacked matrix, with the weights multiplied in, as in the authors' code."""
+    seen, n, rows = features if seen is None else seen, len(features), []
+    for queries, tokens, temperature, weight in ((text, features, 0.02, 1.0), (seen, seen, 0.2, alpha)):
+        for query in queries:
+            e = np.exp([(cos(query, token) - 1) / temperature for token in tokens])
+            rows.append(weight / len(queries) * e / e.sum())
+    covered, picks, gains = [0.0] * len(rows), [], []
+    for _ in range(min(k, n)):
+        rest = [i for i in range(n) if i not in picks]
+        gain = {i: sum(max(row[i] - c, 0) for row, c in zip(rows, covered, strict=True)) for i in rest}
+        (j,) = best(gain, rest, 1)
+        picks.append(j)
+        gains.append(gain[j])
+        covered = [max(c, row[j]) for row, c in zip(rows, covered, strict=True)]
+    return {"order": picks, "gains": gains}

@@ -82,7 +82,8 @@ def test_accumulators_of_long_vectors_start_anew(compiled: Any, target: str) -> 
     assert product.MOST_PRODUCTS.value == MOST
     took = {r.kernel: r.accumulated for r in compiled.results if r.target == target and r.products}
     assert took.keys() == {
-        "attention_rows_kernel", "attention_columns_kernel", "gram_kernel", "isolated_kernel", "similarity_kernel"
+        "attention_rows_kernel", "attention_columns_kernel", "gram_kernel", "isolated_kernel", "similarity_kernel",
+        "assign_kernel",
     }  # fmt: skip
     for r in compiled.results:
         if r.target == target:

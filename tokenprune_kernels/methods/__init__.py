@@ -10,9 +10,11 @@ from .cdpruner import CDPRUNER, cdpruner
 from .coast import COAST, coast
 from .dart import DART, dart
 from .evs import EVS, evs
+from .mmtok import MMTOK, mmtok
 from .pyramiddrop import PYRAMIDDROP, pyramiddrop
 from .scope import SCOPE, scope
 from .sts import STS, sts_semantics, sts_structure
+from .vidcom2 import VIDCOM2, vidcom2
 from .visionzip import VISIONZIP, visionzip
 from .zspaprune import ZSPAPRUNE, zspaprune
 
@@ -31,6 +33,7 @@ __all__ = [
     "fastv",
     "get_method",
     "method_names",
+    "mmtok",
     "pyramiddrop",
     "random",
     "register_method",
@@ -38,12 +41,27 @@ __all__ = [
     "sts_semantics",
     "sts_structure",
     "unregister_method",
+    "vidcom2",
     "visionzip",
     "zspaprune",
 ]
 
 # The order of every table.
-_PUBLISHED = (COAST, STS, ADAFV, ZSPAPRUNE, ADAPTPRUNE, DART, EVS, CDPRUNER, SCOPE, PYRAMIDDROP, VISIONZIP)
+_PUBLISHED = (
+    COAST,
+    STS,
+    ADAFV,
+    ZSPAPRUNE,
+    ADAPTPRUNE,
+    DART,
+    EVS,
+    VIDCOM2,
+    CDPRUNER,
+    SCOPE,
+    MMTOK,
+    PYRAMIDDROP,
+    VISIONZIP,
+)
 for _method in (*_PUBLISHED, FASTV, DIVPRUNE, RANDOM):
     add(_method)
 del _method, _PUBLISHED, add

@@ -15,7 +15,7 @@ from .._op import Count, counts, flags, floats, op, picks, scores
     mask=flags("B N"),
     returns={"indices": picks("B k", ascending=False), "gains": scores("B k"), "counts": counts("B")},
     work=("similarity", "B * min(k, N) * R * N"),
-    backends=("cpu", "cuda"),
+    backends=("cpu", "cuda", "triton"),
 )
 def coverage_sample(
     similarity: Tensor,

@@ -13,7 +13,7 @@ from .._op import AtLeast, Count, counts, flags, floats, op, picks, scores
     mask=flags("B N"),
     returns={"indices": picks("B k"), "counts": counts("B"), "density": scores("B N"), "distance": scores("B N")},
     work=("features", "B * N * N * C"),
-    backends=("cpu", "cuda"),
+    backends=("cpu", "cuda", "triton"),
 )
 def density_peaks(
     features: Tensor, k: int, *, neighbors: int = 5, mask: Tensor | None = None, backend: str | None = None

@@ -14,7 +14,7 @@ from .._op import Count, Number, counts, flags, floats, op, picks, scores
     epsilon=Number(0.0),
     returns={"indices": picks("B k", ascending=False), "gains": scores("B k"), "counts": counts("B")},
     work=("features", "B * N * N * C"),
-    backends=("cpu", "cuda"),
+    backends=("cpu", "cuda", "triton"),
 )
 def dpp_sample(
     features: Tensor,

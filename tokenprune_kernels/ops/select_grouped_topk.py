@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .._backend import call
-from .._op import Count, counts, flags, floats, integers, op, picks
+from .._op import KERNELS, Count, counts, flags, floats, integers, op, picks
 
 
 @op(
@@ -13,7 +13,7 @@ from .._op import Count, counts, flags, floats, integers, op, picks
     k=Count(),
     mask=flags("B N"),
     returns={"indices": picks("B k"), "counts": counts("B")},
-    backends=("cpu", "triton"),
+    backends=KERNELS,
 )
 def select_grouped_topk(
     scores: Tensor,

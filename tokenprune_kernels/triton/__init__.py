@@ -5,6 +5,9 @@ Importing this package imports Triton; the rest of tokenprune_kernels does so on
 
 from .attention import attention_entropy, attention_scores, cross_attention_scores
 from .compaction import _invert_indices, gather_compact
+from .coverage import coverage_sample
+from .density import density_peaks
+from .dpp import dpp_sample
 from .merging import merge_tokens
 from .mixture import select_mixture
 from .nms import spatial_semantic_nms
@@ -20,7 +23,10 @@ __all__ = [
     "attention_scores",
     "contrastive_scores",
     "cosine_scores",
+    "coverage_sample",
     "cross_attention_scores",
+    "density_peaks",
+    "dpp_sample",
     "gather_compact",
     "mask_to_indices",
     "merge_tokens",

@@ -38,7 +38,7 @@ from .similarity import cosine_tile, similarity_config
 
 
 def assign_config(dtype: torch.dtype, n: int, targets: int, channels: int, metric: str) -> Config:
-    """Tiles of likenesses. The best slots take registers beside those of cosine_scores: in float32 half as many targets."""
+    """Tiles as in cosine_scores. The best slots take registers beside them: in float32 half as many targets."""
     if metric == "cosine" and dtype == torch.float32:
         return Config({"BLOCK_N": 32, "BLOCK_L": 16, "BLOCK_C": 32}, num_warps=4, num_stages=2)
     if metric == "cosine":

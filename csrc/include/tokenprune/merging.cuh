@@ -143,7 +143,7 @@ struct MeanShared {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kMergeThreads) merge_means_kernel(const MeanProblem p, int64_t slices) {
+__global__ void __launch_bounds__(kMergeThreads, 6) merge_means_kernel(const MeanProblem p, int64_t slices) {
   TOKENPRUNE_SHARED(MeanShared, s);
   constexpr int kUnit = kReadUnit<T>;
   const int64_t at = blockIdx.x / slices, sample = at / p.slots, slot = at % p.slots;

@@ -60,12 +60,12 @@ struct SelectPlan {
   size_t shared;
 };
 
-// One block up to kTokensPerBlock tokens: an exchange between blocks costs more than a block needs for them. Beyond
+// One block up to `tokens_per_block` tokens: an exchange between blocks costs more than a block needs for them. Beyond
 // that a cluster of 2, 4 or 8, as long as the device has room for the whole batch at once.
-inline SelectPlan plan_select(int64_t batch, int64_t n, const DeviceLimits& limits) {
-  constexpr int64_t kTokensPerBlock = 16384, kTokensPerThread = 2, kMinThreads = 128;
+inline SelectPlan plan_team(int64_t batch, int64_t n, int64_t tokens_per_block, const DeviceLimits& limits) {
+  constexpr int64_t kTokensPerThread = 2, kMinThreads = 128;
   int64_t cluster = 1;
-  while (limits.has_clusters() && cluster < kMaxCluster && n > cluster * kTokensPerBlock &&
+  while (limits.has_clusters() && cluster < kMaxCluster && n > cluster * tokens_per_block &&
          batch <= limits.sm_count / (2 * cluster))
     cluster *= 2;
   cluster = limits.planned_power(Planned::kSelectCluster, cluster, 1, limits.has_clusters() ? kMaxCluster : 1);
@@ -76,6 +76,10 @@ inline SelectPlan plan_select(int64_t batch, int64_t n, const DeviceLimits& limi
   return {static_cast<unsigned>(cluster),
           static_cast<unsigned>(std::clamp<int64_t>(threads, kMinThreads, kSelectMaxThreads)), kept,
           kept ? static_cast<size_t>(4 * tokens) : 0};
+}
+
+inline SelectPlan plan_select(int64_t batch, int64_t n, const DeviceLimits& limits) {
+  return plan_team(batch, n, 16384, limits);
 }
 
 inline SelectPlan plan_mask(int64_t batch, int64_t n, const DeviceLimits& limits) {
