@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -144,22 +144,51 @@ def check_stage(method: str, stage: Stage, layer: Any) -> None:
         )
 
 
-def choose(stage: Stage, context: LayerContext, budgets: list[int], options: dict[str, Any]) -> Tensor:
-    """[B, K]: indices among the visual tokens, ascending, -1 after the last; K is the largest budget of a sample.
+class Chosen(NamedTuple):
+    """indices [B, K] among the visual tokens, ascending, -1 after the last; K is the largest budget of a sample.
 
-    Samples with the same budget are one batched call.
+    merged [B, K, C]: the rows that take the place of the kept tokens' own, of a method that merges what it drops.
     """
+
+    indices: Tensor
+    merged: Tensor | None
+
+
+def choose(stage: Stage, context: LayerContext, budgets: list[int], options: dict[str, Any]) -> Chosen:
+    """What a stage keeps. Samples with the same budget are one batched call."""
     given = {name: SOURCES[source](context) for name, source in stage.arguments.items()}
     options = {name: value for name, value in options.items() if name in stage.options}
     present = context.tokens.visual >= 0
     if len(set(budgets)) == 1:
-        return _indices(stage.name, stage.function(k=budgets[0], **given, **options), budgets[0], present)
-    selected = present.new_full((len(budgets), max(budgets)), -1, dtype=torch.int64)
+        result = stage.function(k=budgets[0], **given, **options)
+        return Chosen(
+            _indices(stage.name, result, budgets[0], present), _merged(stage.name, result, budgets[0], context.features)
+        )
+    indices = present.new_full((len(budgets), max(budgets)), -1, dtype=torch.int64)
+    merged: Tensor | None = None
     for k in sorted(set(budgets) - {0}):
         rows = [b for b, budget in enumerate(budgets) if budget == k]
         part = {name: value[rows] if isinstance(value, Tensor) else value for name, value in given.items()}
-        selected[rows, :k] = _indices(stage.name, stage.function(k=k, **part, **options), k, present[rows])
-    return selected
+        result = stage.function(k=k, **part, **options)
+        indices[rows, :k] = _indices(stage.name, result, k, present[rows])
+        of_rows = _merged(stage.name, result, k, context.features[rows])
+        if of_rows is not None:
+            if merged is None:
+                merged = of_rows.new_zeros((*indices.shape, of_rows.shape[2]))
+            merged[rows, :k] = of_rows
+    return Chosen(indices, merged)
+
+
+def _merged(name: str, result: Any, k: int, features: Tensor) -> Tensor | None:
+    """[B, k, C] what a `Selection` says that the kept tokens become, or None where they stay as they are."""
+    merged = result.merged if isinstance(result, Selection) else None
+    wanted = (features.shape[0], k, features.shape[2])
+    if merged is not None and (merged.shape != wanted or merged.device != features.device):
+        raise ValueError(
+            f"prune_visual_tokens: merged of {name} must have shape [B, k, C] = {list(wanted)} on {features.device}, "
+            f"got {list(merged.shape)} on {merged.device}"
+        )
+    return merged
 
 
 def _indices(name: str, result: Any, k: int, present: Tensor) -> Tensor:

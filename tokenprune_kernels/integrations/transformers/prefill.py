@@ -189,11 +189,13 @@ def _prune(plan: Plan, now: Prefill, planned: PlannedStage, layer: nn.Module, in
     hidden: Tensor = inputs["hidden_states"]
     with torch.no_grad(), now.report.clock("select_ms"):
         with plan.draws.lock if "generator" in planned.stage.uses else nullcontext():
-            selected = choose(planned.stage, _context(plan, now, layer, inputs), budgets, plan.options)
-        after, columns = keep(tokens, selected, budgets)
+            chosen = choose(planned.stage, _context(plan, now, layer, inputs), budgets, plan.options)
+        after, columns = keep(tokens, chosen.indices, budgets)
     now.attention = None
     with now.report.clock("compact_ms"):
         hidden = _compact(plan, now, after, columns, inputs)
+        if chosen.merged is not None:
+            hidden = _replace(hidden, after.visual, chosen.merged)
     now.tokens = after
     now.segments.append(Segment(planned.layer, after))
     now.columns.append(columns)
@@ -234,6 +236,14 @@ def _context(plan: Plan, now: Prefill, layer: Any, inputs: Inputs) -> LayerConte
 
     generator = functools.partial(plan.draws.of, plan.seed, hidden.device)
     return LayerContext(now.tokens, hidden, layer, now.attention, projected, layout, saliency, generator)
+
+
+def _replace(hidden: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
+    """The hidden states with `rows` [B, K, C] in `columns` [B, K]; -1: nowhere."""
+    length = hidden.shape[1]
+    at = torch.where(columns >= 0, columns, length)  # a column more takes what has no place
+    wider = torch.nn.functional.pad(hidden, (0, 0, 0, 1))
+    return wider.scatter(1, at.unsqueeze(-1).expand_as(rows), rows.to(hidden.dtype))[:, :length]
 
 
 def _compact(plan: Plan, now: Prefill, after: Tokens, columns: Tensor, inputs: Inputs) -> Tensor:
