@@ -49,6 +49,7 @@ def calls(model: Model, x: dict[str, Tensor]) -> dict[str, Callable[[], Any]]:
     given = {
         **x, "causal": False, "grid": model.grid, "visual_embeddings": x["features"], "unrotated_key": x["features"],
         "text_embeddings": x["text"], "stacked_positions": x["positions"],
+        "next_query": x["query"], "next_key": x["key"],
     }  # fmt: skip
     # What a plain prompt leaves at its default, for methods that cannot do without.
     device = x["features"].device
