@@ -105,13 +105,13 @@ def similarity(features: Any, best: Any, mean: Any = None, *_: Any, **options: A
 
 
 def paired(a: Any, b: Any, *_: Any, **options: Any) -> Iterator[Launch]:
-    """Of two views of one video, the second reading comes from the L2."""
+    """Of two views of one video, a frame apart, the second reading of a frame comes from the L2."""
     batch, n, dim = a.shape
     moved = float(batch * n * dim * a.element_size())
     warps = max(w for w in (1, 2, 4, 8) if w == 1 or (batch * n * w / 2 < 16 * 132 and moved > batch * n * 1024 * w))
     same = a.untyped_storage()._cdata == b.untyped_storage()._cdata
     yield Launch(f"paired_cosine_kernel<{CPP[a.dtype]}, true", 2 * moved / 512, pieces=batch * n * warps / 8,
-                 dram=(1 if same else 2) * moved, l2=2 * moved)  # fmt: skip
+                 dram=moved + (moved / batch if same else moved), l2=2 * moved)  # fmt: skip
 
 
 def repulsion(features: Any, k: int, positions: Any = None, *_: Any, **options: Any) -> Iterator[Launch]:
