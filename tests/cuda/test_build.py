@@ -37,7 +37,7 @@ INSTRUCTIONS = {
     "warp_similarity_kernel<": WIDE_LOADS,
     **{f"paired_cosine_kernel<{name}, true>": ASYNCHRONOUS for name in ("float", "__half", "__nv_bfloat16")},
     "merge_norms_kernel<": WIDE_LOADS,
-    "merge_means_kernel<": {**WIDE_LOADS, **WIDE_STORES},
+    "merge_means_kernel<": WIDE_LOADS,
     "dpp_rows_kernel<": WIDE_LOADS,
     "coverage_greedy_kernel": WIDE_LOADS,
     "select_kernel<": ONE_INCREMENT,

@@ -191,18 +191,9 @@ __global__ void __launch_bounds__(kMergeThreads, 6) merge_means_kernel(const Mea
   }
   if (blockIdx.x % slices == 0 && threadIdx.x == 0) p.sizes[at] = size;
   T* out = static_cast<T*>(p.merged) + at * p.channels + channel;
-  T mean[kUnit];
 #pragma unroll
-  for (int e = 0; e < kUnit; ++e) mean[e] = from_float<T>(size > 0 ? sum[e] / size : 0);
-  if (p.aligned) {
-    uint4 words;
-    memcpy(&words, mean, sizeof words);
-    if (channel < p.channels) *reinterpret_cast<uint4*>(out) = words;
-  } else {
-#pragma unroll
-    for (int e = 0; e < kUnit; ++e)
-      if (channel + e < p.channels) out[e] = mean[e];
-  }
+  for (int e = 0; e < kUnit; ++e)
+    if (channel + e < p.channels) out[e] = from_float<T>(size > 0 ? sum[e] / size : 0);
 }
 
 template <class T>
