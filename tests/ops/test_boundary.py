@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 import tokenprune_kernels as tp
 from testing import op_samples as samples
 from testing.cases import NO_EMULATOR, NO_TRITON, backends_of, interpreted, lacks, over_backends
+from testing.op_inputs import flags, integers
 from testing.op_samples import OPS, SAMPLE_IDS, SAMPLES, Call, Sizes, make, map_tensors, outputs, positional, run
 from tests.ops.test_contract import assert_same
 from tests.ops.test_errors import RICHEST, _rich, too_much_work
@@ -237,7 +238,7 @@ def test_every_byte_but_zero_means_true(op: str, name: str, backend: str, layout
     call = make(op, name, Sizes(tokens=41, rows=19, channels=16, k=7))
     masks = [n for n, t, _ in samples.tensors(call) if t.dtype == torch.bool]
     if op == "cosine_scores":
-        call = samples.with_arguments(call, query_mask=samples.flags(2, 19, seed=1))
+        call = samples.with_arguments(call, query_mask=flags(2, 19, seed=1))
         masks = ["query_mask"]
     if not masks:
         return
@@ -250,8 +251,8 @@ def test_every_byte_but_zero_means_true(op: str, name: str, backend: str, layout
 def test_many_rows_whose_mask_bytes_are_not_one(backend: str) -> None:
     """Enough rows that several parts of them are combined, and count for the mean."""
     rows = 150 if interpreted(backend) else 700
-    query, key = (samples.integers(-2, 3, 1, 2, n, 16, dtype=torch.float32, seed=n) for n in (rows, 65))
-    mask = samples.flags(1, rows, seed=1)
+    query, key = (integers(-2, 3, 1, 2, n, 16, dtype=torch.float32, seed=n) for n in (rows, 65))
+    mask = flags(1, rows, seed=1)
     for reduction in ("mean", "last", "max+mean"):
         want = tp.cross_attention_scores(query, key, query_mask=mask, query_reduction=reduction, backend=backend)
         got = tp.cross_attention_scores(

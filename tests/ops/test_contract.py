@@ -12,6 +12,7 @@ from torch import Tensor
 
 from testing import op_samples as samples
 from testing.cases import BACKENDS, assert_as_good_as_torch, over_backends, over_dtypes
+from testing.op_inputs import features
 from testing.op_samples import (
     OPS,
     OUTPUTS,
@@ -241,7 +242,7 @@ def test_infinities_are_ordinary_numbers(op: str, name: str, backend: str, dtype
 @over_backends
 @over_dtypes
 def test_zero_vectors_have_cosine_zero(backend: str, dtype: torch.dtype) -> None:
-    zeros, some = torch.zeros(2, 6, 8, dtype=dtype), samples.features(2, 6, 8, dtype=dtype, seed=0)
+    zeros, some = torch.zeros(2, 6, 8, dtype=dtype), features(2, 6, 8, dtype=dtype, seed=0)
     cosine = run(Call("cosine_scores", {"features": zeros, "queries": some}), backend)[0]
     assert torch.equal(cosine, torch.zeros_like(cosine))
     cosine = run(Call("cosine_scores", {"features": some, "queries": zeros}), backend)[0]

@@ -15,10 +15,11 @@ from tests.transformers.vlm.checks import (
     CLOSE,
     IN_MODEL,
     LAYER,
+    WITHOUT_MERGING,
     assert_decoded_like_the_oracle,
     drops_of,
     generate,
-    layer_of,
+    options_of,
     spy_on,
 )
 from tests.transformers.vlm.models import Prompts, llava
@@ -69,7 +70,7 @@ def plain_attention(
 @over_methods
 def test_eager_and_sdpa_attention(method: str, attention: str) -> None:
     prompts = llava(2, ragged=True, attention=attention)
-    with prune_visual_tokens(prompts.model, method, 9, positions="original", **layer_of(method)) as pruning:
+    with prune_visual_tokens(prompts.model, method, 9, positions="original", **options_of(method)) as pruning:
         out = generate(prompts.model, prompts.inputs, 3)
     assert_decoded_like_the_oracle(prompts, drops_of(prompts, pruning, LAYER), out)
 
@@ -161,7 +162,7 @@ def test_flash_attention_finds_its_name_and_no_positions_with_gaps(
     monkeypatch.setattr("transformers.integrations.flash_attention._flash_attention_forward", library)
     with registered("my_flash", flash, flash_attention_mask):
         config._attn_implementation = name
-        with prune_visual_tokens(prompts.model, method, 0.3, **layer_of(method)) as pruning:
+        with prune_visual_tokens(prompts.model, method, 0.3, **options_of(method)) as pruning:
             assert "flash" in config._attn_implementation  # by that word the model decides what attention gets
             out = generate(prompts.model, prompts.inputs, 4)
         assert config._attn_implementation == name
@@ -203,7 +204,7 @@ def test_a_rank_of_a_tensor_parallel_model_is_refused_where_attention_chooses(me
     prompts = llava(2)
     for layer in prompts.model.model.language_model.layers:
         halved(layer.self_attn)
-    with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)) as pruning:
+    with prune_visual_tokens(prompts.model, method, 9, **options_of(method)) as pruning:
         if method in IN_MODEL:
             with pytest.raises(NotImplementedError, match="2 of 4 heads, so this model is tensor-parallel"):
                 logits_of(prompts)
@@ -215,11 +216,12 @@ def test_a_rank_of_a_tensor_parallel_model_is_refused_where_attention_chooses(me
 # --- training and precision -------------------------------------------------------------------------------------------
 
 
-@over_methods
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in WITHOUT_MERGING])
 def test_gradients_flow_to_the_vision_tower(method: str) -> None:
+    """But for merged rows, which have none (`Selection`)."""
     prompts = llava(2, ragged=True)
     prompts.model.train()
-    with prune_visual_tokens(prompts.model, method, 9, positions="original", **layer_of(method)) as pruning:
+    with prune_visual_tokens(prompts.model, method, 9, positions="original", **options_of(method)) as pruning:
         prompts.model(**prompts.inputs).logits[:, -1].square().sum().backward()
     exact = oracle.in_float64(prompts)
     exact.model.zero_grad()
@@ -262,7 +264,7 @@ def test_half_precision_errs_at_most_twice_what_masking_errs(method: str, precis
         prompts.model.to(dtype)
         prompts.inputs["pixel_values"] = prompts.inputs["pixel_values"].to(dtype)
     mode = torch.autocast("cpu", torch.bfloat16) if precision == "autocast" else nullcontext()
-    options = {"positions": "original", "seed": 1, **layer_of(method)}
+    options = {"positions": "original", "seed": 1, **options_of(method)}
     kept = []
     for _ in range(2):
         with mode, prune_visual_tokens(prompts.model, method, 9, **options) as pruning:

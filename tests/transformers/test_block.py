@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tests.transformers.vlm.checks import LAYER, assert_decoded_like_the_oracle, drops_of, generate, layer_of
+from tests.transformers.vlm.checks import LAYER, assert_decoded_like_the_oracle, drops_of, generate, options_of
 from tests.transformers.vlm.models import TEXT, Prompts, llava
 from tokenprune_kernels.integrations.transformers import METHODS, prefill, prune_visual_tokens
 
@@ -44,7 +44,7 @@ def test_leaving_the_block_restores_the_model_exactly(method: str) -> None:
     prompts = llava(2, ragged=True)
     plain = logits_of(prompts)  # in some versions, the first forward installs hooks of transformers
     before = state_of(prompts.model)
-    with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)):
+    with prune_visual_tokens(prompts.model, method, 9, **options_of(method)):
         assert state_of(prompts.model) != before
         assert logits_of(prompts).shape != plain.shape
     assert state_of(prompts.model) == before
@@ -71,9 +71,9 @@ def test_after_an_exception_the_model_is_as_before(method: str, where: str, monk
     }  # fmt: skip
     plain = logits_of(prompts)  # in some versions, the first forward installs hooks of transformers
     before = state_of(prompts.model)
-    with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)):
+    with prune_visual_tokens(prompts.model, method, 9, **options_of(method)):
         want = logits_of(prompts)
-    block = prune_visual_tokens(prompts.model, method, 9, **layer_of(method))
+    block = prune_visual_tokens(prompts.model, method, 9, **options_of(method))
     with pytest.raises(BrokenError), block:  # noqa: PT012
         if where == "block":
             raise BrokenError

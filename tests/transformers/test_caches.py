@@ -15,7 +15,7 @@ from tests.transformers.vlm.checks import (
     assert_decoded_like_the_oracle,
     drops_of,
     generate,
-    layer_of,
+    options_of,
     over_four,
     over_four_and_compact,
     renumbered,
@@ -52,7 +52,7 @@ def test_prefill_and_decoding_step_by_step_without_any_hint(method: str, compact
     new = torch.tensor([[7, 8, 9], [11, 12, 13]])
     with (
         torch.no_grad(),
-        prune_visual_tokens(prompts.model, method, 9, compact_cache=compact, **layer_of(method)) as pruning,
+        prune_visual_tokens(prompts.model, method, 9, compact_cache=compact, **options_of(method)) as pruning,
     ):
         out = prompts.model(input_ids=prompts.inputs["input_ids"], pixel_values=prompts.inputs["pixel_values"])
         first = {"sts": length - 18}.get(method, length if method == "coast" else length - 27)
@@ -90,7 +90,7 @@ def test_compact_cache_is_one_gather_compact_for_all_layers(monkeypatch: pytest.
 @over_four
 def test_without_a_cache_every_step_is_a_pruned_prefill(method: str) -> None:
     prompts = llava(2, ragged=True)
-    with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)) as pruning:
+    with prune_visual_tokens(prompts.model, method, 9, **options_of(method)) as pruning:
         got = forward(prompts, use_cache=False)
         drops = drops_of(prompts, pruning, LAYER)
         cached = generate(prompts.model, prompts.inputs, 4)
@@ -126,7 +126,7 @@ def test_a_second_turn_of_text_equals_the_float64_path(method: str, compact: boo
     question = torch.tensor([text(6, torch.Generator().manual_seed(b)) for b in range(2)])
     with (
         torch.no_grad(),
-        prune_visual_tokens(prompts.model, method, 9, compact_cache=compact, **layer_of(method)) as pruning,
+        prune_visual_tokens(prompts.model, method, 9, compact_cache=compact, **options_of(method)) as pruning,
     ):
         first = generate(prompts.model, prompts.inputs, 4)
         ids = torch.cat([first.sequences, question], 1)
@@ -153,7 +153,7 @@ def test_a_second_turn_through_generate_without_padding(method: str, compact: bo
     prompts = llava()
     length = prompts.inputs["input_ids"].shape[1]
     question = torch.tensor([text(6, torch.Generator().manual_seed(1))])
-    with prune_visual_tokens(prompts.model, method, 9, compact_cache=compact, **layer_of(method)) as pruning:
+    with prune_visual_tokens(prompts.model, method, 9, compact_cache=compact, **options_of(method)) as pruning:
         first = generate(prompts.model, prompts.inputs, 4)
         kept = pruning.kept
         cache = first.past_key_values
@@ -176,7 +176,7 @@ def test_a_pruned_cache_is_cropped_by_the_lengths_of_the_conversation(method: st
     prompts = llava(2)
     length = prompts.inputs["input_ids"].shape[1]
     turn, other = torch.tensor([[7, 8, 9], [11, 12, 13]]), torch.tensor([[5], [6]])
-    with torch.no_grad(), prune_visual_tokens(prompts.model, method, 9, compact_cache=compact, **layer_of(method)):
+    with torch.no_grad(), prune_visual_tokens(prompts.model, method, 9, compact_cache=compact, **options_of(method)):
         cache = prompts.model(**prompts.inputs).past_key_values
         want = prompts.model(input_ids=other, past_key_values=copy.deepcopy(cache)).logits
         for crop in (length, -3):
@@ -280,7 +280,7 @@ def test_assisted_decoding_is_an_error(method: str) -> None:
     prompts = llava()
     ids = torch.tensor([text(9, torch.Generator().manual_seed(1))])
     plain = generate(prompts.model, {"input_ids": ids}, 5, prompt_lookup_num_tokens=3, eos_token_id=2)
-    with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)):
+    with prune_visual_tokens(prompts.model, method, 9, **options_of(method)):
         with pytest.raises(RuntimeError, match="assisted decoding"):
             generate(prompts.model, prompts.inputs, 12, prompt_lookup_num_tokens=3, eos_token_id=2)
         assert generate(prompts.model, prompts.inputs, 3).sequences.shape[1] == prompts.inputs["input_ids"].shape[1] + 3

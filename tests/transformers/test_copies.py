@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.transformers.vlm import models_qwen
-from tests.transformers.vlm.checks import LAYER, assert_decoded_like_the_oracle, drops_of, generate, layer_of
+from tests.transformers.vlm.checks import LAYER, assert_decoded_like_the_oracle, drops_of, generate, options_of
 from tests.transformers.vlm.models import Prompts, llava
 from tests.transformers.vlm.models_crops import internvl
 from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_tokens
@@ -79,7 +79,7 @@ def test_a_copy_made_inside_the_block_is_of_the_model_outside(method: str, throu
     prompts = llava(2, ragged=True)
     clean = traces_in(through(prompts.model))
     plain = logits_of(llava(2, ragged=True))
-    with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)) as pruning:
+    with prune_visual_tokens(prompts.model, method, 9, **options_of(method)) as pruning:
         assert traces_in(prompts.model) != clean
         # Before the first forward: it may install hooks of transformers, which nothing can pickle.
         copied = through(prompts.model)
@@ -89,7 +89,7 @@ def test_a_copy_made_inside_the_block_is_of_the_model_outside(method: str, throu
         assert want.shape != plain.shape
         assert torch.equal(logits_of(prompts, copied), plain)
         assert pruning.kept is kept
-        with prune_visual_tokens(copied, method, 9, **layer_of(method)):
+        with prune_visual_tokens(copied, method, 9, **options_of(method)):
             assert torch.equal(logits_of(prompts, copied), want)
     assert torch.equal(logits_of(prompts, copied), plain)
     generate(copied, prompts.inputs, 2)
@@ -182,7 +182,7 @@ def test_a_saved_model_has_no_name_of_ours(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_an_attention_set_inside_the_block_is_followed_and_stays(method: str) -> None:
     prompts = llava(2, ragged=True)
-    options = {"positions": "original", "seed": 1, **layer_of(method)}
+    options = {"positions": "original", "seed": 1, **options_of(method)}
     kept = []
     for at in ("before", "inside"):
         prompts.model.set_attn_implementation("eager" if at == "before" else "sdpa")

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache, StaticLayer
 
 from testing import ROOT, family_table
 from testing.pages import section
-from tests.transformers.vlm.checks import LAYER, layer_of
+from tests.transformers.vlm.checks import LAYER, options_of
 from tests.transformers.vlm.models import Prompts, llava
 from tokenprune_kernels.integrations.transformers import METHODS, masks, prune_visual_tokens, registry
 from tokenprune_kernels.integrations.transformers.families import Family
@@ -56,7 +56,7 @@ def test_a_registered_family_is_pruned_by_its_description(method: str, monkeypat
         with pytest.raises(NotImplementedError, match=f"{method} has no saliency for Trial"):
             prune_visual_tokens(prompts.model, method, 9)
         return
-    with torch.no_grad(), prune_visual_tokens(prompts.model, method, 9, **layer_of(method)) as pruning:
+    with torch.no_grad(), prune_visual_tokens(prompts.model, method, 9, **options_of(method)) as pruning:
         prompts.model(**prompts.inputs)
     assert pruning.stats["after"] == [9, 9]
     boxes = pruning.boxes(sample=1)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from tests.transformers.vlm.checks import LAYER, layer_of, over_four_and_compact
+from tests.transformers.vlm.checks import LAYER, options_of, over_four_and_compact
 from tests.transformers.vlm.models import llava
 from tokenprune_kernels.integrations.transformers import masks, prune_visual_tokens
 from tokenprune_kernels.integrations.transformers.interface import CACHE_NAMES, arguments_of
@@ -56,7 +56,7 @@ def test_a_callers_cache_under_either_name_is_filled_and_decoded_on(method: str,
     mask = torch.nn.functional.pad(prompts.inputs["attention_mask"], (0, 1), value=1)
     with (
         torch.no_grad(),
-        prune_visual_tokens(prompts.model, method, 9, compact_cache=compact, **layer_of(method)) as pruning,
+        prune_visual_tokens(prompts.model, method, 9, compact_cache=compact, **options_of(method)) as pruning,
     ):
         out = prompts.model(**prompts.inputs)
         want = prompts.model(input_ids=token, attention_mask=mask, past_key_values=out.past_key_values).logits

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.transformers.vlm.checks import ON_LAYOUT, layer_of
+from tests.transformers.vlm.checks import ON_LAYOUT, options_of
 from tests.transformers.vlm.models import Prompts, llava
 from tests.transformers.vlm.models_crops import internvl
 from tests.transformers.vlm.models_towers import pixtral
@@ -30,7 +30,7 @@ def test_only_methods_that_use_a_layout_and_boxes_ask_for_one(method: str, monke
     prompts = llava(2, ragged=True)
     family = dataclasses.replace(registry.family_of(prompts.model), layout=no_layout)
     monkeypatch.setitem(registry._FAMILIES, "llava", family)
-    with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)) as pruning:
+    with prune_visual_tokens(prompts.model, method, 9, **options_of(method)) as pruning:
         if method in ON_LAYOUT:
             with pytest.raises(AskedError):
                 prompts.model(**prompts.inputs)

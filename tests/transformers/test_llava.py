@@ -15,7 +15,7 @@ from tests.transformers.vlm.checks import (
     assert_decoded_like_the_oracle,
     drops_of,
     generate,
-    layer_of,
+    options_of,
     spy_on,
 )
 from tests.transformers.vlm.models import Prompts, llava
@@ -51,7 +51,7 @@ def sample_alone(prompts: Prompts, b: int) -> dict[str, Tensor]:
 def test_keeping_all_tokens_changes_no_bit(method: str, batch: str, keep: float) -> None:
     prompts = llava(BATCHES[batch][0], ragged=BATCHES[batch][1])
     plain = generate(prompts.model, prompts.inputs, 2)
-    with prune_visual_tokens(prompts.model, method, keep, **layer_of(method)) as pruning:
+    with prune_visual_tokens(prompts.model, method, keep, **options_of(method)) as pruning:
         out = generate(prompts.model, prompts.inputs, 2)
     assert torch.equal(out.sequences, plain.sequences)
     for got, want in zip(out.logits, plain.logits, strict=True):
@@ -73,7 +73,7 @@ def test_prefill_and_32_decoded_tokens_equal_the_float64_path(method: str, batch
     prompts = llava(BATCHES[batch][0], ragged=BATCHES[batch][1])
     keep, count = (9, 9) if batch == "one" else (0.4, 14)
     with prune_visual_tokens(
-        prompts.model, method, keep, compact_cache=compact, **layer_of(method), **SEED.get(method, {})
+        prompts.model, method, keep, compact_cache=compact, **options_of(method), **SEED.get(method, {})
     ) as pruning:
         out = generate(prompts.model, prompts.inputs, 32)
     kept = pruning.kept
@@ -94,7 +94,7 @@ def test_greedy_tokens_are_those_of_the_float64_path(method: str) -> None:
     """The path chooses its 32 tokens by itself, so that an error cannot be teacher-forced away."""
     prompts = llava(2, ragged=True)
     with prune_visual_tokens(
-        prompts.model, method, 7, positions="original", **layer_of(method), **SEED.get(method, {})
+        prompts.model, method, 7, positions="original", **options_of(method), **SEED.get(method, {})
     ) as pruning:
         out = generate(prompts.model, prompts.inputs, 32)
     want = oracle.greedy(prompts, drops_of(prompts, pruning, LAYER), 32)
@@ -177,7 +177,7 @@ def shown_by_an_unpruned_run(prompts: Prompts, inputs: dict[str, Tensor]) -> dic
 @over_batches
 def test_kept_tokens_are_the_methods_on_an_unpruned_eager_run(method: str, batch: str) -> None:
     prompts = llava(BATCHES[batch][0], ragged=BATCHES[batch][1])
-    with prune_visual_tokens(prompts.model, method, 11, **layer_of(method), **SEED.get(method, {})) as pruning:
+    with prune_visual_tokens(prompts.model, method, 11, **options_of(method), **SEED.get(method, {})) as pruning:
         generate(prompts.model, prompts.inputs, 1)
     generator = torch.Generator().manual_seed(5)
     for b in range(BATCHES[batch][0]):
@@ -233,7 +233,7 @@ def test_a_padded_batch_keeps_what_each_sample_alone_keeps(method: str) -> None:
     if method == "dart":  # the L1 norm of a rotated key depends on its position, which padding must not shift then
         counted = prompts.inputs["attention_mask"].cumsum(1) - 1
         prompts.inputs["position_ids"] = counted.clamp_min(0)
-    with prune_visual_tokens(prompts.model, method, 0.2, **layer_of(method)) as pruning:
+    with prune_visual_tokens(prompts.model, method, 0.2, **options_of(method)) as pruning:
         together = prompts.model(**prompts.inputs).logits[:, -1]
         kept = pruning.kept
         assert kept is not None
@@ -266,7 +266,7 @@ def test_the_default_layer_is_the_papers(method: str) -> None:
 @over_methods
 def test_the_model_without_its_head_is_pruned_too(method: str) -> None:
     prompts = llava(2, ragged=True)
-    options = {**layer_of(method), **SEED.get(method, {})}
+    options = {**options_of(method), **SEED.get(method, {})}
     with torch.no_grad(), prune_visual_tokens(prompts.model, method, 8, **options):
         logits = prompts.model(**prompts.inputs).logits
     with torch.no_grad(), prune_visual_tokens(prompts.model.model, method, 8, **options):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.transformers.vlm import models_qwen
-from tests.transformers.vlm.checks import LAYER, layer_of
+from tests.transformers.vlm.checks import LAYER, options_of
 from tests.transformers.vlm.models import Prompts, llava
 from tests.transformers.vlm.models_crops import internvl, llava_next, llava_onevision
 from tokenprune_kernels.integrations.transformers import prune_visual_tokens
@@ -43,7 +43,7 @@ def test_hidden_states_in_front_of_the_pruning_layer_are_the_unpruned_ones(famil
     prompts, unpruned = MAKE[family](), MAKE[family]()
     with torch.no_grad():
         want = unpruned.model(**unpruned.inputs, output_hidden_states=True).hidden_states
-        with prune_visual_tokens(prompts.model, "coast", 5, **layer_of("coast")) as pruning:
+        with prune_visual_tokens(prompts.model, "coast", 5, **options_of("coast")) as pruning:
             out = prompts.model(**prompts.inputs, output_hidden_states=True)
     length = prompts.inputs["input_ids"].shape[1]
     for index in range(LAYER + 1):

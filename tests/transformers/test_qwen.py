@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 
 from tests.transformers.vlm import models_qwen as qwen
 from tests.transformers.vlm import oracle
+from tests.transformers.vlm.checks import WITHOUT_MERGING
 from tests.transformers.vlm.models import Prompts
 from tests.transformers.vlm.runs_qwen import KEEP, batch, model
 from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_tokens
@@ -69,8 +70,8 @@ def tower_calls(prompts: Prompts) -> Iterator[list[int]]:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", qwen.NAMES)
 def test_32_greedy_tokens_equal_the_exact_path(name: str, method: str) -> None:
-    prompts = batch(name)
-    with prune_visual_tokens(prompts.model, method, KEEP, seed=1) as pruning, tower_calls(prompts) as calls:
+    prompts, options = batch(name), WITHOUT_MERGING.get(method, {})
+    with prune_visual_tokens(prompts.model, method, KEEP, seed=1, **options) as pruning, tower_calls(prompts) as calls:
         out, new = generate(prompts, 32)
     assert pruning.stats["before"] == [44, 16]
     assert pruning.kept is not None

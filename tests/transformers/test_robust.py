@@ -15,7 +15,7 @@ from tests.transformers.vlm.checks import (
     assert_decoded_like_the_oracle,
     drops_of,
     generate,
-    layer_of,
+    options_of,
     over_four,
     over_four_and_compact,
     renumbered,
@@ -59,7 +59,7 @@ def assert_last_row(got: Tensor, want: Tensor) -> None:
 @over_four
 def test_left_padding_and_unequal_text(method: str) -> None:
     prompts = llava(4, ragged=True)
-    with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)) as pruning:
+    with prune_visual_tokens(prompts.model, method, 9, **options_of(method)) as pruning:
         out = generate(prompts.model, prompts.inputs, 4)
     assert pruning.stats["after"] == [9] * 4
     assert_decoded_like_the_oracle(prompts, drops_of(prompts, pruning, LAYER), out, renumber=method == "adafv")
@@ -69,7 +69,7 @@ def test_left_padding_and_unequal_text(method: str) -> None:
 @pytest.mark.parametrize("keep", [10, 0.25])
 def test_different_numbers_of_images_in_a_batch_and_none(method: str, compact: bool, keep: float) -> None:
     prompts = unequal()
-    with prune_visual_tokens(prompts.model, method, keep, compact_cache=compact, **layer_of(method)) as pruning:
+    with prune_visual_tokens(prompts.model, method, keep, compact_cache=compact, **options_of(method)) as pruning:
         out = generate(prompts.model, prompts.inputs, 5)
     counts = [10, 0, 10] if keep == 10 else [18, 0, 9]
     assert pruning.stats["before"] == [72, 0, 36]
@@ -86,7 +86,7 @@ def test_different_numbers_of_images_in_a_batch_and_none(method: str, compact: b
 @over_four
 def test_several_images_and_text_between_them(method: str) -> None:
     prompts = llava(2, ragged=True, images=3)
-    with prune_visual_tokens(prompts.model, method, 0.2, **layer_of(method)) as pruning:
+    with prune_visual_tokens(prompts.model, method, 0.2, **options_of(method)) as pruning:
         out = generate(prompts.model, prompts.inputs, 4)
     assert pruning.stats["before"] == [108, 108]
     assert_decoded_like_the_oracle(prompts, drops_of(prompts, pruning, LAYER), out, renumber=method == "adafv")
@@ -98,7 +98,7 @@ def test_right_padding_keeps_and_answers_as_left_padding(method: str) -> None:
     ids, mask = left.inputs["input_ids"], left.inputs["attention_mask"].bool()
     right = {"input_ids": torch.zeros_like(ids), "attention_mask": mask.flip(1).long()}
     right["input_ids"][mask.flip(1)] = ids[mask]
-    with prune_visual_tokens(left.model, method, 9, **layer_of(method)) as pruning:
+    with prune_visual_tokens(left.model, method, 9, **options_of(method)) as pruning:
         want = forward(left)
         kept = pruning.kept
         got = forward(left, **right)
@@ -122,7 +122,7 @@ def test_a_prompt_may_end_with_a_image(method: str, side: str) -> None:
         for name, t in (("input_ids", torch.int64), ("attention_mask", torch.int64)):
             rows = [a[name][0].to(t) for a in alone]
             prompts.inputs[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)) as pruning:
+    with prune_visual_tokens(prompts.model, method, 9, **options_of(method)) as pruning:
         together, kept = forward(prompts), pruning.kept
         assert kept is not None
         for b in range(2):
@@ -138,7 +138,7 @@ def test_without_a_mask_and_with_explicit_positions(method: str, batch: int) -> 
     length = prompts.inputs["input_ids"].shape[1]
     for cached in (True, False):
         for positions in (None, torch.arange(5, 5 + length).expand(batch, -1), torch.arange(length)[None]):
-            with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)) as pruning:
+            with prune_visual_tokens(prompts.model, method, 9, **options_of(method)) as pruning:
                 got = forward(prompts, attention_mask=None, position_ids=positions, use_cache=cached)
             drops = drops_of(prompts, pruning, LAYER)
             assert_last_row(got, oracle.logits(prompts, drops, **_numbering(prompts, drops, method, positions)))
@@ -154,7 +154,7 @@ def _numbering(prompts: Prompts, drops: list[Any], method: str, positions: Tenso
 def test_positions_with_gaps_are_kept_as_they_are(method: str) -> None:
     prompts = llava(2)
     positions = 3 * torch.arange(prompts.inputs["input_ids"].shape[1]).expand(2, -1)
-    with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)) as pruning:
+    with prune_visual_tokens(prompts.model, method, 9, **options_of(method)) as pruning:
         got = forward(prompts, position_ids=positions)
         drops = drops_of(prompts, pruning, LAYER)
         # Without a mask, transformers takes a gap for the border between packed sequences.
@@ -172,7 +172,7 @@ def test_text_alone_is_untouched_inside_the_block(method: str) -> None:
     plain = generate(prompts.model, inputs, 4)
     loss = prompts.model(**inputs, labels=ids).loss
     with_square = prompts.model(input_ids=ids, attention_mask=square).logits
-    with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)) as pruning:
+    with prune_visual_tokens(prompts.model, method, 9, **options_of(method)) as pruning:
         out = generate(prompts.model, inputs, 4)
         static = generate(prompts.model, inputs, 4, cache_implementation="static", disable_compile=True)
         assert torch.equal(prompts.model(**inputs, labels=ids).loss, loss)
@@ -188,12 +188,12 @@ def test_text_alone_is_untouched_inside_the_block(method: str) -> None:
 def test_every_prefill_in_a_block_is_pruned_by_itself(method: str) -> None:
     prompts, other = llava(), llava(2, ragged=True, images=2)
     results = []
-    with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)) as block:
+    with prune_visual_tokens(prompts.model, method, 9, **options_of(method)) as block:
         for inputs in (prompts.inputs, other.inputs, prompts.inputs):
             results.append((generate(prompts.model, inputs, 3), block.kept))
         assert block.stats["prefills"] == 3
     for inputs, (out, kept) in zip((prompts.inputs, other.inputs, prompts.inputs), results, strict=True):
-        with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)) as alone:
+        with prune_visual_tokens(prompts.model, method, 9, **options_of(method)) as alone:
             want = generate(prompts.model, inputs, 3)
         assert torch.equal(out.sequences, want.sequences)
         assert alone.kept is not None
@@ -207,7 +207,7 @@ def test_every_prefill_in_a_block_is_pruned_by_itself(method: str) -> None:
 def test_beam_search_scores_are_those_of_the_float64_path(method: str, compact: bool) -> None:
     prompts = llava(2, ragged=True)
     length = prompts.inputs["input_ids"].shape[1]
-    with prune_visual_tokens(prompts.model, method, 9, compact_cache=compact, **layer_of(method)) as pruning:
+    with prune_visual_tokens(prompts.model, method, 9, compact_cache=compact, **options_of(method)) as pruning:
         out = generate(
             prompts.model,
             prompts.inputs,
@@ -240,7 +240,7 @@ def _beams(prompts: Prompts, beams: int) -> Prompts:
 def test_sampling_and_several_answers(method: str) -> None:
     prompts = llava(2, ragged=True)
     torch.manual_seed(3)
-    with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)) as pruning:
+    with prune_visual_tokens(prompts.model, method, 9, **options_of(method)) as pruning:
         out = generate(prompts.model, prompts.inputs, 6, do_sample=True, num_return_sequences=3)
     repeated = _beams(prompts, 3)
     assert len(out.sequences.unique(dim=0)) > 2
@@ -254,7 +254,7 @@ def test_the_vision_tower_runs_once(method: str) -> None:
     handle = prompts.model.model.vision_tower.register_forward_hook(lambda *_: runs.append(1))
     for more in ({}, {"num_beams": 2}):
         runs.clear()
-        with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)):
+        with prune_visual_tokens(prompts.model, method, 9, **options_of(method)):
             generate(prompts.model, prompts.inputs, 4, **more)
         assert len(runs) == 1
     handle.remove()
@@ -295,7 +295,7 @@ def test_a_prefill_in_chunks_is_refused_by_name(method: str, through: str) -> No
         finally:
             own.prefill_chunk_size = None
 
-    with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)) as pruning:
+    with prune_visual_tokens(prompts.model, method, 9, **options_of(method)) as pruning:
         for size in (length - 1, length // 2, 4):
             with pytest.raises(NotImplementedError, match=f"prefill_chunk_size={size}"):
                 chunked(prompts.inputs, size)

@@ -7,7 +7,7 @@ import torch
 
 from tests.transformers import test_qwen
 from tests.transformers.vlm import models_qwen
-from tests.transformers.vlm.checks import IN_MODEL, assert_decoded_like_the_oracle, drops_of, generate, layer_of
+from tests.transformers.vlm.checks import IN_MODEL, assert_decoded_like_the_oracle, drops_of, generate, options_of
 from tests.transformers.vlm.models import Prompts, llava
 from tests.transformers.vlm.runs_crops import prompts_of
 from tokenprune_kernels import methods
@@ -68,7 +68,7 @@ def test_a_schedule_that_keeps_all_changes_no_bit(method: str) -> None:
 @over_in_model
 def test_a_schedule_of_one_layer_is_keep_at_that_layer(method: str) -> None:
     prompts = llava(2, ragged=True)
-    with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)) as pruning:
+    with prune_visual_tokens(prompts.model, method, 9, **options_of(method)) as pruning:
         want = generate(prompts.model, prompts.inputs, 3)
         kept = pruning.kept
     with prune_visual_tokens(prompts.model, method, {2: 9}) as pruning:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.transformers.vlm import models_qwen
-from tests.transformers.vlm.checks import LAYER, generate, layer_of, over_four, over_four_and_compact
+from tests.transformers.vlm.checks import LAYER, generate, options_of, over_four, over_four_and_compact
 from tests.transformers.vlm.models import Prompts, llava
 from tests.transformers.vlm.models_crops import llava_onevision
 from tokenprune_kernels.integrations.transformers import prune_visual_tokens
@@ -63,7 +63,7 @@ def test_threads_in_one_block_generate_what_each_generates_alone(method: str, co
     core = prompts.model.model
     inputs = [prompts.inputs, other_prompts(prompts, 1), llava(1, images=2).inputs]
     joint = [core.vision_tower, core.language_model.layers[0], core.language_model.layers[LAYER]]
-    with prune_visual_tokens(prompts.model, method, 9, compact_cache=compact, **layer_of(method)) as pruning:
+    with prune_visual_tokens(prompts.model, method, 9, compact_cache=compact, **options_of(method)) as pruning:
         want = [generate(prompts.model, given, 6) for given in inputs]
         with in_step(joint, 3):
             got = at_once([lambda given=given: generate(prompts.model, given, 6) for given in inputs])
@@ -88,7 +88,7 @@ def test_threads_with_watched_images_and_deepstack(family: str, method: str) -> 
             logits: Tensor = first.model(**given).logits[:, -1]
         return logits
 
-    with prune_visual_tokens(first.model, method, 9, **layer_of(method)):
+    with prune_visual_tokens(first.model, method, 9, **options_of(method)):
         want = [last_row(given) for given in inputs]
         with in_step([layers[0], layers[LAYER]], 2):
             got = at_once([lambda given=given: last_row(given) for given in inputs])
@@ -163,7 +163,7 @@ def test_generation_inside_a_streamers_callback(method: str) -> None:
     """It comes after the images were encoded and before the prefill, and between the steps."""
     prompts = llava(1)
     other = other_prompts(prompts, 1)
-    with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)):
+    with prune_visual_tokens(prompts.model, method, 9, **options_of(method)):
         want, inner = generate(prompts.model, prompts.inputs, 4), generate(prompts.model, other, 3)
         streamer = Nested(lambda: generate(prompts.model, other, 3))
         got = generate(prompts.model, prompts.inputs, 4, streamer=streamer)
@@ -188,7 +188,7 @@ def test_a_forward_inside_of_an_encoding_of_another(method: str) -> None:
         handle.remove()
         inner.append(forward(other.inputs))
 
-    with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)):
+    with prune_visual_tokens(prompts.model, method, 9, **options_of(method)):
         want = [forward(given) for given in (prompts.inputs, other.inputs)]
         handle = prompts.model.model.vision_tower.register_forward_pre_hook(again)
         assert torch.equal(forward(prompts.inputs), want[0])
@@ -211,7 +211,7 @@ def test_a_forward_inside_of_a_layer_of_another(method: str) -> None:
             inner.append(forward(other.inputs))
             depth[0] = 0
 
-    with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)):
+    with prune_visual_tokens(prompts.model, method, 9, **options_of(method)):
         want = [forward(given) for given in (prompts.inputs, other.inputs)]
         handle = prompts.model.model.language_model.layers[1].register_forward_pre_hook(again)
         assert torch.equal(forward(prompts.inputs), want[0])
@@ -230,7 +230,7 @@ def test_the_block_goes_on_after_an_interrupt(method: str, where: str) -> None:
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)):
+    with prune_visual_tokens(prompts.model, method, 9, **options_of(method)):
         want = generate(prompts.model, prompts.inputs, 3)
         module = core.vision_tower if where == "tower" else core.language_model.layers[LAYER]
         handle = module.register_forward_pre_hook(interrupted)
@@ -262,9 +262,9 @@ def test_two_blocks_on_models_that_share_their_vision_tower(methods: tuple[str, 
     name = one.model.config.vision_config._attn_implementation
     want = []
     for prompts, method in zip(pair, methods, strict=True):
-        with prune_visual_tokens(prompts.model, method, 9, **layer_of(method)):
+        with prune_visual_tokens(prompts.model, method, 9, **options_of(method)):
             want.append(generate(prompts.model, prompts.inputs, 4))
-    blocks = [prune_visual_tokens(p.model, m, 9, **layer_of(m)) for p, m in zip(pair, methods, strict=True)]
+    blocks = [prune_visual_tokens(p.model, m, 9, **options_of(m)) for p, m in zip(pair, methods, strict=True)]
     for first_out in (0, 1):
         for block in blocks:
             block.__enter__()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.transformers.vlm.checks import generate, layer_of
+from tests.transformers.vlm.checks import generate, options_of
 from tests.transformers.vlm.models import llava
 from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_tokens
 
@@ -76,7 +76,7 @@ def adapted() -> tuple[Any, Any, dict[str, Tensor]]:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_peft_model_is_pruned_as_the_model_in_it(method: str) -> None:
     model, wrapped, inputs = adapted()
-    more = {**layer_of(method), "seed": 5}
+    more = {**options_of(method), "seed": 5}
     with prune_visual_tokens(model, method, 9, **more) as inner:
         expected = generate(model, inputs, 4)
     with prune_visual_tokens(wrapped, method, 9, **more) as outer:
@@ -134,7 +134,7 @@ def test_random_draws_where_the_work_is_not_where_the_weights_wait() -> None:
 def test_features_that_a_hook_made_others_of_are_those_that_generate_encoded(method: str, cached: bool) -> None:
     """Does what accelerate's hooks do, which send all that a module is called with to its device."""
     prompts = llava(2, ragged=True)
-    more = {**layer_of(method), "seed": 5}
+    more = {**options_of(method), "seed": 5}
     with prune_visual_tokens(prompts.model, method, 9, **more) as plain:
         expected = generate(prompts.model, prompts.inputs, 3, use_cache=cached)
 

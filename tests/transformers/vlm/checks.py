@@ -41,8 +41,12 @@ def spy_on(patch: pytest.MonkeyPatch, method: str, function: str, spy: Callable[
     patch.setitem(_registry._METHODS, method, replace(described, stages=tuple(map(spied, described.stages))))
 
 
-def layer_of(method: str) -> dict[str, int]:
-    return {"layer": LAYER} if method in IN_MODEL else {}
+# What merges goes on with rows that no mask makes: beside masks it selects alone, and test_merging.py has the rest.
+WITHOUT_MERGING: dict[str, dict[str, Any]] = {"visionzip": {"contextual_ratio": 0.0}}
+
+
+def options_of(method: str) -> dict[str, Any]:
+    return {"layer": LAYER} if method in IN_MODEL else WITHOUT_MERGING.get(method, {})
 
 
 def generate(model: Any, inputs: dict[str, Tensor], steps: int, **more: Any) -> Any:

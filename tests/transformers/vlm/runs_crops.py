@@ -13,6 +13,7 @@ from tokenprune_kernels.integrations.transformers import prune_visual_tokens
 from tokenprune_kernels.integrations.transformers.pruning import IN_MODEL
 
 from . import oracle
+from .checks import WITHOUT_MERGING
 from .models import Prompts
 from .models_crops import (
     RAGGED,
@@ -40,8 +41,8 @@ def prompts_of(family: str, batch: str) -> Prompts:
 
 
 def pruned(prompts: Prompts, method: str, keep: int | float, **more: Any) -> Any:
-    layer = {"layer": 2} if method in IN_MODEL else {}
-    return prune_visual_tokens(prompts.model, method, keep, seed=5, **layer, **more)
+    options = {"layer": 2} if method in IN_MODEL else WITHOUT_MERGING.get(method, {})
+    return prune_visual_tokens(prompts.model, method, keep, seed=5, **options, **more)
 
 
 def generate(prompts: Prompts, steps: int) -> tuple[Tensor, Tensor]:
