@@ -123,6 +123,12 @@ void check_not_float64(const char* op, std::initializer_list<NamedTensor> inputs
       fail(op, input.name, "be float16, bfloat16 or float32 on a GPU (backend reference takes float64)", "float64");
 }
 
+OptionalTensor contiguous_floats(const char* op, const char* name, const OptionalTensor& given) {
+  if (!given) return std::nullopt;
+  check_not_float64(op, {{name, *given}});
+  return contiguous_as(*given, ScalarType::Float);
+}
+
 void check_indices(const char* op, const char* name, const Tensor& indices, int64_t size) {
   static const bool on = [] {
     const char* value = std::getenv("TOKENPRUNE_CHECK_INDICES");

@@ -48,6 +48,9 @@ void check_launch(const char* op, cudaError_t status, std::initializer_list<Name
 // The kernels compute in float32: float64 inputs are refused, not rounded.
 void check_not_float64(const char* op, std::initializer_list<NamedTensor> inputs);
 
+// An optional tensor of numbers as float32, contiguous.
+OptionalTensor contiguous_floats(const char* op, const char* name, const OptionalTensor& given);
+
 // With TOKENPRUNE_CHECK_INDICES=1, waits for the device and raises IndexError for a value outside [-1, size). Without
 // it the kernels take such a value for -1.
 void check_indices(const char* op, const char* name, const Tensor& indices, int64_t size);

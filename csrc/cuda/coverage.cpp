@@ -19,9 +19,8 @@ std::tuple<Tensor, Tensor, Tensor> coverage_sample(const Tensor& similarity_in, 
   const CudaScope cuda(similarity_in);
   const Tensor similarity = with_contiguous_rows(similarity_in);
   const int64_t batch = similarity.size(0);
-  OptionalTensor row_weights, quality;
-  if (row_weights_in) row_weights = contiguous_as(*row_weights_in, ScalarType::Float);
-  if (quality_in) quality = contiguous_as(*quality_in, ScalarType::Float);
+  const OptionalTensor row_weights = contiguous_floats(op, "row_weights", row_weights_in);
+  const OptionalTensor quality = contiguous_floats(op, "quality", quality_in);
   const MaskArgument row_mask(row_mask_in), mask(mask_in);
   Tensor indices = new_empty(similarity, {batch, k}, ScalarType::Long);
   Tensor gains = new_empty(similarity, {batch, k}, ScalarType::Float);

@@ -17,8 +17,7 @@ std::tuple<Tensor, Tensor, Tensor> dpp_sample(const Tensor& features_in, int64_t
   const CudaScope cuda(features_in);
   const Tensor features = with_contiguous_rows(features_in);
   const int64_t batch = features.size(0), n = features.size(1);
-  OptionalTensor quality;
-  if (quality_in) quality = contiguous_as(*quality_in, ScalarType::Float);
+  const OptionalTensor quality = contiguous_floats(op, "quality", quality_in);
   const MaskArgument mask(mask_in);
   Tensor indices = new_empty(features, {batch, k}, ScalarType::Long);
   Tensor gains = new_empty(features, {batch, k}, ScalarType::Float);

@@ -13,7 +13,6 @@ constexpr const char* kOp = "merge_tokens";
 
 Tensor assign(const Tensor& keys_in, const Tensor& targets_in, const OptionalTensor& mask_in,
               std::optional<double> threshold, bool euclidean, bool include_targets, const CudaScope& cuda) {
-  check_not_float64(kOp, {{"keys", keys_in}});
   const Tensor keys = with_contiguous_rows(keys_in), targets = with_contiguous_rows(targets_in);
   const MaskArgument mask(mask_in);
   const int64_t batch = keys.size(0), n = keys.size(1), channels = keys.size(2);
@@ -65,17 +64,14 @@ std::tuple<Tensor, Tensor, Tensor> merge_tokens(const Tensor& values_in, const T
       check_merge_tokens(values_in, targets, keys, given, weights_in, mask, threshold, metric, include_targets)
           .metric == 1;
   check_not_float64(kOp, {{"values", values_in}});
+  if (keys) check_not_float64(kOp, {{"keys", *keys}});
   const int64_t batch = values_in.size(0), n = values_in.size(1), slots = targets.size(1);
   if (n > kMergeMostTokens) fail(kOp, "values", "have fewer than 2^31 tokens on a GPU", n);
   check_indices(kOp, "targets", targets, n);
   if (given) check_indices(kOp, "assignment", *given, slots);
   const CudaScope cuda(values_in);
   const Tensor values = with_contiguous_rows(values_in);
-  OptionalTensor weights;
-  if (weights_in) {
-    check_not_float64(kOp, {{"weights", *weights_in}});
-    weights = contiguous_as(*weights_in, ScalarType::Float);
-  }
+  const OptionalTensor weights = contiguous_floats(kOp, "weights", weights_in);
   Tensor assignment = given ? copy_assignment(*given, slots, cuda)
                             : assign(keys ? *keys : values, targets, mask, threshold, euclidean, include_targets, cuda);
   Tensor merged = new_empty(values, {batch, slots, values.size(2)}, values.scalar_type());
