@@ -100,8 +100,8 @@ def _seen_through(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
-# Their launches take lists of tensors of any dtype: torch.compile keeps them as ops.
-_OPAQUE = ("gather_compact",)
+# torch.compile keeps them as ops: launches take lists of tensors of any dtype, or walk samples and panels on the host.
+_OPAQUE = ("gather_compact", "density_peaks")
 
 
 def _see_through(library: torch.library.Library, namespace: str, names: Any) -> None:

@@ -311,8 +311,8 @@ print("triton" in sys.modules)
 DISSOLVED = [(op, name) for op, name in SAMPLES if op in TRITON_OPS and op not in _triton._OPAQUE]
 
 # They write where the values of an input say. From such an address torch goes back through the arguments of the helper
-# that loaded the values, takes the input for written, and copies it: scores or a mask, [B, N].
-SCATTERING = ("select_topk", "select_two_tailed", "select_mixture", "mask_to_indices")
+# that loaded the values, takes the input for written, and copies it: scores, groups or a mask, [B, N].
+SCATTERING = ("select_topk", "select_grouped_topk", "select_two_tailed", "select_mixture", "mask_to_indices")
 
 
 @functools.cache
