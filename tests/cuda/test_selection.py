@@ -304,6 +304,14 @@ def test_what_shared_memory_holds_of_the_groups(shared, n, count, held, levels, 
     assert (plan.workspace_bytes > 0) == (held == "none")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("n", "count"), [(576, 5), (700, 5), (300, 214)])
+def test_groups_of_16_bits_in_every_kind_of_memory(n, count, dtype):
+    module.settings().shared_per_block = 16 * 1024
+    scores, *others = grouped(2, n, count, max(4, 2 * n // count), 5)
+    assert_groups_as_on_the_cpu(scores.to(dtype), *others, n // 3)
+
+
 @pytest.mark.parametrize(("n", "count", "cluster"), [(8192, 3, 1), (8193, 40, 2), (16385, 900, 4), (32769, 1, 8)])
 @pytest.mark.parametrize("shared", [64, 227])
 def test_groups_of_long_rows_are_spread_over_a_cluster(n, count, cluster, shared):
