@@ -1,0 +1,46 @@
+"""The engine's models by the names of their architectures, and those that stand in for them."""
+
+import functools
+from typing import Any
+
+from .checks import check_method, unsupported
+
+# Modules of this package, each with classes of these names; the engine imports one when a checkpoint asks for it.
+ARCHITECTURES = {
+    "LlavaForConditionalGeneration": "llava",
+}
+
+
+def register_models() -> None:
+    """Puts this package's subclasses in the place of the engine's models; others with images are refused."""
+    try:
+        from vllm import ModelRegistry
+        from vllm.multimodal.registry import MultiModalRegistry
+    except ImportError as error:
+        raise unsupported(f"vLLM lacks what models are registered with: {error}") from error
+    check_method(type(ModelRegistry), "register_model", "model_arch", "model_cls")
+    check_method(MultiModalRegistry, "create_processor", "model_config")
+    for architecture, module in ARCHITECTURES.items():
+        ModelRegistry.register_model(architecture, f"{__package__}.{module}:{architecture}")
+    guard(MultiModalRegistry)
+
+
+def guard(registry: type) -> None:
+    """Makes the registry refuse a model whose images would not be pruned. A second time, it changes nothing."""
+    create = registry.create_processor  # type: ignore[attr-defined]
+    if hasattr(create, "__wrapped__"):
+        return
+
+    @functools.wraps(create)
+    def create_processor(self: Any, model_config: Any, *args: Any, **keywords: Any) -> Any:
+        from .placeholders import FewerPlaceholders
+
+        processor = create(self, model_config, *args, **keywords)
+        if not isinstance(processor, FewerPlaceholders):
+            raise NotImplementedError(
+                f"tokenprune_kernels: TOKENPRUNE_VLLM is set, and images of {model_config.architecture} cannot be "
+                f"pruned; those of {', '.join(ARCHITECTURES)} can"
+            )
+        return processor
+
+    registry.create_processor = create_processor  # type: ignore[attr-defined]
