@@ -9,7 +9,7 @@ from torch import Tensor
 from ... import gather_compact
 from ...methods import Stage, get_method, method_names
 from ..transformers.budgets import Budget, budget_of
-from ..transformers.choose import LayerContext, choose
+from ..transformers.choose import AttentionInputs, LayerContext, choose
 from ..transformers.layout import Layout
 from ..transformers.tokens import Tokens
 from .setting import VARIABLE, Setting
@@ -45,9 +45,9 @@ def check_setting(setting: Setting) -> Stage:
         why = ""
         if setting.method in method_names():
             stage, *later = get_method(str(setting.method)).stages
-            needs = sorted(stage.uses - OF_IMAGES)
             inside = f"; its first part is {stage.name}" if stage.name in stages else ""
-            why = (
+            needs = ", ".join(sorted(stage.uses - OF_IMAGES))
+            why = f", which works inside the language model{inside}" if later else f", which asks for {needs}"
                 f", which works inside the language model{inside}" if later else f", which asks for {', '.join(needs)}"
             )
         raise ValueError(
@@ -115,5 +115,5 @@ class Chooser:
         return "generator" in self.stage.uses
 
 
-def _no_layer() -> None:
+def _no_layer() -> AttentionInputs:
     raise RuntimeError("there is no decoder layer in front of the language model")

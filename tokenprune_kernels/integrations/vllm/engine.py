@@ -8,6 +8,8 @@ from .checks import check_method, unsupported
 # Modules of this package, each with classes of these names; the engine imports one when a checkpoint asks for it.
 ARCHITECTURES = {
     "LlavaForConditionalGeneration": "llava",
+    "LlavaNextForConditionalGeneration": "llava_next",
+    "LlavaOnevisionForConditionalGeneration": "llava_onevision",
 }
 
 

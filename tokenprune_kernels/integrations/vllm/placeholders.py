@@ -31,7 +31,7 @@ class FewerPlaceholders:
         ]
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
-        """What is cached of an image, here, in the encoder, as key and value, or on another machine, is of a setting."""
+        """What is cached of an image, whether encoded or as keys and values, belongs to a setting."""
         hashes = super()._get_mm_hashes(inputs)  # type: ignore[misc]
         return {
             modality: [marked(each) for each in of_items] if modality == "image" else of_items
