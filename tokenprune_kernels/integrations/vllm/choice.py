@@ -48,8 +48,6 @@ def check_setting(setting: Setting) -> Stage:
             inside = f"; its first part is {stage.name}" if stage.name in stages else ""
             needs = ", ".join(sorted(stage.uses - OF_IMAGES))
             why = f", which works inside the language model{inside}" if later else f", which asks for {needs}"
-                f", which works inside the language model{inside}" if later else f", which asks for {', '.join(needs)}"
-            )
         raise ValueError(
             f"{VARIABLE}: method must choose by the image alone, as {', '.join(stages)} do, got {setting.method!r}{why}"
         )

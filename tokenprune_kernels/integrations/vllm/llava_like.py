@@ -1,4 +1,4 @@
-"""What the engine's LLaVAs share: a vision tower, a projector, and one method that runs both on the images of a batch."""
+"""What the LLaVAs of the engine share: a tower and a projector, which one method runs on the images of a batch."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT and LLaVA-OneVision in the engine: a thumbnail and crops of each image, packed by the engine's own code."""
+"""LLaVA-NeXT and LLaVA-OneVision in the engine: a thumbnail and crops of an image, packed by the code of the engine."""
 
 import inspect
 from collections.abc import Sequence
