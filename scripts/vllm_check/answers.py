@@ -34,55 +34,55 @@ def of_engine(output: Any) -> Answer:
 class Transformers:
     """The same checkpoint in transformers."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, family: str, folder: Path) -> None:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
+        self.family = family
         self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         self.processor = AutoProcessor.from_pretrained(folder)
-        self.positions = None if "Qwen" in type(self.model).__name__ else "renumber"
+        self.positions = None if family.startswith("Qwen") else "renumber"
 
-    def block(self, setting: Setting) -> Any:
-        stages = {"sts_structure": _sts_structure}
-        method = stages.get(str(setting.method), setting.method)
+    def block(self, method: Any, keep: float, setting: Setting) -> Any:
         return prune_visual_tokens(
-            self.model, method, setting.keep, positions=self.positions, seed=setting.seed, **setting.options
+            self.model, method, keep, positions=self.positions, seed=setting.seed, **setting.options
         )
 
     def inputs(self, prompt: Prompt) -> Any:
-        return self.processor(text=prompt.text, images=list(prompt.images) or None, return_tensors="pt")
+        text, images = prompt.text(self.family), list(prompt.images) or None
+        return self.processor(text=text, images=images, return_tensors="pt")
 
     @torch.no_grad()
     def logits(self, prompt: Prompt, setting: Setting, tokens: list[int]) -> tuple[int, Tensor]:
         """(tokens of the pruned prompt, [len(tokens), vocabulary] in front of each of `tokens`)."""
+        method: Any = {"sts_structure": _sts_structure}.get(str(setting.method), setting.method)
+        keep, options = setting.keep, setting
+        assert keep is not None
         if len(prompt.images) > 1:
-            embeddings = self._joined(prompt, setting)
-            answer = self.model.get_input_embeddings()(torch.tensor([tokens[:-1]]))
-            out = self.model(inputs_embeds=torch.cat([embeddings, answer], 1))
-            return embeddings.shape[1], out.logits[0, -len(tokens) :]
+            kept = self._kept(prompt, setting, method)
+            method, keep, options = (lambda features, k: kept), kept.shape[1], Setting()
         inputs = self.inputs(prompt)
-        ids = inputs.pop("input_ids")
-        behind = torch.tensor([tokens[:-1]])
         # The answer's tokens stand behind the image, as more of the question would: methods here do not read it.
-        given = {name: t for name, t in inputs.items() if name not in ("attention_mask", "mm_token_type_ids")}
-        if "mm_token_type_ids" in inputs:
-            given["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, behind.shape[1]))
-        with self.block(setting):
-            out = self.model(input_ids=torch.cat([ids, behind], 1), **given)
-        return out.logits.shape[1] - behind.shape[1], out.logits[0, -len(tokens) :]
+        more = len(tokens) - 1
+        given = {name: t for name, t in inputs.items() if name not in ("input_ids", "attention_mask")}
+        if "mm_token_type_ids" in given:
+            given["mm_token_type_ids"] = torch.nn.functional.pad(given["mm_token_type_ids"], (0, more))
+        ids = torch.cat([inputs["input_ids"], torch.tensor([tokens[:-1]], dtype=torch.int64)], 1)
+        with self.block(method, keep, options):
+            out = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), **given)
+        return out.logits.shape[1] - more, out.logits[0, -len(tokens) :]
 
-    def _joined(self, prompt: Prompt, setting: Setting) -> Tensor:
-        """Embeddings of a prompt whose images are chosen from one by one, as the engine does, in [1, L, C]."""
-        table = self.model.get_input_embeddings()
-        words = self.processor.tokenizer(prompt.question, return_tensors="pt", add_special_tokens=False).input_ids
-        rows = [table(torch.tensor([[self.processor.tokenizer.bos_token_id]]))]
+    def _kept(self, prompt: Prompt, setting: Setting, method: Any) -> Tensor:
+        """[1, K]: what is kept of several images that are chosen from one by one, as the engine does."""
+        kept, before = [], 0
         for image in prompt.images:
-            alone = self.inputs(Prompt("", (image,)))
-            with self.block(setting) as pruning:
+            alone = self.inputs(Prompt(prompt.question, (image,)))
+            assert setting.keep is not None
+            with self.block(method, setting.keep, setting) as pruning:
                 self.model(**alone)
-            pixels = {n: t for n, t in alone.items() if n not in ("input_ids", "attention_mask", "mm_token_type_ids")}
-            features = self.model.model.get_image_features(**pixels, return_dict=True).pooler_output
-            rows.append(torch.cat(list(features))[pruning.kept])
-        return torch.cat([*rows, table(words)], 1)
+            assert pruning.kept is not None
+            kept.append(pruning.kept + before)
+            before += int((alone["input_ids"] == self.model.config.image_token_id).sum())
+        return torch.cat(kept, 1)
 
 
 def _sts_structure(

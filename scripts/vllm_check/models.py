@@ -6,6 +6,7 @@ writes now has other ones.
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,39 @@ def llava_onevision(target: Path) -> Path:
     return save(LlavaOnevisionForConditionalGeneration(config), processor, target)
 
 
+def qwen(target: Path, name: str) -> Path:
+    """name: of the classes of transformers, Qwen2_5_VL or Qwen3VL."""
+    import transformers
+
+    specials = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    words = tokenizer(*specials)
+    ids = dict(
+        zip(("vision_start", "vision_end", "image", "video"), words.convert_tokens_to_ids(specials), strict=True)
+    )
+    rotary = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0, "mrope_interleaved": True}
+    vision = {
+        "depth": 3, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "out_hidden_size": 64, "patch_size": 14,
+        "initializer_range": 0.1,
+        **({"fullatt_block_indexes": [1], "window_size": 56} if name == "Qwen2_5_VL" else
+           {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 256}),
+    }  # fmt: skip
+    text = text_config(transformers.Qwen2Config).to_dict()
+    text = {key: text[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "vocab_size", "max_position_embeddings", "initializer_range", "pad_token_id",
+            "bos_token_id", "eos_token_id")}  # fmt: skip
+    config = getattr(transformers, f"{name}Config")(
+        vision_config=vision,
+        text_config={**text, "vocab_size": 80, "head_dim": 32, "rope_parameters": rotary},
+        **{f"{kind}_token_id": number for kind, number in ids.items()},
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+    images = transformers.Qwen2VLImageProcessor(patch_size=14, min_pixels=28 * 28, max_pixels=280 * 280)
+    videos = getattr(transformers, "Qwen2VLVideoProcessor" if name == "Qwen2_5_VL" else "Qwen3VLVideoProcessor")()
+    processor = getattr(transformers, f"{name}Processor")(images, words, videos)
+    return save(model, processor, target)
+
+
 def llava(target: Path) -> Path:
     shutil.copytree(TINY, target / "transformers")
     return target
@@ -133,6 +167,7 @@ def llava(target: Path) -> Path:
 
 FAMILIES: dict[str, Callable[[Path], Path]] = {
     "LLaVA-1.5": llava, "LLaVA-NeXT": llava_next, "LLaVA-OneVision": llava_onevision,
+    "Qwen2.5-VL": partial(qwen, name="Qwen2_5_VL"), "Qwen3-VL": partial(qwen, name="Qwen3VL"),
 }  # fmt: skip
 
 

@@ -21,8 +21,6 @@ def engine(folder: Path, *, chunk: int, **others: Any) -> Any:
 
 def compare(family: str, folder: Path, text: str, chunk: int) -> list[dict[str, Any]]:
     """A row for each prompt: lengths, answers, differences; and for one of them, how far other tokens are away."""
-    from dataclasses import replace
-
     from vllm import SamplingParams
 
     from tokenprune_kernels.integrations.vllm import Setting, parse
@@ -32,21 +30,20 @@ def compare(family: str, folder: Path, text: str, chunk: int) -> list[dict[str, 
     from .prompts import prompts
 
     target = written(family, folder)
-    asked = prompts()
+    asked = [p for p in prompts() if len(p.images) < 2 or "visionzip" not in text]  # whose merged rows are not told
     llm = engine(target / "engine", chunk=chunk)
     sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=5)
-    outputs = llm.generate([p.request for p in asked], sampling, use_tqdm=False)
-    again = llm.generate([asked[0].request], sampling, use_tqdm=False)[0]
-    outputs, asked = [*outputs, again], [*asked, asked[0]]
+    outputs = llm.generate([p.request(family) for p in asked], sampling, use_tqdm=False)
+    outputs += llm.generate([asked[0].request(family)], sampling, use_tqdm=False)
+    asked.append(asked[0])
     setting = parse(text) if text else Setting("random", 1.0)
-    there = Transformers(target / "transformers")
+    others = Setting("random", setting.keep, seed=9)
+    there = Transformers(family, target / "transformers")
     rows = []
     for prompt, output in zip(asked, outputs, strict=True):
         answer = of_engine(output)
         length, logits = there.logits(prompt, setting, answer.tokens)
-        other = None
-        if prompt is asked[0] and text:
-            other = difference(answer, there.logits(prompt, replace(setting, method="random", seed=9, options={}), answer.tokens)[1])
+        other = difference(answer, there.logits(prompt, others, answer.tokens)[1]) if prompt.images and text else None
         rows.append({
             "family": family, "setting": text, "images": len(prompt.images), "length": answer.length,
             "expected": length, "same": logits.argmax(-1).tolist() == answer.tokens,

@@ -13,14 +13,14 @@ class Prompt:
     question: str
     images: tuple[Any, ...]  # PIL
 
-    @property
-    def text(self) -> str:
-        return "<image>" * len(self.images) + " " + self.question
+    def text(self, family: str) -> str:
+        image = "<|vision_start|><|image_pad|><|vision_end|>" if family.startswith("Qwen") else "<image>"
+        return image * len(self.images) + " " + self.question
 
-    @property
-    def request(self) -> dict[str, Any]:
+    def request(self, family: str) -> dict[str, Any]:
         """As the engine takes it."""
-        return {"prompt": self.text, **({"multi_modal_data": {"image": list(self.images)}} if self.images else {})}
+        images = {"multi_modal_data": {"image": list(self.images)}} if self.images else {}
+        return {"prompt": self.text(family), **images}
 
 
 def picture() -> Any:

@@ -84,13 +84,13 @@ class Chooser:
         self.stage = check_setting(setting)
         self.budget: Budget = budget_of(setting.keep)
 
-    def __call__(self, images: Images) -> tuple[Tensor, Tensor] | None:
-        """(indices [B, K] of the kept tokens, ascending, rows [B, K, C] that take their places); None: all stay."""
+    def __call__(self, images: Images) -> tuple[Tensor, Tensor]:
+        """(indices [B, K] of the kept tokens, ascending, rows [B, K, C] that take their places)."""
         batch, count = images.features.shape[:2]
         kept = self.budget(count)
-        if kept == count:
-            return None
         columns = torch.arange(count, device=images.features.device).repeat(batch, 1)
+        if kept == count:
+            return columns, images.features
         lengths = [count] * batch
         # A prompt that is the image: no text, so that a method for which a question is optional gets none.
         tokens = Tokens(columns, columns, lengths, None, lengths, columns, suffix=0)

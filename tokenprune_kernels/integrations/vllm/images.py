@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,30 +28,38 @@ def chooser_of(vllm_config: Any) -> Chooser:
     return chooser
 
 
+class Kept(NamedTuple):
+    """indices [K]: the kept tokens of an image, ascending. rows [K, C]: what takes their places."""
+
+    indices: Tensor
+    rows: Tensor
+
+
 def prune_images(
     choose: Chooser,
     features: Tensor | Sequence[Tensor],
     layouts: Callable[[], Sequence[Sequence[Patches]]],
     saliencies: Callable[[], Sequence[Tensor]],
-) -> Tensor | list[Tensor]:
-    """features: [B, V, C], or [V, C] of each image. layouts, saliencies: of each image, where its tokens lie, and [V].
+) -> list[Kept]:
+    """What stays of each image.
 
-    Returns as much of what stays, in the same form.
+    features: [B, V, C], or [V, C] of each image. layouts, saliencies: of each image, where its tokens lie, and [V].
     """
     layouts, saliencies = functools.cache(layouts), functools.cache(saliencies)
     together = isinstance(features, Tensor) and not choose.one_by_one
     parts = [slice(0, len(features))] if together else [slice(i, i + 1) for i in range(len(features))]
-    kept: list[Tensor] = []
+    kept: list[Kept] = []
     for part in parts:
         of_part = features[part] if isinstance(features, Tensor) else features[part.start].unsqueeze(0)
-        images = Images(
-            of_part,
-            functools.partial(_layout, layouts, part, of_part),
-            functools.partial(_saliency, saliencies, part, of_part),
+        indices, rows = choose(
+            Images(
+                of_part,
+                functools.partial(_layout, layouts, part, of_part),
+                functools.partial(_saliency, saliencies, part, of_part),
+            )
         )
-        chosen = choose(images)
-        kept += list(of_part if chosen is None else chosen[1])
-    return torch.stack(kept) if isinstance(features, Tensor) else kept
+        kept += map(Kept, indices, rows)
+    return kept
 
 
 def _layout(layouts: Callable[[], Sequence[Sequence[Patches]]], part: slice, features: Tensor) -> Layout:

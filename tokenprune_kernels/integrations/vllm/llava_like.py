@@ -45,9 +45,10 @@ class PrunedLlava:
         seen: Seen = []
         with watched(tower_attention(self), seen) if self.choose.reads_saliency else nullcontext():
             features = super()._process_image_input(image_input)  # type: ignore[misc]
-        return prune_images(
+        kept = prune_images(
             self.choose,
             features,
             lambda: self.layouts(image_input),
             lambda: self.saliencies(image_input, tower_scores(self, seen)),
         )
+        return [rows for _, rows in kept]
