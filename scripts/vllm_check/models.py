@@ -136,7 +136,9 @@ def qwen(target: Path, name: str) -> Path:
     ids = dict(
         zip(("vision_start", "vision_end", "image", "video"), words.convert_tokens_to_ids(specials), strict=True)
     )
-    rotary = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0, "mrope_interleaved": True}
+    rotary = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
+    if name == "Qwen3VL":
+        rotary["mrope_interleaved"] = True
     vision = {
         "depth": 3, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "out_hidden_size": 64, "patch_size": 14,
         "initializer_range": 0.1,

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 from .checks import check_method, unsupported
+from .runner import complete
 
 # Modules of this package, each with classes of these names; the engine imports one when a checkpoint asks for it.
 ARCHITECTURES = {
@@ -20,10 +21,15 @@ def register_models() -> None:
     try:
         from vllm import ModelRegistry
         from vllm.multimodal.registry import MultiModalRegistry
+        from vllm.platforms import current_platform
     except ImportError as error:
         raise unsupported(f"vLLM lacks what models are registered with: {error}") from error
     check_method(type(ModelRegistry), "register_model", "model_arch", "model_cls")
     check_method(MultiModalRegistry, "create_processor", "model_config")
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+        complete(CPUModelRunner)
     for architecture, module in ARCHITECTURES.items():
         ModelRegistry.register_model(architecture, f"{__package__}.{module}:{architecture}")
     guard(MultiModalRegistry)
@@ -32,7 +38,7 @@ def register_models() -> None:
 def guard(registry: type) -> None:
     """Makes the registry refuse a model whose images would not be pruned. A second time, it changes nothing."""
     create = registry.create_processor  # type: ignore[attr-defined]
-    if hasattr(create, "__wrapped__"):
+    if getattr(create, "guarded", False):
         return
 
     @functools.wraps(create)
@@ -47,4 +53,5 @@ def guard(registry: type) -> None:
             )
         return processor
 
+    create_processor.guarded = True  # type: ignore[attr-defined]
     registry.create_processor = create_processor  # type: ignore[attr-defined]
