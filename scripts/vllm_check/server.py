@@ -49,7 +49,8 @@ def serving(folder: Path, setting: str, log: Path) -> Iterator[int]:
         environment["TOKENPRUNE_VLLM"] = setting
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder),
-        "--served-model-name", "tiny", "--host", HOST, "--port", str(port), "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager",
+        "--served-model-name", "tiny",
+        "--host", HOST, "--port", str(port), "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager",
         "--max-num-seqs", "8", "--gpu-memory-utilization", "0.2", "--no-enable-prefix-caching", "--max-logprobs", "5",
     ]  # fmt: skip
     with log.open("w") as told, subprocess.Popen(command, env=environment, stdout=told, stderr=told) as process:
