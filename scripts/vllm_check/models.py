@@ -156,7 +156,7 @@ def qwen(target: Path, name: str) -> Path:
     )
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
-    images = transformers.Qwen2VLImageProcessor(patch_size=14, min_pixels=28 * 28, max_pixels=280 * 280)
+    images = transformers.Qwen2VLImageProcessor(patch_size=14, min_pixels=28 * 28, max_pixels=448 * 448)
     videos = getattr(transformers, "Qwen2VLVideoProcessor" if name == "Qwen2_5_VL" else "Qwen3VLVideoProcessor")()
     processor = getattr(transformers, f"{name}Processor")(images, words, videos)
     return save(model, processor, target)

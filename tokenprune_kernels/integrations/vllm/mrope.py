@@ -32,10 +32,10 @@ def check_mrope(model: type, processor: type) -> None:
 
 
 class ImagesOnly:
-    """Comes in front of the engine's processing info."""
+    """Comes in front of the engine's processing info: at most 0 videos may be in a prompt."""
 
     def get_supported_mm_limits(self) -> dict[str, int | None]:
-        return {"image": None}
+        return {**super().get_supported_mm_limits(), "video": 0}  # type: ignore[misc]
 
 
 class PrunedQwen:
