@@ -31,8 +31,9 @@ OFFLINE = (
     ("LLaVA-1.5", "method=random,keep=0.2,seed=3", 96),
     ("LLaVA-NeXT", "method=scope,keep=60", 48),
     ("LLaVA-OneVision", "method=sts_structure,keep=0.3", 96),
-    ("Qwen2.5-VL", "method=divprune,keep=0.9", 32),
-    ("Qwen3-VL", "method=cdpruner,keep=125", 32),
+    ("LLaVA-OneVision", "method=cdpruner,keep=48", 32),
+    ("Qwen2.5-VL", "method=sts_structure,keep=0.9", 32),
+    ("Qwen3-VL", "method=divprune,keep=0.9", 32),
 )
 ENGINE = {"dtype": "float32", "max_model_len": 1024, "enforce_eager": True, "gpu_memory_utilization": 0.2}
 EXAMPLE = ROOT / "examples" / "vllm_offline.py"

@@ -9,10 +9,13 @@ from torch import Tensor
 
 from tokenprune_kernels.integrations.transformers import prune_visual_tokens
 from tokenprune_kernels.integrations.vllm import Setting
+from tokenprune_kernels.methods import cdpruner, sts_structure
 
 from .prompts import Prompt
 
 TOKENS = 4  # of an answer
+# What a random model may answer: words, and no token that stands for an image.
+WORDS = [token for token in range(69) if token != 4]
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Transformers:
     @torch.no_grad()
     def logits(self, prompt: Prompt, setting: Setting, tokens: list[int]) -> tuple[int, Tensor]:
         """(tokens of the pruned prompt, [len(tokens), vocabulary] in front of each of `tokens`)."""
-        method: Any = {"sts_structure": _sts_structure}.get(str(setting.method), setting.method)
+        method: Any = {"sts_structure": _sts_structure, "cdpruner": _cdpruner}.get(str(setting.method), setting.method)
         keep, options = setting.keep, setting
         assert keep is not None
         if len(prompt.images) > 1:
@@ -85,13 +88,14 @@ class Transformers:
         return torch.cat(kept, 1)
 
 
-def _sts_structure(
-    features: Tensor, k: int, stacked_positions: Tensor, mask: Tensor | None = None, exponent: float = 1.0
-) -> Any:
+def _sts_structure(features: Tensor, k: int, stacked_positions: Tensor, mask: Tensor | None = None) -> Any:
     """The first stage of sts, which is no method of its own."""
-    from tokenprune_kernels.methods import sts_structure
+    return sts_structure(features, k, positions=stacked_positions, mask=mask)
 
-    return sts_structure(features, k, positions=stacked_positions, mask=mask, exponent=exponent)
+
+def _cdpruner(features: Tensor, k: int, mask: Tensor | None = None) -> Any:
+    """Without a question; inside `prune_visual_tokens` there always is one."""
+    return cdpruner(features, features[:, :0], k, mask=mask)
 
 
 def difference(engine: Answer, logits: Tensor) -> float:

@@ -25,14 +25,14 @@ def compare(family: str, folder: Path, text: str, chunk: int) -> list[dict[str, 
 
     from tokenprune_kernels.integrations.vllm import Setting, parse
 
-    from .answers import TOKENS, Transformers, difference, of_engine
+    from .answers import TOKENS, WORDS, Transformers, difference, of_engine
     from .models import written
     from .prompts import prompts
 
     target = written(family, folder)
     asked = [p for p in prompts() if len(p.images) < 2 or "visionzip" not in text]  # whose merged rows are not told
     llm = engine(target / "engine", chunk=chunk)
-    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=5)
+    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=5, allowed_token_ids=WORDS)
     outputs = llm.generate([p.request(family) for p in asked], sampling, use_tqdm=False)
     outputs += llm.generate([asked[0].request(family)], sampling, use_tqdm=False)
     asked.append(asked[0])
@@ -46,7 +46,7 @@ def compare(family: str, folder: Path, text: str, chunk: int) -> list[dict[str, 
         other = difference(answer, there.logits(prompt, others, answer.tokens)[1]) if prompt.images and text else None
         rows.append({
             "family": family, "setting": text, "images": len(prompt.images), "length": answer.length,
-            "expected": length, "same": logits.argmax(-1).tolist() == answer.tokens,
+            "expected": length, "same": [WORDS[best] for best in logits[:, WORDS].argmax(-1)] == answer.tokens,
             "difference": difference(answer, logits), "others": other, "cached": output.num_cached_tokens,
             "answer": llm.get_tokenizer().decode(answer.tokens[:1]),
         })  # fmt: skip
