@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from tokenprune_kernels.integrations.transformers.layout import grid_patches
-from tokenprune_kernels.integrations.vllm.choice import OF_IMAGES, check_setting, served
+from tokenprune_kernels.integrations.vllm.choice import OF_IMAGES, Chooser, check_setting, served
 from tokenprune_kernels.integrations.vllm.images import prune_images
 from tokenprune_kernels.integrations.vllm.setting import Setting
 from tokenprune_kernels.methods import (
+    Stage,
     cdpruner,
     divprune,
     get_method,
@@ -20,8 +21,6 @@ from tokenprune_kernels.methods import (
     unregister_method,
     visionzip,
 )
-
-from tokenprune_kernels.integrations.vllm.choice import Chooser  # isort: skip
 
 FEATURES = torch.randn(3, 24, 8, generator=torch.Generator().manual_seed(0))
 SALIENCY = torch.rand(3, 24, generator=torch.Generator().manual_seed(1))
@@ -113,3 +112,8 @@ def test_a_budget_that_covers_all_tokens_leaves_them(keep: int | float) -> None:
     assert torch.equal(chosen, torch.arange(24).expand(3, -1))
     assert rows.shape == FEATURES.shape
     assert torch.equal(rows, FEATURES)
+
+
+def test_what_is_optional_is_one_of_the_known_arguments() -> None:
+    with pytest.raises(ValueError, match=r"method divprune: optional must be of query, .* got 'nonsense'"):
+        Stage(divprune, "model", optional=("nonsense",))
