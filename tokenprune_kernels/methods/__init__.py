@@ -13,6 +13,7 @@ from .evs import EVS, evs
 from .mmtok import MMTOK, mmtok
 from .pyramiddrop import PYRAMIDDROP, pyramiddrop
 from .scope import SCOPE, scope
+from .sparsevlm import SPARSEVLM, sparsevlm
 from .sts import STS, sts_semantics, sts_structure
 from .vidcom2 import VIDCOM2, vidcom2
 from .visionzip import VISIONZIP, visionzip
@@ -38,6 +39,7 @@ __all__ = [
     "random",
     "register_method",
     "scope",
+    "sparsevlm",
     "sts_semantics",
     "sts_structure",
     "unregister_method",
@@ -49,6 +51,7 @@ __all__ = [
 # The order of every table.
 _PUBLISHED = (
     COAST, STS, ADAFV, ZSPAPRUNE, ADAPTPRUNE, DART, EVS, VIDCOM2, CDPRUNER, SCOPE, MMTOK, PYRAMIDDROP, VISIONZIP,
+    SPARSEVLM,
 )  # fmt: skip
 for _method in (*_PUBLISHED, FASTV, DIVPRUNE, RANDOM):
     add(_method)

@@ -28,6 +28,22 @@ class AttentionInputs:
 
 
 @dataclass(frozen=True)
+class Embedded:
+    """What went into the first decoder layer: hidden [B, L0, C] of the unpruned `tokens`."""
+
+    hidden: Tensor
+    tokens: Tokens
+    columns: Tensor  # [B, L]: which of these columns each column of the current sequence was, -1: padding
+
+    def visual(self) -> Tensor:
+        return gather_compact([self.hidden], self.tokens.visual, dims=[1])[0]
+
+    def since(self, first: int) -> Tensor:
+        """Of the current columns from `first` on."""
+        return gather_compact([self.hidden], self.columns[:, first:], dims=[1])[0]
+
+
+@dataclass(frozen=True)
 class LayerContext:
     """All that is known in front of the decoder layer where tokens are chosen. Callables: made when asked for."""
 
@@ -36,6 +52,7 @@ class LayerContext:
     layer: Any  # the decoder layer, a module
     attention: AttentionInputs | None
     projected: Callable[[], AttentionInputs]  # what the layer itself makes of `hidden`
+    embedded: Callable[[], Embedded]
     layout: Callable[[], Layout]  # of the unpruned visual tokens, on the device
     saliency: Callable[[], Tensor]  # [B, V] of the unpruned visual tokens
     generator: Callable[[], torch.Generator | None]
@@ -118,6 +135,9 @@ SOURCES: dict[str, Callable[[LayerContext], Any]] = {
     "unrotated_key": lambda c: c.layer.self_attn.k_proj(c.features),
     "text_embeddings": lambda c: c.hidden[:, c.first_text :],
     "text_mask": lambda c: c.text_mask,
+    "input_features": lambda c: c.embedded().visual(),
+    "input_text": lambda c: c.embedded().since(c.first_text),
+    "input_mask": lambda c: c.embedded().tokens.visual_mask(),
     "saliency": lambda c: c.by_origin(c.saliency()),
     "positions": lambda c: c.by_origin(c.layout().positions),
     "grid": lambda c: c.by_origin(c.layout().grids),
@@ -126,6 +146,7 @@ SOURCES: dict[str, Callable[[LayerContext], Any]] = {
     "mask": lambda c: c.tokens.visual_mask(),
     "present": lambda c: c.tokens.visual >= 0,
     "n": lambda c: c.tokens.visual.shape[1],
+    "count": lambda c: max(c.tokens.counts),
     "generator": lambda c: c.generator(),
 }
 
@@ -155,20 +176,25 @@ class Chosen(NamedTuple):
 
 
 def choose(stage: Stage, context: LayerContext, budgets: list[int], options: dict[str, Any]) -> Chosen:
-    """What a stage keeps. Samples with the same budget are one batched call."""
+    """What a stage keeps. Samples with the same budget, and the same `count` where that is asked for, are one call."""
     given = {name: SOURCES[source](context) for name, source in stage.arguments.items()}
     options = {name: value for name, value in options.items() if name in stage.options}
     present = context.tokens.visual >= 0
-    if len(set(budgets)) == 1:
+    of_call = [name for name, source in stage.arguments.items() if source == "count"]
+    alike = list(zip(budgets, context.tokens.counts if of_call else budgets, strict=True))
+    if len(set(alike)) == 1:
         result = stage.function(k=budgets[0], **given, **options)
         return Chosen(
             _indices(stage.name, result, budgets[0], present), _merged(stage.name, result, budgets[0], context.features)
         )
     indices = present.new_full((len(budgets), max(budgets)), -1, dtype=torch.int64)
     merged: Tensor | None = None
-    for k in sorted(set(budgets) - {0}):
-        rows = [b for b, budget in enumerate(budgets) if budget == k]
+    for k, count in sorted(set(alike)):
+        if k == 0:
+            continue
+        rows = [b for b, of_sample in enumerate(alike) if of_sample == (k, count)]
         part = {name: value[rows] if isinstance(value, Tensor) else value for name, value in given.items()}
+        part |= dict.fromkeys(of_call, count)
         result = stage.function(k=k, **part, **options)
         indices[rows, :k] = _indices(stage.name, result, k, present[rows])
         of_rows = _merged(stage.name, result, k, context.features[rows])
