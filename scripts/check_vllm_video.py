@@ -1,8 +1,8 @@
 """EVS and VidCom2 of an installed vLLM against ours: the same tokens of many videos, and what both take on this CPU.
 
-`python -m scripts.check_vllm_video`, where vLLM is installed. It prints two tables, and fails when ours keep others
-than the engine keeps of a float32 video, or than it keeps of a bfloat16 video converted to float64. Tokens whose scores
-are equal up to the rounding of float32 count as the same.
+`python -m scripts.check_vllm_video`, where vLLM is installed. It prints two tables, and fails when ours keep other
+tokens than the engine keeps of a video in float32, or than the engine keeps of the same numbers in float64 when they
+are bfloat16; tokens whose scores are equal up to rounding count as the same.
 """
 
 import importlib
