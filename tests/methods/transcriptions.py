@@ -50,13 +50,18 @@ def cos(a, b) -> float:
     return float(a @ b) / norms if norms else 0.0
 
 
-def coast(query, key, rows, indices, features, k, anchors=0.8, context=(0.05, 0.15), references=0.1):
+def entropy(scores):
+    """Of the scores as a distribution, divided by that of as many equal ones."""
+    p = scores / scores.sum()
+    h = -sum(x * math.log(x) for x in p if x > 0) / math.log(len(p)) if len(p) > 1 else 0.0
+    return min(1.0, max(0.0, h))
+
+
+def coast(query, key, rows, indices, features, k, anchors=0.8, context=(0.05, 0.15), references=0.1, by_rows=False):
     n = len(indices)
     s = attention(query, key, rows).mean(0)[:, indices]
     s_glo, s_last = s.max(0), s[-1]
-    p = s_glo / s_glo.sum()
-    h = -sum(x * math.log(x) for x in p if x > 0) / math.log(n) if n > 1 else 0.0
-    h = min(1.0, max(0.0, h))
+    h = float(np.mean([entropy(row) for row in s])) if by_rows else entropy(s_glo)
 
     k_anchor = max(1, math.floor(anchors * k)) if k else 0
     rest = k - k_anchor

@@ -176,7 +176,7 @@ SPARSEVLM = Method(
     "sparsevlm",
     (Stage(sparsevlm, "layer", needs={"rank_scale": None, "rank_bias": None}),),
     title="SparseVLM",
-    summary="attention of the telling question tokens, thrice; some of the others are merged into a few",
+    summary="attention of the telling question tokens, thrice; merges some",
     paper="2410.04417",
     source="the authors' code, version 1; recycled rows stand at the places of their centres",
     # Of 576 tokens 309, 204 and 113: the authors' 300, 200 and 110, and the rows that are recycled.
