@@ -25,6 +25,7 @@ from .families import Family, Inputs, Model, Saliency
 from .interface import Arguments
 from .layout import Layout
 from .masks import check_one_sequence, decoder_mask
+from .parallel import same_generator
 from .report import Report
 from .tokens import Tokens, keep, read_prompt
 
@@ -234,7 +235,10 @@ def _context(plan: Plan, now: Prefill, layer: Any, inputs: Inputs) -> LayerConte
             raise RuntimeError(f"prune_visual_tokens: {plan.method} needs the vision tower to run inside the block")
         return plan.saliency.read(plan.core, now.prompt.inputs, now.original.counts, now.seen).to(hidden.device)
 
-    generator = functools.partial(plan.draws.of, plan.seed, hidden.device)
+    def generator() -> torch.Generator | None:
+        drawn = plan.draws.of(plan.seed, hidden.device)
+        return same_generator(layer, hidden.device) if drawn is None else drawn
+
     return LayerContext(now.tokens, hidden, layer, now.attention, projected, layout, saliency, generator)
 
 
