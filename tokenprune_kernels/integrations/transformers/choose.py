@@ -12,6 +12,7 @@ from torch import Tensor
 from ... import gather_compact, indices_to_mask, mask_to_indices
 from ...methods import Selection, Stage
 from .layout import Layout
+from .parallel import all_features
 from .tokens import Tokens
 
 _CHECK_INDICES = os.environ.get("TOKENPRUNE_CHECK_INDICES") == "1"
@@ -23,8 +24,8 @@ class AttentionInputs:
 
     query: Tensor
     key: Tensor
-    scale: float
     lse: Tensor | None
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,11 @@ class LayerContext:
         t = self.tokens
         return torch.arange(self.first_text, t.length, device=t.slot.device).expand(len(t.counts), -1)
 
+    def unrotated_key(self) -> Tensor:
+        """[B, V, Hkv * D]"""
+        k_proj = self.layer.self_attn.k_proj
+        return all_features(k_proj, k_proj(self.features))
+
     def lse(self) -> Tensor | None:
         """[B, H, T]: the log-sum-exp of the text rows."""
         lse = _seen(self).lse
@@ -132,7 +138,7 @@ SOURCES: dict[str, Callable[[LayerContext], Any]] = {
     "query_mask": lambda c: c.text_mask,
     "features": lambda c: c.features,
     "visual_embeddings": lambda c: c.features,
-    "unrotated_key": lambda c: c.layer.self_attn.k_proj(c.features),
+    "unrotated_key": LayerContext.unrotated_key,
     "text_embeddings": lambda c: c.hidden[:, c.first_text :],
     "text_mask": lambda c: c.text_mask,
     "input_features": lambda c: c.embedded().visual(),

@@ -25,6 +25,7 @@ from .families import Family, Inputs, Model, Saliency
 from .interface import Arguments
 from .layout import Layout
 from .masks import check_one_sequence, decoder_mask
+from .parallel import same_generator
 from .report import Report
 from .tokens import Tokens, keep, read_prompt
 
@@ -246,7 +247,10 @@ def _context(plan: Plan, now: Prefill, layer: Any, inputs: Inputs) -> LayerConte
             column = gather_compact([column + 1], columns, dims=[1])[0] - 1
         return Embedded(now.embedded.to(hidden.device), now.original, column)
 
-    generator = functools.partial(plan.draws.of, plan.seed, hidden.device)
+    def generator() -> torch.Generator | None:
+        drawn = plan.draws.of(plan.seed, hidden.device)
+        return same_generator(layer, hidden.device) if drawn is None else drawn
+
     return LayerContext(now.tokens, hidden, layer, now.attention, projected, embedded, layout, saliency, generator)
 
 
