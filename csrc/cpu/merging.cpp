@@ -94,36 +94,45 @@ void join_nearest(const Tensor& keys, const Tensor& targets, const MaskRows& mas
   const A sign = likeness.euclidean ? -1 : 1, infinity = std::numeric_limits<A>::infinity();
   const A limit = likeness.threshold ? sign * static_cast<A>(*likeness.threshold) : -infinity;
   const int64_t work = kTile * lanes * (dim + 1) * (1 + panels.first[batch] / (batch + 1));
-  const int64_t stride = unit_stride(dim);
   parallel_for(batch * tiles, 1 + 65536 / work, [&](int64_t begin, int64_t end) {
-    std::vector<A> dots(kTile * lanes), wide(kTile * stride);
-    A best[kTile], norm[kTile];
+    std::vector<A> dots(kTile * lanes), unit(dim), wide(std::is_same_v<T, A> ? 0 : kTile * unit_stride(dim));
+    A best[kTile];
     int64_t at[kTile];
+    const auto nearest = [&](int64_t b, const A* x, int64_t stride, int64_t count, A* best, int64_t* at) {
+      std::fill(best, best + count, -infinity);
+      std::fill(at, at + count, int64_t(-1));
+      for (int64_t p = panels.first[b]; p < panels.first[b + 1]; ++p) {
+        compare(packed + p * lanes * dim, dim, x, stride, count, dots.data());
+        merging.best_lanes(dots.data(), count, sign, p * lanes, best, at);
+      }
+    };
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / tiles, start = item % tiles * kTile, count = std::min(kTile, n - start);
       const T* const rows = static_cast<const T*>(keys.const_data_ptr()) + b * keys.stride(0) + start * keys.stride(1);
-      const auto nearest = [&](int64_t first, int64_t count) {
-        std::fill(best + first, best + first + count, -infinity);
-        std::fill(at + first, at + first + count, int64_t(-1));
-        for (int64_t p = panels.first[b]; p < panels.first[b + 1]; ++p) {
-          compare(packed + p * lanes * dim, dim, wide.data() + first * stride, stride, count, dots.data());
-          merging.best_lanes(dots.data(), count, sign, p * lanes, best + first, at + first);
-        }
-      };
-      for (int64_t j = 0; j < count; ++j) {
-        A* const row = wide.data() + j * stride;
-        similarity_kernels<T>().widen(rows + j * keys.stride(1), dim, row);
-        norm[j] = likeness.euclidean ? A(1) : norm_from_squares(similarity_kernels<A>().dot(row, row, dim));
+      const A* x = wide.data();
+      int64_t stride = unit_stride(dim);
+      if constexpr (std::is_same_v<T, A>) {
+        x = rows;
+        stride = keys.stride(1);
+      } else {
+        for (int64_t j = 0; j < count; ++j)
+          similarity_kernels<T>().widen(rows + j * keys.stride(1), dim, wide.data() + j * stride);
       }
-      nearest(0, count);
+      nearest(b, x, stride, count, best, at);
       const uint8_t* const takes_part = mask.row(b);
       for (int64_t j = 0; j < count; ++j) {
-        if (!std::isfinite(norm[j])) {  // the squares overflow: normalise before the products, as the contract has it
-          normalize_row(kernels, rows + j * keys.stride(1), dim, wide.data() + j * stride);
-          nearest(j, 1);
-          norm[j] = 1;
+        const A* const row = x + j * stride;
+        A value = likeness.euclidean ? -std::sqrt(-best[j]) : best[j];
+        if (!likeness.euclidean) {
+          const A norm = norm_from_squares(similarity_kernels<A>().dot(row, row, dim));
+          if (std::isfinite(norm)) {
+            value /= norm;
+          } else {  // the squares overflow: normalise before the products, as the contract has it
+            normalize_row(kernels, row, dim, unit.data());
+            nearest(b, unit.data(), dim, 1, best + j, at + j);
+            value = best[j];
+          }
         }
-        const A value = likeness.euclidean ? -std::sqrt(-best[j]) : best[j] / norm[j];
         const bool joins = at[j] >= 0 && value >= limit && (takes_part == nullptr || takes_part[start + j]);
         joined[b * n + start + j] = joins ? panels.slot[at[j]] : -1;
       }

@@ -123,7 +123,6 @@ TOKENPRUNE_INLINE void panel_dots(const A* panel, int64_t dim, const A* keys, in
 }
 
 // out[r * out_stride + lane] (+)= <row r of panel `rows`, row `lane` of panel `others`> over one block of dimensions.
-// Both sides are read in ascending order, so that no two rows compete for the same sets of a cache.
 template <class A>
 TOKENPRUNE_INLINE void panel_products(const A* rows, const A* others, int64_t dim, bool add, A* out,
                                       int64_t out_stride) {
