@@ -23,7 +23,7 @@ from .deepstack import DeepStack, take_deepstack
 from .encoding import Asked, ModelCall, Prompt
 from .families import Family, Inputs, Model, Saliency
 from .interface import Arguments
-from .layout import Layout
+from .layout import Layout, images_of
 from .masks import check_one_sequence, decoder_mask
 from .report import Report
 from .tokens import Tokens, keep, read_prompt
@@ -67,6 +67,7 @@ class Plan:
     decoder: Model
     method: str  # for messages
     stages: dict[int, PlannedStage]  # by their layer
+    per_image: bool  # budgets are of images and frames, not of samples
     saliency: Saliency | None  # for the methods that ask for it
     renumber: bool
     compact_cache: bool
@@ -79,6 +80,10 @@ class Plan:
 class Prefill:
     tokens: Tokens  # in front of the current layer
     original: Tokens
+    # Visual tokens of each sample or, per image, of each of its images: in front of the current layer,
+    left: list[list[int]]
+    given: list[list[int]]  # and in the prompt
+    copies: int  # rows of each sample
     next_position: Tensor
     prompt: Prompt
     seen: list[Any]  # of the vision tower, for the saliency
@@ -127,7 +132,13 @@ def begin_prefill(
     deepstack = None
     if family.deepstack:
         deepstack, inputs = take_deepstack(inputs, tokens)
-    return Prefill(tokens, tokens, position, prompt, call.encoding.saliency, deepstack, report), inputs
+    given = images_of(layout(), tokens.counts) if plan.per_image else [[n] for n in tokens.counts]
+    copies = 1 if asked is None else asked.copies
+    if given != [parts for parts in given[::copies] for _ in range(copies)]:
+        copies = 1  # a forward inside of generate that is none of its own
+    return Prefill(
+        tokens, tokens, given, given, copies, position, prompt, call.encoding.saliency, deepstack, report
+    ), inputs
 
 
 def _check_asked(asked: Asked) -> None:
@@ -183,24 +194,33 @@ def _compact_caches(now: Prefill) -> None:
 
 def _prune(plan: Plan, now: Prefill, planned: PlannedStage, layer: nn.Module, inputs: Inputs) -> Inputs:
     tokens = now.tokens
-    budgets = [min(planned.budget(n), left) for n, left in zip(now.original.counts, tokens.counts, strict=True)]
-    if budgets == tokens.counts:
+    budgets = _budgets(planned.budget, now)
+    if budgets == now.left:
         return inputs
     hidden: Tensor = inputs["hidden_states"]
     with torch.no_grad(), now.report.clock("select_ms"):
         with plan.draws.lock if "generator" in planned.stage.uses else nullcontext():
-            chosen = choose(planned.stage, _context(plan, now, layer, inputs), budgets, plan.options)
-        after, columns = keep(tokens, chosen.indices, budgets)
+            chosen = choose(planned.stage, _context(plan, now, layer, inputs), now.left, budgets, plan.options)
+        after, columns = keep(tokens, chosen.indices, [sum(parts) for parts in budgets])
     now.attention = None
     with now.report.clock("compact_ms"):
         hidden = _compact(plan, now, after, columns, inputs)
         if chosen.merged is not None:
             hidden = _replace(hidden, after.visual, chosen.merged)
-    now.tokens = after
+    now.tokens, now.left = after, budgets
     now.segments.append(Segment(planned.layer, after))
     now.columns.append(columns)
     now.report.pruned(planned.layer, after.counts, after.origin, served_by("gather_compact", hidden))
     return {**inputs, "hidden_states": hidden}
+
+
+def _budgets(budget: Budget, now: Prefill) -> list[list[int]]:
+    """How many stay of what is left, of each sample or of each of its images. generate's copies of a sample are one."""
+    once = now.given[:: now.copies]
+    due = iter(budget([n for parts in once for n in parts]))
+    kept = [[next(due) for _ in parts] for parts in once]
+    repeated = [parts for parts in kept for _ in range(now.copies)]
+    return [[min(pair) for pair in zip(*pairs, strict=True)] for pairs in zip(repeated, now.left, strict=True)]
 
 
 def _context(plan: Plan, now: Prefill, layer: Any, inputs: Inputs) -> LayerContext:
