@@ -7,7 +7,7 @@ later layer gets the shortened ones instead of what the model's loop hands it.
 import functools
 import threading
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -177,7 +177,8 @@ def end_prefill(plan: Plan, now: Prefill) -> None:
     if plan.compact_cache and last.first > 0:
         with now.report.clock("compact_ms"):
             _compact_caches(now)
-        now.segments = [Segment(0, last.tokens)]
+        renumbered = [replace(s, tokens=last.tokens) for s in now.segments if s.next_position is not None]
+        now.segments = [Segment(0, last.tokens), *renumbered]
     remember(now.cache, Pruned(now.original.length, now.segments, now.next_position))
 
 
@@ -204,11 +205,15 @@ def _prune(plan: Plan, now: Prefill, planned: PlannedStage, layer: nn.Module, in
         after, columns = keep(tokens, chosen.indices, [sum(parts) for parts in budgets])
     now.attention = None
     with now.report.clock("compact_ms"):
-        hidden = _compact(plan, now, after, columns, inputs)
+        number = after.numbered() if plan.renumber else None
+        hidden = _compact(plan, now, after, columns, number, inputs)
         if chosen.merged is not None:
             hidden = _replace(hidden, after.visual, chosen.merged)
     now.tokens, now.left = after, budgets
-    now.segments.append(Segment(planned.layer, after))
+    next_position = None if number is None else number[:, -1] + 1
+    if next_position is not None and planned.layer == 0:  # the model counts on from there in all of its layers
+        now.next_position, next_position = next_position, None
+    now.segments.append(Segment(planned.layer, after, next_position))
     now.columns.append(columns)
     now.report.pruned(planned.layer, after.counts, after.origin, served_by("gather_compact", hidden))
     return {**inputs, "hidden_states": hidden}
@@ -266,8 +271,11 @@ def _replace(hidden: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
     return wider.scatter(1, at.unsqueeze(-1).expand_as(rows), rows.to(hidden.dtype))[:, :length]
 
 
-def _compact(plan: Plan, now: Prefill, after: Tokens, columns: Tensor, inputs: Inputs) -> Tensor:
-    """The hidden states without the dropped columns; what the layers get besides is left in `now.replaced`."""
+def _compact(plan: Plan, now: Prefill, after: Tokens, columns: Tensor, number: Tensor | None, inputs: Inputs) -> Tensor:
+    """The hidden states without the dropped columns; what the layers get besides is left in `now.replaced`.
+
+    number [B, L']: the columns' new positions; None: they keep their own.
+    """
     given = {**inputs, **now.replaced}
     hidden: Tensor = given["hidden_states"]
     batch = hidden.shape[0]
@@ -276,12 +284,8 @@ def _compact(plan: Plan, now: Prefill, after: Tokens, columns: Tensor, inputs: I
     hidden, *rotary = gather_compact(
         [hidden, *rotary], columns, dims=[1, *(d + 1 for d in batch_dims)], batch_dims=[0, *batch_dims]
     )
-    if plan.renumber:
-        number = torch.arange(after.length, device=hidden.device).expand(batch, -1)
-        if after.real is not None:
-            number = (after.real.cumsum(1) - 1).clamp_min(0)
+    if number is not None:
         rotary = list(plan.decoder.rotary_emb(hidden, position_ids=number))
-        now.next_position = number[:, -1] + 1
     now.replaced = {
         "position_embeddings": tuple(rotary),
         # FlashAttention would take gaps in the positions for borders between packed sequences.

@@ -112,13 +112,8 @@ class Pruning:
         method = get_method(method, caller="prune_visual_tokens")
         stages = stages_of(method, keep, layer, family, len(decoder.layers), per=per, min_keep=min_keep)
         check_options(method, options or {})
-        in_model = any(planned.layer > 0 for planned in stages)
         if positions is None:
-            positions = "original" if family.mrope or in_model else method.positions
-        if positions == "renumber" and in_model:
-            raise ValueError(
-                f"prune_visual_tokens: {method.name} prunes inside the model, where positions are fixed already"
-            )
+            positions = "original" if family.mrope else method.positions
         if "saliency" in method.uses and family.saliency is None:
             raise NotImplementedError(f"prune_visual_tokens: {method.name} has no saliency for {family.name}")
         seed = as_python(seed)
@@ -214,8 +209,9 @@ def prune_visual_tokens(
         layer: for methods that work inside the model: the decoder layer in front of which tokens are dropped, by the
             attention of the layer before it. Default: the paper's, or 2. A function that asks for no attention works in
             front of the language model unless a layer is given.
-        positions: `original` keeps the rotary positions of what stays, `renumber` numbers it anew (before the language
-            model, one-dimensional positions only). Default: as the method's paper has it.
+        positions: `original` keeps the rotary positions of what stays, `renumber` numbers it anew wherever tokens are
+            dropped: the layers from there on see consecutive positions, those before them the prompt's, while decoding
+            too (one-dimensional positions only). Default: as the method's paper has it.
         compact_cache: drop the same tokens from the key/value cache of the layers before the pruning layer too.
         seed: of methods that draw, as random does; prefills draw from it one after the other, those of several threads
             in any order.
