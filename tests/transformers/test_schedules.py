@@ -140,7 +140,6 @@ def test_shares_are_rounded_down_as_they_are_written() -> None:
         ({1: 1.5}, {}, ValueError, r"\(0, 1\]"),
         ({1: "half"}, {}, TypeError, "got 'half'"),
         ({1: 0.5}, {"layer": 1}, ValueError, "layer must be None"),
-        ({1: 0.5}, {"positions": "renumber"}, ValueError, "positions are fixed already"),
         (
             {1: 0.5},
             {"method": "divprune"},

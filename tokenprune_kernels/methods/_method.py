@@ -165,7 +165,8 @@ class Method:
     paper: arXiv id. source: what this implementation is faithful to. baseline: papers compare themselves with it.
     layer, layers: the decoder layer in front of which the paper prunes, and that of families where it is another one.
     schedule: the paper's shares by decoder layer, of a model with `depth` layers, when it prunes several times inside.
-    positions: the paper's handling of rotary positions in front of the model, "original" or "renumber".
+    positions: the paper's handling of the rotary positions of what stays, "original" or "renumber".
+    within_images: whether it means something to choose from one image or frame alone.
     """
 
     name: str
@@ -180,6 +181,7 @@ class Method:
     schedule: Mapping[int, float] = field(default_factory=dict)
     depth: int = 32
     positions: str = "original"
+    within_images: bool = True
 
     def __post_init__(self) -> None:
         if self.positions not in ("original", "renumber"):

@@ -63,6 +63,7 @@ PYRAMIDDROP = Method(
     title="PyramidDrop",
     summary="attention of the last question token, thrice",
     paper="2410.17247",
-    source="the authors' code; positions stay original",
+    source="the authors' code",
+    positions="renumber",  # at every stage, in the layers from there on
     schedule={8: 0.5, 16: 0.25, 24: 0.125},
 )
