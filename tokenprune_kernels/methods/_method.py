@@ -77,12 +77,14 @@ class Stage:
     needs: names in `ARGUMENTS` of a function whose signature does not show them; or {parameter: name}, for a parameter
         called otherwise. A name of None withholds a parameter from the user too.
     share: keeps so many times the budget.
+    optional: names in `ARGUMENTS` of what it also chooses without: where there is no question, text has no rows.
     """
 
     function: Choose
     where: str | None = None
     needs: Mapping[str, str | None] | Collection[str] = ()
     share: int = 1
+    optional: Collection[str] = ()
 
     def __post_init__(self) -> None:
         called = f"method {self.name}"
@@ -90,9 +92,10 @@ class Stage:
             raise TypeError(f"{called}: the function must be callable, got {type(self.function).__name__}")
         if self.where not in (None, "model", "layer"):
             raise ValueError(f"{called}: stage must be model, layer or None, got {self.where!r}")
-        unknown = sorted(self.uses - set(ARGUMENTS))
-        if unknown:
-            raise ValueError(f"{called}: needs must be of {', '.join(ARGUMENTS)}, got {unknown[0]!r}")
+        for field_name, names in (("needs", self.uses), ("optional", self.optional)):
+            unknown = sorted(set(names) - set(ARGUMENTS))
+            if unknown:
+                raise ValueError(f"{called}: {field_name} must be of {', '.join(ARGUMENTS)}, got {unknown[0]!r}")
         kinds = {p.kind for p in self._parameters.values()}
         if "k" not in self._parameters and inspect.Parameter.VAR_KEYWORD not in kinds:
             raise TypeError(f"{called}: the function must take k, the number of tokens to keep")
