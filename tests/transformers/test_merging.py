@@ -22,16 +22,17 @@ def first_and_changed(features: Tensor, present: Tensor, k: int) -> Selection:
     return Selection(indices, present.sum(1).clamp_max(k), {}, merged=1 - 2 * features[:, :k])
 
 
-def by_hand(model: Any, inputs: dict[str, Tensor], k: int) -> Tensor:
-    """The logits behind one sample's prompt, whose embeddings are put together here: its first k visual tokens only."""
+def by_hand(model: Any, inputs: dict[str, Tensor], kept: Tensor) -> Tensor:
+    """The logits behind one sample's prompt, whose embeddings are put together here: changed rows of these visual
+    tokens only."""
     ids = inputs["input_ids"]
     assert len(ids) == 1
     embeddings = model.get_input_embeddings()(ids)[0]
     is_visual = ids[0] == model.config.image_token_id
     visual = torch.cat(list(model.model.get_image_features(inputs["pixel_values"]).pooler_output))
     stays = ~is_visual
-    stays[is_visual.nonzero().flatten()[:k]] = True
-    embeddings[is_visual.nonzero().flatten()[:k]] = 1 - 2 * visual[:k]
+    stays[is_visual.nonzero().flatten()[kept]] = True
+    embeddings[is_visual.nonzero().flatten()[kept]] = 1 - 2 * visual[kept]
     logits: Tensor = model(
         inputs_embeds=embeddings[stays].unsqueeze(0), position_ids=stays.nonzero().flatten().unsqueeze(0)
     ).logits
@@ -47,7 +48,8 @@ def test_the_model_goes_on_with_the_merged_rows(batch: str, keep: float) -> None
         got = prompts.model(**prompts.inputs).logits[:, -1]
     assert pruning.kept is not None
     for b in range(len(got)):
-        want = by_hand(prompts.model, sample_alone(prompts, b), int((pruning.kept[b] >= 0).sum()))
+        kept = torch.arange(int((pruning.kept[b] >= 0).sum()))
+        want = by_hand(prompts.model, sample_alone(prompts, b), kept)
         torch.testing.assert_close(got[b], want, **CLOSE)
 
 

@@ -69,18 +69,18 @@ def vidcom2_retention(count: Count) -> Retention:
 def engine_function(caller: str, module: str, name: str) -> Callable[..., Any]:
     """A function of an engine, whose parameters are those of `PARAMETERS`.
 
-    Raises RuntimeError, with what was looked for and what is there, when they are others or there is no such function.
+    Raises NotImplementedError, with what was looked for and what is there, when it has others or does not exist.
     """
     wanted = f"{caller}: expected {module}.{name}({', '.join(PARAMETERS[name])})"
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(module), name)
         parameters = inspect.signature(function).parameters.values()
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise RuntimeError(f"{wanted}, got {type(error).__name__}: {error}; nothing was changed") from error
+        raise NotImplementedError(f"{wanted}, got {type(error).__name__}: {error}; nothing was changed") from error
     # With its default, which a caller may rely on, and without its annotation, which no caller sees.
     got = [str(p.replace(annotation=p.empty)) for p in parameters]
     if got != PARAMETERS[name]:
-        raise RuntimeError(f"{wanted}, got {name}({', '.join(got)}); nothing was changed")
+        raise NotImplementedError(f"{wanted}, got {name}({', '.join(got)}); nothing was changed")
     return function
 
 

@@ -24,6 +24,8 @@ EVIDENCE = {
     "visual_embeddings": "[B, V, C]: another name of `features`",
     "unrotated_key": "[B, V, Hkv * D]: `k_proj` of `features` in the layer that comes, without norm and rotation",
     "text_embeddings": "[B, T, C]: hidden states of the text behind the images",
+    "input_features": "[B, U, C]: what went into the first decoder layer at all U visual tokens of the prompt",
+    "input_text": "[B, T, C]: what went into the first decoder layer at the text behind the images",
     "saliency": "[B, V] float32: how salient each visual token is to the vision tower",
     "positions": "[B, V, 2] float32: row and column on the token's own grid",
     "grid": "[B, V, 2] float32: height and width of that grid",
@@ -35,6 +37,8 @@ EXTENT = {
     "mask": "[B, V] bool: False behind the last visual token of a sample; None when all have V",
     "present": "[B, V] bool: `mask` that is never None",
     "n": "int: V",
+    "count": "int: the visual tokens of every sample of the call; samples with other numbers are calls of their own",
+    "input_mask": "[B, U] bool: False behind the last visual token of a prompt; None when all have U",
     "text_mask": "[B, T] bool: which rows are text behind the last image of their sample; at least the last real one",
     "key_indices": "[B, V] int64: the column of each visual token, -1 behind the last",
     "query_positions": "[B, T] int64: the column of each query row",
@@ -164,7 +168,8 @@ class Method:
     paper: arXiv id. source: what this implementation is faithful to. baseline: papers compare themselves with it.
     layer, layers: the decoder layer in front of which the paper prunes, and that of families where it is another one.
     schedule: the paper's shares by decoder layer, of a model with `depth` layers, when it prunes several times inside.
-    positions: the paper's handling of rotary positions in front of the model, "original" or "renumber".
+    positions: the paper's handling of the rotary positions of what stays, "original" or "renumber".
+    within_images: whether it means something to choose from one image or frame alone.
     """
 
     name: str
@@ -179,6 +184,7 @@ class Method:
     schedule: Mapping[int, float] = field(default_factory=dict)
     depth: int = 32
     positions: str = "original"
+    within_images: bool = True
 
     def __post_init__(self) -> None:
         if self.positions not in ("original", "renumber"):

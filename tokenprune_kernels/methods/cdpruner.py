@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..ops import cosine_scores, dpp_sample
-from ._common import Selection, ascending, check_count, check_visual
+from ._common import Selection, ascending, check_count, check_visual, number_range
 from ._method import Method, Stage
 
 
@@ -67,15 +67,9 @@ def cdpruner(
 
 def _scaled(relevance: Tensor, mask: Tensor | None, shared_range: bool) -> Tensor:
     """To about [0, 1] by the smallest and the largest number of the valid tokens; 1 where all are equal."""
-    number = ~relevance.isnan() if mask is None else mask & ~relevance.isnan()
-    low, high = (
-        # A column more, because there is no minimum of nothing.
-        torch.nn.functional.pad(torch.where(number, sign * relevance, torch.inf), (0, 1), value=torch.inf)
-        for sign in (1, -1)
-    )
+    low, high = number_range(relevance, mask)
     if shared_range:
-        low, high = low.flatten().unsqueeze(0), high.flatten().unsqueeze(0)
-    low, high = low.amin(1, keepdim=True), -high.amin(1, keepdim=True)
+        low, high = low.amin(0, keepdim=True), high.amax(0, keepdim=True)
     return torch.where(high > low, (relevance - low + 1e-6) / (high - low), 1)
 
 

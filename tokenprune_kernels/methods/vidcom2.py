@@ -58,27 +58,30 @@ def vidcom2(
     check_ratio("vidcom2", "rate", 1.0 if rate is None else rate)
     batch, tokens, channels = features.shape
     check_visual("vidcom2", "groups", groups, batch, tokens)
-    wide = features.to(torch.promote_types(features.dtype, torch.float32))
     # T is known on the device alone, but it is no more than V: a slot for every frame that there could be.
     slots = torch.arange(tokens if frames is None else min(frames, tokens), device=groups.device).expand(batch, -1)
     real = torch.ones_like(groups, dtype=torch.bool) if mask is None else mask
     real = real & (groups >= 0) & (groups < slots.shape[1])
-    wide = torch.where(real.unsqueeze(-1), wide, 0)
-    weight = real.to(wide.dtype)
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    masked = ~real.unsqueeze(-1)
+    weight = real.to(dtype)
     count = weight.sum(1, keepdim=True)
     share = (weight / count.clamp_min(1)).unsqueeze(1)  # of a token in the mean of all, [B, 1, V]
 
-    # Two passes, because a channel may vary little around a large mean.
-    variance = (share @ (wide - share @ wide).square()).squeeze(1)
-    narrow, _ = select_topk(variance, max(1, channels // 2), largest=False, backend=backend)
-    (unit,) = gather_compact([wide], narrow, dims=[2], backend=backend)
-    unit = torch.nn.functional.normalize(unit, dim=-1)
+    # Two passes, because a channel may vary little around a large mean. What has the size of the features is made once
+    # and changed in place: fresh memory costs more than the arithmetic.
+    square = features.to(dtype, copy=True).masked_fill_(masked, 0)
+    square.sub_(share @ square).square_()
+    narrow, _ = select_topk((share @ square).squeeze(1), max(1, channels // 2), largest=False, backend=backend)
+    (unit,) = gather_compact([features], narrow, dims=[2], backend=backend)
+    unit = unit.to(dtype).masked_fill_(masked, 0)
+    unit /= unit.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
     frame = torch.where(real, groups, -1)
-    of_video = _likeness(unit, share @ unit)
+    of_video = _likeness(unit - share @ unit)
     mean, size, _ = merge_tokens(unit, slots, assignment=frame, backend=backend)
     (centre,) = gather_compact([mean], frame, dims=[1], backend=backend)
-    redundancy = of_video + _likeness(unit, centre)
+    redundancy = of_video + _likeness(centre.sub_(unit))
     likeness, _, _ = merge_tokens(of_video.unsqueeze(-1), slots, assignment=frame, backend=backend)
 
     budgets = _budgets(likeness.squeeze(-1), size, k / count.clamp_min(1) if rate is None else rate)
@@ -90,9 +93,9 @@ def vidcom2(
     return Selection(indices, counts, {"redundancy": redundancy, "budgets": budgets})
 
 
-def _likeness(unit: Tensor, centre: Tensor) -> Tensor:
-    """G(u, c) [B, V]."""
-    square = (unit - centre).square().sum(-1, keepdim=True)
+def _likeness(difference: Tensor) -> Tensor:
+    """G [B, V] of the differences [B, V, C], which are overwritten."""
+    square = difference.square_().sum(-1, keepdim=True)
     return torch.exp(square / square.new_tensor([-2 * a for a in WIDTHS])).sum(-1)
 
 
@@ -115,4 +118,5 @@ VIDCOM2 = Method(
     summary="what is unlike its frame and the video; of an image, what is unlike it",
     paper="2505.14454",
     source="vLLM's implementation, which names the authors' code",
+    within_images=False,
 )

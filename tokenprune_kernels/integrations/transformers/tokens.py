@@ -32,6 +32,12 @@ class Tokens:
     def length(self) -> int:
         return self.slot.shape[1]
 
+    def numbered(self) -> Tensor:
+        """[B, L]: the number of each column among the real ones."""
+        if self.real is None:
+            return torch.arange(self.length, device=self.slot.device).expand(len(self.counts), -1)
+        return (self.real.cumsum(1) - 1).clamp_min(0)
+
     def visual_mask(self) -> Tensor | None:
         """[B, V] bool, False for the padding of shorter samples; None when there is none.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from ... import gather_compact
 from ...methods import Stage, get_method, method_names
 from ..transformers.budgets import Budget, budget_of
-from ..transformers.choose import AttentionInputs, LayerContext, choose
+from ..transformers.choose import LayerContext, choose
 from ..transformers.layout import Layout
 from ..transformers.tokens import Tokens
 from .setting import VARIABLE, Setting
@@ -87,7 +88,7 @@ class Chooser:
     def __call__(self, images: Images) -> tuple[Tensor, Tensor]:
         """(indices [B, K] of the kept tokens, ascending, rows [B, K, C] that take their places)."""
         batch, count = images.features.shape[:2]
-        kept = self.budget(count)
+        (kept,) = self.budget([count])
         columns = torch.arange(count, device=images.features.device).repeat(batch, 1)
         if kept == count:
             return columns, images.features
@@ -95,10 +96,10 @@ class Chooser:
         # A prompt that is the image: no text, so that a method for which a question is optional gets none.
         tokens = Tokens(columns, columns, lengths, None, lengths, columns, suffix=0)
         context = LayerContext(
-            tokens, images.features, None, None, _no_layer, images.layout, images.saliency,
+            tokens, images.features, None, None, _no_layer, _no_layer, images.layout, images.saliency,
             lambda: torch.Generator(images.features.device).manual_seed(self.setting.seed),
         )  # fmt: skip
-        chosen = choose(self.stage, context, [kept] * batch, self.setting.options)
+        chosen = choose(self.stage, context, [[count]] * batch, [[kept]] * batch, self.setting.options)
         if chosen.merged is not None:
             return chosen.indices, chosen.merged
         return chosen.indices, gather_compact([images.features], chosen.indices, dims=[1])[0]
@@ -113,5 +114,5 @@ class Chooser:
         return "generator" in self.stage.uses
 
 
-def _no_layer() -> AttentionInputs:
+def _no_layer() -> NoReturn:
     raise RuntimeError("there is no decoder layer in front of the language model")

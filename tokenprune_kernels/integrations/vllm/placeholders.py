@@ -52,6 +52,7 @@ def shortened(replacement: Any, budget: Budget) -> Callable[[int], list[int]]:
             raise NotImplementedError(
                 f"tokenprune_kernels: an image must stand as one repeated token in the prompt, got {tokens!r}"
             )
-        return tokens[: budget(len(tokens))]
+        (number,) = budget([len(tokens)])
+        return tokens[:number]
 
     return kept

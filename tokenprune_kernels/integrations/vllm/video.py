@@ -25,7 +25,7 @@ def register_video() -> None:
     decided by rounding. To be called in every process of the engine, as a general plug-in is. Twice is once.
 
     Raises:
-        RuntimeError: this vLLM has other functions than these are written for; nothing is changed then.
+        NotImplementedError: this vLLM has other functions than these are written for; nothing is changed then.
     """
     if _registered:
         return
