@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from tests.transformers.vlm import oracle
-from tests.transformers.vlm.checks import RENUMBERED, spy_on
+from tests.transformers.vlm.checks import IN_MODEL, RENUMBERED, spy_on
 from tests.transformers.vlm.models import Prompts
 from tests.transformers.vlm.models_crops import RAGGED
 from tests.transformers.vlm.runs_crops import (
     BATCHES,
     FAMILIES,
-    IN_MODEL,
     SALIENCY,
     VIDEOS,
     generate,

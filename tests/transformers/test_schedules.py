@@ -10,6 +10,7 @@ from tests.transformers.vlm import models_qwen
 from tests.transformers.vlm.checks import (
     IN_MODEL,
     RENUMBERED,
+    WITHOUT_MERGING,
     assert_decoded_like_the_oracle,
     drops_of,
     generate,
@@ -27,7 +28,8 @@ over_in_model = pytest.mark.parametrize("method", IN_MODEL)
 @pytest.mark.parametrize("compact", [False, True])
 def test_three_prunings_and_32_decoded_tokens_equal_the_float64_path(method: str, compact: bool) -> None:
     prompts = llava(3, ragged=True)
-    with prune_visual_tokens(prompts.model, method, {1: 0.5, 2: 12, 3: 0.125}, compact_cache=compact) as pruning:
+    options = {"compact_cache": compact, **WITHOUT_MERGING.get(method, {})}
+    with prune_visual_tokens(prompts.model, method, {1: 0.5, 2: 12, 3: 0.125}, **options) as pruning:
         out = generate(prompts.model, prompts.inputs, 32)
     counts = {layer: kept.shape[1] for layer, kept in pruning.kept_at.items()}
     assert counts == {1: 18, 2: 12, 3: 4}
@@ -79,7 +81,7 @@ def test_a_schedule_of_one_layer_is_keep_at_that_layer(method: str) -> None:
     with prune_visual_tokens(prompts.model, method, 9, **options_of(method)) as pruning:
         want = generate(prompts.model, prompts.inputs, 3)
         kept = pruning.kept
-    with prune_visual_tokens(prompts.model, method, {2: 9}) as pruning:
+    with prune_visual_tokens(prompts.model, method, {2: 9}, **WITHOUT_MERGING.get(method, {})) as pruning:
         out = generate(prompts.model, prompts.inputs, 3)
     assert torch.equal(pruning.kept, kept)
     assert torch.equal(torch.stack(out.logits), torch.stack(want.logits))

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.transformers.vlm import models_towers, oracle
-from tests.transformers.vlm.checks import ON_LAYOUT, RENUMBERED, drops_of, spy_on
+from tests.transformers.vlm.checks import IN_MODEL, ON_LAYOUT, RENUMBERED, drops_of, spy_on
 from tests.transformers.vlm.models import Prompts, llava
 from tests.transformers.vlm.models_crops import RAGGED
-from tests.transformers.vlm.runs_crops import IN_MODEL, generate, layout_in, pruned, vision_weights
+from tests.transformers.vlm.runs_crops import generate, layout_in, pruned, vision_weights
 from tokenprune_kernels import methods
 from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_tokens
 

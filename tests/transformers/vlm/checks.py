@@ -42,11 +42,14 @@ def spy_on(patch: pytest.MonkeyPatch, method: str, function: str, spy: Callable[
 
 
 # What merges goes on with rows that no mask makes: beside masks it selects alone, and test_merging.py has the rest.
-WITHOUT_MERGING: dict[str, dict[str, Any]] = {"visionzip": {"contextual_ratio": 0.0}}
+WITHOUT_MERGING: dict[str, dict[str, Any]] = {
+    "visionzip": {"contextual_ratio": 0.0},
+    "sparsevlm": {"recycle_ratio": None},
+}
 
 
 def options_of(method: str) -> dict[str, Any]:
-    return {"layer": LAYER} if method in IN_MODEL else WITHOUT_MERGING.get(method, {})
+    return {**({"layer": LAYER} if method in IN_MODEL else {}), **WITHOUT_MERGING.get(method, {})}
 
 
 def generate(model: Any, inputs: dict[str, Tensor], steps: int, **more: Any) -> Any:

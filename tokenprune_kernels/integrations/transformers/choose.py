@@ -12,6 +12,7 @@ from torch import Tensor
 from ... import gather_compact, indices_to_mask, mask_to_indices
 from ...methods import Selection, Stage
 from .layout import Layout
+from .parallel import all_features
 from .tokens import Tokens
 
 _CHECK_INDICES = os.environ.get("TOKENPRUNE_CHECK_INDICES") == "1"
@@ -23,8 +24,24 @@ class AttentionInputs:
 
     query: Tensor
     key: Tensor
-    scale: float
     lse: Tensor | None
+    scale: float
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What went into the first decoder layer: hidden [B, L0, C] of the unpruned `tokens`."""
+
+    hidden: Tensor
+    tokens: Tokens
+    columns: Tensor  # [B, L]: which of these columns each column of the current sequence was, -1: padding
+
+    def visual(self) -> Tensor:
+        return gather_compact([self.hidden], self.tokens.visual, dims=[1])[0]
+
+    def since(self, first: int) -> Tensor:
+        """Of the current columns from `first` on."""
+        return gather_compact([self.hidden], self.columns[:, first:], dims=[1])[0]
 
 
 @dataclass(frozen=True)
@@ -40,6 +57,7 @@ class LayerContext:
     layer: Any  # the decoder layer, a module
     attention: AttentionInputs | None
     projected: Callable[[], AttentionInputs]  # what the layer itself makes of `hidden`
+    embedded: Callable[[], Embedded]
     layout: Callable[[], Layout]  # of the unpruned visual tokens, on the device
     saliency: Callable[[], Tensor]  # [B, V] of the unpruned visual tokens
     generator: Callable[[], torch.Generator | None]
@@ -93,6 +111,11 @@ class LayerContext:
         t = self.tokens
         return torch.arange(self.first_text, t.length, device=t.slot.device).expand(len(t.counts), -1)
 
+    def unrotated_key(self) -> Tensor:
+        """[B, V, Hkv * D]"""
+        k_proj = self.layer.self_attn.k_proj
+        return all_features(k_proj, k_proj(self.features))
+
     def lse(self) -> Tensor | None:
         """[B, H, T]: the log-sum-exp of the text rows."""
         lse = _seen(self).lse
@@ -127,6 +150,9 @@ OF_SAMPLES: dict[str, Callable[[LayerContext], Any]] = {
     "query_mask": lambda c: c.text_mask,
     "text_embeddings": lambda c: c.hidden[:, c.first_text :],
     "text_mask": lambda c: c.text_mask,
+    "input_features": lambda c: c.embedded().visual(),
+    "input_text": lambda c: c.embedded().since(c.first_text),
+    "input_mask": lambda c: c.embedded().tokens.visual_mask(),
     "generator": lambda c: c.generator(),
 }
 # and of the visual tokens, with a row for each sample or image.
@@ -134,7 +160,7 @@ OF_TOKENS: dict[str, Callable[[LayerContext], Any]] = {
     "key_indices": lambda c: c.tokens.visual,
     "features": lambda c: c.features,
     "visual_embeddings": lambda c: c.features,
-    "unrotated_key": lambda c: c.layer.self_attn.k_proj(c.features),
+    "unrotated_key": LayerContext.unrotated_key,
     "saliency": lambda c: c.by_origin(c.saliency()),
     "positions": lambda c: c.by_origin(c.layout().positions),
     "grid": lambda c: c.by_origin(c.layout().grids),
@@ -143,6 +169,7 @@ OF_TOKENS: dict[str, Callable[[LayerContext], Any]] = {
     "mask": lambda c: c.tokens.visual_mask(),
     "present": lambda c: c.tokens.visual >= 0,
     "n": lambda c: c.tokens.visual.shape[1],
+    "count": lambda c: max(c.tokens.counts),
 }
 SOURCES = OF_SAMPLES | OF_TOKENS
 
@@ -178,7 +205,8 @@ def choose(
 ) -> Chosen:
     """What a stage keeps: of each sample, so many of all that is left or, in lists of several, of each of its images.
 
-    Images are chosen from by themselves, as samples are. Rows with the same budget are one batched call.
+    Images are chosen from by themselves, as samples are. Rows with the same budget, and the same `count` where that is
+    asked for, are one batched call.
     """
     by_image = any(len(parts) != 1 for parts in left)
     sample = [b for b, parts in enumerate(left) for _ in parts]
@@ -189,11 +217,14 @@ def choose(
     made = {n: SOURCES[source](rows if of_rows[n] else context) for n, source in stage.arguments.items()}
     options = {name: value for name, value in options.items() if name in stage.options}
     present = rows.tokens.visual >= 0
+    of_call = [name for name, source in stage.arguments.items() if source == "count"]
+    alike = list(zip(flat, rows.tokens.counts if of_call else flat, strict=True))
     found = []
-    for k in sorted(set(flat) - {0}):
-        at = [row for row, budget in enumerate(flat) if budget == k]
+    for k, count in sorted({pair for pair in alike if pair[0] > 0}):
+        at = [row for row, pair in enumerate(alike) if pair == (k, count)]
         of_at = [sample[row] for row in at]
         given = {name: _rows(value, at if of_rows[name] else of_at) for name, value in made.items()}
+        given |= dict.fromkeys(of_call, count)
         result = stage.function(k=k, **given, **options)
         indices = _indices(stage.name, result, k, _rows(present, at))
         merged, sizes = _merged(stage.name, result, (len(at), k, context.hidden.shape[2]), present.device)

@@ -18,13 +18,14 @@ from ..._backend import served_by
 from ...methods import Stage
 from .budgets import Budget
 from .cache import Pruned, Segment, check_cache, compact_layers, layer_length, remember
-from .choose import AttentionInputs, LayerContext, choose, not_seen
+from .choose import AttentionInputs, Embedded, LayerContext, choose, not_seen
 from .deepstack import DeepStack, take_deepstack
 from .encoding import Asked, ModelCall, Prompt
 from .families import Family, Inputs, Model, Saliency
 from .interface import Arguments
 from .layout import Layout, images_of
 from .masks import check_one_sequence, decoder_mask
+from .parallel import same_generator
 from .report import Report
 from .tokens import Tokens, keep, read_prompt
 
@@ -91,6 +92,7 @@ class Prefill:
     deepstack: DeepStack | None
     report: Report
     cache: Any = None  # that the layers fill
+    embedded: Tensor | None = None  # what went into the first layer, for the methods that ask for it
     segments: list[Segment] = field(default_factory=list)
     attention: AttentionInputs | None = None  # of the layer before a pruning layer
     projecting: list[AttentionInputs] | None = None  # while a pruning layer's attention is called for these alone
@@ -162,6 +164,8 @@ def prefill_layer(plan: Plan, now: Prefill, index: int, layer: nn.Module, takes:
         check_cache(now.cache, plan.family, compact=plan.compact_cache)  # the decoder may have made it itself
     if now.deepstack is not None:
         inputs = {**inputs, "hidden_states": now.deepstack.added(index - 1, inputs["hidden_states"], now.tokens)}
+    if index == 0 and any(planned.stage.uses & {"input_features", "input_text"} for planned in plan.stages.values()):
+        now.embedded = inputs["hidden_states"].detach()
     if index in plan.stages:
         inputs = _prune(plan, now, plan.stages[index], layer, inputs)
     return {**inputs, **now.replaced}
@@ -261,8 +265,20 @@ def _context(plan: Plan, now: Prefill, layer: Any, inputs: Inputs) -> LayerConte
             raise RuntimeError(f"prune_visual_tokens: {plan.method} needs the vision tower to run inside the block")
         return plan.saliency.read(plan.core, now.prompt.inputs, now.original.counts, now.seen).to(hidden.device)
 
-    generator = functools.partial(plan.draws.of, plan.seed, hidden.device)
-    return LayerContext(now.tokens, hidden, layer, now.attention, projected, layout, saliency, generator)
+    @functools.cache
+    def embedded() -> Embedded:
+        assert now.embedded is not None
+        column = torch.arange(now.original.length, device=hidden.device).expand(hidden.shape[0], -1)
+        for columns in now.columns:
+            # A column of padding gathers 0 from column numbers that start at 1.
+            column = gather_compact([column + 1], columns, dims=[1])[0] - 1
+        return Embedded(now.embedded.to(hidden.device), now.original, column)
+
+    def generator() -> torch.Generator | None:
+        drawn = plan.draws.of(plan.seed, hidden.device)
+        return same_generator(layer, hidden.device) if drawn is None else drawn
+
+    return LayerContext(now.tokens, hidden, layer, now.attention, projected, embedded, layout, saliency, generator)
 
 
 def _replace(hidden: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
