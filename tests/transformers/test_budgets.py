@@ -96,6 +96,7 @@ def test_an_images_tokens_are_those_that_the_function_picks_among_them(method: s
                 else value
                 for name, value in given.items()
             }
+            own |= {"count": TOKENS} if "count" in own else {}
             want.append(stage.function(k=min(TOKENS, stage.share * k), **own).indices[0] + cut.start)
         assert torch.equal(kept[b][kept[b] >= 0], torch.cat(want))
 
