@@ -35,6 +35,13 @@ OFFLINE = (
     ("Qwen2.5-VL", "method=sts_structure,keep=0.9", 32),
     ("Qwen3-VL", "method=divprune,keep=0.9", 32),
 )
+# What must not start, and what its error says.
+REFUSED = (
+    ("LLaVA-1.5", "method=fastv,keep=9", "method must choose by the image alone"),
+    ("LLaVA-1.5", "method=divprune,keep=9,alpha=1", "divprune takes no option 'alpha'"),
+    ("Qwen2-VL", "method=divprune,keep=9", "images of Qwen2VLForConditionalGeneration cannot be pruned"),
+    ("Qwen2.5-VL", "method=visionzip,keep=9", "visionzip reads the vision tower's attention"),
+)
 ENGINE = {"dtype": "float32", "max_model_len": 1024, "enforce_eager": True, "gpu_memory_utilization": 0.2}
 EXAMPLE = ROOT / "examples" / "vllm_offline.py"
 # A process of the engine takes all processors it finds, the small models here no more than one.
@@ -96,16 +103,26 @@ def without_cuda() -> None:
             )
 
 
-def run(*arguments: str, **environment: str) -> str:
-    """What a module or script prints in the engine's environment."""
-    command = [python(), *arguments]
+def started(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A module or script in the engine's environment, when it has ended."""
     given = {n: v for n, v in os.environ.items() if n not in ("TOKENPRUNE_VLLM", "PYTHONPATH")}
-    done = subprocess.run(
-        command, cwd=ROOT, env={**given, **THREADS, **QUIET, **environment}, capture_output=True, text=True
-    )
+    everything = {**given, **THREADS, **QUIET, **environment}
+    return subprocess.run([python(), *arguments], cwd=ROOT, env=everything, capture_output=True, text=True)
+
+
+def run(*arguments: str, **environment: str) -> str:
+    """What it prints."""
+    done = started(*arguments, **environment)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)}:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+        raise SystemExit(f"{' '.join(arguments)}:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
     return done.stdout
+
+
+def refused(family: str, setting: str, message: str) -> bool:
+    done = started("-m", "scripts.vllm_check.offline", family, str(MODELS), "--setting", setting)
+    good = done.returncode != 0 and message in done.stderr
+    print(f"{family}, {setting}: {'refused' if good else 'NOT REFUSED'}, {message}", flush=True)
+    return good
 
 
 def offline_rows(family: str, setting: str, chunk: int) -> list[dict[str, Any]]:
@@ -144,6 +161,9 @@ def tables(only: str) -> tuple[str, bool]:
             lines.append(line)
             good &= fine
             print(line, flush=True)
+    for family, setting, message in REFUSED:
+        if only in f"{family} {setting}":
+            good &= refused(family, setting, message)
     if only:
         return "\n".join(lines), good
     served = json.loads(run("-m", "scripts.vllm_check.server", str(MODELS)).splitlines()[-1])

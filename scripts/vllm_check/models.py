@@ -128,7 +128,7 @@ def llava_onevision(target: Path) -> Path:
 
 
 def qwen(target: Path, name: str) -> Path:
-    """name: of the classes of transformers, Qwen2_5_VL or Qwen3VL."""
+    """name: of the classes of transformers, Qwen2VL, Qwen2_5_VL or Qwen3VL."""
     import transformers
 
     specials = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -139,12 +139,15 @@ def qwen(target: Path, name: str) -> Path:
     rotary = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}
     if name == "Qwen3VL":
         rotary["mrope_interleaved"] = True
-    vision = {
-        "depth": 3, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "out_hidden_size": 64, "patch_size": 14,
-        "initializer_range": 0.1,
-        **({"fullatt_block_indexes": [1], "window_size": 56} if name == "Qwen2_5_VL" else
-           {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 256}),
-    }  # fmt: skip
+    vision = {"patch_size": 14, "initializer_range": 0.1, "depth": 3, "num_heads": 2}
+    if name == "Qwen2VL":
+        vision |= {"embed_dim": 64, "hidden_size": 64, "mlp_ratio": 2}
+    else:
+        vision |= {"hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 64}
+    if name == "Qwen2_5_VL":
+        vision |= {"fullatt_block_indexes": [1], "window_size": 56}
+    if name == "Qwen3VL":
+        vision |= {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 256}
     text = text_config(transformers.Qwen2Config).to_dict()
     text = {key: text[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "vocab_size", "max_position_embeddings", "initializer_range", "pad_token_id",
@@ -157,7 +160,7 @@ def qwen(target: Path, name: str) -> Path:
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
     images = transformers.Qwen2VLImageProcessor(patch_size=14, min_pixels=28 * 28, max_pixels=448 * 448)
-    videos = getattr(transformers, "Qwen2VLVideoProcessor" if name == "Qwen2_5_VL" else "Qwen3VLVideoProcessor")()
+    videos = getattr(transformers, "Qwen3VLVideoProcessor" if name == "Qwen3VL" else "Qwen2VLVideoProcessor")()
     processor = getattr(transformers, f"{name}Processor")(images, words, videos)
     return save(model, processor, target)
 
@@ -170,6 +173,7 @@ def llava(target: Path) -> Path:
 FAMILIES: dict[str, Callable[[Path], Path]] = {
     "LLaVA-1.5": llava, "LLaVA-NeXT": llava_next, "LLaVA-OneVision": llava_onevision,
     "Qwen2.5-VL": partial(qwen, name="Qwen2_5_VL"), "Qwen3-VL": partial(qwen, name="Qwen3VL"),
+    "Qwen2-VL": partial(qwen, name="Qwen2VL"),  # which the plug-in does not serve
 }  # fmt: skip
 
 

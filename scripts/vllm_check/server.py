@@ -159,8 +159,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--setting", default="method=divprune,keep=128")
-    parser.add_argument("--requests", type=int, default=16, help="of a turn")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=8, help="of a turn")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of both servers")
     arguments = parser.parse_args()
     print(json.dumps(measure(arguments.folder, arguments.setting, arguments.requests, arguments.rounds)))
 

@@ -53,7 +53,7 @@ class PrunedQwen:
                 "is not read; choose a method that goes by features and positions"
             )
         multimodal = vllm_config.model_config.multimodal_config
-        if multimodal.video_pruning_rate:
+        if (multimodal.video_pruning_rate or _NOTHING) != _NOTHING:
             raise NotImplementedError(
                 f"tokenprune_kernels: images of {name} are pruned, and its videos refused; leave out "
                 "--video-pruning-rate"
