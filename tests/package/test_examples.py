@@ -1,6 +1,7 @@
 """The scripts of examples/ run and say what they should."""
 
 import re
+from importlib.util import find_spec
 
 import pytest
 
@@ -27,6 +28,11 @@ def test_third_party_module() -> None:
 
 def test_drop_in_selection() -> None:
     assert "same tokens kept: True" in run("drop_in_selection.py")
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed; make check-vllm runs this example")
+def test_vllm_offline() -> None:
+    assert "134 tokens" in run("vllm_offline.py")
 
 
 @pytest.mark.skipif(tp.config()["backends"]["cpu"] is not None, reason="the compiled library is not loaded")

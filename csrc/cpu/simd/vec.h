@@ -17,7 +17,7 @@ namespace tokenprune::TOKENPRUNE_SIMD {
 
 #if defined(TOKENPRUNE_SIMD_AVX512)
 constexpr int kVectorBytes = 64;
-constexpr int kTileKeys = 12;  // 12 x 2 accumulators of 32 registers
+constexpr int kTileKeys = 8;  // 8 x 2 accumulators of 32 registers: rows a power of two apart share 8 lines of a cache
 #elif defined(TOKENPRUNE_SIMD_AVX2)
 constexpr int kVectorBytes = 32;
 constexpr int kTileKeys = 6;  // 6 x 2 accumulators of 16 registers

@@ -138,7 +138,7 @@ class Block:
     def before_layer(self, index: int, takes: Arguments, inputs: Inputs) -> Inputs | None:
         now, plan = self.calls.decoder, self.plan
         if isinstance(now, Decode):
-            return decode_layer(plan.family, plan.decoder.config, now, index, takes, inputs)
+            return decode_layer(plan.family, plan.decoder, now, index, takes, inputs)
         if isinstance(now, Prefill):
             return prefill_layer(plan, now, index, plan.decoder.layers[index], takes, inputs)
         return None
