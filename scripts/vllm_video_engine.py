@@ -131,7 +131,7 @@ def enable_pruning() -> None:
 
 
 def answers(family: str, method: str, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """By whose masks: of every request the length of its prompt, the answer, and the log-probabilities of its tokens."""
+    """By whose masks: of every request the length of its prompt, the answer, and log-probabilities of its tokens."""
     from vllm import LLM, SamplingParams
 
     from tokenprune_kernels.integrations.vllm import video
@@ -173,8 +173,8 @@ def apart(a: dict[str, Any], b: dict[str, Any]) -> float:
 
 
 def check(folder: Path) -> bool:
-    """Prints a table; whether ours are the engine's answers, and the control's are not."""
-    print("| model | method | tokens of the prompts | answers | log-probabilities apart | of the control |")
+    """Prints the table of answers; whether ours are the engine's answers, and the control's are not."""
+    print("\n| model | method | tokens of the prompts | answers | log-probabilities apart | of the control |")
     print("|---|---|---|---|---|---|")
     good = True
     for family, method in RUNS:
