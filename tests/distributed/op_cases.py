@@ -87,10 +87,7 @@ def as_described(op: str, sample: str) -> None:
     for sharding in OPS[op].shardings:
         call = make(op, sample, SIZES)
         for name, among in sharding.only.items():
-            if among == (None,):
-                call.arguments.pop(name, None)
-            elif call.arguments.get(name, "mean") not in among:
-                call = with_arguments(call, **{name: among[0]})
+            call = with_arguments(call, **{name: "+".join(among) if name == "query_reduction" else among[0]})
         place = by(op, sharding, call)
         split = {name: spread(t, mesh(), place(name)) for name, t, _ in tensors(call)}
         got = run_without_communication(map_tensors(call, lambda name, _, split=split: split[name]))
@@ -135,6 +132,25 @@ def options_change_the_reduction() -> None:
         got = run_op(map_tensors(asked, lambda _, t: spread(t, mesh(), [Shard(1)])))
         assert got[0].placements == (placement,)
         compare(got, run_op(asked))
+
+
+def rows_are_reduced_after_heads() -> None:
+    """The maximum over rows is no part of a maximum while the heads are not together."""
+    call = make("cross_attention_scores", "plain", SIZES)
+    for heads, rows in (("mean", "max"), ("sum", "mean+max"), ("max", "last")):
+        asked = with_arguments(call, head_reduction=heads, query_reduction=rows)
+        compare(run_op(map_tensors(asked, lambda _, t: spread(t, mesh(), [Shard(1)]))), run_op(asked))
+
+
+def causal_rows_know_where_they_are() -> None:
+    """Without `query_positions`, a row's position follows from how many rows and keys there are in all."""
+    for op in ("attention_entropy", "cross_attention_scores", "attention_scores"):
+        call = with_arguments(make(op, "plain", SIZES), causal=True)
+        for split in ({"query": 2, "lse": 2}, {"key": 2}):
+            got = run_op(map_tensors(call, lambda name, t, split=split: spread(
+                t, mesh(), [Shard(split[name]) if name in split else Replicate()]
+            )))  # fmt: skip
+            compare(got, run_op(call))
 
 
 def heads_that_do_not_divide_are_gathered() -> None:
@@ -241,7 +257,8 @@ def example() -> None:
 
 def _cases() -> Cases:
     alone = (
-        samples_and_heads, options_change_the_reduction, heads_that_do_not_divide_are_gathered,
+        samples_and_heads, rows_are_reduced_after_heads, causal_rows_know_where_they_are,
+        options_change_the_reduction, heads_that_do_not_divide_are_gathered,
         a_cache_split_by_heads_stays_split, gradients_of_a_gather, compiled,
         a_method_by_local_map, example, errors,
     )  # fmt: skip
