@@ -10,9 +10,11 @@ from .cdpruner import CDPRUNER, cdpruner
 from .coast import COAST, coast
 from .dart import DART, dart
 from .evs import EVS, evs
+from .idpruner import IDPRUNER, idpruner
 from .mmtok import MMTOK, mmtok
 from .pyramiddrop import PYRAMIDDROP, pyramiddrop
 from .scope import SCOPE, scope
+from .sparsevlm import SPARSEVLM, sparsevlm
 from .sts import STS, sts_semantics, sts_structure
 from .vidcom2 import VIDCOM2, vidcom2
 from .visionzip import VISIONZIP, visionzip
@@ -32,12 +34,14 @@ __all__ = [
     "evs",
     "fastv",
     "get_method",
+    "idpruner",
     "method_names",
     "mmtok",
     "pyramiddrop",
     "random",
     "register_method",
     "scope",
+    "sparsevlm",
     "sts_semantics",
     "sts_structure",
     "unregister_method",
@@ -49,6 +53,7 @@ __all__ = [
 # The order of every table.
 _PUBLISHED = (
     COAST, STS, ADAFV, ZSPAPRUNE, ADAPTPRUNE, DART, EVS, VIDCOM2, CDPRUNER, SCOPE, MMTOK, PYRAMIDDROP, VISIONZIP,
+    SPARSEVLM, IDPRUNER,
 )  # fmt: skip
 for _method in (*_PUBLISHED, FASTV, DIVPRUNE, RANDOM):
     add(_method)
