@@ -199,7 +199,8 @@ def evs(features, frames, k):
             has_one = t > 0 and frames[t - 1] == n
             s.append(1 - cos(features[start + p], features[start - n + p]) if has_one else 255.0)
         start += n
-    return {"dissimilarity": s, "indices": sorted(best(s, range(len(s)), k))}
+    # The margin is one of cosines, not of the 255.
+    return {"dissimilarity": s, "indices": sorted(best(s, range(len(s)), k, margin=MARGIN / 255))}
 
 
 def dart(key, hidden, text, indices, rows, k, image_pivots=4, text_pivots=4):
@@ -251,8 +252,9 @@ def scope(features, saliency, k, alpha=1.0):
     return {"order": picks, "gains": gains}
 
 
-def vidcom2(features, frames, k):
-    """`frames` are the numbers of tokens of each frame, one after the other."""
+def vidcom2(features, frames, k, rate=None):
+    """`frames` are the numbers of tokens of each frame, one after the other; `rate` is K / V if not given."""
+    rate = k / len(features) if rate is None else rate
     n, channels = features.shape
     variance = [float(np.mean((column - column.mean()) ** 2)) for column in features.T]
     narrow = sorted(best(variance, range(channels), max(1, channels // 2), largest=False))
@@ -270,7 +272,7 @@ def vidcom2(features, frames, k):
     w /= w.sum()
     budgets = []
     for t, size in enumerate(frames):
-        due = min(1.0, k / n * (1 + w[t] - 1 / len(frames))) * size
+        due = min(1.0, rate * (1 + w[t] - 1 / len(frames))) * size
         if abs(due % 1 - 0.5) < 1e-3:
             raise NearTieError
         budgets.append(min(size, max(1, round(due))))

@@ -161,12 +161,12 @@ def merge_into(
     }
 
 
-def check_count(method: str, k: int) -> None:
+def check_count(method: str, k: int, name: str = "k") -> None:
     """A budget is a host integer and not negative."""
     if not isinstance(k, (int, torch.SymInt)):
-        raise TypeError(f"{method}: k must be an int, got {type(k).__name__}")
+        raise TypeError(f"{method}: {name} must be an int, got {type(k).__name__}")
     if k < 0:
-        raise ValueError(f"{method}: k must be non-negative, got {k}")
+        raise ValueError(f"{method}: {name} must be non-negative, got {k}")
 
 
 def check_ratio(method: str, name: str, value: float) -> None:

@@ -31,6 +31,7 @@ def cdpruner(
     behind its final norm and its projection into CLIP's joint space, text_embeddings t [B, M, E] what the text tower
     makes of the question, one row for each of its segments. Without image_embeddings, e is f and t [B, M, C] are the
     rows of the language model's embedding table; r_i is the mean then, without the minus.
+    Without any row of text, M = 0, all qualities are 1: diversity alone.
     text_mask [B, M] and mask [B, V] mark what is not padding. The returned indices are positions among the V tokens.
 
     Where it comes from. The steps and constants are the authors' code's. What to do without CLIP's text tower, which
@@ -74,7 +75,7 @@ def _scaled(relevance: Tensor, mask: Tensor | None, shared_range: bool) -> Tenso
 
 CDPRUNER = Method(
     "cdpruner",
-    (Stage(cdpruner, "model"),),
+    (Stage(cdpruner, "model", optional=("text_embeddings", "text_mask")),),
     title="CDPruner",
     summary="the largest determinant of likeness times relevance to the question",
     paper="2506.10967",
