@@ -12,6 +12,9 @@ CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# What the demo needs is in the environment of everything else too.
+ENOUGH := $(or $(wildcard $(STAMP)),$(VENV)/.demo)
+COMPILE = @$(BIN)/python setup.py -q build_ext --inplace
 RESULTS ?= build/bench.json
 # `make bench-prefill` has a file of its own: it times whole models.
 BENCHES ?= $(filter-out bench/bench_prefill.py,$(wildcard bench/bench_*.py))
@@ -22,13 +25,14 @@ CSRC = $(shell find csrc emulator tests -name '*.h' -o -name '*.cpp' -o -name '*
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test bench bench-prefill retention hub weights readme build cuda-table triton-table lint format sanitize \
-        coverage check-abi check-triton check-transformers check-newest lock clean
+        coverage check-abi check-triton check-transformers check-vllm check-newest lock timing wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  variables: PYTHON=$(PYTHON) TORCH=$(TORCH) ARGS= (more arguments for demo, test and bench)"
 
-demo: build  ## ask a small vision-language model with all visual tokens and with few, by every method
+demo: $(ENOUGH)  ## ask a small vision-language model with all visual tokens and with few, by every method
+	$(COMPILE)
 	$(BIN)/python -m tokenprune_kernels demo $(ARGS)
 
 test: build  ## run the tests, those of the CUDA kernels on the host emulator
@@ -58,7 +62,7 @@ readme: build  ## fill the generated tables of README.md from the last `make ben
 	$(BIN)/python -m scripts.update_readme
 
 build: $(STAMP)  ## compile what changed in csrc/, in place
-	@$(BIN)/python setup.py -q build_ext --inplace
+	$(COMPILE)
 
 # The table of all architectures, from a build for all of them, as .ci/run makes it.
 cuda-table: export TORCH_CUDA_ARCH_LIST = 8.0;8.6;8.9;9.0a;10.0;12.0+PTX
@@ -93,6 +97,9 @@ coverage: build  ## run the tests of the CUDA kernels and list what they left wi
 sanitize: $(STAMP)  ## run the tests under AddressSanitizer (and UndefinedBehaviorSanitizer), the emulated kernels too
 	PYTHON=$(abspath $(BIN)/python) bash scripts/sanitize.sh
 
+wheel: $(STAMP)  ## build the wheels, for CPUs and with CUDA kernels, into dist/, and try each (ARGS=cpu: that one)
+	$(BIN)/python -m scripts.wheel $(ARGS)
+
 check-abi: $(STAMP)  ## load one wheel in the oldest and the newest torch (downloads gigabytes)
 	$(BIN)/python -m scripts.check_abi $(ARGS)
 
@@ -102,6 +109,9 @@ check-triton: build  ## the Triton kernels under every supported release of Trit
 check-transformers: build  ## run the integration's tests with the oldest, a middle and the newest transformers (downloads)
 	$(BIN)/python -m scripts.check_transformers $(ARGS)
 
+check-vllm: build  ## the vLLM plug-in in the engine, offline and over HTTP (.venv-vllm; downloads; ARGS=--write: docs/vllm.md)
+	$(BIN)/python -m scripts.check_vllm $(ARGS)
+
 check-newest:  ## the tests of what moves, with the newest releases, whatever the ranges say (.venv-newest; downloads)
 	PYTHON="$(PYTHON)" TORCH="$(TORCH)" CONSTRAINTS= bash scripts/setup.sh .venv-newest
 	.venv-newest/bin/python -m scripts.check_newest $(ARGS)
@@ -110,11 +120,15 @@ lock: $(STAMP)  ## write constraints.txt anew: the newest releases that the rang
 	$(BIN)/python -m pip install -q -e '.[lock]' --no-build-isolation
 	$(BIN)/python -m scripts.lock
 
+timing:  ## how long `make demo` and `make test` take from nothing, part by part (ARGS=demo: that one)
+	$(PYTHON) scripts/timing.py $(ARGS)
+
 clean:  ## remove everything that was built or installed here
-	rm -rf $(VENV) .venv-newest build dist *.egg-info tokenprune_kernels/*.so
+	rm -rf $(VENV) .venv-newest .venv-vllm build dist *.egg-info tokenprune_kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
-$(STAMP): pyproject.toml setup.py scripts/setup.sh $(CONSTRAINTS)
-	PYTHON="$(PYTHON)" TORCH="$(TORCH)" CONSTRAINTS="$(CONSTRAINTS)" bash scripts/setup.sh $(VENV)
+$(VENV)/.demo: EXTRAS = demo
+$(STAMP) $(VENV)/.demo: pyproject.toml setup.py scripts/setup.sh $(CONSTRAINTS)
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" CONSTRAINTS="$(CONSTRAINTS)" bash scripts/setup.sh $(VENV) $(EXTRAS)
 	@touch $@

@@ -2,8 +2,11 @@
 
 Switches, read here and printed in the build log:
   TOKENPRUNE_CPU=auto|0|1    compiled kernels: when a compiler is there (default), never, or always (error without one)
-  TOKENPRUNE_CUDA=auto|0|1   CUDA kernels: when sources and nvcc are there (default), never, or always (error without)
-  CUDA_HOME, TORCH_CUDA_ARCH_LIST (default "8.0;9.0a;10.0+PTX"), MAX_JOBS, CXX, CXXFLAGS, LDFLAGS
+  TOKENPRUNE_CUDA=auto|0|1   CUDA kernels: where nvcc is, and torch has CUDA or TORCH_CUDA_ARCH_LIST is set (default);
+                             never; always (error without nvcc)
+  TORCH_CUDA_ARCH_LIST       architectures, such as "8.0;9.0a;12.0+PTX", "90a", "Hopper" or "native" (the GPUs here);
+                             default: native where there is a GPU that the kernels run on, else "8.0;9.0a;10.0+PTX"
+  CUDA_HOME, MAX_JOBS, CXX, CXXFLAGS, LDFLAGS
   TOKENPRUNE_WERROR=1        compiler warnings are errors
   TOKENPRUNE_SANITIZE=1      AddressSanitizer and UndefinedBehaviorSanitizer, for `make sanitize`
 """
@@ -16,6 +19,7 @@ import importlib.util
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -32,6 +36,9 @@ CSRC = ROOT / "csrc"
 TORCH_FLOOR = (2, 10)
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]  # torch 2.10, CPython 3.10
 DEFAULT_ARCHITECTURES = "8.0;9.0a;10.0+PTX"
+# torch's names of the architectures that the kernels run on. "a" is for instructions of Hopper alone.
+NAMED_ARCHITECTURES = {"Ampere": "8.0;8.6", "Ada": "8.9", "Hopper": "9.0a", "Blackwell": "10.0;12.0"}
+OLDEST_ARCHITECTURE = 8
 
 # The files below csrc/cpu/simd are compiled once per capability, in a namespace of that name; the best one that the
 # machine has is chosen at run time. Everything else is compiled for the baseline, so that one binary runs anywhere.
@@ -71,6 +78,11 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
 
 
+def asks_for_cuda() -> bool:
+    """Kernels that nobody can launch would be most of the build: torch has CUDA, or somebody named architectures."""
+    return bool(os.environ.get("TORCH_CUDA_ARCH_LIST") or runpy.run_path(str(torch_folder() / "version.py"))["cuda"])
+
+
 def cuda_compiler(sources: list[Path]) -> str | None:
     """The nvcc to use, None for a build without CUDA kernels; an error when CUDA was demanded and cannot be had."""
     wish, nvcc = wanted("TOKENPRUNE_CUDA"), find_nvcc()
@@ -79,7 +91,7 @@ def cuda_compiler(sources: list[Path]) -> str | None:
         raise SystemExit(f"TOKENPRUNE_CUDA=1, but nvcc was not found {where}: set CUDA_HOME or put nvcc on PATH")
     if wish == "1" and not sources:
         raise SystemExit("TOKENPRUNE_CUDA=1, but this version has no CUDA sources (csrc/cuda/*.cu)")
-    return nvcc if wish != "0" and sources else None
+    return nvcc if sources and (wish == "1" or (wish == "auto" and asks_for_cuda())) else None
 
 
 def toolkit_folder(nvcc: str) -> Path:
@@ -91,22 +103,60 @@ def toolkit_folder(nvcc: str) -> Path:
     return Path(top.group(1).strip()).resolve()
 
 
+def compression(nvcc: str) -> list[str]:
+    """The smallest machine code; drivers from R550 unpack it, and the runtime of CUDA 13 needs R580 anyway."""
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)\.", told)
+    return ["--compress-mode=size"] if release and int(release[1]) >= 13 else []
+
+
+def native_architectures() -> list[str]:
+    """Those of the GPUs here that the kernels run on, by nvidia-smi, because torch need not be importable."""
+    smi = shutil.which("nvidia-smi")
+    ask = [smi or "", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    told = subprocess.run(ask, capture_output=True, text=True).stdout if smi else ""
+    found = sorted({tuple(map(int, match)) for match in re.findall(r"^(\d+)\.(\d)$", told, re.MULTILINE)})
+    return [f"{major}.{minor}{'a' * (major == 9)}" for major, minor in found if major >= OLDEST_ARCHITECTURE]
+
+
 def architectures() -> list[str]:
-    """The entries of TORCH_CUDA_ARCH_LIST."""
-    return re.split(r"[;\s]+", (os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES).strip("; \t"))
+    """The entries of TORCH_CUDA_ARCH_LIST as torch spells them: "9.0a", "12.0+PTX"."""
+    wish = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip("; \t")
+    if not wish:
+        return native_architectures() or DEFAULT_ARCHITECTURES.split(";")
+    found: list[str] = []
+    for entry in re.split(r"[;,\s]+", wish):
+        name, plus, ptx = entry.partition("+")
+        match = re.fullmatch(r"(?:sm_)?(\d+)\.?(\d)([af]?)", name)
+        if entry == "native":
+            spelled = native_architectures()
+            if not spelled:
+                raise SystemExit("TORCH_CUDA_ARCH_LIST=native, but nvidia-smi shows no GPU of capability 8.0 or newer")
+        elif match:
+            spelled = [f"{match[1]}.{match[2]}{match[3]}"]
+        elif name in NAMED_ARCHITECTURES:
+            spelled = NAMED_ARCHITECTURES[name].split(";")
+        else:
+            spelled = []
+        if not spelled or ptx not in ("", "PTX"):
+            names = ", ".join(NAMED_ARCHITECTURES)
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST: cannot read {entry!r}, expected for instance 9.0a, 10.0+PTX, native or {names}"
+            )
+        if int(spelled[0].split(".")[0]) < OLDEST_ARCHITECTURE:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: the kernels need 8.0 (Ampere) or newer, got {entry!r}")
+        found += [*spelled[:-1], spelled[-1] + plus + ptx]
+    return list(dict.fromkeys(found))
 
 
-def nvcc_architectures() -> list[str]:
+def nvcc_architectures(entries: list[str]) -> list[str]:
     """The architectures as -gencode flags; +PTX embeds the intermediate code of that architecture."""
     flags = []
-    for entry in architectures():
-        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
-        if not match:
-            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: cannot read {entry!r}, expected for instance 9.0a or 10.0+PTX")
-        number = "".join(match.group(1, 2, 3))
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if match.group(4):
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    for entry in entries:
+        name, _, ptx = entry.replace(".", "").partition("+")
+        flags.append(f"-gencode=arch=compute_{name},code=sm_{name}")
+        if ptx:
+            flags.append(f"-gencode=arch=compute_{name},code=compute_{name}")
     return flags
 
 
@@ -206,9 +256,9 @@ def ninja_file(target: Path, compiler: list[str], nvcc: str | None, cuda_sources
         extra = [*extra, *shlex.split(os.environ.get("CXXFLAGS", ""))]
         lines.append(f"build {path(name)}: cxx {path(source)}\n  extra = {shell(extra)}")
 
-    built_for = ";".join(architectures()) if nvcc else ""
+    built_for = architectures() if nvcc else []
     for source in sorted([*CSRC.glob("*.cpp"), *(CSRC / "cpu").glob("*.cpp")]):
-        define = [f'-DTOKENPRUNE_CUDA_ARCHITECTURES="{built_for}"'] if source.name == "ops.cpp" else []
+        define = [f'-DTOKENPRUNE_CUDA_ARCHITECTURES="{";".join(built_for)}"'] if source.name == "ops.cpp" else []
         add(source, "o", [CONTRACT_SCALARS, *define])
     for source in sorted((CSRC / "cpu" / "simd").glob("*.cpp")):
         for name, flags in capabilities().items():
@@ -224,15 +274,9 @@ def ninja_file(target: Path, compiler: list[str], nvcc: str | None, cuda_sources
         strict = ["-Werror", "all-warnings"] if os.environ.get("TOKENPRUNE_WERROR") == "1" else []
         host = f"-Xcompiler={','.join(['-fPIC', '-fvisibility=hidden', '-Wall'])}"
         words = [
-            nvcc,
-            "-std=c++17",
-            "-O3",
-            "-lineinfo",
-            "-Xptxas=-v,-warn-spills",
-            *strict,
-            *nvcc_architectures(),
-            host,
-        ]
+            nvcc, "-std=c++17", "-O3", "-lineinfo", "-Xptxas=-v,-warn-spills", *strict, *compression(nvcc),
+            *nvcc_architectures(built_for), host,
+        ]  # fmt: skip
         command = f"{shell([*words, '-I' + str(CSRC / 'include')])} -MD -MF $out.d -c $in -o $out"
         lines.append(f"rule nvcc\n  command = {command} > $out.log 2>&1 || {{ cat $out.log; exit 1; }}")
         lines.append("  depfile = $out.d\n  deps = gcc\n  description = NVCC $out")

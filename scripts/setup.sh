@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Makes the virtual environment of the Makefile: torch, the development tools, and this checkout, editable.
-# usage: PYTHON=python3 TORCH=torch==2.13.0 CONSTRAINTS=constraints.txt scripts/setup.sh .venv
+# Makes the virtual environment of the Makefile: torch, the extras of this checkout (by default those that development
+# needs), and the checkout itself, editable. It compiles nothing: `make build` does, where its progress is seen.
+# usage: PYTHON=python3 TORCH=torch==2.13.0 CONSTRAINTS=constraints.txt scripts/setup.sh .venv [EXTRAS]
 # With CONSTRAINTS empty everything but torch is the newest release that the ranges of pyproject.toml allow.
 set -euo pipefail
 venv=$1
+extras=${2:-demo,vqa,bench,test,lint,abi}
 
 fail() {
   echo "setup: $1" >&2
@@ -20,10 +22,12 @@ fi
 
 echo "setup: $venv with $("$PYTHON" --version)"
 "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m venv --clear "$venv"
-# The pip and setuptools of Python 3.10 and 3.11 are too old for pyproject.toml; ninja compiles the editable install.
+# The pip and setuptools of Python 3.10 and 3.11 are too old for pyproject.toml.
 constraints=$venv/constraints.txt
 grep -v '^triton==' "${CONSTRAINTS:-/dev/null}" >"$constraints" || true
-install() { "$venv/bin/python" -m pip install -q -c "$constraints" "$@"; }
+# Of thousands of modules few are ever imported: Python compiles those, where it may keep what it compiled.
+lazily=$([[ -n ${PYTHONDONTWRITEBYTECODE:-} ]] || echo --no-compile)
+install() { "$venv/bin/python" -m pip install -q $lazily -c "$constraints" "$@"; }
 install --upgrade pip 'setuptools>=77' 'ninja>=1.11'
 
 echo "setup: $TORCH"
@@ -42,7 +46,7 @@ if sys.argv[1] == "no" and torch.version.cuda:
     print("setup: this torch carries CUDA and there is no GPU; with pip pointed at a CPU index it would be much smaller")
 PYTHON
 
-echo "setup: development tools and this checkout"
+echo "setup: this checkout with what it needs for $extras"
 # setuptools warns of folders that shadow an editable package; here the folder is the package.
-export PYTHONWARNINGS="ignore:Editable installation"
-install -e '.[demo,vqa,bench,test,lint,abi]' --no-build-isolation
+TOKENPRUNE_CPU=0 TOKENPRUNE_CUDA=0 PYTHONWARNINGS="ignore:Editable installation" \
+  install -e ".[$extras]" --no-build-isolation

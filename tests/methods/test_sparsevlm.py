@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from testing.cases import over_backends
-from tests.methods import transcriptions
+from tests.methods import transcriptions, transcriptions_merging
 from tests.methods.inputs import Prompt, assert_close, assert_selected, batch, decided, over_dtypes, prompt, ragged
 from tests.methods.test_visionzip import assert_merged, merging
 from tokenprune_kernels.methods import Selection, get_method, sparsevlm
@@ -21,7 +21,7 @@ def _prompt(seed: int, dtype: torch.dtype, grid: tuple[int, int] = (9, 10), rows
 
 def _expected(p: Prompt, k: int, recycles: bool = True):
     names = ("query", "key", "rows", "indices", "features", "features", "text")
-    return transcriptions.sparsevlm(*p.numpy(*names), k, recycles)
+    return transcriptions_merging.sparsevlm(*p.numpy(*names), k, recycles)
 
 
 def _call(p: Prompt, k: int, **more) -> Selection:
@@ -112,7 +112,7 @@ def test_samples_of_other_sizes_keep_at_most_their_own(k, backend):
 def test_the_shares_are_the_largest_own_part_that_fits(ratio):
     for tokens in (*range(1, 130), 576, 577, 2880):
         for k in {*range(min(tokens, 90) + 3), tokens // 2, tokens - 1}:
-            assert _shares(k, tokens, ratio) == transcriptions.sparsevlm_shares(tokens, k, ratio)
+            assert _shares(k, tokens, ratio) == transcriptions_merging.sparsevlm_shares(tokens, k, ratio)
 
 
 def test_the_authors_table_of_llava():

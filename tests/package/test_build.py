@@ -1,6 +1,5 @@
 """The build: switches and their errors, what a wheel and an sdist contain, the installation without a compiler."""
 
-import importlib.util
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ import pytest
 
 from testing import ROOT
 from testing.process import printed
+from testing.setup_file import setup_module
 
 SWITCHES = ("TOKENPRUNE_CPU", "TOKENPRUNE_CUDA", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "CXX", "CXXFLAGS", "LDFLAGS")
 OBJECTS = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
@@ -26,12 +26,7 @@ def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """setup.py as a module, with none of its switches set."""
     for name in SWITCHES:
         monkeypatch.delenv(name, raising=False)
-    spec = importlib.util.spec_from_file_location("tokenprune_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return setup_module()
 
 
 def setup_py(folder: Path, *commands: str, **switches: str) -> subprocess.CompletedProcess[str]:
@@ -55,9 +50,8 @@ def python_files() -> set[str]:
     return files | {f"tokenprune_kernels/reference/{f.name}" for f in (ROOT / "python_ref").glob("*.py")}
 
 
-def test_architectures_become_gencode_flags(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0a;12.0+PTX")
-    assert build.nvcc_architectures() == [
+def test_architectures_become_gencode_flags(build: ModuleType) -> None:
+    assert build.nvcc_architectures(["8.0", "9.0a", "12.0+PTX"]) == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_120,code=sm_120",
@@ -65,44 +59,114 @@ def test_architectures_become_gencode_flags(build: ModuleType, monkeypatch: pyte
     ]
 
 
-@pytest.mark.parametrize("value", [None, ""])
-def test_default_architectures_carry_ptx_of_the_newest(
-    build: ModuleType, monkeypatch: pytest.MonkeyPatch, value: str | None
+def program(file: Path, says: str) -> Path:
+    """An executable that answers with this, whatever it is asked."""
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(f"#!/bin/sh\ncat <<'END'\n{says}\nEND\n")
+    file.chmod(0o755)
+    return file
+
+
+@pytest.mark.parametrize("value", [None, "", " ; "])
+@pytest.mark.parametrize(
+    ("gpus", "chosen"),
+    [
+        (None, ["8.0", "9.0a", "10.0+PTX"]),
+        ("No devices were found", ["8.0", "9.0a", "10.0+PTX"]),
+        ("7.5", ["8.0", "9.0a", "10.0+PTX"]),
+        ("9.0\n9.0", ["9.0a"]),
+        ("12.0\n7.5\n8.9", ["8.9", "12.0"]),
+    ],
+)
+def test_without_a_list_the_gpus_here_are_built_for(
+    build: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    value: str | None,
+    gpus: str | None,
+    chosen: list,
 ) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: gpus and str(program(tmp_path / name, gpus)))
     if value is not None:
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", value)
-    flags = build.nvcc_architectures()
-    assert flags[0] == "-gencode=arch=compute_80,code=sm_80"
-    assert flags[-1] == "-gencode=arch=compute_100,code=compute_100"
+    assert build.architectures() == chosen
 
 
-@pytest.mark.parametrize("value", ["Hopper", "sm_90", "9", "9.0+ptx"])
-def test_unreadable_architectures_are_named(build: ModuleType, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+@pytest.mark.parametrize(
+    ("value", "meaning"),
+    [
+        ("8.0 9.0a;12.0+PTX", ["8.0", "9.0a", "12.0+PTX"]),
+        ("80;sm_90a,9.0;120+PTX;100f", ["8.0", "9.0a", "9.0", "12.0+PTX", "10.0f"]),
+        ("Hopper", ["9.0a"]),
+        ("Ampere;8.6;Blackwell+PTX", ["8.0", "8.6", "10.0", "12.0+PTX"]),
+        ("native;8.0", ["8.9", "8.0"]),
+    ],
+)
+def test_architectures_are_understood_as_people_write_them(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, value: str, meaning: list
+) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", value)
-    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST: cannot read"):
-        build.nvcc_architectures()
+    monkeypatch.setattr(build, "native_architectures", lambda: ["8.9"])
+    assert build.architectures() == meaning
 
 
-def test_cuda_is_chosen_by_switch_sources_and_nvcc(
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        *(
+            (value, f"cannot read '{re.escape(value)}'")
+            for value in ("hopper", "compute_90", "9", "9.0+ptx", "8.0++PTX")
+        ),
+        ("7.5", r"the kernels need 8.0 \(Ampere\) or newer, got '7.5'"),
+        ("8.0;native", "native, but nvidia-smi shows no GPU of capability 8.0 or newer"),
+    ],
+)
+def test_unreadable_architectures_are_named(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, value: str, message: str
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", value)
+    monkeypatch.setattr(build, "native_architectures", list)
+    with pytest.raises(SystemExit, match=f"TORCH_CUDA_ARCH_LIST.*{message}"):
+        build.architectures()
+
+
+def test_cuda_is_chosen_by_switch_sources_torch_and_nvcc(
     build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    sources, nvcc = [tmp_path / "toy.cu"], tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text("#!/bin/sh\n")
-    nvcc.chmod(0o755)
+    sources, nvcc = [tmp_path / "toy.cu"], program(tmp_path / "bin" / "nvcc", "")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "torch_folder", lambda: tmp_path)
+    (tmp_path / "version.py").write_text("cuda = None")
+    assert build.cuda_compiler(sources) is None
+    (tmp_path / "version.py").write_text("cuda = '13.0'")
+    assert build.cuda_compiler(sources) == str(nvcc)
+    (tmp_path / "version.py").write_text("cuda = None")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "native")
     assert build.cuda_compiler(sources) == str(nvcc)
     assert build.cuda_compiler([]) is None
     monkeypatch.setenv("TOKENPRUNE_CUDA", "0")
     assert build.cuda_compiler(sources) is None
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
     monkeypatch.setenv("TOKENPRUNE_CUDA", "1")
+    assert build.cuda_compiler(sources) == str(nvcc)
     with pytest.raises(SystemExit, match="no CUDA sources"):
         build.cuda_compiler([])
     nvcc.unlink()
     with pytest.raises(SystemExit, match=re.escape(f"nvcc was not found in CUDA_HOME={tmp_path}")):
         build.cuda_compiler(sources)
     monkeypatch.setenv("TOKENPRUNE_CUDA", "auto")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0a")
     assert build.cuda_compiler(sources) is None
+
+
+@pytest.mark.parametrize(("release", "flags"), [("13.0", ["--compress-mode=size"]), ("12.9", [])])
+def test_machine_code_is_small_where_every_driver_of_the_runtime_unpacks_it(
+    build: ModuleType, tmp_path: Path, release: str, flags: list
+) -> None:
+    assert (
+        build.compression(str(program(tmp_path / "nvcc", f"compilation tools, release {release}, V{release}.88")))
+        == flags
+    )
 
 
 def test_the_compiler_may_be_a_command(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ def pins() -> dict[str, str]:
 
 def needed() -> dict[str, list[Requirement]]:
     """What the extras of the Makefile's environment ask for, and what that asks for, as far as it is installed."""
-    extras = re.search(r"-e '\.\[(.+?)\]'", (ROOT / "scripts" / "setup.sh").read_text())
+    extras = re.search(r"extras=.*:-(.+)}", (ROOT / "scripts" / "setup.sh").read_text())
     assert extras is not None
     waiting = [("tokenprune-kernels", tuple(extras.group(1).split(",")))]
     found: dict[str, list[Requirement]] = {}

@@ -317,6 +317,7 @@ import sys, torch
 before = set(sys.modules)
 import tokenprune_kernels
 heavy = {"torch._dynamo", "torch._inductor", "triton", "transformers", "PIL", "skimage", "rich", "sympy", "numpy"}
+heavy |= {"torch.distributed.tensor"}
 print(sorted(heavy & (set(sys.modules) - before)))
 """
     assert printed("-c", script).strip() == "[]"

@@ -10,6 +10,7 @@ from .cdpruner import CDPRUNER, cdpruner
 from .coast import COAST, coast
 from .dart import DART, dart
 from .evs import EVS, evs
+from .idpruner import IDPRUNER, idpruner
 from .mmtok import MMTOK, mmtok
 from .pyramiddrop import PYRAMIDDROP, pyramiddrop
 from .scope import SCOPE, scope
@@ -33,6 +34,7 @@ __all__ = [
     "evs",
     "fastv",
     "get_method",
+    "idpruner",
     "method_names",
     "mmtok",
     "pyramiddrop",
@@ -51,7 +53,7 @@ __all__ = [
 # The order of every table.
 _PUBLISHED = (
     COAST, STS, ADAFV, ZSPAPRUNE, ADAPTPRUNE, DART, EVS, VIDCOM2, CDPRUNER, SCOPE, MMTOK, PYRAMIDDROP, VISIONZIP,
-    SPARSEVLM,
+    SPARSEVLM, IDPRUNER,
 )  # fmt: skip
 for _method in (*_PUBLISHED, FASTV, DIVPRUNE, RANDOM):
     add(_method)

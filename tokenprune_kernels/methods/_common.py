@@ -120,6 +120,17 @@ def ascending(indices: Tensor, size: int, k: int, backend: str | None) -> tuple[
     return mask_to_indices(indices_to_mask(indices, size), k, backend=backend)
 
 
+def number_range(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest number of each sample's real tokens, both [B, 1]; inf and -inf where it has none."""
+    number = ~values.isnan() if mask is None else mask & ~values.isnan()
+    low, high = (
+        # A column more, because there is no minimum of nothing.
+        torch.nn.functional.pad(torch.where(number, sign * values, torch.inf), (0, 1), value=torch.inf)
+        for sign in (1, -1)
+    )
+    return low.amin(1, keepdim=True), -high.amin(1, keepdim=True)
+
+
 def merge_into(
     features: Tensor,
     indices: Tensor,

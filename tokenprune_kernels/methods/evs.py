@@ -74,4 +74,5 @@ EVS = Method(
     summary="change since the frame before; an image is its first rows",
     paper="2510.14624",
     source="vLLM's implementation",
+    within_images=False,
 )

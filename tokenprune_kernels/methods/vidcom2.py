@@ -118,4 +118,5 @@ VIDCOM2 = Method(
     summary="what is unlike its frame and the video; of an image, what is unlike it",
     paper="2505.14454",
     source="vLLM's implementation, which names the authors' code",
+    within_images=False,
 )
