@@ -25,7 +25,7 @@ CSRC = $(shell find csrc emulator tests -name '*.h' -o -name '*.cpp' -o -name '*
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test bench bench-prefill retention hub weights readme build cuda-table triton-table lint format sanitize \
-        coverage check-abi check-triton check-transformers check-vllm check-newest lock timing clean
+        coverage check-abi check-triton check-transformers check-vllm check-newest lock timing wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -96,6 +96,9 @@ coverage: build  ## run the tests of the CUDA kernels and list what they left wi
 
 sanitize: $(STAMP)  ## run the tests under AddressSanitizer (and UndefinedBehaviorSanitizer), the emulated kernels too
 	PYTHON=$(abspath $(BIN)/python) bash scripts/sanitize.sh
+
+wheel: $(STAMP)  ## build the wheels, for CPUs and with CUDA kernels, into dist/, and try each (ARGS=cpu: that one)
+	$(BIN)/python -m scripts.wheel $(ARGS)
 
 check-abi: $(STAMP)  ## load one wheel in the oldest and the newest torch (downloads gigabytes)
 	$(BIN)/python -m scripts.check_abi $(ARGS)

@@ -76,7 +76,7 @@ def main() -> int:
     info = tp.config()["compiled library"]
     print(
         f"torch {torch.__version__}, Python {sys.version.split()[0]}: {len(calls)} ops equal their references and pass"
-        f" opcheck, {info['cpu_capability']}"
+        f" opcheck, {info['cpu_capability']}, CUDA kernels for {info.get('cuda_architectures') or 'nothing'}"
     )
     return 0
 

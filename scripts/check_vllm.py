@@ -202,6 +202,8 @@ def main() -> int:
         begin, end = "<!-- begin check-vllm -->\n", "\n<!-- end check-vllm -->"
         before, _, rest = PAGE.read_text().partition(begin)
         PAGE.write_text(before + begin + table + end + rest.partition(end)[2])
+    if not arguments.only:
+        print(run("-m", "scripts.check_vllm_video"))  # docs/vllm-video.md
     print("passed" if good else "FAILED")
     return 0 if good else 1
 

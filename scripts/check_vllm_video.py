@@ -1,16 +1,18 @@
-"""EVS and VidCom2 of an installed vLLM against ours: the same tokens of many videos, and what both take on this CPU.
+"""EVS and VidCom2 of an installed vLLM against ours: the same tokens of many videos, what both take, the same answers.
 
-`python -m scripts.check_vllm_video`, where vLLM is installed. It prints two tables, and fails when ours keep other
-tokens than the engine keeps of a video in float32, or than the engine keeps of the same numbers in float64 when they
-are bfloat16; tokens whose scores are equal up to rounding count as the same.
+`python -m scripts.check_vllm_video`, where vLLM is installed. It prints three tables, and fails when ours keep others
+than the engine keeps of a float32 video, or than it keeps of a bfloat16 video converted to float64, or when the engine
+answers otherwise. Tokens whose scores are equal up to the rounding of float32 count as the same.
 """
 
 import importlib
 import itertools
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from torch import Tensor
 from tokenprune_kernels.integrations.retention import MASK
 from tokenprune_kernels.integrations.vllm.video import SERVED_BY, register_video, unregister_video
 from tokenprune_kernels.methods import evs, vidcom2
+
+from . import vllm_video_engine
 
 Size = tuple[int, int, int]
 Functions = dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]]  # the engine's and ours, by method
@@ -89,7 +93,7 @@ def compare(functions: Functions) -> bool:
                 apart[n] = max(apart[n], gap(scores, a, b))
         good &= apart[0 if dtype == torch.float32 else 1] < TIE
         told = " | ".join(f"{n} | {g:.1g}" for n, g in zip(alike, apart, strict=True))
-        print(f"| {method} | {name_of(dtype)} | {len(SHAPES) * len(RATES)}, {kind} | {total} | {told} |")
+        print(f"| {method} | {name_of(dtype)} | {kind} | {total} | {told} |")
     return good
 
 
@@ -138,7 +142,10 @@ def main() -> int:
     good = compare(functions)
     print(f"\n{torch.get_num_threads()} threads, CPU time of interleaved calls")
     speed(functions)
-    return 0 if good & rebound() else 1
+    good &= rebound()
+    with tempfile.TemporaryDirectory(prefix="tokenprune-vllm-video-") as folder:
+        good &= vllm_video_engine.check(Path(folder))
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

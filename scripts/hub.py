@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from testing import ROOT
+from testing.setup_file import setup_module
 
 PACKAGE = ROOT / "tokenprune_kernels"
 NAME = "tokenprune-kernels"
@@ -75,11 +76,18 @@ def write_variant(out: Path, library: Path, compiled_for: tuple[str, dict[str, A
     return folder
 
 
+def variant(cuda: bool) -> tuple[Path, dict[str, str]]:
+    """Where what is given away is compiled, apart from the checkout's own library, and the switches for setup.py."""
+    switches = {"TOKENPRUNE_CUDA": str(int(cuda)), "TOKENPRUNE_CPU": "1"}
+    if cuda and not os.environ.get("TORCH_CUDA_ARCH_LIST"):  # not the GPU of this machine alone
+        switches["TORCH_CUDA_ARCH_LIST"] = setup_module().DEFAULT_ARCHITECTURES
+    return ROOT / "build" / ("hub-cuda" if cuda else "hub-cpu"), os.environ | switches
+
+
 def build(cuda: bool) -> Path:
-    """The library, compiled away from the one in the checkout."""
-    place = ROOT / "build" / ("hub-cuda" if cuda else "hub-cpu")
+    """The library of a variant."""
+    place, environment = variant(cuda)
     command = [sys.executable, "setup.py", "-q", "build_ext", f"--build-lib={place / 'lib'}"]
-    environment = os.environ | {"TOKENPRUNE_CUDA": str(int(cuda)), "TOKENPRUNE_CPU": "1"}
     subprocess.run([*command, f"--build-temp={place / 'temp'}"], cwd=ROOT, env=environment, check=True)
     return place / "lib" / PACKAGE.name / "_C.abi3.so"
 

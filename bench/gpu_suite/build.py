@@ -5,18 +5,17 @@ itself needs of packaging is not on every machine.
 """
 
 import contextlib
-import importlib.util
 import json
 import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
 from testing import ROOT
+from testing.setup_file import setup_module
 
 from .environment import find_program
 from .run import Run
@@ -65,16 +64,6 @@ def this_gpu(run: Run) -> str | None:
             major, minor = line.split()[1:]
             return architecture((int(major), int(minor)))
     return None
-
-
-def setup_module() -> ModuleType:
-    """setup.py as a module: it builds nothing when imported."""
-    spec = importlib.util.spec_from_file_location("tokenprune_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def direct_command(settings: dict[str, str], folder: Path, target: Path) -> list[str]:

@@ -116,7 +116,7 @@ def random_without_a_seed() -> None:
 
 def a_lse_that_attention_offers() -> None:
     with registered("with_lse", plain_attention, None):
-        models = [copy.copy(by_transformers()), whole().model]
+        models = [by_transformers(), whole().model]
         for model in models:
             model.set_attn_implementation("with_lse")
         try:

@@ -1,7 +1,10 @@
 """The ops on DTensors, as every rank runs them: each result is compared with that of whole, plain tensors."""
 
+import contextlib
 import functools
+import io
 import random
+import runpy
 from collections.abc import Callable
 from functools import partial
 
@@ -12,13 +15,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.experimental import local_map
 
 import tokenprune_kernels as tp
-import tokenprune_kernels.distributed
-from testing.op_inputs import Sizes
+from testing import ROOT
+from testing.op_inputs import Sizes, integers
 from testing.op_samples import SAMPLES, Call, make, map_tensors, output_batch_dims, run_op, tensors, with_arguments
 from tests.distributed.ranks import Cases
 from tokenprune_kernels._op import OPS, Sharding, TensorKind
+from tokenprune_kernels.distributed import merge_entropy, merge_lse
 
 SIZES = Sizes(batch=5, heads=8, kv_heads=4)  # uneven for 2 and for 4 ranks: samples, tokens, rows
 TRIALS = 3
@@ -82,10 +87,7 @@ def as_described(op: str, sample: str) -> None:
     for sharding in OPS[op].shardings:
         call = make(op, sample, SIZES)
         for name, among in sharding.only.items():
-            if among == (None,):
-                call.arguments.pop(name, None)
-            elif call.arguments.get(name, "mean") not in among:
-                call = with_arguments(call, **{name: among[0]})
+            call = with_arguments(call, **{name: "+".join(among) if name == "query_reduction" else among[0]})
         place = by(op, sharding, call)
         split = {name: spread(t, mesh(), place(name)) for name, t, _ in tensors(call)}
         got = run_without_communication(map_tensors(call, lambda name, _, split=split: split[name]))
@@ -130,6 +132,25 @@ def options_change_the_reduction() -> None:
         got = run_op(map_tensors(asked, lambda _, t: spread(t, mesh(), [Shard(1)])))
         assert got[0].placements == (placement,)
         compare(got, run_op(asked))
+
+
+def rows_are_reduced_after_heads() -> None:
+    """The maximum over rows is no part of a maximum while the heads are not together."""
+    call = make("cross_attention_scores", "plain", SIZES)
+    for heads, rows in (("mean", "max"), ("sum", "mean+max"), ("max", "last")):
+        asked = with_arguments(call, head_reduction=heads, query_reduction=rows)
+        compare(run_op(map_tensors(asked, lambda _, t: spread(t, mesh(), [Shard(1)]))), run_op(asked))
+
+
+def causal_rows_know_where_they_are() -> None:
+    """Without `query_positions`, a row's position follows from how many rows and keys there are in all."""
+    for op in ("attention_entropy", "cross_attention_scores", "attention_scores"):
+        call = with_arguments(make(op, "plain", SIZES), causal=True)
+        for split in ({"query": 2, "lse": 2}, {"key": 2}):
+            got = run_op(map_tensors(call, lambda name, t, split=split: spread(
+                t, mesh(), [Shard(split[name]) if name in split else Replicate()]
+            )))  # fmt: skip
+            compare(got, run_op(call))
 
 
 def heads_that_do_not_divide_are_gathered() -> None:
@@ -197,33 +218,55 @@ def errors() -> None:
         op.select_topk(split, 2, mask=spread(mask, other, [Replicate(), Shard(0)]))
 
 
-def keys_apart() -> None:
+def keys_apart(causal: bool) -> None:
     """Every rank has other keys; entropies and log-sum-exps meet, keys do not."""
-    call = make("cross_attention_scores", "plain", SIZES)
+    call, world, rank = make("cross_attention_scores", "plain", SIZES), dist.get_world_size(), dist.get_rank()
     query, key = call.arguments["query"].double(), call.arguments["key"].double()
-    own = key.tensor_split(dist.get_world_size(), dim=2)[dist.get_rank()]
-    entropy, lse = tp.attention_entropy(query, own)
-    everywhere = [torch.empty(2, *lse.shape, dtype=lse.dtype) for _ in range(dist.get_world_size())]
-    dist.all_gather(everywhere, torch.stack([entropy, lse]))
+    own = key.tensor_split(world, dim=2)[rank]
+    positions = integers(0, key.shape[2], query.shape[0], query.shape[2], dtype=torch.int64, seed=3)
+    first = sum(part.shape[2] for part in key.tensor_split(world, dim=2)[:rank])
+    here = {"causal": causal, "query_positions": positions - first}
+    everywhere = [torch.empty(2, *query.shape[:3], dtype=query.dtype) for _ in range(world)]
+    dist.all_gather(everywhere, torch.stack(tp.attention_entropy(query, own, **here)))
     parts = torch.stack(everywhere)
-    lse = tokenprune_kernels.distributed.merge_lse(parts[:, 1])
-    entropy = tokenprune_kernels.distributed.merge_entropy(parts[:, 0], parts[:, 1])
-    scores, want_entropy, want_lse = tp.cross_attention_scores(query, key)
-    torch.testing.assert_close(lse, want_lse, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(entropy, want_entropy, rtol=1e-12, atol=1e-12)
-    mine = scores.tensor_split(dist.get_world_size(), dim=1)[dist.get_rank()]
-    torch.testing.assert_close(tp.attention_scores(query, own, lse), mine, rtol=1e-12, atol=1e-12)
+    lse = merge_lse(parts[:, 1])
+    scores = tp.attention_scores(query, own, lse, **here)
+    want, want_entropy, want_lse = tp.cross_attention_scores(query, key, causal=causal, query_positions=positions)
+    close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
+    close(lse, want_lse)
+    close(merge_entropy(parts[:, 0], parts[:, 1]), want_entropy)
+    close(scores, want.tensor_split(world, dim=1)[rank])
+
+
+def a_method_by_local_map() -> None:
+    features = make("dpp_sample", "plain", SIZES).arguments["features"]
+    select = local_map(
+        lambda f: tp.methods.divprune(f, 9).indices, out_placements=[Shard(0)], in_placements=([Shard(0)],)
+    )
+    even = features[:4]
+    got = select(spread(even, mesh(), [Shard(0)]))
+    assert torch.equal(got.full_tensor(), tp.methods.divprune(even, 9).indices)
+
+
+def example() -> None:
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        runpy.run_path(str(ROOT / "examples" / "dtensor.py"))
+    assert told.getvalue() == "scores (Partial(avg),), the tokens of one process: True\n"
 
 
 def _cases() -> Cases:
     alone = (
-        samples_and_heads, options_change_the_reduction, heads_that_do_not_divide_are_gathered,
-        a_cache_split_by_heads_stays_split, gradients_of_a_gather, compiled, errors, keys_apart,
+        samples_and_heads, rows_are_reduced_after_heads, causal_rows_know_where_they_are,
+        options_change_the_reduction, heads_that_do_not_divide_are_gathered,
+        a_cache_split_by_heads_stays_split, gradients_of_a_gather, compiled,
+        a_method_by_local_map, example, errors,
     )  # fmt: skip
     return {
         **{f"{what.__name__} {op} {sample}": partial(what, op, sample)
            for what in (as_described, anywhere) for op, sample in SAMPLES},
         **{case.__name__: case for case in alone},
+        **{f"keys_apart causal={causal}": partial(keys_apart, causal) for causal in (False, True)},
     }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ case's result. usage: python -m tests.distributed.ranks MODULE FOLDER WORLD...
 
 import importlib
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -43,6 +44,7 @@ def _rank(rank: int, world: int, module: str, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/{world}.store", rank=rank, world_size=world,
         timeout=timedelta(seconds=LIMIT),
     )  # fmt: skip
+    os.environ["WORLD_SIZE"] = str(world)
     with (Path(folder) / f"{world}.{rank}").open("w") as file:
         for name, case in importlib.import_module(module).CASES.items():
             error = ""

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from testing import ROOT, sharding_table
+from testing.pages import section
 from tests.distributed import op_cases, ranks
 from tokenprune_kernels.distributed import merge_entropy, merge_lse
 
@@ -21,6 +23,11 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> Errors:
 @pytest.mark.parametrize("case", op_cases.CASES)
 def test_sharded(errors: Errors, case: str, world: int) -> None:
     assert not errors[world, case], "\n".join(errors[world, case])
+
+
+def test_the_page_shows_what_the_descriptions_say() -> None:
+    page = (ROOT / "docs" / "distributed.md").read_text()
+    assert section(page, "shardings") == sharding_table.shardings(), "run: python -m scripts.update_readme"
 
 
 def rows(scale: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,6 +4,7 @@ A decision that float32 could take differently raises `NearTieError`; the tests 
 values are a tie that the contract settles: the lower index wins.
 """
 
+import itertools
 import math
 from collections.abc import Iterable
 
@@ -313,3 +314,19 @@ def idpruner(features, importance, k, weight=0.5):
         worth = {i: weight * w[i] - (1 - weight) * max(like[i][j] for j in picks) if picks else w[i] for i in rest}
         picks += best(worth, rest, 1)
     return {"order": picks, "importance": w}
+
+
+def vispruner(features, saliency, k, ratio=0.5, margin=MARGIN):
+    """The list as the authors' code keeps it; of an odd length, the first half has an entry more."""
+    important = best(saliency, range(len(features)), math.floor(ratio * k))
+    listed = ranking(saliency, [i for i in range(len(features)) if i not in important])
+    target = k - math.floor(ratio * k)
+    while len(listed) > target:
+        first, second = listed[::2], listed[1::2]
+        like = {i: max((cos(features[i], features[j]) for j in second), default=0.0) for i in first}
+        order = sorted(first, key=lambda i: -like[i])  # equal ones stay in the order of the list
+        for i, j in itertools.pairwise(order):
+            if 0 < like[i] - like[j] < margin:
+                raise NearTieError
+        listed = order[min(8, len(listed) - target) :] + second
+    return {"important": sorted(important), "diverse": sorted(listed)}

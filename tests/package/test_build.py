@@ -1,6 +1,5 @@
 """The build: switches and their errors, what a wheel and an sdist contain, the installation without a compiler."""
 
-import importlib.util
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ import pytest
 
 from testing import ROOT
 from testing.process import printed
+from testing.setup_file import setup_module
 
 SWITCHES = ("TOKENPRUNE_CPU", "TOKENPRUNE_CUDA", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST", "CXX", "CXXFLAGS", "LDFLAGS")
 OBJECTS = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
@@ -26,12 +26,7 @@ def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """setup.py as a module, with none of its switches set."""
     for name in SWITCHES:
         monkeypatch.delenv(name, raising=False)
-    spec = importlib.util.spec_from_file_location("tokenprune_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return setup_module()
 
 
 def setup_py(folder: Path, *commands: str, **switches: str) -> subprocess.CompletedProcess[str]:

@@ -2,7 +2,6 @@
 
 import re
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
@@ -17,7 +16,7 @@ def run(name: str) -> str:
 
 def test_every_example_is_tested() -> None:
     scripts = {file.name for file in (ROOT / "examples").glob("*.py")}
-    tests = "".join(file.read_text() for file in Path(__file__).parent.glob("*.py"))
+    tests = "".join(file.read_text() for file in (ROOT / "tests").rglob("*.py"))
     assert [name for name in scripts if f'"{name}")' not in tests and f'"{name}",' not in tests] == []
 
 

@@ -29,7 +29,11 @@ from tokenprune_kernels.methods import get_method
 WITHIN_IMAGES = [name for name in METHODS if get_method(name).within_images]
 SEED = {"random": {"seed": 5}}
 TOKENS = 36
-OF_TOKENS = {"features", "visual_embeddings", "saliency", "positions", "grid", "groups", "key_indices"}
+# The arguments that have an entry for each visual token.
+OF_TOKENS = {
+    "features", "visual_embeddings", "unrotated_key", "saliency", "positions", "stacked_positions", "grid", "groups",
+    "key_indices",
+}  # fmt: skip
 
 
 def forward(prompts: Prompts) -> Any:
@@ -91,11 +95,12 @@ def test_an_images_tokens_are_those_that_the_function_picks_among_them(method: s
         for image, k in enumerate(row):
             cut = slice(TOKENS * image, TOKENS * (image + 1))
             own = {
-                name: (value[b : b + 1, cut] if name in OF_TOKENS else value[b : b + 1])
+                name: (value[b : b + 1, cut] if stage.arguments[name] in OF_TOKENS else value[b : b + 1])
                 if isinstance(value, torch.Tensor)
                 else value
                 for name, value in given.items()
             }
+            own |= {"count": TOKENS} if "count" in own else {}
             want.append(stage.function(k=min(TOKENS, stage.share * k), **own).indices[0] + cut.start)
         assert torch.equal(kept[b][kept[b] >= 0], torch.cat(want))
 

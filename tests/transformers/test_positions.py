@@ -9,7 +9,14 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from tests.transformers.vlm import oracle, runs_crops, runs_qwen
-from tests.transformers.vlm.checks import CLOSE, IN_MODEL, assert_decoded_like_the_oracle, drops_of, generate
+from tests.transformers.vlm.checks import (
+    CLOSE,
+    IN_MODEL,
+    WITHOUT_MERGING,
+    assert_decoded_like_the_oracle,
+    drops_of,
+    generate,
+)
 from tests.transformers.vlm.models import llava, text
 from tokenprune_kernels.integrations.transformers import prune_visual_tokens
 
@@ -21,7 +28,8 @@ SCHEDULE = {1: 0.4, 3: 9}
 )
 def test_32_decoded_tokens_equal_the_float64_path(method: str, compact: bool) -> None:
     prompts = llava(3, ragged=True, images=2)
-    with prune_visual_tokens(prompts.model, method, SCHEDULE, positions="renumber", compact_cache=compact) as pruning:
+    options = {"positions": "renumber", "compact_cache": compact, **WITHOUT_MERGING.get(method, {})}
+    with prune_visual_tokens(prompts.model, method, SCHEDULE, **options) as pruning:
         out = generate(prompts.model, prompts.inputs, 32)
     drops = drops_of(prompts, pruning, 0, compact)
     assert [drop.layer for drop in drops] == ([0, 1, 3] if method == "sts" else [1, 3])

@@ -6,12 +6,14 @@ the call with "mean" before it, and it takes no list of tensors. So the whole ru
 public functions.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
@@ -30,50 +32,74 @@ def register() -> None:
         torch.library.register_torch_dispatch(f"tokenprune::{name}", DTensor, rule, lib=_library)
 
 
+class Described(NamedTuple):
+    """All that is asked of a DTensor before its values are."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    placements: tuple[Placement, ...]
+
+
+class Plan(NamedTuple):
+    inputs: list[tuple[Placement, ...]]  # of every tensor
+    outputs: list[tuple[tuple[Placement, ...], torch.Size, tuple[int, ...]]]  # placements, global shape, global stride
+
+
 def _run(op: Op, cls: Any, function: Any, types: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> Any:
     with torch.no_grad():  # autograd, where there is any, has been here before
         values = op.bind(args, kwargs or {})
         tensors = _checked(op, values)
-        whole = getattr(_fakes, op.name)(*_each(_without_memory, values))
-        inputs, outputs = _chosen(op, values, tensors)
-        local = iter([t.redistribute(placements=p).to_local() for t, p in zip(tensors, inputs, strict=True)])
+        mesh = tensors[0].device_mesh
+        described = _each(lambda t: Described(t.shape, t.dtype, t.placements), values)
+        try:
+            plan = _plan(op, mesh, described)
+        except TypeError:  # sizes of a graph that is being made have no hash
+            plan = _plan.__wrapped__(op, mesh, described)
+        local = iter([_placed(t, p).to_local() for t, p in zip(tensors, plan.inputs, strict=True)])
         local_values = _each(lambda _: next(local), values)
         positional = sum(not a.keyword_only for a in op.arguments)
         keywords = {a.name: v for a, v in zip(op.arguments[positional:], local_values[positional:], strict=True)}
         results = function(*local_values[:positional], **keywords)
-        mesh = tensors[0].device_mesh
         made = [
-            DTensor.from_local(part, mesh, placements, run_check=False, shape=meta.shape, stride=meta.stride())
-            for part, placements, meta in zip(_listed(results), outputs, _listed(whole), strict=True)
+            DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride)
+            for part, (placements, shape, stride) in zip(_listed(results), plan.outputs, strict=True)
         ]
     return made[0] if isinstance(results, Tensor) else type(results)(made)
 
 
-def _chosen(op: Op, values: list[Any], tensors: list[DTensor]) -> tuple[list[list[Placement]], list[list[Placement]]]:
-    """The placements of all tensors that go in and come out, one for each dimension of the mesh."""
+def _placed(t: DTensor, placements: tuple[Placement, ...]) -> DTensor:
+    return t if t.placements == placements else t.redistribute(placements=placements)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(op: Op, mesh: DeviceMesh, described: tuple[Any, ...]) -> Plan:
+    """Where all tensors of a call have to lie, from all that it is given but the values: good arguments or an error."""
+    tensors = list(_described(described))
+    values = _each(lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"), described)
+    whole = _listed(getattr(_fakes, op.name)(*values))
     named = {a.name: value for a, value in zip(op.arguments, values, strict=True)}
     sizes: dict[str, int] = {}
     for a in op.arguments:
         if isinstance(a.kind, TensorKind) and named[a.name] is not None:
             sizes.update(zip(a.kind.shape, named[a.name].shape, strict=True))
     chosen = []
-    for d, ranks in enumerate(tensors[0].device_mesh.shape):
+    for d, ranks in enumerate(mesh.shape):
         now = [t.placements[d] for t in tensors]
         possible = layouts(op, named, sizes, ranks) if op.outputs else gather_layouts(named, now)
         layout = min(possible, key=partial(_moved, tensors, now))  # the first of those that move as little
         sizes.update({letter: -(-sizes[letter] // ranks) for letter in layout.letters})
         chosen.append(layout)
-    return _by_tensor([c.inputs for c in chosen]), _by_tensor([c.outputs for c in chosen])
+    outputs = zip(*(c.outputs for c in chosen), strict=True)
+    return Plan(
+        list(zip(*(c.inputs for c in chosen), strict=True)),
+        [(placements, t.shape, t.stride()) for placements, t in zip(outputs, whole, strict=True)],
+    )
 
 
-def _by_tensor(by_dimension: list[list[Placement]]) -> list[list[Placement]]:
-    return [list(placements) for placements in zip(*by_dimension, strict=True)]
-
-
-def _moved(tensors: list[DTensor], now: list[Placement], layout: Layout) -> int:
+def _moved(tensors: list[Described], now: list[Placement], layout: Layout) -> int:
     """How many elements take part in communication: a tensor that is whole is only cut."""
     each = zip(tensors, now, layout.inputs, strict=True)
-    return sum(t.numel() for t, p, wanted in each if p != wanted and not p.is_replicate())
+    return sum(t.shape.numel() for t, p, wanted in each if p != wanted and not p.is_replicate())
 
 
 def _checked(op: Op, values: list[Any]) -> list[DTensor]:
@@ -94,19 +120,23 @@ def _checked(op: Op, values: list[Any]) -> list[DTensor]:
     return found
 
 
-def _each(function: Callable[[Any], Any], values: list[Any]) -> list[Any]:
-    """The values with all tensors replaced, those in lists too."""
+def _each(function: Callable[[Any], Any], values: Sequence[Any]) -> tuple[Any, ...]:
+    """The values with all tensors, or their descriptions, replaced; those in lists too."""
 
     def of(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return [of(v) for v in value]
-        return function(value) if isinstance(value, Tensor) else value
+        if isinstance(value, (Tensor, Described)):
+            return function(value)
+        return tuple(map(of, value)) if isinstance(value, (list, tuple)) else value
 
-    return [of(value) for value in values]
+    return tuple(map(of, values))
 
 
-def _without_memory(t: Tensor) -> Tensor:
-    return torch.empty(t.shape, dtype=t.dtype, device="meta")
+def _described(values: Sequence[Any]) -> Iterator[Described]:
+    for value in values:
+        if isinstance(value, Described):
+            yield value
+        elif isinstance(value, tuple):
+            yield from _described(value)
 
 
 def _listed(results: Any) -> Sequence[Tensor]:

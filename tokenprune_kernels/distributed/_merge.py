@@ -17,8 +17,8 @@ def merge_lse(lse: Tensor, dim: int = 0) -> Tensor:
 
     >>> import math, torch
     >>> from tokenprune_kernels.distributed import merge_lse
-    >>> merge_lse(torch.tensor([[math.log(3.0)], [-math.inf], [math.log(5.0)]])).exp()
-    tensor([8.0000])
+    >>> merge_lse(torch.tensor([[math.log(3.0)], [-math.inf], [math.log(5.0)]]))  # log 8
+    tensor([2.0794])
     """
     return lse.logsumexp(dim)
 

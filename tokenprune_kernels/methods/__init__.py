@@ -18,6 +18,7 @@ from .sparsevlm import SPARSEVLM, sparsevlm
 from .sts import STS, sts_semantics, sts_structure
 from .vidcom2 import VIDCOM2, vidcom2
 from .visionzip import VISIONZIP, visionzip
+from .vispruner import VISPRUNER, vispruner
 from .zspaprune import ZSPAPRUNE, zspaprune
 
 __all__ = [
@@ -47,13 +48,14 @@ __all__ = [
     "unregister_method",
     "vidcom2",
     "visionzip",
+    "vispruner",
     "zspaprune",
 ]
 
 # The order of every table.
 _PUBLISHED = (
     COAST, STS, ADAFV, ZSPAPRUNE, ADAPTPRUNE, DART, EVS, VIDCOM2, CDPRUNER, SCOPE, MMTOK, PYRAMIDDROP, VISIONZIP,
-    SPARSEVLM, IDPRUNER,
+    SPARSEVLM, VISPRUNER, IDPRUNER,
 )  # fmt: skip
 for _method in (*_PUBLISHED, FASTV, DIVPRUNE, RANDOM):
     add(_method)

@@ -71,10 +71,11 @@ def sparsevlm(
     Where it comes from. Raters, scores, recycling and its constants are the authors' code's, version 1; version 2 does
     not recycle: recycle_ratio=None. The rank rule is second hand. There, the budgets are tables: after layers 2, 6 and
     15 of LLaVA-1.5-7B, which is in front of 3, 7 and 16 here, n = 300, 200 and 110 of 576 tokens, with c = 9, 4 and 3,
-    so K = 309, 204 and 113. Ours: c counts in K, n is the largest with n + c <= K and at least half of it; a recycled
-    row stands at the place of its centre (there, behind all that are kept, by falling score); positions are numbered anew at each stage; the
-    mean is exact (there, 1e-6 is added to the count); equal densities put the lower index first (there, noise decides,
-    so that runs differ); a sample none of whose rows is above the mean is rated by all of them (there, NaN).
+    so K = 309, 204 and 113. As there, the integration numbers positions anew at each stage. Ours: c counts in K, n is
+    the largest with n + c <= K and at least half of it; a recycled row stands at the place of its centre (there, behind
+    all that are kept, by falling score); the mean is exact (there, 1e-6 is added to the count); equal densities put the
+    lower index first (there, noise decides, so that runs differ); a sample none of whose rows is above the mean is
+    rated by all of them (there, NaN).
 
     details: attention [B, V]; raters [B, T]; centres [B, c + 1], -1 after the last.
 

@@ -12,9 +12,7 @@ TOKENPRUNE_INLINE A largest_lane(typename VectorOfBytes<A, bytes>::type v) {
   if constexpr (bytes == 2 * sizeof(A)) {
     return v[0] > v[1] ? v[0] : v[1];
   } else {
-    typename VectorOfBytes<A, bytes / 2>::type low, high;
-    std::memcpy(&low, &v, bytes / 2);
-    std::memcpy(&high, reinterpret_cast<const char*>(&v) + bytes / 2, bytes / 2);
+    const auto low = half_of<A, bytes, false>(v), high = half_of<A, bytes, true>(v);
     return largest_lane<A, bytes / 2>(low > high ? low : high);
   }
 }

@@ -243,16 +243,14 @@ struct TileCopy {
         cp_async_16(to + (at ^ e / 2 << 6) + e % 2 * 32 * kChunkBytes, vectors[e % 2] + e / 2 * 4 * Tile::kUnit, true);
     } else {
 #pragma unroll 1
-      for (int half = 0; half < 2; ++half) {
-        const int exist = left - (first_unit() + 4 * half) * Tile::kUnit;  // from there on
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          unsigned char* const place = to + (at ^ half << 6) + i * 32 * kChunkBytes;
-          if (aligned)
-            cp_async_16(place, vectors[i] + 4 * half * Tile::kUnit, exist > 0);
-          else
-            copy_elements(reinterpret_cast<T*>(place), vectors[i] + 4 * half * Tile::kUnit, exist);
-        }
+      for (int e = 0; e < 4; ++e) {
+        unsigned char* const place = to + (at ^ e / 2 << 6) + e % 2 * 32 * kChunkBytes;
+        const T* const source = (e % 2 ? vectors[1] : vectors[0]) + e / 2 * 4 * Tile::kUnit;
+        const int exist = left - (first_unit() + e / 2 * 4) * Tile::kUnit;  // from there on
+        if (aligned)
+          cp_async_16(place, source, exist > 0);
+        else
+          copy_elements(reinterpret_cast<T*>(place), source, exist);
       }
     }
     vectors[0] += Tile::kChunk;

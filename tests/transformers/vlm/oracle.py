@@ -23,11 +23,13 @@ class Drop:
     """From decoder layer `layer` on, the columns with `columns` [B, L] True are gone.
 
     everywhere_for_new_rows: rows behind the prompt miss them in the layers before too (a compacted cache).
+    bias [B, L]: what is added to the logits of the keys from that layer on.
     """
 
     layer: int
     columns: Tensor
     everywhere_for_new_rows: bool = False
+    bias: Tensor | None = None
 
 
 def _attention(drops: Sequence[Drop], prompt_length: int) -> Any:
@@ -48,7 +50,11 @@ def _attention(drops: Sequence[Drop], prompt_length: int) -> Any:
                     continue
                 gone = gone & (column >= prompt_length).view(1, 1, -1, 1)
             allowed = allowed & ~gone
-        logits = (query @ key.mT * scaling).masked_fill(~allowed, -torch.inf)
+        logits = query @ key.mT * scaling
+        for drop in drops:
+            if drop.bias is not None and module.layer_idx >= drop.layer:
+                logits = logits + torch.nn.functional.pad(drop.bias, (0, columns - drop.bias.shape[1]))[:, None, None]
+        logits = logits.masked_fill(~allowed, -torch.inf)
         weights = logits.softmax(-1).nan_to_num(0.0)  # padding and dropped rows may see nothing
         return (weights @ value).transpose(1, 2).contiguous(), None
 

@@ -20,12 +20,18 @@ class Segment:
     """From decoder layer `first` on, the sequence is `tokens`.
 
     next_position [B]: the position of the next token, of layers inside the model that number positions anew; None in
-    those where it is the model's.
+    those where it is the model's. bias [B, V]: what the attention adds to the logits of a key, for each visual token of
+    the unpruned prompt; None: nothing.
     """
 
     first: int
     tokens: Tokens
     next_position: Tensor | None = None
+    bias: Tensor | None = None
+
+    def bias_of_columns(self) -> Tensor | None:
+        """[B, L]; 0 for text."""
+        return None if self.bias is None else gather_compact([self.bias], self.tokens.prompt_slot(), dims=[1])[0]
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class Pruned:
             real = segment.tokens.real
             real = None if real is None else real.expand(batch, -1)
             position = None if segment.next_position is None else segment.next_position.expand(batch)
-            segments.append(Segment(segment.first, replace(segment.tokens, real=real), position))
+            segments.append(replace(segment, tokens=replace(segment.tokens, real=real), next_position=position))
         return Pruned(self.length, segments, self.next_position.expand(*self.next_position.shape[:-1], batch))
 
 

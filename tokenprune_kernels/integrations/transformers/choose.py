@@ -191,11 +191,13 @@ def check_stage(method: str, stage: Stage, layer: Any) -> None:
 class Chosen(NamedTuple):
     """indices [B, K] among the visual tokens, ascending, -1 after the last; K is the largest budget of a sample.
 
-    merged [B, K, C]: the rows that take the place of the kept tokens' own, of a method that merges what it drops.
+    Of a method that merges what it drops, else None: merged [B, K, C] are the rows that take the place of the kept
+    tokens' own, sizes [B, K] how many tokens each of them stands for, if the method says so.
     """
 
     indices: Tensor
     merged: Tensor | None
+    sizes: Tensor | None
 
 
 def choose(
@@ -225,22 +227,26 @@ def choose(
         given |= dict.fromkeys(of_call, count)
         result = stage.function(k=k, **given, **options)
         indices = _indices(stage.name, result, k, _rows(present, at))
-        merged = _merged(stage.name, result, (len(at), k, context.hidden.shape[2]), present.device)
+        merged, sizes = _merged(stage.name, result, (len(at), k, context.hidden.shape[2]), present.device)
         if len(at) == len(left) and not by_image:
-            return Chosen(indices, merged)
-        found.append((at, indices, merged))
+            return Chosen(indices, merged, sizes)
+        found.append((at, Chosen(indices, merged, sizes)))
     batch, most = context.tokens.visual.shape
     first = torch.tensor([b * most + s for b, s in zip(sample, start, strict=True)], device=present.device)
     # Tokens are counted through all samples, and a row behind the last takes what has no place.
-    token = torch.cat([at_rows(indices, first[at]).flatten() for at, indices, _ in found])
+    token = torch.cat([at_rows(chosen.indices, first[at]).flatten() for at, chosen in found])
     stays = indices_to_mask(token.unsqueeze(0), batch * most).view(batch, most)
     indices, _ = mask_to_indices(stays, max(map(sum, budgets)))
-    becomes = [merged.flatten(0, 1) for _, _, merged in found if merged is not None]
-    if not becomes:
-        return Chosen(indices, None)
-    merged = becomes[0].new_zeros((batch * most + 1, becomes[0].shape[1]))
-    merged[token] = torch.cat(becomes)
-    return Chosen(indices, gather_compact([merged[:-1].view(batch, most, -1)], indices, dims=[1])[0])
+
+    def by_sample(parts: list[Tensor | None]) -> Tensor | None:
+        given = [part.flatten(0, 1) for part in parts if part is not None]
+        if not given:
+            return None
+        values = given[0].new_zeros((batch * most + 1, *given[0].shape[1:]))
+        values[token] = torch.cat(given)
+        return gather_compact([values[:-1].unflatten(0, (batch, most))], indices, dims=[1])[0]
+
+    return Chosen(indices, *(by_sample([getattr(chosen, n) for _, chosen in found]) for n in ("merged", "sizes")))
 
 
 def at_rows(index: Tensor, start: Tensor) -> Tensor:
@@ -268,15 +274,22 @@ def _rows(value: Any, rows: list[int]) -> Any:
     return value[rows]
 
 
-def _merged(name: str, result: Any, wanted: tuple[int, int, int], device: torch.device) -> Tensor | None:
-    """[B, k, C] what a `Selection` says that the kept tokens become, or None where they stay as they are."""
-    merged = result.merged if isinstance(result, Selection) else None
+def _merged(
+    name: str, result: Any, wanted: tuple[int, int, int], device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """`merged` [B, k, C] and `sizes` [B, k] of a `Selection`, or None where the kept tokens stay as they are."""
+    merged, sizes = (result.merged, result.sizes) if isinstance(result, Selection) else (None, None)
+    if sizes is not None and (sizes.shape != wanted[:2] or sizes.device != device):
+        raise ValueError(
+            f"prune_visual_tokens: sizes of {name} must have shape [B, k] = {list(wanted[:2])} on {device}, "
+            f"got {list(sizes.shape)} on {sizes.device}"
+        )
     if merged is not None and (merged.shape != wanted or merged.device != device):
         raise ValueError(
             f"prune_visual_tokens: merged of {name} must have shape [B, k, C] = {list(wanted)} on {device}, "
             f"got {list(merged.shape)} on {merged.device}"
         )
-    return merged
+    return merged, sizes
 
 
 def _indices(name: str, result: Any, k: int, present: Tensor) -> Tensor:

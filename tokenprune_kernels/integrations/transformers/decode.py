@@ -63,6 +63,8 @@ def _mask(family: Family, config: Any, now: Decode, segment: Segment, cache: Any
     queries = len(now.step)
     keys = layer_length(cache, segment.first) + queries
     batch, given, new = hidden.shape[0], now.given_mask, keys - tokens.length
+    bias = segment.bias_of_columns()
+    bias = None if bias is None else torch.nn.functional.pad(bias, (0, new))
     real, padding = tokens.real, None
     if real is not None or given is not None:
         flags = hidden.new_ones((batch, keys), dtype=torch.bool)
@@ -72,6 +74,6 @@ def _mask(family: Family, config: Any, now: Decode, segment: Segment, cache: Any
         )
         padding = torch.cat(parts, 1)
     return decoder_mask(
-        family, config, batch=batch, queries=queries, keys=keys, padding=padding, dtype=hidden.dtype,
+        family, config, batch=batch, queries=queries, keys=keys, padding=padding, bias=bias, dtype=hidden.dtype,
         device=hidden.device,
     )  # fmt: skip

@@ -71,6 +71,7 @@ class Plan:
     per_image: bool  # budgets are of images and frames, not of samples
     saliency: Saliency | None  # for the methods that ask for it
     renumber: bool
+    calibrate: bool
     compact_cache: bool
     seed: int | None
     options: dict[str, Any]
@@ -181,8 +182,8 @@ def end_prefill(plan: Plan, now: Prefill) -> None:
     if plan.compact_cache and last.first > 0:
         with now.report.clock("compact_ms"):
             _compact_caches(now)
-        renumbered = [replace(s, tokens=last.tokens) for s in now.segments if s.next_position is not None]
-        now.segments = [Segment(0, last.tokens), *renumbered]
+        own = [s for s in now.segments if s.next_position is not None or s.bias is not None]
+        now.segments = [Segment(0, last.tokens), *(replace(s, tokens=last.tokens) for s in own)]
     remember(now.cache, Pruned(now.original.length, now.segments, now.next_position))
 
 
@@ -210,14 +211,15 @@ def _prune(plan: Plan, now: Prefill, planned: PlannedStage, layer: nn.Module, in
     now.attention = None
     with now.report.clock("compact_ms"):
         number = after.numbered() if plan.renumber else None
-        hidden = _compact(plan, now, after, columns, number, inputs)
+        bias = _bias(planned.stage, now, after, chosen.sizes) if plan.calibrate else None
+        next_position = None if number is None else number[:, -1] + 1
+        if next_position is not None and planned.layer == 0:  # the model counts on from there in all of its layers
+            now.next_position, next_position = next_position, None
+        now.segments.append(Segment(planned.layer, after, next_position, bias))
+        hidden = _compact(plan, now, columns, number, inputs)
         if chosen.merged is not None:
             hidden = _replace(hidden, after.visual, chosen.merged)
     now.tokens, now.left = after, budgets
-    next_position = None if number is None else number[:, -1] + 1
-    if next_position is not None and planned.layer == 0:  # the model counts on from there in all of its layers
-        now.next_position, next_position = next_position, None
-    now.segments.append(Segment(planned.layer, after, next_position))
     now.columns.append(columns)
     now.report.pruned(planned.layer, after.counts, after.origin, served_by("gather_compact", hidden))
     return {**inputs, "hidden_states": hidden}
@@ -287,11 +289,34 @@ def _replace(hidden: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
     return wider.scatter(1, at.unsqueeze(-1).expand_as(rows), rows.to(hidden.dtype))[:, :length]
 
 
-def _compact(plan: Plan, now: Prefill, after: Tokens, columns: Tensor, number: Tensor | None, inputs: Inputs) -> Tensor:
+def _bias(stage: Stage, now: Prefill, after: Tokens, sizes: Tensor | None) -> Tensor | None:
+    """[B, V]: log s of every visual token of the prompt that is one of s merged ones, 0 for the others.
+
+    A key that stands for s tokens then weighs as much in a softmax as s of its kind would.
+    """
+    before = now.segments[-1].bias if now.segments else None
+    if sizes is None and before is None:
+        raise ValueError(
+            f"prune_visual_tokens: calibrate=True needs the sizes of merged tokens in a Selection, and {stage.name} "
+            "returned none"
+        )
+    if sizes is None:
+        return before
+    if before is not None:
+        raise NotImplementedError(f"prune_visual_tokens: calibrate=True, and {stage.name} merges a second time")
+    batch, most = now.original.visual.shape
+    at = torch.where(after.origin >= 0, after.origin, most)  # a token more takes what has no place
+    ones = sizes.new_ones((batch, most + 1))
+    return ones.scatter(1, at, sizes.clamp_min(1))[:, :most].log()
+
+
+def _compact(plan: Plan, now: Prefill, columns: Tensor, number: Tensor | None, inputs: Inputs) -> Tensor:
     """The hidden states without the dropped columns; what the layers get besides is left in `now.replaced`.
 
     number [B, L']: the columns' new positions; None: they keep their own.
     """
+    segment = now.segments[-1]
+    after = segment.tokens
     given = {**inputs, **now.replaced}
     hidden: Tensor = given["hidden_states"]
     batch = hidden.shape[0]
@@ -308,6 +333,7 @@ def _compact(plan: Plan, now: Prefill, after: Tokens, columns: Tensor, number: T
         "position_ids": None,
         "attention_mask": decoder_mask(
             plan.family, plan.decoder.config, batch=batch, queries=after.length, keys=after.length, padding=after.real,
+            bias=segment.bias_of_columns(),
             dtype=hidden.dtype, device=hidden.device,
         ),
     }  # fmt: skip

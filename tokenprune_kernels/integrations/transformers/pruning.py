@@ -13,6 +13,7 @@ from .budgets import Keep, as_python, budget_of, check_layer, ending_with, least
 from .choose import check_stage
 from .families import Family
 from .hooks import install
+from .masks import check_takes_bias
 from .overlay import boxes_of, overlay
 from .prefill import Plan, PlannedStage
 from .registry import family_of, unwrapped
@@ -96,6 +97,7 @@ class Pruning:
         min_keep: int | None = None,
         layer: int | None = None,
         positions: str | None = None,
+        calibrate: bool = False,
         compact_cache: bool = False,
         seed: int | None = None,
         options: dict[str, Any] | None = None,
@@ -116,6 +118,10 @@ class Pruning:
             positions = "original" if family.mrope else method.positions
         if "saliency" in method.uses and family.saliency is None:
             raise NotImplementedError(f"prune_visual_tokens: {method.name} has no saliency for {family.name}")
+        if not isinstance(calibrate, bool):
+            raise TypeError(f"prune_visual_tokens: calibrate must be a bool, got {calibrate!r}")
+        if calibrate:
+            check_takes_bias(decoder.config)
         seed = as_python(seed)
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise TypeError(f"prune_visual_tokens: seed must be an int or None, got {seed!r}")
@@ -125,7 +131,8 @@ class Pruning:
         self._block = Block(Plan(
             family, core, decoder, method.name, {planned.layer: planned for planned in stages},
             per_image=per == "image", saliency=family.saliency if "saliency" in method.uses else None,
-            renumber=positions == "renumber", compact_cache=compact_cache, seed=seed, options=options or {},
+            renumber=positions == "renumber", calibrate=calibrate, compact_cache=compact_cache, seed=seed,
+            options=options or {},
         ))  # fmt: skip
         self._installed: ExitStack | None = None
 
@@ -185,6 +192,7 @@ def prune_visual_tokens(
     min_keep: int | None = None,
     layer: int | None = None,
     positions: str | None = None,
+    calibrate: bool = False,
     compact_cache: bool = False,
     seed: int | None = None,
     **options: Any,
@@ -212,6 +220,8 @@ def prune_visual_tokens(
         positions: `original` keeps the rotary positions of what stays, `renumber` numbers it anew wherever tokens are
             dropped: the layers from there on see consecutive positions, those before them the prompt's, while decoding
             too (one-dimensional positions only). Default: as the method's paper has it.
+        calibrate: of methods that merge what they drop and say how many tokens a row stands for: add log s to the
+            logits of a key that is made of s tokens, in all layers from the merge on. Needs sdpa or eager attention.
         compact_cache: drop the same tokens from the key/value cache of the layers before the pruning layer too.
         seed: of methods that draw, as random does; prefills draw from it one after the other, those of several threads
             in any order.
@@ -230,6 +240,6 @@ def prune_visual_tokens(
         RuntimeError: the model is in such a block already.
     """
     return Pruning(
-        model, method, keep, per=per, min_keep=min_keep, layer=layer, positions=positions, compact_cache=compact_cache,
-        seed=seed, options=options,
+        model, method, keep, per=per, min_keep=min_keep, layer=layer, positions=positions, calibrate=calibrate,
+        compact_cache=compact_cache, seed=seed, options=options,
     )  # fmt: skip
