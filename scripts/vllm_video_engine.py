@@ -116,27 +116,15 @@ def last(count: Any) -> Any:
     return compute_retention_mask
 
 
-def enable_pruning() -> None:
-    """What the runner of GPUs does when it has loaded a model, and that of CPUs does not in vLLM 0.32: the engine's own
-    pruning ends in an error there, because nothing cuts the channels of positions off the embeddings."""
-    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-
-    load = CPUModelRunner.load_model
-
-    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
-        load(self, *args, **kwargs)
-        self.is_multimodal_pruning_enabled = self.model_config.multimodal_config.is_multimodal_pruning_enabled()
-
-    CPUModelRunner.load_model = load_model
-
-
 def answers(family: str, method: str, folder: Path) -> dict[str, list[dict[str, Any]]]:
     """By whose masks: of every request the length of its prompt, the answer, and log-probabilities of its tokens."""
     from vllm import LLM, SamplingParams
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     from tokenprune_kernels.integrations.vllm import video
+    from tokenprune_kernels.integrations.vllm.runner import complete
 
-    enable_pruning()
+    complete(CPUModelRunner)  # for the engine's own pruning of videos too
     llm = LLM(
         str(folder), dtype="float32", max_model_len=1024, enforce_eager=True, max_num_seqs=4, seed=0,
         limit_mm_per_prompt={"video": 1, "image": 0}, video_pruning_rate=RATE, video_pruning_method=method,

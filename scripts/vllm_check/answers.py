@@ -45,11 +45,6 @@ class Transformers:
         self.processor = AutoProcessor.from_pretrained(folder)
         self.positions = None if family.startswith("Qwen") else "renumber"
 
-    def block(self, method: Any, keep: float, setting: Setting) -> Any:
-        return prune_visual_tokens(
-            self.model, method, keep, positions=self.positions, seed=setting.seed, **setting.options
-        )
-
     def inputs(self, prompt: Prompt) -> Any:
         text, images = prompt.text(self.family), list(prompt.images) or None
         return self.processor(text=text, images=images, return_tensors="pt")
@@ -58,11 +53,6 @@ class Transformers:
     def logits(self, prompt: Prompt, setting: Setting, tokens: list[int]) -> tuple[int, Tensor]:
         """(tokens of the pruned prompt, [len(tokens), vocabulary] in front of each of `tokens`)."""
         method: Any = {"sts_structure": _sts_structure, "cdpruner": _cdpruner}.get(str(setting.method), setting.method)
-        keep, options = setting.keep, setting
-        assert keep is not None
-        if len(prompt.images) > 1:
-            kept = self._kept(prompt, setting, method)
-            method, keep, options = (lambda features, k: kept), kept.shape[1], Setting()
         inputs = self.inputs(prompt)
         # The answer's tokens stand behind the image, as more of the question would: methods here do not read it.
         more = len(tokens) - 1
@@ -70,22 +60,17 @@ class Transformers:
         if "mm_token_type_ids" in given:
             given["mm_token_type_ids"] = torch.nn.functional.pad(given["mm_token_type_ids"], (0, more))
         ids = torch.cat([inputs["input_ids"], torch.tensor([tokens[:-1]], dtype=torch.int64)], 1)
-        with self.block(method, keep, options):
+        with prune_visual_tokens(
+            self.model,
+            method,
+            setting.keep,
+            per="image",
+            positions=self.positions,
+            seed=setting.seed,
+            **setting.options,
+        ):
             out = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), **given)
         return out.logits.shape[1] - more, out.logits[0, -len(tokens) :]
-
-    def _kept(self, prompt: Prompt, setting: Setting, method: Any) -> Tensor:
-        """[1, K]: what is kept of several images that are chosen from one by one, as the engine does."""
-        kept, before = [], 0
-        for image in prompt.images:
-            alone = self.inputs(Prompt(prompt.question, (image,)))
-            assert setting.keep is not None
-            with self.block(method, setting.keep, setting) as pruning:
-                self.model(**alone)
-            assert pruning.kept is not None
-            kept.append(pruning.kept + before)
-            before += int((alone["input_ids"] == self.model.config.image_token_id).sum())
-        return torch.cat(kept, 1)
 
 
 def _sts_structure(features: Tensor, k: int, stacked_positions: Tensor, mask: Tensor | None = None) -> Any:

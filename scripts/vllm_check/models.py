@@ -5,6 +5,7 @@ writes now has other ones.
 """
 
 import shutil
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -184,3 +185,8 @@ def written(family: str, folder: Path) -> Path:
         shutil.rmtree(target, ignore_errors=True)
         convert(FAMILIES[family](target) / "transformers", target / "engine")
     return target
+
+
+if __name__ == "__main__":
+    for each in FAMILIES:
+        written(each, Path(sys.argv[1]))

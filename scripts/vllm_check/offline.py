@@ -30,8 +30,8 @@ def compare(family: str, folder: Path, text: str, chunk: int) -> list[dict[str, 
     from .prompts import prompts
 
     target = written(family, folder)
-    # Two images are too long for the small model when all tokens stay, and of merged rows transformers tells one's.
-    one_only = not text or "visionzip" in text
+    # Two images with all tokens are too long for the small model; for a second, transformers goes on drawing.
+    one_only = not text or "random" in text
     asked = [p for p in prompts() if len(p.images) < 2 or not one_only]
     llm = engine(target / "engine", chunk=chunk)
     sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, logprobs=5, allowed_token_ids=WORDS)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from testing import ROOT
 from tokenprune_kernels.integrations.transformers.layout import grid_patches
 from tokenprune_kernels.integrations.vllm.choice import OF_IMAGES, Chooser, check_setting, served
 from tokenprune_kernels.integrations.vllm.images import prune_images
@@ -47,11 +48,16 @@ def norm() -> Iterator[str]:
 
 def test_what_is_served_follows_from_the_descriptions(norm: str) -> None:
     names = set(served())
-    published = {"divprune", "random", "visionzip", "scope", "cdpruner", "evs", "vidcom2", "sts_structure", "idpruner"}
-    assert names == published | {norm}
+    assert {"divprune", "random", "visionzip", "scope", "cdpruner", "evs", "vidcom2", "sts_structure", norm} <= names
+    assert not {"adafv", "zspaprune", "mmtok", "fastv", "coast", "dart", "sts"} & names
     for name in set(method_names()) - names:
         method = get_method(name)
         assert method.in_model or method.uses - OF_IMAGES
+
+
+def test_the_page_names_what_is_served() -> None:
+    page = (ROOT / "docs" / "vllm.md").read_text()
+    assert [name for name in served() if f"`{name}`" not in page] == []
 
 
 @pytest.mark.parametrize(

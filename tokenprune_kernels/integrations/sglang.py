@@ -17,8 +17,8 @@ EVS = "sglang.srt.multimodal.evs"
 def register() -> None:
     """What the entry point names: with TOKENPRUNE_SGLANG=video=on, the engine's EVS is served by our ops.
 
-    The tokens that stay are the engine's in float32; in bfloat16 they are those of float64, where the engine's are
-    decided by rounding. The engine calls this in each of its processes, and applies the hook after all plug-ins have
+    The tokens that stay are the engine's in float32, up to ties; in bfloat16 they are those of float64, where rounding
+    decides the engine's. The engine calls this in each of its processes, and applies the hook after all plug-ins have
     loaded. Without the variable nothing happens. Twice is once.
 
     Raises:

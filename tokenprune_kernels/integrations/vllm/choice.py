@@ -19,7 +19,7 @@ from .setting import VARIABLE, Setting
 # makes of an image among all requests that show it.
 OF_IMAGES = frozenset({
     "features", "visual_embeddings", "saliency", "positions", "grid", "groups", "stacked_positions", "generator",
-    "mask", "present", "n",
+    "mask", "present", "n", "count",
 })  # fmt: skip
 
 

@@ -21,8 +21,8 @@ _registered: list[tuple[Retention, Retention]] = []  # the engine's functions, e
 def register_video() -> None:
     """Serve vLLM's `--video-pruning-rate`, with either `--video-pruning-method`, by the ops of this package.
 
-    The tokens that stay are the engine's in float32; in bfloat16 they are those of float64, where the engine's are
-    decided by rounding. To be called in every process of the engine, as a general plug-in is. Twice is once.
+    The tokens that stay are the engine's in float32, up to ties; in bfloat16 they are those of float64, where rounding
+    decides the engine's. To be called in every process of the engine, as a general plug-in is. Twice is once.
 
     Raises:
         NotImplementedError: this vLLM has other functions than these are written for; nothing is changed then.
