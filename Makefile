@@ -25,7 +25,7 @@ CSRC = $(shell find csrc emulator tests -name '*.h' -o -name '*.cpp' -o -name '*
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test bench bench-prefill retention hub weights readme build cuda-table triton-table lint format sanitize \
-        coverage check-abi check-triton check-transformers check-newest lock timing wheel clean
+        coverage check-abi check-triton check-transformers check-vllm check-newest lock timing wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -109,6 +109,9 @@ check-triton: build  ## the Triton kernels under every supported release of Trit
 check-transformers: build  ## run the integration's tests with the oldest, a middle and the newest transformers (downloads)
 	$(BIN)/python -m scripts.check_transformers $(ARGS)
 
+check-vllm: build  ## the vLLM plug-in in the engine, offline and over HTTP (.venv-vllm; downloads; ARGS=--write: docs/vllm.md)
+	$(BIN)/python -m scripts.check_vllm $(ARGS)
+
 check-newest:  ## the tests of what moves, with the newest releases, whatever the ranges say (.venv-newest; downloads)
 	PYTHON="$(PYTHON)" TORCH="$(TORCH)" CONSTRAINTS= bash scripts/setup.sh .venv-newest
 	.venv-newest/bin/python -m scripts.check_newest $(ARGS)
@@ -121,7 +124,7 @@ timing:  ## how long `make demo` and `make test` take from nothing, part by part
 	$(PYTHON) scripts/timing.py $(ARGS)
 
 clean:  ## remove everything that was built or installed here
-	rm -rf $(VENV) .venv-newest build dist *.egg-info tokenprune_kernels/*.so
+	rm -rf $(VENV) .venv-newest .venv-vllm build dist *.egg-info tokenprune_kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 

@@ -48,8 +48,8 @@ def calls(model: Model, x: dict[str, Tensor]) -> dict[str, Callable[[], Any]]:
     """Each function of a method on what it asks for, as far as a prompt of visual tokens and a question has it."""
     given = {
         **x, "causal": False, "grid": model.grid, "visual_embeddings": x["features"], "unrotated_key": x["features"],
-        "text_embeddings": x["text"], "stacked_positions": x["positions"],
-        "next_query": x["query"], "next_key": x["key"],
+        "text_embeddings": x["text"], "input_features": x["features"], "input_text": x["text"],
+        "stacked_positions": x["positions"], "next_query": x["query"], "next_key": x["key"],
     }  # fmt: skip
     # What a plain prompt leaves at its default, for methods that cannot do without.
     device = x["features"].device

@@ -20,7 +20,7 @@ from testing.cases import BACKENDS, dtypes_of, interpreted, lacks
 from bench.report import HEADER, Row, cells, duration
 from studies.retention import results
 from studies.retention.measure import UNPRUNED
-from testing import ROOT, family_table, method_tables
+from testing import ROOT, family_table, method_tables, sharding_table
 from testing.op_samples import OPS, make, run
 from testing.pages import fill
 from tokenprune_kernels.methods import get_method, method_names
@@ -154,6 +154,8 @@ def main() -> None:
     }
     when_not = ROOT / "docs" / "when-not.md"
     pages[when_not] = when_not.read_text(), fill(when_not.read_text(), "slower", slower_table(measured))
+    distributed = ROOT / "docs" / "distributed.md"
+    pages[distributed] = distributed.read_text(), fill(distributed.read_text(), "shardings", sharding_table.shardings())
     benchmarks = ROOT / "docs" / "benchmarks.md"
     pages[benchmarks] = benchmarks.read_text(), benchmarks_page(measured)
     for file, (before, after) in pages.items():

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -18,9 +19,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _info(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
-    from . import show_config
+    from . import config, show_config
 
-    show_config()
+    if options.json:
+        print(json.dumps(config(), indent=2))
+    else:
+        show_config()
     return 0
 
 
@@ -43,12 +47,15 @@ def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from . import __version__
     from .methods import method_names
 
     parser = _Parser(prog="tokenprune", description="Visual-token pruning kernels.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"tokenprune_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{info,demo}")
 
-    info = commands.add_parser("info", help="versions, architectures and which backends loaded")
+    info = commands.add_parser("info", help="versions, hardware, which backends loaded, and which one serves each op")
+    info.add_argument("--json", action="store_true", help="one JSON object, to attach to a report")
     info.set_defaults(run=_info, parser=info)
 
     demo = commands.add_parser(

@@ -99,9 +99,13 @@ def served_by(op: str, tensor: Tensor) -> str:
     name = _requested.name or _from_environment
     if name != "auto":
         return name
-    kind = tensor.device.type
+    return automatic(op, tensor.device.type)
+
+
+def automatic(op: str, device: str) -> str:
+    """The backend that `auto` means for this op on this kind of device."""
     for candidate in ("cpu", "cuda", "triton"):
-        if lacks(candidate, op) is None and unavailable(candidate, kind) is None:
+        if lacks(candidate, op) is None and unavailable(candidate, device) is None:
             return candidate
     return "reference"
 

@@ -116,6 +116,19 @@ def counts(shape: str) -> Output:
     return Output("count", shape)
 
 
+class Sharding(NamedTuple):
+    """One way in which ranks share a call: tensors are split along the dimensions of these letters, and whole if they
+    have none. An output without them is `partial` on every rank: the whole is the sum, or the avg, of all."""
+
+    letters: tuple[str, ...]
+    partial: str
+    only: dict[str, tuple[Any, ...]]  # the values that arguments must have for it; of words joined by "+", each
+
+
+def along(letters: str, partial: str = "", **only: tuple[Any, ...]) -> Sharding:
+    return Sharding(tuple(letters.split()), partial, only)
+
+
 class Argument(NamedTuple):
     name: str
     type: str  # of the schema
@@ -155,6 +168,7 @@ class Op:
     work: tuple[str, str] | None  # the argument to blame, and the product of sizes that _checks.MOST_WORK bounds
     rule: Rule | None
     fake: Callable[..., Any] | None  # for outputs that are not of the kinds above
+    shardings: tuple[Sharding, ...]  # the batch's first
 
     @property
     def private(self) -> bool:
@@ -208,9 +222,13 @@ def op(
     work: tuple[str, str] | None = None,
     rule: Rule | None = None,
     fake: Callable[..., Any] | None = None,
+    shardings: tuple[Sharding, ...] = (),
     **kinds: Kind,
 ) -> Callable[[F], F]:
-    """Describe the op that the function below calls; the keywords are its arguments' kinds."""
+    """Describe the op that the function below calls; the keywords are its arguments' kinds.
+
+    shardings: besides the batch, along which every op may be split.
+    """
 
     def describe(function: F) -> F:
         name = function.__name__
@@ -229,6 +247,7 @@ def op(
             work,
             rule,
             fake,
+            (along("B"), *shardings),
         )
         return function
 

@@ -63,7 +63,7 @@ def fits(architectures: str, major: int, minor: int) -> bool:
     return False
 
 
-def _driver_version() -> int:
+def driver_version() -> int:
     """The newest CUDA whose programs the installed driver runs (13000: 13.0), or 0 where none can be asked."""
     version = ctypes.c_int()
     try:
@@ -77,7 +77,7 @@ def _driver_version() -> int:
 def old_driver() -> str | None:
     """Why the driver cannot run the compiled CUDA kernels, or None. It runs all minor versions of its CUDA."""
     runtime = build_info().get("cuda_runtime", 0)
-    driver = _driver_version() if runtime else 0
+    driver = driver_version() if runtime else 0
     if driver == 0 or driver // 1000 >= runtime // 1000:
         return None
     found, needed = (f"{version // 1000}.{version % 1000 // 10}" for version in (driver, runtime))

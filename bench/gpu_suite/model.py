@@ -70,9 +70,9 @@ def attention(rows: bool, columns: bool, query: Any, key: Any, *_: Any, **option
         yield Launch(f"attention_norms_kernel<{kind}", unique / 16, pieces=unique / 8192, dram=unique)
     seen = {"l2": read} if options.get("cosine") else {"dram": unique, "l2": read}
     if rows:
-        thin = m * group <= 16
+        thin, resident = m * group <= 16, dim * size <= 512
         yield Launch(
-            f"attention_rows_{'thin' if thin else 'wide'}_kernel<{kind}",
+            f"attention_rows_{'thin' if thin else 'wide'}_kernel<{kind}, {'true' if resident else 'false'}>",
             batch * heads / group * (16 if thin else up(m * group, 64)) * up(n, 64) * up(dim, 16) / 2048,
             trips, pieces, exponentials=exps, **seen,
         )  # fmt: skip

@@ -15,7 +15,8 @@ from . import Row, Scale, on
 
 MIN_OVERLAP = 0.9  # of a method's tokens with the reference's: a near tie of a greedy pick changes the picks after it
 
-LAUNCHES = {"dart": 20, "vidcom2": 11, "visionzip": 11}  # pivot by pivot; budgets and merging beside a selection
+# Pivot by pivot; budgets and merging beside a selection; raters, clusters and merging.
+LAUNCHES = {"dart": 20, "vidcom2": 11, "visionzip": 11, "sparsevlm": 20}
 
 
 @functools.cache

@@ -23,7 +23,7 @@ namespace tokenprune {
 namespace {
 
 constexpr int64_t kStoredTokens = 4096;  // 64 MiB of float32
-constexpr int64_t kTile = 48;            // tokens that are compared with a panel together
+constexpr int64_t kTile = 96;            // tokens of a tile, whole panels: two tiles compare in the second-level cache
 
 // Does nothing overflow that is made of two such squares?
 template <class A>
@@ -45,8 +45,8 @@ struct Points {
   const A* panel(int64_t p) const { return static_cast<const A*>(packed.const_data_ptr()) + p * lanes * dim; }
   int64_t panels() const { return (size() + lanes - 1) / lanes; }
   int64_t tiles() const { return (size() + kTile - 1) / kTile; }
-  // Tiles, or pairs of them, that are worth a thread.
-  int64_t grain() const { return 1 + 65536 / (kTile * size() * (dim + 1) + 1); }
+  // The first panel of a tile, or the one after the last tile.
+  int64_t panel_of(int64_t tile) const { return std::min(tile * kTile / lanes, panels()); }
 };
 
 template <class T>
@@ -60,18 +60,21 @@ Points<T> pack_points(const Tensor& features, int64_t b, const uint8_t* mask) {
     if (mask == nullptr || mask[i])
       points.row.push_back(static_cast<const T*>(features.const_data_ptr()) + b * features.stride(0) +
                            i * features.stride(1));
-  const int64_t panels = points.panels(), lanes = points.lanes, dim = points.dim;
+  const int64_t panels = points.panels(), lanes = points.lanes, dim = points.dim, block = kernels.panel_block;
   points.packed = new_empty(features, {panels * lanes, dim}, wide_type(features));
   points.square.resize(panels * lanes);
   A* const packed = static_cast<A*>(points.packed.mutable_data_ptr());
   parallel_for(panels, 1 + 1024 / (dim + 1), [&](int64_t begin, int64_t end) {
-    std::vector<A> wide(lanes * dim);
+    std::vector<A> wide(lanes * block);
     for (int64_t p = begin; p < end; ++p) {
       const int64_t count = std::min(lanes, points.size() - p * lanes);
       A* const panel = packed + p * lanes * dim;
-      for (int64_t l = 0; l < count; ++l)
-        similarity_kernels<T>().widen(points.row[p * lanes + l], dim, wide.data() + l * dim);
-      kernels.pack_panel(wide.data(), dim, count, dim, panel);
+      for (int64_t d = 0; d < dim; d += block) {
+        const int64_t length = std::min(block, dim - d);
+        for (int64_t l = 0; l < count; ++l)
+          similarity_kernels<T>().widen(points.row[p * lanes + l] + d, length, wide.data() + l * block);
+        kernels.pack_panel(wide.data(), block, count, length, panel + d * lanes);
+      }
       kernels.panel_squares(panel, dim, points.square.data() + p * lanes);
     }
   });
@@ -89,39 +92,33 @@ Wide<T> squared_difference(const T* x, const T* y, int64_t dim) {
   return sum;
 }
 
-// The squared distances of tokens start .. start + count to all tokens from panel `first_panel` on, a row of `width` each.
-// Dimensions are taken block by block, so that a block of the tokens stays in the first-level cache for all panels; the
-// sums are those of panel_squares.
+// The squared distances of the tokens of one tile to those of another, in rows `stride` apart; of a tile to itself, with
+// `once`, each pair of panels once, the panel in the row being the earlier one. Dimensions are taken block by block, so
+// that a block of both tiles stays in the second-level cache; the sums are those of panel_squares.
 template <class T>
-void compare_tile(const Points<T>& points, int64_t start, int64_t count, int64_t first_panel, Wide<T>* rows) {
+void compare_tiles(const Points<T>& points, int64_t tile, int64_t other, bool once, Wide<T>* rows, int64_t stride) {
   using A = Wide<T>;
   const RowKernels<A>& kernels = row_kernels<A>();
-  const int64_t dim = points.dim, lanes = points.lanes, width = points.panels() * lanes - first_panel * lanes;
-  const int64_t block = kernels.panel_block;
-  std::vector<A> wide(count * block), dots(count * lanes);
-  std::fill(rows, rows + count * width, A(0));
-  for (int64_t d = 0; d < dim; d += block) {
-    const int64_t length = std::min(block, dim - d);
-    for (int64_t r = 0; r < count; ++r)
-      similarity_kernels<T>().widen(points.row[start + r] + d, length, wide.data() + r * block);
-    for (int64_t p = first_panel; p < points.panels(); ++p) {
-      kernels.panel_dots(points.panel(p) + d * lanes, length, wide.data(), block, count, dots.data());
-      for (int64_t r = 0; r < count; ++r)
-        for (int64_t l = 0; l < lanes; ++l) rows[r * width + (p - first_panel) * lanes + l] += dots[r * lanes + l];
-    }
+  const int64_t dim = points.dim, lanes = points.lanes, first = other * kTile;
+  const int64_t width = std::min(kTile, points.size() - first);
+  for (int64_t d = 0; d < dim; d += kernels.panel_block) {
+    const int64_t length = std::min(kernels.panel_block, dim - d);
+    for (int64_t p = points.panel_of(tile); p < points.panel_of(tile + 1); ++p)
+      for (int64_t q = once ? std::max(p, points.panel_of(other)) : points.panel_of(other);
+           q < points.panel_of(other + 1); ++q)
+        kernels.panel_products(points.panel(p) + d * lanes, points.panel(q) + d * lanes, length, d > 0,
+                               rows + (p * lanes - tile * kTile) * stride + q * lanes - first, stride);
   }
-  const A* const of_other = points.square.data() + first_panel * lanes;
-  for (int64_t r = 0; r < count; ++r) {
-    A* const row = rows + r * width;
-    const A own = points.square[start + r];
+  for (int64_t i = tile * kTile; i < std::min(points.size(), (tile + 1) * kTile); ++i, rows += stride) {
+    const A own = points.square[i];
     for (int64_t j = 0; j < width; ++j) {
-      const A square = (own + of_other[j]) - 2 * row[j];
-      row[j] = square < 0 ? A(0) : square;
+      const A square = (own + points.square[first + j]) - 2 * (dim > 0 ? rows[j] : A(0));
+      rows[j] = square < 0 ? A(0) : square;
     }
     if (points.small) continue;
-    for (int64_t j = 0; first_panel * lanes + j < points.size(); ++j)  // what overflows may still have a distance
-      if (!is_small(own) || !is_small(of_other[j]))
-        row[j] = squared_difference(points.row[start + r], points.row[first_panel * lanes + j], dim);
+    for (int64_t j = 0; j < width; ++j)  // what overflows may still have a distance
+      if (!is_small(own) || !is_small(points.square[first + j]))
+        rows[j] = squared_difference(points.row[i], points.row[first + j], dim);
   }
 }
 
@@ -129,22 +126,24 @@ void compare_tile(const Points<T>& points, int64_t start, int64_t count, int64_t
 template <class T>
 void fill_square(const Points<T>& points, Wide<T>* square) {
   using A = Wide<T>;
-  const int64_t n = points.size(), lanes = points.lanes, tiles = points.tiles();
-  const auto fill = [&](int64_t t, A* rows) {
-    const int64_t start = t * kTile, end = std::min(n, start + kTile), first = start / lanes * lanes;
-    const int64_t width = points.panels() * lanes - first;
-    compare_tile(points, start, end - start, first / lanes, rows);
-    for (int64_t i = start; i < end; ++i)
-      std::copy(rows + (i - start) * width + i - first, rows + (i - start) * width + n - first, square + i * n + i);
-    for (int64_t j = start + 1; j < n; ++j)
-      for (int64_t i = start; i < std::min(end, j); ++i) square[j * n + i] = rows[(i - start) * width + j - first];
-  };
-  // The later a tile, the fewer tokens come after it: an early and a late one together are always the same work.
-  parallel_for((tiles + 1) / 2, points.grain(), [&](int64_t begin, int64_t end) {
-    std::vector<A> rows(kTile * points.panels() * lanes);
-    for (int64_t early = begin; early < end; ++early) {
-      fill(early, rows.data());
-      if (tiles - 1 - early != early) fill(tiles - 1 - early, rows.data());
+  const int64_t n = points.size(), tiles = points.tiles();
+  std::vector<std::pair<int64_t, int64_t>> pairs;  // those of a tile and itself first, which are half the work
+  for (int64_t apart = 0; apart < tiles; ++apart)
+    for (int64_t t = 0; t + apart < tiles; ++t) pairs.emplace_back(t, t + apart);
+  parallel_for(pairs.size(), 1 + 65536 / (kTile * kTile * (points.dim + 1)), [&](int64_t begin, int64_t end) {
+    std::vector<A> rows(kTile * kTile);
+    for (int64_t item = begin; item < end; ++item) {
+      const auto [tile, other] = pairs[item];
+      const int64_t start = tile * kTile, stop = std::min(n, start + kTile);
+      const int64_t first = other * kTile, last = std::min(n, first + kTile);
+      compare_tiles(points, tile, other, true, rows.data(), kTile);
+      const auto at = [&](int64_t i, int64_t j) { return rows.data() + (i - start) * kTile + j - first; };
+      for (int64_t i = start; i < stop; ++i) {
+        const int64_t from = std::max(first, i);
+        std::copy(at(i, from), at(i, last), square + i * n + from);
+      }
+      for (int64_t j = first; j < last; ++j)
+        for (int64_t i = start; i < std::min(stop, j); ++i) square[j * n + i] = *at(i, j);
     }
   });
 }
@@ -152,14 +151,14 @@ void fill_square(const Points<T>& points, Wide<T>* square) {
 // f(i, the squared distances of token i to all) for every token; `square` has them, or they are computed now.
 template <class T, class F>
 void over_rows(const Points<T>& points, const Wide<T>* square, const F& f) {
-  const int64_t n = points.size(), width = points.panels() * points.lanes;
-  parallel_for(points.tiles(), points.grain(), [&](int64_t begin, int64_t end) {
+  const int64_t n = points.size(), tiles = points.tiles(), width = points.panels() * points.lanes;
+  parallel_for(tiles, 1 + 65536 / (kTile * n * (points.dim + 1) + 1), [&](int64_t begin, int64_t end) {
     std::vector<Wide<T>> computed(square == nullptr ? kTile * width : 0);
     for (int64_t t = begin; t < end; ++t) {
-      const int64_t start = t * kTile, count = std::min(kTile, n - start);
-      if (square == nullptr) compare_tile(points, start, count, 0, computed.data());
-      for (int64_t r = 0; r < count; ++r)
-        f(start + r, square == nullptr ? computed.data() + r * width : square + (start + r) * n);
+      for (int64_t other = 0; square == nullptr && other < tiles; ++other)
+        compare_tiles(points, t, other, false, computed.data() + other * kTile, width);
+      for (int64_t i = t * kTile; i < std::min(n, (t + 1) * kTile); ++i)
+        f(i, square == nullptr ? computed.data() + (i - t * kTile) * width : square + i * n);
     }
   });
 }

@@ -94,18 +94,24 @@ void extend(Factor<A>& f, const int64_t* tokens, int64_t count, int64_t begin, i
   }
 }
 
-// Up to the `last` picks, and stops early once all of the tokens are worse than `limit`.
+// Tokens, sorted by what they have seen, up to the `last` picks; one that is found worse than `limit` stays behind. They
+// go block by block together, so that those that have seen little are soon in groups with the others.
 template <class A>
 void bring_up(Factor<A>& f, const int64_t* tokens, int64_t count, int64_t last, const Rank<A>& limit) {
-  int64_t begin = last;
-  for (int64_t r = 0; r < count; ++r) begin = std::min(begin, f.seen[tokens[r]]);
-  bool promising = true;
-  while (begin < last && promising) {
-    const int64_t end = std::min(begin / kBlock * kBlock + kBlock, last);
-    extend(f, tokens, count, begin, end);
-    promising = false;
-    for (int64_t r = 0; r < count; ++r) promising = promising || f.rank(tokens[r]) < limit;
-    begin = end;
+  for (int64_t block = f.seen[tokens[0]] / kBlock * kBlock; block < last; block += kBlock) {
+    const int64_t end = std::min(block + kBlock, last);
+    int64_t group[kMaxPairRows], size = 0, begin = 0;
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t i = tokens[r], from = std::max(f.seen[i], block);
+      if (from >= end || !(f.rank(i) < limit)) continue;
+      if (size == kMaxPairRows || (size > 0 && from > begin + kSpread)) {
+        extend(f, group, size, begin, end);
+        size = 0;
+      }
+      if (size == 0) begin = from;
+      group[size++] = i;
+    }
+    if (size > 0) extend(f, group, size, begin, end);
   }
 }
 
@@ -136,8 +142,8 @@ int64_t pick_all(Factor<A>& f, const uint8_t* mask, int64_t k, int64_t* out, A* 
     const int64_t j = pop_best(
         heap, f.batch, [&](int64_t i) { return f.seen[i] == last; },
         [&](std::vector<int64_t>& tokens, const Rank<A>& limit) {
-          in_groups(f.team, tokens, f.seen, last, f.dim + last,
-                    [&](const int64_t* group, int64_t count) { bring_up(f, group, count, last, limit); });
+          in_pieces(f.team, tokens, f.seen, last, f.dim + last,
+                    [&](const int64_t* piece, int64_t count) { bring_up(f, piece, count, last, limit); });
         },
         [&](int64_t i) { return f.rank(i); });
     out[picked] = j;

@@ -30,23 +30,33 @@ bool worse(const Rank& a, const Rank& b) {
   return b < a;
 }
 
-// f(tokens, count) for groups of at most kMaxPairRows tokens that have seen about as many of the `last` selected ones,
-// on several threads when that pays; one comparison costs `work` multiply-adds.
+constexpr int64_t kSpread = 4;  // tokens in a group have seen numbers of selected tokens that differ by this at most
+
+// f(tokens, count) for pieces of the tokens, which are sorted by how many of the `last` selected ones they have seen: on
+// several threads when that pays, and one comparison costs `work` multiply-adds.
 template <class F>
-void in_groups(Team& team, std::vector<int64_t>& tokens, const std::vector<int64_t>& seen, int64_t last, int64_t work,
+void in_pieces(Team& team, std::vector<int64_t>& tokens, const std::vector<int64_t>& seen, int64_t last, int64_t work,
                const F& f) {
-  constexpr int64_t kSpread = 4, kCounted = 12;
+  constexpr int64_t kCounted = 12;
   std::sort(tokens.begin(), tokens.end(),
             [&](int64_t a, int64_t b) { return seen[a] != seen[b] ? seen[a] < seen[b] : a < b; });
   const int64_t count = tokens.size(), pieces = (count + kMaxPairRows - 1) / kMaxPairRows;
   int64_t total = 0;
   for (const int64_t i : tokens) total += std::min(last - seen[i], kCounted) * work;
   team.parallel_for(pieces, total >= 2 * kParallelWork ? 1 : pieces, [&](int64_t begin, int64_t end) {
-    const int64_t stop = std::min(end * kMaxPairRows, count);
-    for (int64_t at = begin * kMaxPairRows; at < stop;) {
+    f(tokens.data() + begin * kMaxPairRows, std::min(end * kMaxPairRows, count) - begin * kMaxPairRows);
+  });
+}
+
+// The same for groups of at most kMaxPairRows tokens that have seen about as many.
+template <class F>
+void in_groups(Team& team, std::vector<int64_t>& tokens, const std::vector<int64_t>& seen, int64_t last, int64_t work,
+               const F& f) {
+  in_pieces(team, tokens, seen, last, work, [&](const int64_t* piece, int64_t count) {
+    for (int64_t at = 0; at < count;) {
       int64_t next = at + 1;
-      while (next < stop && next < at + kMaxPairRows && seen[tokens[next]] <= seen[tokens[at]] + kSpread) ++next;
-      f(tokens.data() + at, next - at);
+      while (next < count && next < at + kMaxPairRows && seen[piece[next]] <= seen[piece[at]] + kSpread) ++next;
+      f(piece + at, next - at);
       at = next;
     }
   });

@@ -14,6 +14,7 @@
 #include "cpu/simd/merging.h"
 #include "cpu/simd/rows.h"
 #include "cpu/simd/similarity.h"
+#include "cpu/unit_rows.h"
 #include "dispatch.h"
 #include "op.h"
 #include "parallel.h"
@@ -94,38 +95,41 @@ void join_nearest(const Tensor& keys, const Tensor& targets, const MaskRows& mas
   const A limit = likeness.threshold ? sign * static_cast<A>(*likeness.threshold) : -infinity;
   const int64_t work = kTile * lanes * (dim + 1) * (1 + panels.first[batch] / (batch + 1));
   parallel_for(batch * tiles, 1 + 65536 / work, [&](int64_t begin, int64_t end) {
-    std::vector<A> dots(kTile * lanes), unit(dim), wide(std::is_same_v<T, A> ? 0 : kTile * dim);
+    std::vector<A> dots(kTile * lanes), unit(dim), wide(std::is_same_v<T, A> ? 0 : kTile * unit_stride(dim));
     A best[kTile];
     int64_t at[kTile];
+    const auto nearest = [&](int64_t b, const A* x, int64_t stride, int64_t count, A* best, int64_t* at) {
+      std::fill(best, best + count, -infinity);
+      std::fill(at, at + count, int64_t(-1));
+      for (int64_t p = panels.first[b]; p < panels.first[b + 1]; ++p) {
+        compare(packed + p * lanes * dim, dim, x, stride, count, dots.data());
+        merging.best_lanes(dots.data(), count, sign, p * lanes, best, at);
+      }
+    };
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / tiles, start = item % tiles * kTile, count = std::min(kTile, n - start);
       const T* const rows = static_cast<const T*>(keys.const_data_ptr()) + b * keys.stride(0) + start * keys.stride(1);
-      const auto nearest = [&](const A* x, int64_t stride, int64_t count, A* best, int64_t* at) {
-        std::fill(best, best + count, -infinity);
-        std::fill(at, at + count, int64_t(-1));
-        for (int64_t p = panels.first[b]; p < panels.first[b + 1]; ++p) {
-          compare(packed + p * lanes * dim, dim, x, stride, count, dots.data());
-          merging.best_lanes(dots.data(), count, sign, p * lanes, best, at);
-        }
-      };
+      const A* x = wide.data();
+      int64_t stride = unit_stride(dim);
       if constexpr (std::is_same_v<T, A>) {
-        nearest(rows, keys.stride(1), count, best, at);
+        x = rows;
+        stride = keys.stride(1);
       } else {
         for (int64_t j = 0; j < count; ++j)
-          similarity_kernels<T>().widen(rows + j * keys.stride(1), dim, wide.data() + j * dim);
-        nearest(wide.data(), dim, count, best, at);
+          similarity_kernels<T>().widen(rows + j * keys.stride(1), dim, wide.data() + j * stride);
       }
+      nearest(b, x, stride, count, best, at);
       const uint8_t* const takes_part = mask.row(b);
       for (int64_t j = 0; j < count; ++j) {
-        const T* const row = rows + j * keys.stride(1);
+        const A* const row = x + j * stride;
         A value = likeness.euclidean ? -std::sqrt(-best[j]) : best[j];
         if (!likeness.euclidean) {
-          const A norm = norm_from_squares(similarity_kernels<T>().dot(row, row, dim));
+          const A norm = norm_from_squares(similarity_kernels<A>().dot(row, row, dim));
           if (std::isfinite(norm)) {
             value /= norm;
           } else {  // the squares overflow: normalise before the products, as the contract has it
             normalize_row(kernels, row, dim, unit.data());
-            nearest(unit.data(), dim, 1, best + j, at + j);
+            nearest(b, unit.data(), dim, 1, best + j, at + j);
             value = best[j];
           }
         }
@@ -195,14 +199,10 @@ void average(const Tensor& values, const A* weights, const Members& members, con
       const T* const columns = static_cast<const T*>(values.const_data_ptr()) + b * values.stride(0) + start;
       const int64_t* const begin = members.begin.data() + b * (slots + 1);
       for (int64_t c = 0; c < slots; ++c) {
-        A sum[kColumns] = {};
-        for (int64_t m = begin[c]; m < begin[c + 1]; ++m) {
-          const int64_t i = members.token[m];
-          const A weight = weights == nullptr ? A(1) : weights[b * n + i];
-          kernels.accumulate(columns + i * values.stride(1), length, weight, sum);
-        }
-        const A size = begin[c] < begin[c + 1] ? sizes[b * slots + c] : A(1);
-        kernels.divide(sum, length, size, merged + (b * slots + c) * dim + start);
+        const int64_t count = begin[c + 1] - begin[c];
+        kernels.mean_of(columns, values.stride(1), members.token.data() + begin[c], count,
+                        weights == nullptr ? nullptr : weights + b * n, count > 0 ? sizes[b * slots + c] : A(1), length,
+                        merged + (b * slots + c) * dim + start);
       }
     }
   });

@@ -7,10 +7,10 @@ namespace tokenprune {
 
 namespace {
 
-// Scores from lse [B, Hq, M], which is float32 and contiguous; the inverse norms are there.
-Tensor run_attention_columns(const char* op, const AttentionInputs& inputs, const Tensor& lse,
+// Scores from lse [B, Hq, M], which is float32 and contiguous: given, or what the row pass `rows` writes.
+Tensor run_attention_columns(const char* op, const AttentionInputs& inputs, const Tensor& lse, const RowPass* rows,
                              const OptionalTensor& key_indices_in, const OptionalTensor& query_mask_in,
-                             const AttentionReductions& reductions, bool one_launch, const CudaScope& cuda) {
+                             const AttentionReductions& reductions, const CudaScope& cuda) {
   const AttentionProblem& p = inputs.problem;
   const OptionalTensor key_indices = with_contiguous_rows(key_indices_in);
   const MaskArgument query_mask(query_mask_in);
@@ -22,6 +22,7 @@ Tensor run_attention_columns(const char* op, const AttentionInputs& inputs, cons
   const bool per_head = heads == ColumnHeads::kNone;
   const Shape shape = per_head ? Shape{p.batch, kinds, p.query_heads, columns} : Shape{p.batch, kinds, columns};
   Tensor scores = new_empty(inputs.query, shape, ScalarType::Float);
+  const bool one_launch = rows != nullptr && rows->plan.launches() > 1;  // three launches in all
   const ColumnPlan plan =
       plan_attention_columns({p.batch, p.query_heads, p.key_heads, p.rows, p.dim, columns,
                               static_cast<int>(inputs.query.element_size()), per_head, last_only, one_launch},
@@ -39,21 +40,27 @@ Tensor run_attention_columns(const char* op, const AttentionInputs& inputs, cons
                   query_mask.stride(),
                   heads,
                   last_only,
+                  !(p.cosine && p.vectors() > 0) && (rows == nullptr || rows->plan.blocks == 0),
                   0,
                   0,
                   0,
                   kinds,
                   scores.mutable_data_ptr<float>(),
                   partial ? partial->mutable_data_ptr<float>() : nullptr};
-  for (; c.first_kind < c.total_kinds; c.first_kind += kMaxKinds) {
-    c.kind_count = static_cast<int>(std::min<int64_t>(kMaxKinds, c.total_kinds - c.first_kind));
-    c.kinds = 0;
-    for (int r = 0; r < c.kind_count; ++r) c.kinds |= static_cast<uint64_t>(reductions.rows[c.first_kind + r]) << 2 * r;
-    const cudaError_t status = dispatch_storage(inputs.query, [&](auto tag) {
-      return launch_attention_columns<typename decltype(tag)::type>(c, plan, cuda.stream());
-    });
-    check_launch(op, status, {{"query", inputs.query}, {"key", inputs.key}});
-  }
+  const cudaError_t status = dispatch_storage(inputs.query, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    cudaError_t status = rows != nullptr ? rows->status : launch_norms_of<T>(inputs, cuda);
+    for (; status == cudaSuccess && c.first_kind < kinds; c.first_kind += kMaxKinds) {
+      c.kind_count = static_cast<int>(std::min<int64_t>(kMaxKinds, kinds - c.first_kind));
+      c.kinds = 0;
+      for (int r = 0; r < c.kind_count; ++r)
+        c.kinds |= static_cast<uint64_t>(reductions.rows[c.first_kind + r]) << 2 * r;
+      status = launch_attention_columns<T>(c, plan, cuda.stream());
+      c.first_launch = false;
+    }
+    return status;
+  });
+  check_launch(op, status, {{"query", inputs.query}, {"key", inputs.key}});
   return scores;
 }
 
@@ -74,14 +81,9 @@ std::tuple<Tensor, Tensor, Tensor> cross_attention_scores(
   check_values(op, query, key, key_indices);
   const CudaScope cuda(query);
   const AttentionInputs inputs(query, key, key_mask, query_positions, scale, causal, cosine);
-  run_attention_norms(op, inputs, cuda);
-  const auto [entropy, lse] = run_attention_rows(op, inputs, cuda);
-  const AttentionProblem& p = inputs.problem;
-  const AttentionRowPlan rows = plan_attention_rows(p.batch, p.key_heads, p.group_rows(), p.keys, p.dim,
-                                                    static_cast<int>(query.element_size()), cuda.limits());
-  const bool one_launch = rows.launches() > 1;  // three launches in all
-  Tensor scores = run_attention_columns(op, inputs, lse, key_indices, query_mask, reductions, one_launch, cuda);
-  return {scores, entropy, lse};
+  const RowPass rows = run_attention_rows(inputs, cuda);
+  Tensor scores = run_attention_columns(op, inputs, rows.lse, &rows, key_indices, query_mask, reductions, cuda);
+  return {scores, rows.entropy, rows.lse};
 }
 
 Tensor attention_scores(const Tensor& query, const Tensor& key, const Tensor& lse, const OptionalTensor& key_indices,
@@ -95,9 +97,8 @@ Tensor attention_scores(const Tensor& query, const Tensor& key, const Tensor& ls
   check_values(op, query, key, key_indices);
   const CudaScope cuda(query);
   const AttentionInputs inputs(query, key, key_mask, query_positions, scale, causal, cosine);
-  run_attention_norms(op, inputs, cuda);
-  return run_attention_columns(op, inputs, contiguous_as(lse, ScalarType::Float), key_indices, query_mask, reductions,
-                               false, cuda);
+  return run_attention_columns(op, inputs, contiguous_as(lse, ScalarType::Float), nullptr, key_indices, query_mask,
+                               reductions, cuda);
 }
 
 }  // namespace

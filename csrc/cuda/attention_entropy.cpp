@@ -13,8 +13,9 @@ std::tuple<Tensor, Tensor> attention_entropy(const Tensor& query, const Tensor& 
   check_not_float64(op, {{"query", query}});
   const CudaScope cuda(query);
   const AttentionInputs inputs(query, key, key_mask, query_positions, scale, causal, cosine);
-  run_attention_norms(op, inputs, cuda);
-  return run_attention_rows(op, inputs, cuda);
+  const RowPass rows = run_attention_rows(inputs, cuda);
+  check_launch(op, rows.status, {{"query", query}, {"key", key}});
+  return {rows.entropy, rows.lse};
 }
 
 }  // namespace

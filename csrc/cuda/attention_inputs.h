@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cmath>
-#include <tuple>
 
 #include "args/attention.h"
 #include "cuda/binding.h"
@@ -67,30 +66,35 @@ struct AttentionInputs {
 };
 
 // Launches the inverse norms, when the problem has any.
-inline void run_attention_norms(const char* op, const AttentionInputs& inputs, const CudaScope& cuda) {
-  if (!inputs.problem.cosine) return;
-  const cudaError_t status = dispatch_storage(inputs.query, [&](auto tag) {
-    return launch_attention_norms<typename decltype(tag)::type>(inputs.problem, cuda.stream());
-  });
-  check_launch(op, status, {{"query", inputs.query}, {"key", inputs.key}});
+template <class T>
+cudaError_t launch_norms_of(const AttentionInputs& inputs, const CudaScope& cuda) {
+  return inputs.problem.cosine ? launch_attention_norms<T>(inputs.problem, cuda.stream()) : cudaSuccess;
 }
 
-// entropy and lse, [B, Hq, M]; the inverse norms are there.
-inline std::tuple<Tensor, Tensor> run_attention_rows(const char* op, const AttentionInputs& inputs,
-                                                     const CudaScope& cuda) {
+// What the row pass and the inverse norms in front of it, launched and not checked yet, write. The launches behind them
+// may depend on them, and the workspace lives until the last one is checked.
+struct RowPass {
+  AttentionRowPlan plan;
+  Tensor entropy, lse;  // [B, Hq, M]
+  Tensor workspace;
+  cudaError_t status;
+};
+
+inline RowPass run_attention_rows(const AttentionInputs& inputs, const CudaScope& cuda) {
   const AttentionProblem& p = inputs.problem;
-  Tensor entropy = new_empty(inputs.query, {p.batch, p.query_heads, p.rows}, ScalarType::Float);
-  Tensor lse = new_empty(inputs.query, {p.batch, p.query_heads, p.rows}, ScalarType::Float);
   const AttentionRowPlan plan = plan_attention_rows(p.batch, p.key_heads, p.group_rows(), p.keys, p.dim,
                                                     static_cast<int>(inputs.query.element_size()), cuda.limits());
-  Tensor workspace = new_empty(inputs.query, {plan.workspace}, ScalarType::Float);
-  const AttentionRowOutputs out{lse.mutable_data_ptr<float>(), entropy.mutable_data_ptr<float>(),
-                                workspace.mutable_data_ptr<float>()};
-  const cudaError_t status = dispatch_storage(inputs.query, [&](auto tag) {
-    return launch_attention_rows<typename decltype(tag)::type>(p, plan, out, cuda.stream());
+  const auto floats = [&](const Shape& shape) { return new_empty(inputs.query, shape, ScalarType::Float); };
+  const Shape rows{p.batch, p.query_heads, p.rows};
+  RowPass pass{plan, floats(rows), floats(rows), floats({plan.workspace}), cudaSuccess};
+  const AttentionRowOutputs out{pass.lse.mutable_data_ptr<float>(), pass.entropy.mutable_data_ptr<float>(),
+                                pass.workspace.mutable_data_ptr<float>()};
+  pass.status = dispatch_storage(inputs.query, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const cudaError_t status = launch_norms_of<T>(inputs, cuda);
+    return status != cudaSuccess ? status : launch_attention_rows<T>(p, plan, out, cuda.stream());
   });
-  check_launch(op, status, {{"query", inputs.query}, {"key", inputs.key}});
-  return {entropy, lse};
+  return pass;
 }
 
 }  // namespace tokenprune

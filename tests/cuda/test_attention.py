@@ -264,6 +264,21 @@ def test_cosine_takes_one_launch_more() -> None:
     assert len(module.take_launches()) == 2
 
 
+@pytest.mark.parametrize("cosine", [False, True])
+def test_launches_overlap_where_the_device_lets_them(cosine: bool) -> None:
+    query, key, lse = inputs(1, 2, 1, 1090, 70, 8)
+    names = "+".join(["max", "mean"] * 20)
+    for architecture in (80, 90):
+        device(architecture=architecture)
+        tp.cross_attention_scores(query, key[:, :, :65].repeat(1, 1, 40, 1), cosine=cosine, backend="emulator")
+        tp.attention_scores(query, key, lse, cosine=cosine, query_reduction=names, backend="emulator")
+        tp.attention_entropy(query[:, :, :9], key.repeat(1, 1, 40, 1), cosine=cosine, backend="emulator")
+        launches = module.take_launches()
+        first = [i for i, launch in enumerate(launches) if not launch["dependent"]]
+        assert len(first) == (3 if architecture == 90 else len(launches))
+        assert len(launches) >= 8
+
+
 @pytest.mark.parametrize("which", [1, 2])
 def test_a_refused_launch_names_the_op_and_the_shapes(which: int) -> None:
     query, key, lse = inputs(1, 1, 1, 1090, 5, 8)

@@ -210,6 +210,17 @@ def test_special_logits(rows: int, sm_count: int, architecture: int, machine: An
         torch.testing.assert_close(entropy[b], torch.full_like(entropy[b], expected_entropy), equal_nan=True)
 
 
+@over_dtypes
+@pytest.mark.parametrize("slope", [-1.0, -0.05, 0.05, 0.3, 3.0])  # of the logits, from key to key
+def test_the_maximum_of_a_row_may_move_from_tile_to_tile(dtype: torch.dtype, slope: float, machine: Any) -> None:
+    """A row's terms are measured from an earlier maximum as long as they stay small: rising logits raise it."""
+    machine.sm_count, machine.architecture = 1, 80  # one range of keys
+    key = slope * torch.arange(300.0)[:, None] * torch.tensor([1.0, 0.5]) + 0.1 * torch.randn(300, 2)
+    query = torch.tensor([1.0, 0.0]) + 0.01 * torch.randn(40, 2)
+    check(query[None, None].to(dtype), key[None, None].to(dtype), scale=1.0)
+    check(query[None, None].to(dtype), key[None, None].to(dtype), scale=-1.0)
+
+
 def test_norms_of_aligned_and_other_vectors() -> None:
     """Zero vectors, vectors below the floor of the norm, and lengths that are no multiple of anything."""
     for dtype in dtypes_of("emulator"):

@@ -41,12 +41,13 @@ def cosines(x: Tensor, y: Tensor) -> Tensor:
     return unit_x @ unit_y.mT
 
 
-def error_of_logits(dtype: torch.dtype, rows: int) -> float:
-    """The logit of the only key is the row's lse."""
-    query, key = features(rows, dtype), features(1, dtype)
-    _, lse = tp.attention_entropy(query[None, None], key[None, None], scale=1.0, backend="emulator")
+def error_of_logits(dtype: torch.dtype, rows: int, keys: int = 1, channels: int = CHANNELS) -> float:
+    """The logit of a key is the row's lse, but for the logarithm of how many keys are equal to it."""
+    query, key = features(rows, dtype, channels), features(1, dtype, channels)
+    all_keys = key.expand(1, 1, keys, channels)
+    _, lse = tp.attention_entropy(query[None, None], all_keys, scale=1.0, backend="emulator")
     exact = (query.double() @ key.double().mT)[:, 0]
-    return float(((lse[0, 0].double() - exact) / exact).abs().max())
+    return float(((lse[0, 0].double() - math.log(keys) - exact) / exact).abs().max())
 
 
 def error_of_columns(dtype: torch.dtype) -> float:
@@ -141,3 +142,11 @@ def test_dot_products_keep_the_bound(kernel, dtype, tensor_core):
     norms = 4 * EPS  # of the norms, the division and the last rounding
     assert found <= BOUND + norms
     assert found <= TYPICAL
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("rows", [3, 40], ids=["thin", "wide"])
+def test_the_first_products_of_attention_keep_their_bound(rows, dtype, tensor_core):
+    """A whole tile of attention has up to 128 products in an accumulator before the first restart."""
+    roundings = 4 * EPS  # of lse
+    assert error_of_logits(dtype, rows, keys=64, channels=128) <= (1.5 * 128 + 0.5) * EPS + roundings

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,6 +76,17 @@ def test_info_prints_the_configuration(capsys: pytest.CaptureFixture[str]) -> No
     tp.show_config()
     assert printed == capsys.readouterr().out
     assert f"torch: {torch.__version__}" in printed
+
+
+def test_info_as_json_is_the_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == tp.config()
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"tokenprune_kernels {tp.__version__}\n"
 
 
 @pytest.mark.parametrize("module", EXTRAS)

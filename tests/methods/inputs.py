@@ -139,6 +139,7 @@ def arguments(b: Batch) -> dict[str, Any]:
         "features": b.features, "visual_embeddings": b.features, "unrotated_key": b.features,
         "text_embeddings": b.text, "text_mask": b.text_mask, "saliency": b.saliency,
         "positions": b.positions, "stacked_positions": b.positions, "grid": b.grid, "groups": b.groups,
+        "input_features": b.features, "input_text": b.text, "input_mask": b.mask, "count": b.mask.shape[1],
         "mask": b.mask, "present": b.mask, "n": b.mask.shape[1], "generator": None,
     }  # fmt: skip
 

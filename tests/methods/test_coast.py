@@ -102,6 +102,41 @@ def test_entropy_moves_the_share_of_context(backend):
 
 
 @over_backends
+@over_dtypes
+@pytest.mark.parametrize("k", [3, 12, 29])
+def test_the_entropy_of_rows_is_the_other_reading(k, dtype, backend):
+    """In a ragged batch, where rows and tokens are padded; a share of context that shows the difference."""
+    options = {"anchors": 0.3, "context": (0.0, 1.0)}
+    prompts, expected = decided(
+        lambda seed: ragged(seed, dtype), lambda ps: [_expected(p, k, by_rows=True, **options) for p in ps]
+    )
+    b = batch(prompts)
+    given = {"anchor_ratio": 0.3, "context_ratio": (0.0, 1.0), **b.attention, "backend": backend}
+    kept = coast(b.query, b.key, b.features, k, entropy="rows", **given)
+    assert_selected(kept, [e["indices"] for e in expected])
+    assert kept.details["num_low"].tolist() == [e["num_low"] for e in expected]
+    for i, e in enumerate(expected):
+        assert_close(kept.details["entropy"][i], e["entropy"])
+    default = coast(b.query, b.key, b.features, k, **given)
+    assert (kept.details["entropy"] < default.details["entropy"]).all()  # a maximum over rows is more even
+    named = coast(b.query, b.key, b.features, k, entropy="global", **given)
+    assert all(torch.equal(t, named.details[name]) for name, t in default.details.items())
+
+
+@over_backends
+def test_the_entropy_of_rows_by_a_given_lse_and_of_rows_that_see_part_of_the_image(backend):
+    """Rows among the visual tokens see those in front of them only."""
+    p = prompt(0, widest(backend))
+    more = {"key_indices": p.indices[None], "entropy": "rows", "backend": backend}
+    _, lse = tp.attention_entropy(p.query[None], p.key[None], causal=True)
+    alone, with_lse = (coast(p.query[None], p.key[None], p.features[None], 12, lse=t, **more) for t in (None, lse))
+    assert_close(with_lse.details["entropy"], alone.details["entropy"])
+    early = p._replace(rows=torch.tensor([5, 9, 20, 30]))
+    kept = coast(early.query[None], early.key[None], early.features[None], 12, query_positions=early.rows[None], **more)
+    assert_close(kept.details["entropy"], [_expected(early, 12, by_rows=True)["entropy"]])
+
+
+@over_backends
 def test_ties_go_to_the_lower_index(backend):
     """All tokens score alike: the first ones are anchors, references and candidates."""
     features = torch.ones(1, 20, 4)
@@ -128,5 +163,7 @@ def test_rejects_bad_arguments():
         coast(query, key, features, -1, key_indices=p.indices[None])
     with pytest.raises(TypeError, match="coast: k must be an int"):
         coast(query, key, features, 2.5, key_indices=p.indices[None])
+    with pytest.raises(ValueError, match="coast: entropy must be global or rows, got 'columns'"):
+        coast(query, key, features, 4, key_indices=p.indices[None], entropy="columns")
     with pytest.raises(ValueError, match="coast: anchor_ratio must lie in"):
         coast(query, key, features, 4, key_indices=p.indices[None], anchor_ratio=1.5)

@@ -48,6 +48,19 @@ def test_padding_changes_nothing_and_samples_have_grids_of_their_own(backend):
 
 
 @over_backends
+@pytest.mark.parametrize("grid", [(0, 3), (3, 4), (6, 4), (7, 7), (9, 9)])
+def test_one_grid_is_as_the_grid_of_every_token(grid, backend):
+    """Frames of one size are compared without a copy, also where they are larger than the sample, or empty."""
+    p = video(5, torch.float32)
+    area = max(1, grid[0] * grid[1])
+    groups = torch.arange(48)[None] // area
+    one = evs(p.features[None], groups, 20, grid=grid, backend=backend)
+    each = evs(p.features[None], groups, 20, grid=torch.tensor([grid]), backend=backend)
+    assert one.indices.tolist() == each.indices.tolist()
+    assert torch.equal(one.details["dissimilarity"], each.details["dissimilarity"])
+
+
+@over_backends
 def test_frames_of_other_sizes_start_anew(backend):
     """An image of 6 tokens, a video of 4 frames of 4 tokens, an image of 3 tokens."""
     frames = [6, 4, 4, 4, 4, 3]

@@ -41,11 +41,12 @@ def first(present: Tensor, k: int) -> Tensor:
 
 def test_names_are_in_the_order_of_the_tables() -> None:
     published = ("coast", "sts", "adafv", "zspaprune", "adaptprune", "dart", "evs")
-    published += ("vidcom2", "cdpruner", "scope", "mmtok", "pyramiddrop", "visionzip")
+    published += ("vidcom2", "cdpruner", "scope", "mmtok", "pyramiddrop", "visionzip", "sparsevlm")
+    published += ("vispruner", "idpruner")
     names = (*published, "fastv", "divprune", "random")
     assert method_names() == names
     assert [get_method(name).name for name in names] == list(names)
-    in_model = ["coast", "sts", "adaptprune", "dart", "pyramiddrop", "fastv"]
+    in_model = ["coast", "sts", "adaptprune", "dart", "pyramiddrop", "sparsevlm", "fastv"]
     assert [name for name in names if get_method(name).in_model] == in_model
     assert [name for name in names if get_method(name).baseline] == ["fastv", "divprune", "random"]
 

@@ -38,6 +38,36 @@ def test_selects_what_the_steps_say(k, dtype, backend):
 
 
 @over_backends
+def test_the_rate_sets_the_budgets_and_k_the_number(backend):
+    """A rate that is not K / V, as an engine's whose number is rounded or has a minimum."""
+
+    def transcribe(p: Prompt):
+        return transcriptions.vidcom2(p.numpy("features")[0], [12] * 4, 9, rate=0.4)
+
+    p, expected = decided(lambda seed: video(seed, torch.float32), transcribe)
+    kept = vidcom2(p.features[None], p.groups[None], 9, rate=0.4, backend=backend)
+    assert_selected(kept, [expected["indices"]])
+    assert kept.details["budgets"][0, :4].tolist() == expected["budgets"]
+    assert sum(expected["budgets"]) > 9
+
+
+@over_backends
+def test_a_known_number_of_frames_changes_no_bit(backend):
+    p = video(3, torch.float32)
+    unknown = vidcom2(p.features[None], p.groups[None], 13, backend=backend)
+    for frames in (4, 5, 1000):
+        known = vidcom2(p.features[None], p.groups[None], 13, frames=frames, backend=backend)
+        assert known.indices.tolist() == unknown.indices.tolist()
+        assert torch.equal(known.details["redundancy"], unknown.details["redundancy"])
+        budgets = unknown.details["budgets"][:, : min(frames, 48)]
+        assert torch.equal(known.details["budgets"], budgets)
+    # Tokens of the frames behind the last that there may be are not looked at.
+    fewer = vidcom2(p.features[None], p.groups[None], 13, frames=2, backend=backend)
+    alone = vidcom2(p.features[None, :24], p.groups[None, :24], 13, backend=backend)
+    assert fewer.indices.tolist() == alone.indices.tolist()
+
+
+@over_backends
 @pytest.mark.parametrize("k", [3, 7, 14])
 def test_padding_changes_nothing_and_samples_have_frames_of_their_own(k, backend):
     def make(seed: int) -> list[Prompt]:
@@ -100,6 +130,20 @@ def test_a_sample_does_not_depend_on_the_others_and_runs_are_equal(backend):
     assert torch.equal(both.details["redundancy"], again.details["redundancy"])
     alone = [vidcom2(f[None], g[None], 17, backend=backend).indices for f, g in zip(features, groups, strict=True)]
     assert torch.equal(torch.cat(alone), both.indices)
+
+
+@pytest.mark.parametrize(
+    ("option", "error", "message"),
+    [
+        ({"frames": -1}, ValueError, "vidcom2: frames must be non-negative, got -1"),
+        ({"frames": 4.0}, TypeError, "vidcom2: frames must be an int, got float"),
+        ({"rate": 1.5}, ValueError, r"vidcom2: rate must lie in \[0, 1\], got 1.5"),
+    ],
+)
+def test_rejects_options_out_of_range(option, error, message):
+    p = video(0, torch.float32)
+    with pytest.raises(error, match=message):
+        vidcom2(p.features[None], p.groups[None], 3, **option)
 
 
 def test_rejects_groups_of_other_tokens():

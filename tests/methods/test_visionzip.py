@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from testing.cases import over_backends
-from tests.methods import transcriptions
+from tests.methods import transcriptions_merging
 from tests.methods.inputs import Prompt, assert_selected, batch, decided, over_dtypes, prompt, ragged
 from tokenprune_kernels.methods import Selection, visionzip
 
@@ -15,7 +15,7 @@ RATIO = 0.4  # 30 tokens leave several to be merged into each target
 def _expected(p: Prompt, k: int, keys: Tensor | None = None):
     features, saliency = p.numpy("features", "saliency")
     compared = features if keys is None else keys.double().numpy()
-    return transcriptions.visionzip(features, saliency, compared, k, round(RATIO * k))
+    return transcriptions_merging.visionzip(features, saliency, compared, k, round(RATIO * k))
 
 
 def merging(kept: Selection) -> tuple[Tensor, Tensor, Tensor]:

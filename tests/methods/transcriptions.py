@@ -4,6 +4,7 @@ A decision that float32 could take differently raises `NearTieError`; the tests 
 values are a tie that the contract settles: the lower index wins.
 """
 
+import itertools
 import math
 from collections.abc import Iterable
 
@@ -49,13 +50,18 @@ def cos(a, b) -> float:
     return float(a @ b) / norms if norms else 0.0
 
 
-def coast(query, key, rows, indices, features, k, anchors=0.8, context=(0.05, 0.15), references=0.1):
+def entropy(scores):
+    """Of the scores as a distribution, divided by that of as many equal ones."""
+    p = scores / scores.sum()
+    h = -sum(x * math.log(x) for x in p if x > 0) / math.log(len(p)) if len(p) > 1 else 0.0
+    return min(1.0, max(0.0, h))
+
+
+def coast(query, key, rows, indices, features, k, anchors=0.8, context=(0.05, 0.15), references=0.1, by_rows=False):
     n = len(indices)
     s = attention(query, key, rows).mean(0)[:, indices]
     s_glo, s_last = s.max(0), s[-1]
-    p = s_glo / s_glo.sum()
-    h = -sum(x * math.log(x) for x in p if x > 0) / math.log(n) if n > 1 else 0.0
-    h = min(1.0, max(0.0, h))
+    h = float(np.mean([entropy(row) for row in s])) if by_rows else entropy(s_glo)
 
     k_anchor = max(1, math.floor(anchors * k)) if k else 0
     rest = k - k_anchor
@@ -193,7 +199,8 @@ def evs(features, frames, k):
             has_one = t > 0 and frames[t - 1] == n
             s.append(1 - cos(features[start + p], features[start - n + p]) if has_one else 255.0)
         start += n
-    return {"dissimilarity": s, "indices": sorted(best(s, range(len(s)), k))}
+    # The margin is one of cosines, not of the 255.
+    return {"dissimilarity": s, "indices": sorted(best(s, range(len(s)), k, margin=MARGIN / 255))}
 
 
 def dart(key, hidden, text, indices, rows, k, image_pivots=4, text_pivots=4):
@@ -245,34 +252,9 @@ def scope(features, saliency, k, alpha=1.0):
     return {"order": picks, "gains": gains}
 
 
-def visionzip(features, saliency, keys, k, contextual):
-    """The rows in raster order, and for each how many tokens it stands for and which slot each token went to."""
-    n = len(features)
-    dominant = best(saliency, range(n), min(n, k - contextual))
-    rest = [i for i in range(n) if i not in dominant]
-    step = max(1, len(rest) // contextual) if contextual else 1
-    targets = rest[::step][:contextual]
-    kept = sorted(dominant + targets)
-    members = {t: [] for t in targets}
-    for i in rest:
-        if i not in targets and targets:
-            like = [cos(keys[i], keys[t]) for t in targets]
-            (nearest,) = best(like, range(len(targets)), 1)
-            members[targets[nearest]].append(i)
-    joined = {i: t for t, those in members.items() for i in those}
-    mean = {t: np.mean(features[those], axis=0) for t, those in members.items() if those}
-    return {
-        "indices": kept,
-        "dominant": sorted(dominant),
-        "contextual": targets,
-        "merged": np.array([features[i] + mean.get(i, 0) for i in kept]),
-        "sizes": [1 + len(members.get(i, [])) for i in kept],
-        "assignment": [kept.index(joined.get(i, i)) if joined.get(i, i) in kept else -1 for i in range(n)],
-    }
-
-
-def vidcom2(features, frames, k):
-    """`frames` are the numbers of tokens of each frame, one after the other."""
+def vidcom2(features, frames, k, rate=None):
+    """`frames` are the numbers of tokens of each frame, one after the other; `rate` is K / V if not given."""
+    rate = k / len(features) if rate is None else rate
     n, channels = features.shape
     variance = [float(np.mean((column - column.mean()) ** 2)) for column in features.T]
     narrow = sorted(best(variance, range(channels), max(1, channels // 2), largest=False))
@@ -290,7 +272,7 @@ def vidcom2(features, frames, k):
     w /= w.sum()
     budgets = []
     for t, size in enumerate(frames):
-        due = min(1.0, k / n * (1 + w[t] - 1 / len(frames))) * size
+        due = min(1.0, rate * (1 + w[t] - 1 / len(frames))) * size
         if abs(due % 1 - 0.5) < 1e-3:
             raise NearTieError
         budgets.append(min(size, max(1, round(due))))
@@ -320,3 +302,31 @@ def mmtok(features, text, k, seen=None, alpha=0.5):
         gains.append(gain[j])
         covered = [max(c, row[j]) for row, c in zip(rows, covered, strict=True)]
     return {"order": picks, "gains": gains}
+
+
+def idpruner(features, importance, k, weight=0.5):
+    n = len(features)
+    w = (importance - importance.min()) / (importance.max() - importance.min() + 1e-6) if n else importance
+    like = [[cos(f, g) for g in features] for f in features]
+    picks = []
+    for _ in range(min(k, n)):
+        rest = [i for i in range(n) if i not in picks]
+        worth = {i: weight * w[i] - (1 - weight) * max(like[i][j] for j in picks) if picks else w[i] for i in rest}
+        picks += best(worth, rest, 1)
+    return {"order": picks, "importance": w}
+
+
+def vispruner(features, saliency, k, ratio=0.5, margin=MARGIN):
+    """The list as the authors' code keeps it; of an odd length, the first half has an entry more."""
+    important = best(saliency, range(len(features)), math.floor(ratio * k))
+    listed = ranking(saliency, [i for i in range(len(features)) if i not in important])
+    target = k - math.floor(ratio * k)
+    while len(listed) > target:
+        first, second = listed[::2], listed[1::2]
+        like = {i: max((cos(features[i], features[j]) for j in second), default=0.0) for i in first}
+        order = sorted(first, key=lambda i: -like[i])  # equal ones stay in the order of the list
+        for i, j in itertools.pairwise(order):
+            if 0 < like[i] - like[j] < margin:
+                raise NearTieError
+        listed = order[min(8, len(listed) - target) :] + second
+    return {"important": sorted(important), "diverse": sorted(listed)}

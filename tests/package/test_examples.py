@@ -1,7 +1,7 @@
 """The scripts of examples/ run and say what they should."""
 
 import re
-from pathlib import Path
+from importlib.util import find_spec
 
 import pytest
 
@@ -16,7 +16,7 @@ def run(name: str) -> str:
 
 def test_every_example_is_tested() -> None:
     scripts = {file.name for file in (ROOT / "examples").glob("*.py")}
-    tests = "".join(file.read_text() for file in Path(__file__).parent.glob("*.py"))
+    tests = "".join(file.read_text() for file in (ROOT / "tests").rglob("*.py"))
     assert [name for name in scripts if f'"{name}")' not in tests and f'"{name}",' not in tests] == []
 
 
@@ -28,6 +28,11 @@ def test_third_party_module() -> None:
 
 def test_drop_in_selection() -> None:
     assert "same tokens kept: True" in run("drop_in_selection.py")
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed; make check-vllm runs this example")
+def test_vllm_offline() -> None:
+    assert "134 tokens" in run("vllm_offline.py")
 
 
 @pytest.mark.skipif(tp.config()["backends"]["cpu"] is not None, reason="the compiled library is not loaded")

@@ -133,7 +133,7 @@ def gpu_scores(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.Tensor]:
     info = {"cuda_architectures": "9.0a", "cuda_runtime": 13000}
     monkeypatch.setattr(_registry, "build_info", lambda: info)
     monkeypatch.setattr(_triton, "unavailable", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
     _triton.namespace()
     forget()
     with FakeTensorMode():
@@ -149,7 +149,7 @@ def test_a_new_enough_driver_runs_the_compiled_kernels(
     """Without an answer of the driver, CUDA itself would say what is wrong."""
     from tokenprune_kernels import _backend
 
-    monkeypatch.setattr(_registry, "_driver_version", lambda: driver)
+    monkeypatch.setattr(_registry, "driver_version", lambda: driver)
     assert _registry.old_driver() is None
     assert _backend.implementation(None, gpu_scores, "select_topk") is torch.ops.tokenprune
 
@@ -159,7 +159,7 @@ def test_an_older_driver_leaves_the_gpu_to_triton_and_says_so_once(
 ) -> None:
     from tokenprune_kernels import _backend
 
-    monkeypatch.setattr(_registry, "_driver_version", lambda: 12080)
+    monkeypatch.setattr(_registry, "driver_version", lambda: 12080)
     reason = "the GPU's driver runs CUDA 12.8 and older, and the compiled kernels were built with CUDA 13.0"
     with pytest.warns(RuntimeWarning, match="cannot use its CUDA kernels: " + re.escape(reason)) as warned:
         chosen = [_backend.implementation(None, gpu_scores, "select_topk") for _ in range(3)]
@@ -175,7 +175,7 @@ def test_an_older_driver_leaves_the_gpu_to_triton_and_says_so_once(
 
 def test_the_driver_is_asked_for_its_version() -> None:
     """An integer wherever it runs: 0 without a driver."""
-    version = _registry._driver_version()
+    version = _registry.driver_version()
     assert version == 0 or version >= 11000
     assert (version > 0) or not torch.cuda.is_available()
 
@@ -189,7 +189,7 @@ def test_a_second_call_asks_cuda_for_nothing(gpu_scores: torch.Tensor, monkeypat
         monkeypatch.setattr(
             torch.cuda, name, lambda *args, name=name: asked.append(name) or ((9, 0) if "capability" in name else 0)
         )
-    monkeypatch.setattr(_registry, "_driver_version", lambda: asked.append("driver") or 13000)
+    monkeypatch.setattr(_registry, "driver_version", lambda: asked.append("driver") or 13000)
     _backend.implementation(None, gpu_scores, "select_topk")
     assert sorted(asked) == ["driver", "get_device_capability"]
     asked.clear()
@@ -295,6 +295,11 @@ def test_config_names_versions_and_backends(capsys: pytest.CaptureFixture[str]) 
     for name, reason in config["backends"].items():
         assert f"  {name}: {'available' if reason is None else f'unavailable, {reason}'}\n" in shown
     assert f"torch: {torch.__version__}\n" in shown
+    for op, served in config["ops"].items():
+        on_the_cpu = tp._backend.served_by(op, torch.zeros(1))
+        assert served.split(", ")[0] == f"{on_the_cpu} on cpu"
+        assert f"  {op}: {served}\n" in shown
+    assert set(config["ops"]) == set(public_ops())
 
 
 @needs_library
@@ -312,6 +317,7 @@ import sys, torch
 before = set(sys.modules)
 import tokenprune_kernels
 heavy = {"torch._dynamo", "torch._inductor", "triton", "transformers", "PIL", "skimage", "rich", "sympy", "numpy"}
+heavy |= {"torch.distributed.tensor"}
 print(sorted(heavy & (set(sys.modules) - before)))
 """
     assert printed("-c", script).strip() == "[]"

@@ -64,7 +64,7 @@ def test_table_has_every_method_at_every_budget():
     assert [f"{keep / TOKENS:.1%}" for keep in KEEPS] == ["33.3%", "22.2%", "11.1%", "5.6%"]
     assert {run.seed for run in table if run.method != "random"} == {None}
     assert all(run.layer is None for run in table)
-    inside = {"coast", "sts", "adaptprune", "fastv", "dart", "pyramiddrop"}
+    inside = {"coast", "sts", "adaptprune", "fastv", "dart", "pyramiddrop", "sparsevlm"}
     assert {run.method for run in runs(layer=1) if run.layer == 1} == inside
 
 

@@ -166,7 +166,6 @@ def test_two_models_are_pruned_at_once() -> None:
         ({"layer": 1.0}, ValueError, r"\[1, 3\]"),
         ({"method": "divprune", "layer": 2}, ValueError, "before the language model"),
         ({"positions": "new"}, ValueError, "original or renumber"),
-        ({"positions": "renumber"}, ValueError, "inside the model"),
         ({"anchor_ratoi": 0.5}, TypeError, "anchor_ratio, context_ratio"),
         ({"method": "random", "first": "outlier"}, TypeError, "its options are backend"),
         ({"method": "divprune", "mask": None}, TypeError, "its options are first"),

@@ -18,7 +18,6 @@ from tests.transformers.vlm.checks import (
     options_of,
     over_four,
     over_four_and_compact,
-    renumbered,
 )
 from tests.transformers.vlm.models import Prompts, llava, text
 from tokenprune_kernels.integrations.transformers import cache as cache_module
@@ -66,7 +65,7 @@ def test_prefill_and_decoding_step_by_step_without_any_hint(method: str, compact
             steps.append(out.logits[:, -1])
             assert lengths(out.past_key_values) == [first + n + 1, first + n + 1, last + n + 1, last + n + 1]
     drops = drops_of(prompts, pruning, LAYER, compact)
-    more = renumbered(prompts, drops, 3) if method in RENUMBERED else {}
+    more = {"renumber": method in RENUMBERED}
     want = oracle.logits(prompts, drops, new, **more)[:, length - 1 :]
     torch.testing.assert_close(torch.stack(steps, 1).double(), want, **CLOSE)
 
@@ -96,7 +95,7 @@ def test_without_a_cache_every_step_is_a_pruned_prefill(method: str) -> None:
         cached = generate(prompts.model, prompts.inputs, 4)
         uncached = generate(prompts.model, prompts.inputs, 4, use_cache=False)
         assert pruning.stats["prefills"] == 6
-    more = renumbered(prompts, drops, 0) if method in RENUMBERED else {}
+    more = {"renumber": method in RENUMBERED}
     assert_last_row(got, oracle.logits(prompts, drops, **more))
     if method == "divprune":  # whose choice does not depend on what was generated
         assert torch.equal(cached.sequences, uncached.sequences)
@@ -142,7 +141,7 @@ def test_a_second_turn_of_text_equals_the_float64_path(method: str, compact: boo
             ).logits  # the last generated token is not in the cache yet
         assert pruning.stats["prefills"] == 1
     drops = drops_of(prompts, pruning, LAYER, compact)
-    more = renumbered(prompts, drops, new.shape[1]) if method in RENUMBERED else {}
+    more = {"renumber": method in RENUMBERED}
     want = oracle.logits(prompts, drops, new, **more)[:, -got.shape[1] :]
     torch.testing.assert_close(got.double(), want, **CLOSE)
 
@@ -166,7 +165,7 @@ def test_a_second_turn_through_generate_without_padding(method: str, compact: bo
             assert out.past_key_values.get_seq_length() == length + new.shape[1]
             assert pruning.kept is kept
             drops = drops_of(prompts, pruning, LAYER, compact)
-            numbers = renumbered(prompts, drops, new.shape[1]) if method in RENUMBERED else {}
+            numbers = {"renumber": method in RENUMBERED}
             want = oracle.logits(prompts, drops, new, **numbers)[:, -3:]
             torch.testing.assert_close(torch.stack(out.logits, 1).double(), want, **CLOSE)
 

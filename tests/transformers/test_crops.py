@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from tests.transformers.vlm import oracle
-from tests.transformers.vlm.checks import RENUMBERED, spy_on
+from tests.transformers.vlm.checks import IN_MODEL, RENUMBERED, spy_on
 from tests.transformers.vlm.models import Prompts
 from tests.transformers.vlm.models_crops import RAGGED
 from tests.transformers.vlm.runs_crops import (
     BATCHES,
     FAMILIES,
-    IN_MODEL,
     SALIENCY,
     VIDEOS,
     generate,
@@ -60,11 +59,7 @@ def test_logits_and_greedy_tokens_equal_the_float64_path(family: str, batch: str
     assert (pruning.kept >= 0).sum(1).tolist() == pruning.stats["after"]
 
     drops = [oracle.Drop(at, oracle.dropped_columns(prompts, kept)) for at, kept in pruning.kept_at.items()]
-    more = {}
-    if method in RENUMBERED:
-        real = torch.cat([prompts.inputs["attention_mask"].bool() & ~drops[0].columns, new[:, 1:] >= 0], 1)
-        more["position_ids"] = (real.cumsum(1) - 1).clamp_min(0)
-    expected = oracle.logits(prompts, drops, new[:, :-1], **more)[:, -new.shape[1] :]
+    expected = oracle.logits(prompts, drops, new[:, :-1], renumber=method in RENUMBERED)[:, -new.shape[1] :]
     assert (logits - expected).abs().max() < 2e-6  # logits of up to 1, in float32
     expected[..., torch.tensor(prompts.visual)] = -torch.inf
     assert torch.equal(new, expected.argmax(-1))

@@ -121,14 +121,14 @@ def test_two_stages_of_published_functions() -> None:
     assert_decoded_like_the_oracle(prompts, drops_of(prompts, pruning, 2), out)
 
 
-@pytest.mark.parametrize(("layer", "renumbered"), [(None, True), (2, False)])
-def test_a_paper_that_renumbers_does_so_in_front_of_the_model_only(layer: int | None, renumbered: bool) -> None:
+@pytest.mark.parametrize("layer", [None, 2])
+def test_a_paper_that_renumbers_does_so_wherever_it_prunes(layer: int | None) -> None:
     prompts = llava(2, ragged=True)
     method = Method("mine", (Stage(longest),), positions="renumber")
     with prune_visual_tokens(prompts.model, method, 9, layer=layer) as pruning:
         out = generate(prompts.model, prompts.inputs, 3)
     drops = drops_of(prompts, pruning, layer or 0)
-    assert_decoded_like_the_oracle(prompts, drops, out, renumber=renumbered)
+    assert_decoded_like_the_oracle(prompts, drops, out, renumber=True)
 
 
 def test_layers_by_default_are_those_of_the_papers() -> None:
@@ -178,7 +178,8 @@ def test_every_argument_is_what_an_unpruned_eager_run_shows(batch: str) -> None:
     with prune_visual_tokens(prompts.model, method, 9, seed=3):
         generate(prompts.model, prompts.inputs, 1)  # which numbers positions without the padding
     assert set(given) == set(ARGUMENTS)
-    assert (given["n"], given["causal"], given["mask"], given["lse"]) == (TOKENS, True, None, None)
+    assert (given["n"], given["count"], given["causal"], given["lse"]) == (TOKENS, TOKENS, True, None)
+    assert given["mask"] is given["input_mask"] is None
     assert given["scale"] == prompts.model.model.language_model.layers[0].self_attn.scaling
     assert given["generator"].initial_seed() == 3
     assert bool(given["present"].all())
@@ -191,12 +192,14 @@ def test_every_argument_is_what_an_unpruned_eager_run_shows(batch: str) -> None:
         assert torch.equal(given["query_mask"][b], text)
         close = {
             "features": "hidden", "unrotated_key": "keys_before_rope", "saliency": "saliency", "positions": "positions",
+            "input_features": "embeds",
         }  # fmt: skip
         for name, shown in close.items():
             torch.testing.assert_close(given[name][b].double(), seen[shown][0].double(), **CLOSE)
         torch.testing.assert_close(given["query"][b][:, text], seen["query"][0], **CLOSE)
         torch.testing.assert_close(given["key"][b][:, real], seen["key"][0], **CLOSE)
         torch.testing.assert_close(given["text_embeddings"][b][text], seen["text_hidden"][0], **CLOSE)
+        torch.testing.assert_close(given["input_text"][b][text], seen["text"][0], **CLOSE)
         assert torch.equal(given["key_indices"][b] - real.start, seen["visual"][0])
         assert torch.equal(given["query_positions"][b][text] - real.start, seen["text_positions"][0])
         assert given["key_mask"] is None or given["key_mask"][b].nonzero()[0] == real.start
@@ -298,8 +301,6 @@ def test_what_the_model_cannot_give_is_refused_on_entering(monkeypatch: pytest.M
         (lambda pixels, k: pixels, {}, TypeError, "<lambda> needs 'pixels', which is no option"),
         (Method("fixed", (Stage(longest, "model"),)), {"layer": 2}, ValueError, "fixed works before the language"),
         (longest, {"layer": 4}, ValueError, r"layer must lie in \[1, 3\]"),
-        (longest, {"layer": 2, "positions": "renumber"}, ValueError, "longest prunes inside the model"),
-        (needing("key"), {"positions": "renumber"}, ValueError, "mine prunes inside the model"),
         ("longest", {}, ValueError, "method must be one of coast, .*, random, got 'longest'"),
         (None, {}, ValueError, "method must be one of coast, .* got None"),
     ],

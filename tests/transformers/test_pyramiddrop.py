@@ -49,10 +49,11 @@ def test_the_default_is_the_papers_schedule(compact: bool) -> None:
     with prune_visual_tokens(prompts.model, "pyramiddrop", compact_cache=compact) as pruning:
         out = generate(prompts.model, prompts.inputs, 32)
     assert {layer: kept.shape[1] for layer, kept in pruning.kept_at.items()} == {1: 18, 2: 9, 3: 4}
-    assert_decoded_like_the_oracle(prompts, drops_of(prompts, pruning, 0, compact), out)
+    assert_decoded_like_the_oracle(prompts, drops_of(prompts, pruning, 0, compact), out, renumber=True)
 
 
-def test_every_stage_keeps_the_best_of_its_own_layers_attention() -> None:
+@pytest.mark.parametrize("positions", ["original", "renumber"])
+def test_every_stage_keeps_the_best_of_its_own_layers_attention(positions: str) -> None:
     """Scores by hand in float64 from the weights, of the layer's input that a hook sees."""
     prompts = llava(1)
     decoder = prompts.model.model.language_model
@@ -61,12 +62,15 @@ def test_every_stage_keeps_the_best_of_its_own_layers_attention() -> None:
         layer.register_forward_hook(lambda m, args, out, i=i: inputs.update({i + 1: out}))
         for i, layer in enumerate(decoder.layers)
     ]
-    with torch.no_grad(), prune_visual_tokens(prompts.model, "pyramiddrop", {2: 12, 3: 5}) as pruning:
+    with (
+        torch.no_grad(),
+        prune_visual_tokens(prompts.model, "pyramiddrop", {2: 12, 3: 5}, positions=positions) as pruning,
+    ):
         prompts.model(**prompts.inputs)
     for handle in handles:
         handle.remove()
     visual = (prompts.inputs["input_ids"][0] == prompts.visual).nonzero().flatten()
-    position = torch.arange(prompts.inputs["input_ids"].shape[1])
+    position = column = torch.arange(prompts.inputs["input_ids"].shape[1])
     left = torch.arange(len(visual))
     for at in (2, 3):
         hidden = inputs[at][0] if isinstance(inputs[at], tuple) else inputs[at]
@@ -79,12 +83,12 @@ def test_every_stage_keeps_the_best_of_its_own_layers_attention() -> None:
             for name in ("q_proj", "k_proj")
         )
         logits = query[0, :, -1:] @ key[0].repeat_interleave(2, 0).mT * layer.self_attn.head_dim**-0.5
-        columns = torch.isin(position, visual[left]).nonzero().flatten()
+        columns = torch.isin(column, visual[left]).nonzero().flatten()
         best = logits.softmax(-1).mean(0)[0][columns].topk(pruning.kept_at[at].shape[1]).indices.sort().values
         left = left[best]
         assert torch.equal(pruning.kept_at[at][0], left)
-        dropped = torch.isin(position, visual) & ~torch.isin(position, visual[left])
-        position = position[~dropped]
+        column = column[~torch.isin(column, visual) | torch.isin(column, visual[left])]
+        position = column if positions == "original" else torch.arange(len(column))
 
 
 def turned(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from tests.transformers.vlm.checks import (
     options_of,
     over_four,
     over_four_and_compact,
-    renumbered,
 )
 from tests.transformers.vlm.models import IMAGE, Prompts, left_padded, llava, text
 from tokenprune_kernels.integrations.transformers import prune_visual_tokens
@@ -146,7 +145,7 @@ def test_without_a_mask_and_with_explicit_positions(method: str, batch: int) -> 
 
 def _numbering(prompts: Prompts, drops: list[Any], method: str, positions: Tensor | None) -> dict[str, Any]:
     if method == "adafv":
-        return renumbered(prompts, drops, 0)
+        return {"renumber": True}
     return {} if positions is None else {"position_ids": positions}
 
 
@@ -226,7 +225,7 @@ def test_beam_search_scores_are_those_of_the_float64_path(method: str, compact: 
         assert torch.equal(drop.columns[0::3], drop.columns[2::3])  # every beam of a sample keeps the same tokens
         drops.append(oracle.Drop(drop.layer, drop.columns[0::3].repeat_interleave(2, 0), compact))
     new = out.sequences[:, length:]
-    more = renumbered(repeated, drops, new.shape[1] - 1) if method == "adafv" else {}
+    more = {"renumber": method == "adafv"}
     exact = oracle.logits(repeated, drops, new[:, :-1], **more)[:, length - 1 :].log_softmax(-1)
     score = exact.gather(2, new.unsqueeze(2)).sum((1, 2)) / 6
     torch.testing.assert_close(out.sequences_scores.double(), score, rtol=0, atol=2e-6)

@@ -7,7 +7,15 @@ import torch
 
 from tests.transformers import test_qwen
 from tests.transformers.vlm import models_qwen
-from tests.transformers.vlm.checks import IN_MODEL, assert_decoded_like_the_oracle, drops_of, generate, options_of
+from tests.transformers.vlm.checks import (
+    IN_MODEL,
+    RENUMBERED,
+    WITHOUT_MERGING,
+    assert_decoded_like_the_oracle,
+    drops_of,
+    generate,
+    options_of,
+)
 from tests.transformers.vlm.models import Prompts, llava
 from tests.transformers.vlm.runs_crops import prompts_of
 from tokenprune_kernels import methods
@@ -20,7 +28,8 @@ over_in_model = pytest.mark.parametrize("method", IN_MODEL)
 @pytest.mark.parametrize("compact", [False, True])
 def test_three_prunings_and_32_decoded_tokens_equal_the_float64_path(method: str, compact: bool) -> None:
     prompts = llava(3, ragged=True)
-    with prune_visual_tokens(prompts.model, method, {1: 0.5, 2: 12, 3: 0.125}, compact_cache=compact) as pruning:
+    options = {"compact_cache": compact, **WITHOUT_MERGING.get(method, {})}
+    with prune_visual_tokens(prompts.model, method, {1: 0.5, 2: 12, 3: 0.125}, **options) as pruning:
         out = generate(prompts.model, prompts.inputs, 32)
     counts = {layer: kept.shape[1] for layer, kept in pruning.kept_at.items()}
     assert counts == {1: 18, 2: 12, 3: 4}
@@ -29,7 +38,8 @@ def test_three_prunings_and_32_decoded_tokens_equal_the_float64_path(method: str
         length = prompts.inputs["input_ids"].shape[1]
         lengths = [out.past_key_values.layers[i].get_seq_length() - 31 for i in range(4)]
         assert lengths == [length, length - 18, length - 24, length - 32]
-    assert_decoded_like_the_oracle(prompts, drops_of(prompts, pruning, 0, compact), out)
+    drops = drops_of(prompts, pruning, 0, compact)
+    assert_decoded_like_the_oracle(prompts, drops, out, renumber=method in RENUMBERED)
 
 
 SAMPLES: list[list[Any]] = [[3, (1, 8, 8), 6], [4, (1, 4, 8), 2, (1, 8, 4), 5]]
@@ -71,7 +81,7 @@ def test_a_schedule_of_one_layer_is_keep_at_that_layer(method: str) -> None:
     with prune_visual_tokens(prompts.model, method, 9, **options_of(method)) as pruning:
         want = generate(prompts.model, prompts.inputs, 3)
         kept = pruning.kept
-    with prune_visual_tokens(prompts.model, method, {2: 9}) as pruning:
+    with prune_visual_tokens(prompts.model, method, {2: 9}, **WITHOUT_MERGING.get(method, {})) as pruning:
         out = generate(prompts.model, prompts.inputs, 3)
     assert torch.equal(pruning.kept, kept)
     assert torch.equal(torch.stack(out.logits), torch.stack(want.logits))
@@ -132,7 +142,6 @@ def test_shares_are_rounded_down_as_they_are_written() -> None:
         ({1: 1.5}, {}, ValueError, r"\(0, 1\]"),
         ({1: "half"}, {}, TypeError, "got 'half'"),
         ({1: 0.5}, {"layer": 1}, ValueError, "layer must be None"),
-        ({1: 0.5}, {"positions": "renumber"}, ValueError, "positions are fixed already"),
         (
             {1: 0.5},
             {"method": "divprune"},

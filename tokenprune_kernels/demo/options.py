@@ -41,7 +41,8 @@ def kept_of(keep: int | float, visual: int) -> int:
     """How many of this prompt's visual tokens stay."""
     if isinstance(keep, int) and keep > visual:
         raise DemoError(f"--keep: must keep at most all {visual} visual tokens, got {keep}")
-    return budget_of(keep)(visual)
+    (kept,) = budget_of(keep)([visual])
+    return kept
 
 
 def parse_methods(text: str) -> list[str]:

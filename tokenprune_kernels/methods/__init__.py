@@ -10,12 +10,15 @@ from .cdpruner import CDPRUNER, cdpruner
 from .coast import COAST, coast
 from .dart import DART, dart
 from .evs import EVS, evs
+from .idpruner import IDPRUNER, idpruner
 from .mmtok import MMTOK, mmtok
 from .pyramiddrop import PYRAMIDDROP, pyramiddrop
 from .scope import SCOPE, scope
+from .sparsevlm import SPARSEVLM, sparsevlm
 from .sts import STS, sts_semantics, sts_structure
 from .vidcom2 import VIDCOM2, vidcom2
 from .visionzip import VISIONZIP, visionzip
+from .vispruner import VISPRUNER, vispruner
 from .zspaprune import ZSPAPRUNE, zspaprune
 
 __all__ = [
@@ -32,23 +35,27 @@ __all__ = [
     "evs",
     "fastv",
     "get_method",
+    "idpruner",
     "method_names",
     "mmtok",
     "pyramiddrop",
     "random",
     "register_method",
     "scope",
+    "sparsevlm",
     "sts_semantics",
     "sts_structure",
     "unregister_method",
     "vidcom2",
     "visionzip",
+    "vispruner",
     "zspaprune",
 ]
 
 # The order of every table.
 _PUBLISHED = (
     COAST, STS, ADAFV, ZSPAPRUNE, ADAPTPRUNE, DART, EVS, VIDCOM2, CDPRUNER, SCOPE, MMTOK, PYRAMIDDROP, VISIONZIP,
+    SPARSEVLM, VISPRUNER, IDPRUNER,
 )  # fmt: skip
 for _method in (*_PUBLISHED, FASTV, DIVPRUNE, RANDOM):
     add(_method)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._masks import indices_to_mask
-from ..ops import attention_scores, cross_attention_scores, gather_compact, mask_to_indices
+from ..ops import attention_entropy, attention_scores, cross_attention_scores, gather_compact, mask_to_indices
 
 Grid = tuple[int, int] | Tensor
 
@@ -70,6 +70,42 @@ def visual_attention(
     )  # fmt: skip
 
 
+def row_attention(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor | None,
+    *,
+    key_indices: Tensor | None,
+    key_mask: Tensor | None,
+    query_positions: Tensor | None,
+    scale: float | None,
+    causal: bool,
+    backend: str | None,
+) -> Tensor:
+    """[B, M, V]: `visual_attention` of every row on its own, with a float32 value for every head on the way.
+
+    The ops reduce rows but can leave heads apart: each row of a head is a head of one row. What its softmax sees is in
+    its lse, so that only the columns behind its own position are left to hide.
+    """
+    if lse is None:
+        _, lse = attention_entropy(
+            query, key, key_mask=key_mask, query_positions=query_positions, scale=scale, causal=causal, backend=backend
+        )
+    batch, heads, count, dim = query.shape
+    of_heads = attention_scores(
+        query.reshape(batch, heads * count, 1, dim), key, lse.reshape(batch, heads * count, 1), key_indices=key_indices,
+        key_mask=key_mask, scale=scale, head_reduction="none", backend=backend,
+    )  # fmt: skip
+    rows = of_heads.view(batch, heads, count, -1).mean(1)
+    if not causal:
+        return rows
+    keys = key.shape[2]
+    if query_positions is None:
+        query_positions = torch.arange(keys - count, keys, device=key.device).unsqueeze(0)
+    columns = torch.arange(keys, device=key.device).unsqueeze(0) if key_indices is None else key_indices
+    return torch.where(columns.unsqueeze(1) <= query_positions.unsqueeze(2), rows, 0.0)
+
+
 def visual_mask(key_indices: Tensor | None, key_mask: Tensor | None, backend: str | None) -> Tensor | None:
     """True [B, V] where a visual token is real: it has an index and its key is not masked. None: all are."""
     if key_indices is None:
@@ -82,6 +118,17 @@ def visual_mask(key_indices: Tensor | None, key_mask: Tensor | None, backend: st
 def ascending(indices: Tensor, size: int, k: int, backend: str | None) -> tuple[Tensor, Tensor]:
     """The entries of a -1 padded list over `size` tokens in raster order: (indices [B, k], counts)."""
     return mask_to_indices(indices_to_mask(indices, size), k, backend=backend)
+
+
+def number_range(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest number of each sample's real tokens, both [B, 1]; inf and -inf where it has none."""
+    number = ~values.isnan() if mask is None else mask & ~values.isnan()
+    low, high = (
+        # A column more, because there is no minimum of nothing.
+        torch.nn.functional.pad(torch.where(number, sign * values, torch.inf), (0, 1), value=torch.inf)
+        for sign in (1, -1)
+    )
+    return low.amin(1, keepdim=True), -high.amin(1, keepdim=True)
 
 
 def merge_into(
@@ -114,12 +161,12 @@ def merge_into(
     }
 
 
-def check_count(method: str, k: int) -> None:
+def check_count(method: str, k: int, name: str = "k") -> None:
     """A budget is a host integer and not negative."""
     if not isinstance(k, (int, torch.SymInt)):
-        raise TypeError(f"{method}: k must be an int, got {type(k).__name__}")
+        raise TypeError(f"{method}: {name} must be an int, got {type(k).__name__}")
     if k < 0:
-        raise ValueError(f"{method}: k must be non-negative, got {k}")
+        raise ValueError(f"{method}: {name} must be non-negative, got {k}")
 
 
 def check_ratio(method: str, name: str, value: float) -> None:

@@ -24,6 +24,8 @@ EVIDENCE = {
     "visual_embeddings": "[B, V, C]: another name of `features`",
     "unrotated_key": "[B, V, Hkv * D]: `k_proj` of `features` in the layer that comes, without norm and rotation",
     "text_embeddings": "[B, T, C]: hidden states of the text behind the images",
+    "input_features": "[B, U, C]: what went into the first decoder layer at all U visual tokens of the prompt",
+    "input_text": "[B, T, C]: what went into the first decoder layer at the text behind the images",
     "saliency": "[B, V] float32: how salient each visual token is to the vision tower",
     "positions": "[B, V, 2] float32: row and column on the token's own grid",
     "grid": "[B, V, 2] float32: height and width of that grid",
@@ -35,6 +37,8 @@ EXTENT = {
     "mask": "[B, V] bool: False behind the last visual token of a sample; None when all have V",
     "present": "[B, V] bool: `mask` that is never None",
     "n": "int: V",
+    "count": "int: the visual tokens of every sample of the call; samples with other numbers are calls of their own",
+    "input_mask": "[B, U] bool: False behind the last visual token of a prompt; None when all have U",
     "text_mask": "[B, T] bool: which rows are text behind the last image of their sample; at least the last real one",
     "key_indices": "[B, V] int64: the column of each visual token, -1 behind the last",
     "query_positions": "[B, T] int64: the column of each query row",
@@ -73,12 +77,14 @@ class Stage:
     needs: names in `ARGUMENTS` of a function whose signature does not show them; or {parameter: name}, for a parameter
         called otherwise. A name of None withholds a parameter from the user too.
     share: keeps so many times the budget.
+    optional: names in `ARGUMENTS` of what it also chooses without: where there is no question, text has no rows.
     """
 
     function: Choose
     where: str | None = None
     needs: Mapping[str, str | None] | Collection[str] = ()
     share: int = 1
+    optional: Collection[str] = ()
 
     def __post_init__(self) -> None:
         called = f"method {self.name}"
@@ -86,9 +92,10 @@ class Stage:
             raise TypeError(f"{called}: the function must be callable, got {type(self.function).__name__}")
         if self.where not in (None, "model", "layer"):
             raise ValueError(f"{called}: stage must be model, layer or None, got {self.where!r}")
-        unknown = sorted(self.uses - set(ARGUMENTS))
-        if unknown:
-            raise ValueError(f"{called}: needs must be of {', '.join(ARGUMENTS)}, got {unknown[0]!r}")
+        for field_name, names in (("needs", self.uses), ("optional", self.optional)):
+            unknown = sorted(set(names) - set(ARGUMENTS))
+            if unknown:
+                raise ValueError(f"{called}: {field_name} must be of {', '.join(ARGUMENTS)}, got {unknown[0]!r}")
         kinds = {p.kind for p in self._parameters.values()}
         if "k" not in self._parameters and inspect.Parameter.VAR_KEYWORD not in kinds:
             raise TypeError(f"{called}: the function must take k, the number of tokens to keep")
@@ -161,7 +168,8 @@ class Method:
     paper: arXiv id. source: what this implementation is faithful to. baseline: papers compare themselves with it.
     layer, layers: the decoder layer in front of which the paper prunes, and that of families where it is another one.
     schedule: the paper's shares by decoder layer, of a model with `depth` layers, when it prunes several times inside.
-    positions: the paper's handling of rotary positions in front of the model, "original" or "renumber".
+    positions: the paper's handling of the rotary positions of what stays, "original" or "renumber".
+    within_images: whether it means something to choose from one image or frame alone.
     """
 
     name: str
@@ -176,6 +184,7 @@ class Method:
     schedule: Mapping[int, float] = field(default_factory=dict)
     depth: int = 32
     positions: str = "original"
+    within_images: bool = True
 
     def __post_init__(self) -> None:
         if self.positions not in ("original", "renumber"):

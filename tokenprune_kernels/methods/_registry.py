@@ -45,7 +45,7 @@ def register_method(
             what asks for the attention of the layer before; for others, when `layer=` is given.
         title, summary, paper: for tables: a longer name, by what it chooses, the arXiv id.
         layer, layers: the decoder layer by default, and {family: layer} where it is another one.
-        positions: whether what is kept in front of the model has its "original" positions or is to "renumber".
+        positions: whether what is kept has its "original" positions or is to "renumber".
         replace: takes the place of a method of the same name.
 
     Returns:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..ops import cosine_scores, dpp_sample
-from ._common import Selection, ascending, check_count, check_visual
+from ._common import Selection, ascending, check_count, check_visual, number_range
 from ._method import Method, Stage
 
 
@@ -31,6 +31,7 @@ def cdpruner(
     behind its final norm and its projection into CLIP's joint space, text_embeddings t [B, M, E] what the text tower
     makes of the question, one row for each of its segments. Without image_embeddings, e is f and t [B, M, C] are the
     rows of the language model's embedding table; r_i is the mean then, without the minus.
+    Without any row of text, M = 0, all qualities are 1: diversity alone.
     text_mask [B, M] and mask [B, V] mark what is not padding. The returned indices are positions among the V tokens.
 
     Where it comes from. The steps and constants are the authors' code's. What to do without CLIP's text tower, which
@@ -66,21 +67,15 @@ def cdpruner(
 
 def _scaled(relevance: Tensor, mask: Tensor | None, shared_range: bool) -> Tensor:
     """To about [0, 1] by the smallest and the largest number of the valid tokens; 1 where all are equal."""
-    number = ~relevance.isnan() if mask is None else mask & ~relevance.isnan()
-    low, high = (
-        # A column more, because there is no minimum of nothing.
-        torch.nn.functional.pad(torch.where(number, sign * relevance, torch.inf), (0, 1), value=torch.inf)
-        for sign in (1, -1)
-    )
+    low, high = number_range(relevance, mask)
     if shared_range:
-        low, high = low.flatten().unsqueeze(0), high.flatten().unsqueeze(0)
-    low, high = low.amin(1, keepdim=True), -high.amin(1, keepdim=True)
+        low, high = low.amin(0, keepdim=True), high.amax(0, keepdim=True)
     return torch.where(high > low, (relevance - low + 1e-6) / (high - low), 1)
 
 
 CDPRUNER = Method(
     "cdpruner",
-    (Stage(cdpruner, "model"),),
+    (Stage(cdpruner, "model", optional=("text_embeddings", "text_mask")),),
     title="CDPruner",
     summary="the largest determinant of likeness times relevance to the question",
     paper="2506.10967",

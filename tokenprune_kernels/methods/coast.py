@@ -1,13 +1,22 @@
 """COAST (arXiv 2605.09429): anchors, their aligned evidence, and complementary context, balanced by an entropy."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ..ops import contrastive_scores, score_entropy, select_topk, select_two_tailed
-from ._common import Selection, check_count, check_ratio, check_visual, visual_attention, visual_mask
+from ._common import (
+    Selection,
+    check_count,
+    check_ratio,
+    check_visual,
+    row_attention,
+    visual_attention,
+    visual_mask,
+)
 from ._method import Method, Stage
 
 
@@ -27,6 +36,7 @@ def coast(
     anchor_ratio: float = 0.8,
     context_ratio: tuple[float, float] = (0.05, 0.15),
     reference_ratio: float = 0.1,
+    entropy: str = "global",
     scale: float | None = None,
     backend: str | None = None,
 ) -> Selection:
@@ -36,6 +46,8 @@ def coast(
 
     1. S_glo(j) = max_i S(i, j)  (Eq. 3)  and  S_last(j) = S(last row, j).
     2. p = S_glo / sum S_glo,  H = -sum_j p_j log p_j / log V, in [0, 1]  (Eq. 4): low when attention is concentrated.
+       entropy="rows" is the other reading: each text row S(i, :) renormalised over the visual tokens, its entropy by
+       the same formula, and H the mean over the rows.
     3. K_anchor = max(1, floor(anchor_ratio * K)), the rest is K_rest = K - K_anchor.
        alpha(H) = a + (b - a) * H with (a, b) = context_ratio.
        n_low = floor(K_rest * alpha(H)), at least 1 and at most K_rest - 1 (K_rest = 1: 1; K_rest = 0: 0).
@@ -53,8 +65,9 @@ def coast(
     references and the clamps are second hand, from a third-party adaptation of the paper. Ours: heads are averaged
     before the maximum over rows; alpha is a share of K_rest; V counts the real tokens of a sample, so that padding
     changes nothing; a reference stays a candidate, with its similarity to itself inside the mean; ties go to the lower
-    index. The same source advises layer 2 for LLaVA and layer 14 for Qwen2.5-VL-7B; that this means the attention of
-    the layer before it is our reading.
+    index. The source takes the entropy of S_glo; that of the rows is another reading of Eq. 4, and ours. The same
+    source advises layer 2 for LLaVA and layer 14 for Qwen2.5-VL-7B; that this means the attention of the layer before
+    it is our reading.
 
     details: global, last, contrast [B, V]; entropy, num_low [B]; anchors, references (both ascending, -1 padded).
 
@@ -73,21 +86,27 @@ def coast(
     low, high = context_ratio
     check_ratio("coast", "context_ratio[0]", low)
     check_ratio("coast", "context_ratio[1]", high)
+    if entropy not in ("global", "rows"):
+        raise ValueError(f"coast: entropy must be global or rows, got {entropy!r}")
     valid = visual_mask(key_indices, key_mask, backend)
 
-    both = visual_attention(
-        query, key, lse, key_indices=key_indices, query_mask=query_mask, key_mask=key_mask,
-        query_positions=query_positions, scale=scale, causal=causal, query_reduction="max+last", backend=backend,
-    )  # fmt: skip
+    seen: dict[str, Any] = {
+        "key_indices": key_indices, "key_mask": key_mask, "query_positions": query_positions, "scale": scale,
+        "causal": causal, "backend": backend,
+    }  # fmt: skip
+    both = visual_attention(query, key, lse, query_mask=query_mask, query_reduction="max+last", **seen)
     s_glo, s_last = both.unbind(1)
     batch, tokens = s_glo.shape
     check_visual("coast", "features", features, batch, tokens)
 
-    entropy = score_entropy(s_glo, mask=valid, backend=backend)
+    if entropy == "global":
+        dispersion = score_entropy(s_glo, mask=valid, backend=backend)
+    else:
+        dispersion = _mean_entropy(row_attention(query, key, lse, **seen), query_mask, valid, backend)
 
     num_anchors = min(k, max(1, math.floor(anchor_ratio * k)))
     rest = k - num_anchors
-    share = rest * low + rest * (high - low) * entropy  # K_rest * alpha(H), not negative: truncating is the floor
+    share = rest * low + rest * (high - low) * dispersion  # K_rest * alpha(H), not negative: truncating is the floor
     num_low = share.long().clamp(min(1, rest), max(rest - 1, min(1, rest)))
 
     anchors, _ = select_topk(s_last, num_anchors, mask=valid, backend=backend)
@@ -102,13 +121,23 @@ def coast(
     details = {
         "global": s_glo,
         "last": s_last,
-        "entropy": entropy,
+        "entropy": dispersion,
         "num_low": num_low,
         "anchors": anchors,
         "references": references,
         "contrast": contrast,
     }
     return Selection(indices, counts, details)
+
+
+def _mean_entropy(rows: Tensor, query_mask: Tensor | None, valid: Tensor | None, backend: str | None) -> Tensor:
+    """[B]: the entropy of each row of [B, M, V], as a distribution over the real tokens; its mean over real rows."""
+    batch, count, _ = rows.shape
+    mask = None if valid is None else valid.unsqueeze(1).expand_as(rows).flatten(0, 1)
+    of_rows = score_entropy(rows.flatten(0, 1), mask=mask, backend=backend).view(batch, count)
+    if query_mask is None:
+        return of_rows.mean(1)
+    return torch.where(query_mask, of_rows, 0).sum(1) / query_mask.sum(1).clamp_min(1)
 
 
 def _lowest(scores: Tensor, ratio: float, valid: Tensor | None, backend: str | None) -> Tensor:

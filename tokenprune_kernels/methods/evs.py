@@ -55,8 +55,13 @@ def evs(
     has_one = (before >= 0) & (before < index)
     before = torch.where(has_one, before, 0)
     has_one = has_one & (groups.gather(1, before) == groups - 1) & (area.gather(1, before) == area)
-    (previous,) = gather_compact([features], before, dims=[1], backend=backend)
-    cosine = paired_cosine(features, previous, backend=backend)
+    if isinstance(grid, Tensor):
+        (previous,) = gather_compact([features], before, dims=[1], backend=backend)
+        cosine = paired_cosine(features, previous, backend=backend)
+    else:  # Frames of one size: both arguments are views of the features, and nothing is copied.
+        step = min(grid[0] * grid[1], tokens)
+        cosine = paired_cosine(features[:, step:], features[:, : tokens - step], backend=backend)
+        cosine = torch.nn.functional.pad(cosine, (step, 0))
     dissimilarity = torch.where(has_one, 1 - cosine, FIRST_FRAME)
     indices, counts = select_topk(dissimilarity, k, mask=mask, backend=backend)
     return Selection(indices, counts, {"dissimilarity": dissimilarity})
@@ -69,4 +74,5 @@ EVS = Method(
     summary="change since the frame before; an image is its first rows",
     paper="2510.14624",
     source="vLLM's implementation",
+    within_images=False,
 )

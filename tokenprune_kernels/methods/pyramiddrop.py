@@ -35,8 +35,8 @@ def pyramiddrop(
 
     The schedule keeps a half, a quarter and an eighth of the image's tokens, rounded down, from layers 8, 16 and 24 of
     32 on. Ours: in a model of L layers they are floor(layer * L / 32), at least 1; probabilities are float32, where the
-    authors' half precision ties; keys of grouped queries are shared, on which the authors' code fails; positions stay
-    the original ones, which the authors' code numbers anew at each stage.
+    authors' half precision ties; keys of grouped queries are shared, on which the authors' code fails. As there, the
+    integration numbers positions anew at each stage, in the layers from there on.
 
     >>> import torch
     >>> from tokenprune_kernels.methods import get_method, pyramiddrop
@@ -63,6 +63,7 @@ PYRAMIDDROP = Method(
     title="PyramidDrop",
     summary="attention of the last question token, thrice",
     paper="2410.17247",
-    source="the authors' code; positions stay original",
+    source="the authors' code",
+    positions="renumber",  # at every stage, in the layers from there on
     schedule={8: 0.5, 16: 0.25, 24: 0.125},
 )

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .._masks import indices_to_mask
 from ..ops import gather_compact, mask_to_indices, merge_tokens, select_grouped_topk, select_topk
-from ._common import Selection, check_count, check_visual
+from ._common import Selection, check_count, check_ratio, check_visual
 from ._method import Method, Stage
 
 TEMPERATURE = 0.01  # of the softmax over frames
@@ -18,6 +18,8 @@ def vidcom2(
     groups: Tensor,
     k: int,
     *,
+    rate: float | None = None,
+    frames: int | None = None,
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Selection:
@@ -32,15 +34,16 @@ def vidcom2(
        the smallest s of the rest come in.
 
     features [B, V, C] are the projector's outputs, frame after frame; groups [B, V] int64: the frame of a token, in
-    [0, V); mask [B, V] marks real tokens, all by default. T counts the frames that have one. The engine keeps
-    K = max(T, floor(V (1 - q))) at a pruning rate q. The returned indices are positions among the V visual tokens.
+    [0, frames); mask [B, V] marks real tokens, all by default. frames: at most so many frames in a sample, V when it is
+    not known; the means of the frames take that much memory. T counts the frames that have a token. rate: r, where it
+    is not K / V. The returned indices are positions among the V visual tokens.
 
     Where it comes from. The steps are vLLM's, which names the authors' code as its source. Its statistics are in the
-    dtype of the model, so that in bfloat16 ties decide; here they are float32 (float64 for float64). There, r is
-    1 - q, which is K / V up to rounding where T does not set K. Ours: frames may have different sizes, ties go to the
-    lower index, and nothing waits for the device.
+    dtype of the model, so that in bfloat16 ties decide; here they are float32 (float64 for float64). At a pruning rate
+    q the engine keeps K = max(T, floor(V (1 - q))), and r is 1 - q, which is K / V up to rounding where T does not set
+    K. Ours: frames may have different sizes, ties go to the lower index, and nothing waits for the device.
 
-    details: redundancy [B, V], budgets [B, V], the k_t of each frame, 0 behind the last.
+    details: redundancy [B, V], budgets [B, frames], the k_t of each frame, 0 behind the last.
 
     >>> import torch
     >>> from tokenprune_kernels.methods import vidcom2
@@ -51,32 +54,37 @@ def vidcom2(
     tensor([[2]])
     """
     check_count("vidcom2", k)
+    check_count("vidcom2", 0 if frames is None else frames, "frames")
+    check_ratio("vidcom2", "rate", 1.0 if rate is None else rate)
     batch, tokens, channels = features.shape
     check_visual("vidcom2", "groups", groups, batch, tokens)
-    wide = features.to(torch.promote_types(features.dtype, torch.float32))
+    # T is known on the device alone, but it is no more than V: a slot for every frame that there could be.
+    slots = torch.arange(tokens if frames is None else min(frames, tokens), device=groups.device).expand(batch, -1)
     real = torch.ones_like(groups, dtype=torch.bool) if mask is None else mask
-    real = real & (groups >= 0) & (groups < tokens)
-    wide = torch.where(real.unsqueeze(-1), wide, 0)
-    weight = real.to(wide.dtype)
+    real = real & (groups >= 0) & (groups < slots.shape[1])
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    masked = ~real.unsqueeze(-1)
+    weight = real.to(dtype)
     count = weight.sum(1, keepdim=True)
     share = (weight / count.clamp_min(1)).unsqueeze(1)  # of a token in the mean of all, [B, 1, V]
 
-    # Two passes, because a channel may vary little around a large mean.
-    variance = (share @ (wide - share @ wide).square()).squeeze(1)
-    narrow, _ = select_topk(variance, max(1, channels // 2), largest=False, backend=backend)
-    (unit,) = gather_compact([wide], narrow, dims=[2], backend=backend)
-    unit = torch.nn.functional.normalize(unit, dim=-1)
+    # Two passes, because a channel may vary little around a large mean. What has the size of the features is made once
+    # and changed in place: fresh memory costs more than the arithmetic.
+    square = features.to(dtype, copy=True).masked_fill_(masked, 0)
+    square.sub_(share @ square).square_()
+    narrow, _ = select_topk((share @ square).squeeze(1), max(1, channels // 2), largest=False, backend=backend)
+    (unit,) = gather_compact([features], narrow, dims=[2], backend=backend)
+    unit = unit.to(dtype).masked_fill_(masked, 0)
+    unit /= unit.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
-    # T is not known here, but it is no more than V: a slot for every frame that there could be.
     frame = torch.where(real, groups, -1)
-    slots = torch.arange(tokens, device=groups.device).expand(batch, -1)
-    of_video = _likeness(unit, share @ unit)
+    of_video = _likeness(unit - share @ unit)
     mean, size, _ = merge_tokens(unit, slots, assignment=frame, backend=backend)
     (centre,) = gather_compact([mean], frame, dims=[1], backend=backend)
-    redundancy = of_video + _likeness(unit, centre)
+    redundancy = of_video + _likeness(centre.sub_(unit))
     likeness, _, _ = merge_tokens(of_video.unsqueeze(-1), slots, assignment=frame, backend=backend)
 
-    budgets = _budgets(likeness.squeeze(-1), size, k / count.clamp_min(1))
+    budgets = _budgets(likeness.squeeze(-1), size, k / count.clamp_min(1) if rate is None else rate)
     kept, _ = select_grouped_topk(redundancy, groups, budgets, tokens, mask=real, largest=False, backend=backend)
     is_kept = indices_to_mask(kept, tokens)
     best, counts = select_topk(redundancy, k, mask=real & is_kept, largest=False, backend=backend)
@@ -85,19 +93,19 @@ def vidcom2(
     return Selection(indices, counts, {"redundancy": redundancy, "budgets": budgets})
 
 
-def _likeness(unit: Tensor, centre: Tensor) -> Tensor:
-    """G(u, c) [B, V]."""
-    square = (unit - centre).square().sum(-1, keepdim=True)
+def _likeness(difference: Tensor) -> Tensor:
+    """G [B, V] of the differences [B, V, C], which are overwritten."""
+    square = difference.square_().sum(-1, keepdim=True)
     return torch.exp(square / square.new_tensor([-2 * a for a in WIDTHS])).sum(-1)
 
 
-def _budgets(likeness: Tensor, size: Tensor, rate: Tensor) -> Tensor:
-    """k_t [B, V] from the mean likeness of a frame to the video, its size (0: there is no such frame), and the rate."""
+def _budgets(likeness: Tensor, size: Tensor, rate: Tensor | float) -> Tensor:
+    """k_t [B, frames] from a frame's mean likeness to the video, its size (0: there is no such frame), and the rate."""
     exists = size > 0
-    frames = exists.sum(1, keepdim=True).clamp_min(1)
+    number = exists.sum(1, keepdim=True).clamp_min(1)
     z = torch.where(exists, -likeness, -torch.inf)
     weight = torch.where(exists, torch.softmax(z / TEMPERATURE, 1), 0)
-    scale = (rate * (1 + weight - 1 / frames)).clamp_max(1)
+    scale = (rate * (1 + weight - 1 / number)).clamp_max(1)
     # A frame of NaN has a budget all the same.
     due = (scale * size).round().nan_to_num(1.0)
     return torch.where(exists, torch.minimum(due.clamp_min(1), size), 0).long()
@@ -110,4 +118,5 @@ VIDCOM2 = Method(
     summary="what is unlike its frame and the video; of an image, what is unlike it",
     paper="2505.14454",
     source="vLLM's implementation, which names the authors' code",
+    within_images=False,
 )

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from .._checks import Sizes, fail, shape_text
-from .._op import Choice, Rule, flags, floats, indices, integers
+from .._op import Choice, Rule, along, flags, floats, indices, integers
 
 ATTENTION: dict[str, Any] = {
     "query": floats("B Hq M D"),
@@ -38,3 +38,11 @@ def _check_heads(op: str, sizes: Sizes, query: Tensor, *_: Any) -> None:
 
 
 HEADS = Rule(_check_heads, cpp="check_heads(op, query, key)", expression="Hq % Hkv == 0")
+
+# Heads are reduced before rows, so that a sum over heads commutes with sums over rows, and not with their maximum.
+_LINEAR = ("mean", "sum", "last")
+BY_HEADS = (
+    along("Hq Hkv", head_reduction=("none",)),
+    along("Hq Hkv", partial="sum", head_reduction=("sum",), query_reduction=_LINEAR),
+    along("Hq Hkv", partial="avg", head_reduction=("mean",), query_reduction=_LINEAR),
+)

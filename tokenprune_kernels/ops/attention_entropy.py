@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .._backend import call
-from .._op import KERNELS, op, scores
+from .._op import KERNELS, along, op, scores
 from ._attention import ATTENTION, HEADS
 
 
@@ -12,6 +12,7 @@ from ._attention import ATTENTION, HEADS
     returns={"entropy": scores("B Hq M"), "lse": scores("B Hq M")},
     work=("key", "B * Hq * M * N * D"),
     rule=HEADS,
+    shardings=(along("Hq Hkv"), along("M", causal=(False,))),
     backends=KERNELS,
 )
 def attention_entropy(

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .._backend import call
-from .._op import KERNELS, Choice, flags, floats, op, scores
+from .._op import KERNELS, Choice, along, flags, floats, op, scores
 
 
 @op(
@@ -13,6 +13,7 @@ from .._op import KERNELS, Choice, flags, floats, op, scores
     reduction=Choice(("max", "mean")),
     returns=scores("B N"),
     work=("queries", "B * N * M * C"),
+    shardings=(along("N"),),
     backends=KERNELS,
 )
 def cosine_scores(

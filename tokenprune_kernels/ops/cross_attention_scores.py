@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .._backend import call
 from .._op import KERNELS, op, scores
-from ._attention import ATTENTION, HEADS, REDUCED, reduced_shape
+from ._attention import ATTENTION, BY_HEADS, HEADS, REDUCED, reduced_shape
 
 
 @op(
@@ -13,6 +13,7 @@ from ._attention import ATTENTION, HEADS, REDUCED, reduced_shape
     returns={"scores": scores(reduced_shape), "entropy": scores("B Hq M"), "lse": scores("B Hq M")},
     work=("key", "B * Hq * M * max(N, V) * D"),
     rule=HEADS,
+    shardings=BY_HEADS,
     backends=KERNELS,
 )
 def cross_attention_scores(

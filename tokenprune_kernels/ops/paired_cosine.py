@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from .._backend import call
-from .._op import KERNELS, floats, op, scores
+from .._op import KERNELS, along, floats, op, scores
 
 
-@op(a=floats("B N C"), b=floats("B N C", like="a"), returns=scores("B N"), backends=KERNELS)
+@op(a=floats("B N C"), b=floats("B N C", like="a"), returns=scores("B N"), shardings=(along("N"),), backends=KERNELS)
 def paired_cosine(a: Tensor, b: Tensor, *, backend: str | None = None) -> Tensor:
     """The cosine of each token of one list with the token at the same index of another: cos(a_i, b_i).
 

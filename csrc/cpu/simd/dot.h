@@ -55,7 +55,8 @@ TOKENPRUNE_INLINE void pack_panel(const A* rows, int64_t row_stride, int64_t n, 
 
 // A tile of `keys` x `vecs` vectors in registers; the panel holds `vecs` vectors per element. The sums, together with
 // what `out` already holds if `add`, leave multiplied by `factor`. They are of products, or of squared differences.
-template <class A, int vecs, int keys, bool differences = false>
+// Element d of a key lies `step` times d from its first.
+template <class A, int vecs, int keys, bool differences = false, int64_t step = 1>
 TOKENPRUNE_INLINE void panel_tile(const A* panel, int64_t dim, const A* key, int64_t key_stride, bool add, A factor,
                                   A* out, int64_t out_stride) {
   constexpr int width = kWidth<A>;
@@ -70,7 +71,7 @@ TOKENPRUNE_INLINE void panel_tile(const A* panel, int64_t dim, const A* key, int
     for (int v = 0; v < vecs; ++v) a[v] = load(panel + (d * vecs + v) * width);
 #pragma GCC unroll 32
     for (int j = 0; j < keys; ++j) {
-      const Vec<A> x = splat(key[j * key_stride + d]);
+      const Vec<A> x = splat(key[j * key_stride + d * step]);
 #pragma GCC unroll 4
       for (int v = 0; v < vecs; ++v) {
         if constexpr (differences) {
@@ -119,6 +120,15 @@ TOKENPRUNE_INLINE void panel_dots(const A* panel, int64_t dim, const A* keys, in
     panel_block<A, 2, differences>(panel + start * lanes, length, keys + start, key_stride, n_keys, start > 0, A(1),
                                    out, lanes);
   }
+}
+
+// out[r * out_stride + lane] (+)= <row r of panel `rows`, row `lane` of panel `others`> over one block of dimensions.
+template <class A>
+TOKENPRUNE_INLINE void panel_products(const A* rows, const A* others, int64_t dim, bool add, A* out,
+                                      int64_t out_stride) {
+  constexpr int lanes = kPanelLanes<A>, tile = kTileKeys < 8 || lanes < 8 ? 4 : 8;
+  for (int64_t r = 0; r < lanes; r += tile)
+    panel_tile<A, 2, tile, false, lanes>(others, dim, rows + r, 1, add, A(1), out + r * out_stride, out_stride);
 }
 
 // squares[lane] = <panel row lane, itself>, in the order of panel_dots: equal rows have a distance of exactly 0.

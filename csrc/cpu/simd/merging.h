@@ -14,10 +14,10 @@ struct MergingKernels {
   // becomes best[row] and its lane (the first of equals) + first_slot becomes at[row]; -1 at first, with -infinity.
   // NaN is passed over, and -infinity taken where nothing else is.
   void (*best_lanes)(const A* values, int64_t n, A sign, int64_t first_slot, A* best, int64_t* at);
-  // sum += weight * row
-  void (*accumulate)(const T* row, int64_t n, A weight, A* sum);
-  // mean = sum / size, rounded to T
-  void (*divide)(const A* sum, int64_t n, A size, T* mean);
+  // mean[d] = the sum over `count` tokens, in their order, of weights[token] * columns[token * row_stride + d], divided by
+  // size and rounded to T, for n columns. No weights: they are 1.
+  void (*mean_of)(const T* columns, int64_t row_stride, const int64_t* tokens, int64_t count, const A* weights, A size,
+                  int64_t n, T* mean);
 };
 
 struct MergingTable {

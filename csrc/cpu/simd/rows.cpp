@@ -17,6 +17,11 @@ void against_panel(const A* panel, int64_t dim, const A* keys, int64_t key_strid
 }
 
 template <class A>
+void between_panels(const A* rows, const A* others, int64_t dim, bool add, A* out, int64_t out_stride) {
+  panel_products<A>(rows, others, dim, add, out, out_stride);
+}
+
+template <class A>
 void distances(const A* panel, int64_t dim, const A* keys, int64_t key_stride, int64_t n_keys, A* out) {
   panel_dots<A, true>(panel, dim, keys, key_stride, n_keys, out);
 }
@@ -41,13 +46,21 @@ const RowKernels<float> rows_f32 = {kPanelLanes<float>,
                                     kBlock,
                                     pack<float>,
                                     against_panel<float>,
+                                    between_panels<float>,
                                     distances<float>,
                                     squares_of<float>,
                                     normalize<float, float>,
                                     normalize<Half, float>,
                                     normalize<BFloat16, float>};
-const RowKernels<double> rows_f64 = {
-    kPanelLanes<double>,       kBlock,  pack<double>, against_panel<double>, distances<double>, squares_of<double>,
-    normalize<double, double>, nullptr, nullptr};
+const RowKernels<double> rows_f64 = {kPanelLanes<double>,
+                                     kBlock,
+                                     pack<double>,
+                                     against_panel<double>,
+                                     between_panels<double>,
+                                     distances<double>,
+                                     squares_of<double>,
+                                     normalize<double, double>,
+                                     nullptr,
+                                     nullptr};
 
 }  // namespace tokenprune::TOKENPRUNE_SIMD

@@ -15,7 +15,10 @@ struct RowKernels {
   void (*pack_panel)(const A* rows, int64_t row_stride, int64_t n, int64_t dim, A* panel);
   // out[key * panel_lanes + lane] = <keys[key], panel row lane>.
   void (*panel_dots)(const A* panel, int64_t dim, const A* keys, int64_t key_stride, int64_t n_keys, A* out);
-  // The same of ||keys[key] - panel row lane||^2, from differences.
+  // The same of all rows of a panel instead of keys, rows of out_stride, over one panel_block at most; with `add`, on top
+  // of what `out` holds.
+  void (*panel_products)(const A* rows, const A* others, int64_t dim, bool add, A* out, int64_t out_stride);
+  // out[key * panel_lanes + lane] = ||keys[key] - panel row lane||^2, from differences.
   void (*panel_distances)(const A* panel, int64_t dim, const A* keys, int64_t key_stride, int64_t n_keys, A* out);
   // squares[lane] = <panel row lane, itself>, to the bit what panel_dots gives of two such rows.
   void (*panel_squares)(const A* panel, int64_t dim, A* squares);

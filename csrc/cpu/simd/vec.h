@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -17,7 +18,7 @@ namespace tokenprune::TOKENPRUNE_SIMD {
 
 #if defined(TOKENPRUNE_SIMD_AVX512)
 constexpr int kVectorBytes = 64;
-constexpr int kTileKeys = 12;  // 12 x 2 accumulators of 32 registers
+constexpr int kTileKeys = 8;  // 8 x 2 accumulators of 32 registers: rows a power of two apart share 8 lines of a cache
 #elif defined(TOKENPRUNE_SIMD_AVX2)
 constexpr int kVectorBytes = 32;
 constexpr int kTileKeys = 6;  // 6 x 2 accumulators of 16 registers
@@ -55,17 +56,29 @@ template <class A, int bytes>
 struct VectorOfBytes {
   typedef A type __attribute__((vector_size(bytes)));
 };
+// Half of a vector. In registers wherever the compiler can be told so: a half that is copied out of memory keeps the vector
+// there, and with it the accumulators of the loop that it comes from.
+template <class A, int bytes, bool upper, int... lane>
+TOKENPRUNE_INLINE auto half_of(typename VectorOfBytes<A, bytes>::type v, std::integer_sequence<int, lane...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(v, v, (upper * sizeof...(lane) + lane)...);
+#else
+  typename VectorOfBytes<A, bytes / 2>::type half;
+  std::memcpy(&half, reinterpret_cast<const char*>(&v) + upper * sizeof half, sizeof half);
+  return half;
+#endif
+}
+template <class A, int bytes, bool upper>
+TOKENPRUNE_INLINE auto half_of(typename VectorOfBytes<A, bytes>::type v) {
+  return half_of<A, bytes, upper>(v, std::make_integer_sequence<int, bytes / 2 / sizeof(A)>());
+}
 // A vector folded onto `bytes` bytes: the upper half is added to the lower one until that size is reached.
 template <class A, int bytes, int from = kVectorBytes>
 TOKENPRUNE_INLINE auto fold(typename VectorOfBytes<A, from>::type v) {
-  if constexpr (from <= bytes) {
+  if constexpr (from <= bytes)
     return v;
-  } else {
-    typename VectorOfBytes<A, from / 2>::type low, high;
-    std::memcpy(&low, &v, from / 2);
-    std::memcpy(&high, reinterpret_cast<const char*>(&v) + from / 2, from / 2);
-    return fold<A, bytes, from / 2>(low + high);
-  }
+  else
+    return fold<A, bytes, from / 2>(half_of<A, from, false>(v) + half_of<A, from, true>(v));
 }
 template <class A>
 TOKENPRUNE_INLINE A horizontal_sum(Vec<A> v) {  // pairwise, in a fixed order

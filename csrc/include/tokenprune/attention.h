@@ -39,6 +39,8 @@ struct AttentionProblem {
     return key_heads == 0 ? 0 : query_heads / key_heads;
   }  // query heads per key head
   TOKENPRUNE_HD int64_t group_rows() const { return group() * rows; }
+  TOKENPRUNE_HD int64_t queries() const { return batch * query_heads * rows; }
+  TOKENPRUNE_HD int64_t vectors() const { return queries() + batch * key_heads * keys; }
 };
 
 // Whether 16-byte copies can read the vectors of an operand.
@@ -85,6 +87,7 @@ struct AttentionRowPlan {
   int splits, cluster;
   bool thin;  // at most kThinRows rows: the keys, not the rows, are spread over the warps
   bool resident;
+  bool overlap;       // a launch starts while the one in front of it ends
   int shared;         // bytes
   int64_t blocks;     // of the first launch
   int64_t workspace;  // floats
@@ -105,6 +108,7 @@ inline AttentionRowPlan plan_attention_rows(int64_t batch, int64_t key_heads, in
   plan.row_tiles = ceil_div<int64_t>(group_rows, kTileVectors);
   plan.thin = group_rows <= kThinRows;
   plan.resident = tile_resident(dim, element_size);
+  plan.overlap = limits.has_clusters();
   plan.shared = tile_shared_bytes(dim, element_size, plan.resident);
   const int64_t tiles = batch * key_heads * plan.row_tiles;
   plan.split_tiles = std::min(key_tiles, kMaxSplitTiles);

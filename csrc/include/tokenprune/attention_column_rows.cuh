@@ -62,6 +62,8 @@ __device__ __forceinline__ void write_scores(const ColumnProblem& c, int64_t sam
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads)
     attention_columns_combine_kernel(const ColumnProblem c, const ColumnPlan plan) {
+  let_next_launch_start();
+  wait_for_launch_before();
   const int64_t size = c.out_heads() * c.columns, blocks = (size + kThreads - 1) / kThreads;
   const int64_t sample = blockIdx.x / blocks, i = blockIdx.x % blocks * kThreads + threadIdx.x;
   long long count = c.attention.rows;

@@ -26,7 +26,7 @@ namespace tokenprune {
 enum class HeadOp { kSum, kMax, kNone };
 
 template <class T, HeadOp op>
-struct ColumnPass {
+struct ColumnPass : ColumnMemory {
   using Tile = DotTile<T>;
   static constexpr int kA = Tile::kThreadA, kB = Tile::kThreadB;
   // b(j) is in 8 unit(j) .. 8 unit(j) + 7, for all lanes.
@@ -34,7 +34,6 @@ struct ColumnPass {
 
   const ColumnProblem& c;
   const AttentionProblem& p;
-  const ColumnPlan& plan;
   // Of the rows at work: how many; bit i * kB + j: row b(j) sees column a(i).
   int present;
   uint32_t visible;
@@ -42,33 +41,7 @@ struct ColumnPass {
   Tile mass;  // P, or what the heads so far make of it
 
   __device__ __forceinline__ ColumnPass(const ColumnProblem& problem, const ColumnPlan& plan_in)
-      : c(problem), p(problem.attention), plan(plan_in) {}
-
-  // Found again where needed, like what is known of the item: registers are short.
-  __device__ __forceinline__ static int team() { return threadIdx.x / kTileThreads; }
-  __device__ __forceinline__ int part() const { return cluster_rank() * plan.teams + team(); }
-
-  // Shared memory: rings of the teams; statistics of the teams, [3][64 + 1] each, of the rows of the tile at work and of
-  // the next two; the item; the last row's values [64], of the first block; results [parts][2][64].
-  __device__ __forceinline__ unsigned char* ring_of(int t) const { return dynamic_shared() + t * plan.ring; }
-  __device__ __forceinline__ float2* statistics(int tile) const {
-    return reinterpret_cast<float2*>(ring_of(plan.teams)) + (team() * 3 + tile % 3) * kStatistics;
-  }
-  __device__ __forceinline__ ColumnItem& item() const {
-    return *reinterpret_cast<ColumnItem*>(ring_of(plan.teams) + plan.teams * kStatisticsBytes);
-  }
-  __device__ __forceinline__ int head_begin() const { return item().heads[team()].x; }
-  __device__ __forceinline__ int head_end() const { return item().heads[team()].y; }
-  __device__ __forceinline__ float* last_values() const { return reinterpret_cast<float*>(&item() + 1); }
-  __device__ __forceinline__ float* results_of(int q) const { return last_values() + (1 + 2 * q) * kTileVectors; }
-
-  // Barrier of all threads that work on an item.
-  __device__ __forceinline__ void sync() const {
-    if (plan.cluster > 1)
-      cluster_sync();
-    else
-      __syncthreads();
-  }
+      : ColumnMemory{plan_in}, c(problem), p(problem.attention) {}
 
   __device__ __forceinline__ void begin(int64_t number) {
     sync();  // the last item's reads of shared memory
@@ -139,13 +112,17 @@ struct ColumnPass {
     }
   }
 
-  // What row `thread of the team` of the tile (head, row) multiplies dot products with, and its lse.
+  // The exponents of 2 that logits become: of 16 bits already with the factor of dot products and with lse, which adds a
+  // rounding to each, far below those of the inputs.
+  static constexpr float kFolded = Tile::kMma ? kLog2e : 1.0f, kUnfolded = Tile::kMma ? 1.0f : kLog2e;
+
+  // What row `thread of the team` of the tile (head, row) multiplies dot products with, and its lse: times kFolded.
   __device__ __forceinline__ float2 statistics_of(int head, int64_t row) const {
     const int v = tile_thread();
     if (v >= kTileVectors || row + v >= item().rows.end || head >= head_end()) return make_float2(0.0f, 0.0f);
     const int64_t sample = item().sample;
-    return make_float2(p.scale * row_factor(p, sample, head, row + v),
-                       c.lse[(sample * p.query_heads + head) * p.rows + row + v]);
+    return make_float2(p.scale * row_factor(p, sample, head, row + v) * kFolded,
+                       c.lse[(sample * p.query_heads + head) * p.rows + row + v] * kFolded);
   }
 
   // Whole warps call it; the last entry says for either of the two warps whether one of its rows has lse -inf or NaN,
@@ -167,7 +144,7 @@ struct ColumnPass {
       const float2 row = of_row[Tile::b(j)];
 #pragma unroll
       for (int i = 0; i < kA; ++i) {
-        float probability = exp2_approx(__fmaf_rn(dots.at(i, j), row.x, -row.y) * kLog2e);
+        float probability = exp2_approx(__fmaf_rn(dots.at(i, j), row.x, -row.y) * kUnfolded);
         if (!kEvery && (seen >> (i * kB + j) & 1) == 0) probability = 0.0f;
         if constexpr (op == HeadOp::kNone)
           into.at(i, j) = probability;
@@ -229,19 +206,21 @@ struct ColumnPass {
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
       if (8 * n >= present || !is_mine(n, mine)) continue;
-      for (int q = 0; q < plan.parts(); ++q) {
-        const unsigned char* theirs = cluster_shared(ring_of(q % plan.teams), q / plan.teams);
-        const float4 x = reinterpret_cast<const float4*>(theirs)[n * kTileThreads + tile_thread()];
-        const float values[4] = {x.x, x.y, x.z, x.w};
+      const int at = n * kTileThreads + tile_thread();
+      for (int rank = 0; rank < plan.cluster; ++rank) {
+        for (int t = 0; t < plan.teams; ++t) {
+          const float4 x = reinterpret_cast<const float4*>(cluster_shared(ring_of(t), rank))[at];
+          const float values[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          float& total = mass.sums[n][e];
-          if (q == 0)
-            total = values[e];
-          else if constexpr (op == HeadOp::kMax)
-            total = nan_max(total, values[e]);
-          else
-            total += values[e];
+          for (int e = 0; e < 4; ++e) {
+            float& total = mass.sums[n][e];
+            if (rank + t == 0)
+              total = values[e];
+            else if constexpr (op == HeadOp::kMax)
+              total = nan_max(total, values[e]);
+            else
+              total += values[e];
+          }
         }
       }
     }
@@ -315,31 +294,28 @@ struct ColumnPass {
     // A team with fewer heads than others multiplies its last one again, for nothing.
     const auto loaded_head = [&](int t) { return head_of(t) < head_end() ? head_of(t) : head_end() - 1; };
     const auto keys_of = [&](int t) {
-      const VectorList<T> list = keys_of_head<T>(p, item().sample, loaded_head(t) / plan.group);
-      const int64_t left = c.columns - item().first_column, columns = left < kTileVectors ? left : kTileVectors;
-      return TileVectors<T, ColumnKeys<T>>{{list, item().keys, columns, list.aligned}, 0};
+      return ColumnKeys<T>{keys_of_head<T>(p, item().sample, loaded_head(t) / plan.group), p.key_strides.row,
+                           item().keys, tile_present(c.columns - item().first_column), p.key_aligned};
     };
     const auto queries_of = [&](int t) {
-      VectorList<T> list = query_rows_of_head<T>(p, item().sample, loaded_head(t));
-      list.count = item().rows.end;
-      return TileVectors<T>{list, row_of(t)};
+      return query_rows_of_head<T>(p, item().sample, loaded_head(t), row_of(t), item().rows.end);
     };
     __syncthreads();  // the last run's reads of statistics
     put_statistics(0, statistics_of(head_of(0), row_of(0)));
     put_statistics(1, statistics_of(head_of(1), row_of(1)));
-    for_each_tile<T>(ring_of(team()), static_cast<int>(p.dim), plan.resident, tiles, keys_of, queries_of,
-                     [&](int t, Tile& dots) {
-                       // Read before the work and stored after it: the store waits for nothing, and no register holds
-                       // the values while a tile is multiplied.
-                       const float2 after_next = statistics_of(head_of(t + 2), row_of(t + 2));
-                       if (op == HeadOp::kNone && over_rows) take_rows(row_of(t));
-                       add_head(dots, head_of(t), t);
-                       put_statistics(t + 2, after_next);
-                       if constexpr (op == HeadOp::kNone) {
-                         add_rows(dots, row_of(t));
-                         if (!over_rows || t == tiles - 1) finish(head_of(t));
-                       }
-                     });
+    const auto visit = [&](int t, Tile& dots) {
+      // Read before the work and stored after it: the store waits for nothing, and no register holds the values while a
+      // tile is multiplied.
+      const float2 after_next = statistics_of(head_of(t + 2), row_of(t + 2));
+      if (op == HeadOp::kNone && over_rows) take_rows(row_of(t));
+      add_head(dots, head_of(t), t);
+      put_statistics(t + 2, after_next);
+      if constexpr (op == HeadOp::kNone) {
+        add_rows(dots, row_of(t));
+        if (!over_rows || t == tiles - 1) finish(head_of(t));
+      }
+    };
+    for_each_tile<T>(ring_of(team()), static_cast<int>(p.dim), plan.resident, tiles, keys_of, queries_of, visit);
   }
 
   __device__ __forceinline__ int64_t rows_after(int row_tile) const {
@@ -387,6 +363,8 @@ struct ColumnPass {
 template <class T, HeadOp op>
 __global__ void __launch_bounds__(kTileThreads* kMaxTeams, 1)
     attention_columns_kernel(const ColumnProblem c, const ColumnPlan plan) {
+  let_next_launch_start();
+  wait_for_launch_before();  // for lse and the inverse norms
   ColumnPass<T, op> pass(c, plan);
   for (int64_t item = blockIdx.x / plan.cluster; item < plan.items;) {
     pass.begin(item);
@@ -398,7 +376,9 @@ __global__ void __launch_bounds__(kTileThreads* kMaxTeams, 1)
 template <class T>
 cudaError_t launch_attention_columns(const ColumnProblem& c, const ColumnPlan& plan, cudaStream_t stream) {
   const Launch where{dim3(static_cast<unsigned>(plan.blocks)), dim3(kTileThreads * plan.teams),
-                     static_cast<size_t>(plan.shared), stream, static_cast<unsigned>(plan.cluster)};
+                     static_cast<size_t>(plan.shared),         stream,
+                     static_cast<unsigned>(plan.cluster),      false,
+                     plan.overlap && !c.first_launch};
   const auto kernel = c.per_head()                   ? attention_columns_kernel<T, HeadOp::kNone>
                       : c.heads == ColumnHeads::kMax ? attention_columns_kernel<T, HeadOp::kMax>
                                                      : attention_columns_kernel<T, HeadOp::kSum>;

@@ -25,6 +25,7 @@ struct ColumnProblem {
   int64_t query_mask_stride;
   ColumnHeads heads;
   bool last_only;       // no row reduction but kLast: one row is computed
+  bool first_launch;    // of the call: lse and the inverse norms are there
   uint64_t kinds;       // kind r in bits 2 r and 2 r + 1
   int kind_count;       // of this launch,
   int64_t first_kind;   // which are kinds first_kind .. of
@@ -46,6 +47,7 @@ struct ColumnPlan {
   int cluster, teams;     // blocks of an item, teams of kTileThreads threads of a block: heads are split over both
   int group;              // query heads of a key head
   bool resident;          // the key tile of a key head stays in shared memory
+  bool overlap;           // a launch starts while the one in front of it ends
   int64_t items, blocks;  // blocks is the grid; they loop over the items
   int ring, shared;       // bytes of a team's tiles and of the whole block
 
@@ -90,6 +92,7 @@ inline ColumnPlan plan_attention_columns(const ColumnShape& s, const DeviceLimit
   plan.key_tiles = ceil_div<int64_t>(s.columns, kTileVectors);
   plan.group = s.key_heads > 0 ? static_cast<int>(s.query_heads / s.key_heads) : 0;
   plan.cluster = plan.teams = 1;
+  plan.overlap = limits.has_clusters();
   plan.head_ranges = plan.row_parts = 1;
   const int64_t rows = s.last_only ? std::min<int64_t>(s.rows, 1) : s.rows;
   const int64_t tiles = s.batch * plan.key_tiles, wanted = 2 * int64_t(limits.sm_count);

@@ -4,6 +4,7 @@
 
 #include "tokenprune/attention.h"
 #include "tokenprune/math.h"
+#include "tokenprune/ptx.cuh"
 #include "tokenprune/warp.cuh"
 
 namespace tokenprune {
@@ -12,9 +13,10 @@ constexpr int kNormThreads = 256, kNormVectors = kNormThreads / kWarp;
 
 template <class T>
 __global__ void __launch_bounds__(kNormThreads) attention_norms_kernel(const AttentionProblem p) {
-  const int64_t queries = p.batch * p.query_heads * p.rows, keys = p.batch * p.key_heads * p.keys;
+  let_next_launch_start();
+  const int64_t queries = p.queries();
   const int64_t vector = int64_t(blockIdx.x) * kNormVectors + warp_id();
-  if (vector >= queries + keys) return;
+  if (vector >= p.vectors()) return;
   const bool is_key = vector >= queries;
   const int64_t index = is_key ? vector - queries : vector, each = is_key ? p.keys : p.rows;
   const int64_t heads = is_key ? p.key_heads : p.query_heads, head = index / each;
@@ -39,8 +41,7 @@ __global__ void __launch_bounds__(kNormThreads) attention_norms_kernel(const Att
 
 template <class T>
 cudaError_t launch_attention_norms(const AttentionProblem& p, cudaStream_t stream) {
-  const int64_t vectors = p.batch * (p.query_heads * p.rows + p.key_heads * p.keys);
-  const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(vectors, kNormVectors)));
+  const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(p.vectors(), kNormVectors)));
   return launch({grid, dim3(kNormThreads), 0, stream}, attention_norms_kernel<T>, p);
 }
 

@@ -28,8 +28,8 @@ struct RowBlock {
   int sample, key_head, split;
   int64_t begin;  // first key
   int range;      // keys
-  TileVectors<T> rows;
-  VectorList<T> keys;
+  GroupVectors<T> rows;
+  const T* keys;  // the first of the range
 
   // With causality the last rows see most keys and start first.
   __device__ __forceinline__ RowBlock(const AttentionProblem& p, const AttentionRowPlan& plan) {
@@ -45,22 +45,26 @@ struct RowBlock {
     begin = split * plan.split_tiles * kTileVectors;
     const int64_t left = p.keys - begin, wanted = plan.split_tiles * kTileVectors;
     range = static_cast<int>(left < 0 ? 0 : left < wanted ? left : wanted);
-    rows = {query_rows_of_group<T>(p, sample, key_head), int64_t(row_tile) * kTileVectors};
-    keys = keys_of_head<T>(p, sample, key_head);
+    rows = query_rows_of_group<T>(p, sample, key_head, int64_t(row_tile) * kTileVectors);
+    keys = keys_of_head<T>(p, sample, key_head) + begin * p.key_strides.row;
   }
 
-  __device__ __forceinline__ TileVectors<T> key_tile(int t) const { return {keys, begin + int64_t(t) * kTileVectors}; }
+  __device__ __forceinline__ HeadVectors<T> key_tile(const AttentionProblem& p, int t) const {
+    const int first = t * kTileVectors, left = range - first;
+    return {keys + first * p.key_strides.row, p.key_strides.row, left < kTileVectors ? left : kTileVectors,
+            p.key_aligned};
+  }
 
   // Of row r of the tile: how many keys of the range it sees, none if it does not exist.
   __device__ __forceinline__ int sees(const AttentionProblem& p, int r) const {
-    if (r >= rows.present()) return 0;
+    if (r >= rows.present) return 0;
     const int64_t seen = last_visible_key(p, sample, (rows.first + r) % p.rows) + 1 - begin;
     return seen < 0 ? 0 : seen < range ? static_cast<int>(seen) : range;
   }
 
   // What makes logits of its dot products, together with key_factor.
   __device__ __forceinline__ float factor(const AttentionProblem& p, int r) const {
-    if (r >= rows.present()) return 0;
+    if (r >= rows.present) return 0;
     const int64_t index = rows.first + r;
     return p.scale * row_factor(p, sample, key_head * p.group() + index / p.rows, index % p.rows);
   }
@@ -95,7 +99,7 @@ struct RowBlock {
     if (plan.cluster == 1) return;
     cluster_sync();
     const int r = threadIdx.x;
-    if (split > 0 || r >= rows.present()) return;
+    if (split > 0 || r >= rows.present) return;
     const RowState* const states = reinterpret_cast<const RowState*>(dynamic_shared()) + r;
     RowState total = states[0];
     for (int q = 1; q < plan.splits; ++q) total = merged(total, states[q * kTileVectors]);
@@ -104,13 +108,15 @@ struct RowBlock {
 };
 static_assert(kMaxCluster * kTileVectors * sizeof(RowState) <= kTileStages * kChunkTileBytes);
 
-template <class T>
+template <class T, bool kResident>
 __global__ void __launch_bounds__(kTileThreads, tile_blocks_per_sm(sizeof(T)))
     attention_rows_wide_kernel(const AttentionProblem p, const AttentionRowPlan plan, const AttentionRowOutputs out) {
   using Tile = DotTile<T>;
+  let_next_launch_start();
+  wait_for_launch_before();  // for the inverse norms
   constexpr int kRows = Tile::kThreadA, kKeys = Tile::kThreadB;
   const RowBlock<T> block(p, plan);
-  const bool active = 16 * warp_id() < block.rows.present();
+  const bool active = 16 * warp_id() < block.rows.present;
   int sees[kRows], most = 0;
   float factor[kRows];
   RowState state[kRows];
@@ -152,25 +158,27 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks_per_sm(sizeof(T)))
     }
   };
   for_each_tile<T>(
-      dynamic_shared(), static_cast<int>(p.dim), plan.resident, block.tiles(p, most), [&](int) { return block.rows; },
-      [&](int t) { return block.key_tile(t); }, add_tile);
+      dynamic_shared(), static_cast<int>(p.dim), kResident, block.tiles(p, most), [&](int) { return block.rows; },
+      [&](int t) { return block.key_tile(p, t); }, add_tile);
 
   block.begin_writing(plan);
   if (active) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const RowState total = warp_merged(state[i], Tile::kLanesPerA);
-      if (lane_id() % Tile::kLanesPerA == 0 && Tile::a(i) < block.rows.present())
+      if (lane_id() % Tile::kLanesPerA == 0 && Tile::a(i) < block.rows.present)
         block.write(p, plan, out, Tile::a(i), total);
     }
   }
   block.end_writing(p, plan, out);
 }
 
-template <class T>
+template <class T, bool kResident>
 __global__ void __launch_bounds__(kTileThreads, tile_blocks_per_sm(sizeof(T)))
     attention_rows_thin_kernel(const AttentionProblem p, const AttentionRowPlan plan, const AttentionRowOutputs out) {
   using Tile = DotTile<T>;
+  let_next_launch_start();
+  wait_for_launch_before();  // for the inverse norms
   constexpr int kRows = Tile::kThreadB / 4, kKeys = Tile::kThreadA, kStride = Tile::kLanesPerA;
   static_assert(Tile::block(kRows - 1) == 0 && Tile::block(kRows) == 1, "the sums of one block of B vectors");
   const RowBlock<T> block(p, plan);
@@ -215,8 +223,8 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks_per_sm(sizeof(T)))
     }
   };
   for_each_tile<T, true, 1>(
-      dynamic_shared(), static_cast<int>(p.dim), plan.resident, block.tiles(p, most), [&](int) { return block.rows; },
-      [&](int t) { return block.key_tile(t); }, add_logits);
+      dynamic_shared(), static_cast<int>(p.dim), kResident, block.tiles(p, most), [&](int) { return block.rows; },
+      [&](int t) { return block.key_tile(p, t); }, add_logits);
 
   TOKENPRUNE_SHARED(RowState[kTileThreads / kWarp][kThinRows], partial);
 #pragma unroll
@@ -227,7 +235,7 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks_per_sm(sizeof(T)))
   __syncthreads();
   block.begin_writing(plan);
   const int r = threadIdx.x;
-  if (r < block.rows.present()) {
+  if (r < block.rows.present) {
     RowState total = partial[0][r];
 #pragma unroll
     for (int warp = 1; warp < kTileThreads / kWarp; ++warp) total = merged(total, partial[warp][r]);
@@ -240,6 +248,8 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks_per_sm(sizeof(T)))
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads)
     attention_rows_combine_kernel(const int64_t rows, const int splits, const AttentionRowOutputs out) {
+  let_next_launch_start();
+  wait_for_launch_before();
   const int64_t row = int64_t(blockIdx.x) * (kThreads / kWarp) + warp_id();
   if (row >= rows) return;
   const RowState total = combined_row(out.workspace, row, splits);
@@ -249,16 +259,25 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 cudaError_t launch_attention_rows(const AttentionProblem& p, const AttentionRowPlan& plan,
                                   const AttentionRowOutputs& out, cudaStream_t stream) {
-  const Launch tiles{dim3(static_cast<unsigned>(plan.blocks)), dim3(kTileThreads), static_cast<size_t>(plan.shared),
-                     stream, static_cast<unsigned>(plan.cluster)};
-  const cudaError_t status =
-      launch(tiles, plan.thin ? attention_rows_thin_kernel<T> : attention_rows_wide_kernel<T>, p, plan, out);
+  const Launch tiles{dim3(static_cast<unsigned>(plan.blocks)),
+                     dim3(kTileThreads),
+                     static_cast<size_t>(plan.shared),
+                     stream,
+                     static_cast<unsigned>(plan.cluster),
+                     false,
+                     plan.overlap && p.cosine};
+  const auto kernel = plan.thin
+                          ? plan.resident ? attention_rows_thin_kernel<T, true> : attention_rows_thin_kernel<T, false>
+                      : plan.resident ? attention_rows_wide_kernel<T, true>
+                                      : attention_rows_wide_kernel<T, false>;
+  const cudaError_t status = launch(tiles, kernel, p, plan, out);
   if (status != cudaSuccess || plan.launches() == 1) return status;
   constexpr int kCombineThreads = 128;
   const int64_t rows = p.batch * p.key_heads * p.group_rows();
   const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(rows, kCombineThreads / kWarp)));
-  return launch({grid, dim3(kCombineThreads), 0, stream}, attention_rows_combine_kernel<kCombineThreads>, rows,
-                plan.splits, out);
+  Launch combine{grid, dim3(kCombineThreads), 0, stream};
+  combine.dependent = plan.overlap;
+  return launch(combine, attention_rows_combine_kernel<kCombineThreads>, rows, plan.splits, out);
 }
 
 }  // namespace tokenprune

@@ -62,26 +62,37 @@ __device__ __forceinline__ void add_logits(RowState& state, Logit&& logit) {
   state = {max, before.sum + sum, before.weighted + weighted};
 }
 
-// The same for logits dot(j) * factor in fewer instructions: six for each. False, and nothing added, where that is not
-// the same: infinite or NaN logits, a factor that does not keep the order of the dot products.
+// The same for logits dot(j) * factor in four instructions each. What they are measured from need not be their maximum:
+// the state's stays as long as their terms add up to little (so t <= 8, and H cancels no more than that), and else
+// becomes that of the logits as well. False, and nothing added, where that does not do: infinite or NaN logits.
 template <int count, class Dot>
 __device__ __forceinline__ bool add_dots(RowState& state, float factor, Dot&& dot) {
-  float most = dot(0);
+  constexpr float kMostSum = 256;
+  const float scale = factor * kLog2e;
+  RowState from = state;
+#pragma unroll 1
+  for (bool raise = state.max == -INFINITY;; raise = true) {
+    if (raise) {
+      float most = dot(0);
 #pragma unroll
-  for (int j = 1; j < count; ++j) most = fmaxf(most, dot(j));
-  const float max = fmaxf(state.max, most * factor);
-  float sum = 0, weighted = 0;
+      for (int j = 1; j < count; ++j) most = fmaxf(most, dot(j));
+      from = raised(state, fmaxf(state.max, most * factor));
+    }
+    const float origin = from.max * kLog2e;
+    float sum = 0, weighted = 0;
 #pragma unroll
-  for (int j = 0; j < count; ++j) {
-    const float t = __fmaf_rn(dot(j), factor, -max) * kLog2e, e = exp2_approx(t);
-    sum += e;
-    weighted = __fmaf_rn(e, t, weighted);
+    for (int j = 0; j < count; ++j) {
+      const float t = __fmaf_rn(dot(j), scale, -origin), e = exp2_approx(t);
+      sum += e;
+      weighted = __fmaf_rn(e, t, weighted);
+    }
+    // Of +inf and NaN the sum is no small number, -inf makes `weighted` NaN: 0 t.
+    if (sum <= kMostSum && weighted == weighted) {
+      state = {from.max, from.sum + sum, from.weighted + weighted};
+      return true;
+    }
+    if (raise) return false;
   }
-  // -inf and NaN have made `weighted` NaN: 0 t.
-  if (!(factor > 0) || fabsf(max) == INFINITY || weighted != weighted) return false;
-  const RowState before = raised(state, max);
-  state = {max, before.sum + sum, before.weighted + weighted};
-  return true;
 }
 
 // The states of the lanes l, l + stride, l + 2 stride, ... below `width`, in lane l < stride. Whole warps only.

@@ -21,44 +21,66 @@
 
 namespace tokenprune {
 
-// A list of vectors, of which a tile takes 64 from `first` on. The rows of all query heads that share a key head form
-// one list: vector v is row v % per_head of head v / per_head. A list of several heads has fewer than 2^31 vectors (the
-// binding checks it): a 64-bit division would be a call, around which ptxas spills.
+// A tile takes 64 vectors of a list, of which `present` exist: beyond them the last one stands for those that do not.
+__device__ __forceinline__ int tile_present(int64_t left) {
+  return left < 0 ? 0 : left < kTileVectors ? static_cast<int>(left) : kTileVectors;
+}
+
+// Vectors of one head that follow each other.
 template <class T>
-struct VectorList {
-  const T* data;
-  int64_t count, per_head, head_stride, row_stride;
+struct HeadVectors {
+  const T* data;  // the first of the tile
+  int64_t row_stride;
+  int present;
   bool aligned;
 
-  // Beyond the end the last vector stands for those that do not exist.
-  __device__ __forceinline__ const T* vector(int64_t v) const {
-    if (v >= count) v = count - 1;
-    if (count <= per_head) return data + v * row_stride;
-    const uint32_t each = static_cast<uint32_t>(per_head), head = static_cast<uint32_t>(v) / each;
-    return data + head * head_stride + (static_cast<uint32_t>(v) - head * each) * row_stride;
+  __device__ __forceinline__ const T* vector(int v) const {
+    return data + (v < present ? v : present - 1) * row_stride;
   }
 };
 
-// All query rows of the heads that share a key head of a sample: query head and row of r are those of a VectorList.
+// The rows of all query heads that share a key head form one list: its vector v is row v % per_head of head
+// v / per_head. A list of several heads has fewer than 2^31 vectors (the binding checks it): a 64-bit division would be
+// a call, around which ptxas spills.
 template <class T>
-__device__ __forceinline__ VectorList<T> query_rows_of_group(const AttentionProblem& p, int64_t sample,
-                                                             int64_t key_head) {
+struct GroupVectors {
+  const T* data;  // the first of the list
+  int64_t first;  // of the tile, in the list
+  int64_t per_head, head_stride, row_stride;
+  bool several_heads;
+  int present;
+  bool aligned;
+
+  __device__ __forceinline__ const T* vector(int v) const {
+    const int64_t at = first + (v < present ? v : present - 1);
+    if (!several_heads) return data + at * row_stride;
+    const uint32_t each = static_cast<uint32_t>(per_head), head = static_cast<uint32_t>(at) / each;
+    return data + head * head_stride + (static_cast<uint32_t>(at) - head * each) * row_stride;
+  }
+};
+
+// Of all query rows of the heads that share a key head of a sample, those from `first` on.
+template <class T>
+__device__ __forceinline__ GroupVectors<T> query_rows_of_group(const AttentionProblem& p, int64_t sample,
+                                                               int64_t key_head, int64_t first) {
   const VectorStrides& s = p.query_strides;
   const T* data = static_cast<const T*>(p.query) + sample * s.batch + key_head * p.group() * s.head;
-  return {data, p.group_rows(), p.rows, s.head, s.row, p.query_aligned};
+  return {data, first, p.rows, s.head, s.row, p.group() > 1, tile_present(p.group_rows() - first), p.query_aligned};
 }
 
-// The query rows of one head.
+// The query rows [first, end) of one head.
 template <class T>
-__device__ __forceinline__ VectorList<T> query_rows_of_head(const AttentionProblem& p, int64_t sample, int64_t head) {
+__device__ __forceinline__ HeadVectors<T> query_rows_of_head(const AttentionProblem& p, int64_t sample, int64_t head,
+                                                             int64_t first, int64_t end) {
   const VectorStrides& s = p.query_strides;
-  return {static_cast<const T*>(p.query) + sample * s.batch + head * s.head, p.rows, p.rows, 0, s.row, p.query_aligned};
+  return {static_cast<const T*>(p.query) + sample * s.batch + head * s.head + first * s.row, s.row,
+          tile_present(end - first), p.query_aligned};
 }
 
+// The first key of a head.
 template <class T>
-__device__ __forceinline__ VectorList<T> keys_of_head(const AttentionProblem& p, int64_t sample, int64_t key_head) {
-  const VectorStrides& s = p.key_strides;
-  return {static_cast<const T*>(p.key) + sample * s.batch + key_head * s.head, p.keys, p.keys, 0, s.row, p.key_aligned};
+__device__ __forceinline__ const T* keys_of_head(const AttentionProblem& p, int64_t sample, int64_t key_head) {
+  return static_cast<const T*>(p.key) + sample * p.key_strides.batch + key_head * p.key_strides.head;
 }
 
 // The last key that causality lets a query row see, in -1 .. keys - 1.
@@ -113,17 +135,21 @@ struct DotTile {
       for (int j = 0; j < 4; ++j) sums[i][j] = 0;
   }
 
-  // Adds the products of one chunk, of which `left` elements exist (the others are zeros), for the first b_left vectors
-  // of B, at most 16 kBlocks. All lanes of a warp call it. Tensor cores truncate what they add, so 32 products start at
-  // zero in them, and the ordinary units add those to the sums (docs/kernels.md has the bound).
+  // Adds the products of a chunk, of which `left` elements exist (the others are zeros), for the first b_left vectors of
+  // B, at most 16 kBlocks. All lanes of a warp call it. Tensor cores truncate what they add: while no more than
+  // kFirstRun products are `done`, they are added up there; later 32 products at a time start at zero in them, and the
+  // ordinary units add those to the sums (docs/kernels.md has the bound).
+  static constexpr int kFirstRun = 128;
   template <int kBlocks>
   __device__ __forceinline__ void multiply(const unsigned char* a_chunk, const unsigned char* b_chunk, int left,
-                                           int b_left) {
+                                           int b_left, int done = kFirstRun) {
     if constexpr (kMma) {
-      if (left >= kChunk)
-        multiply_steps<kBlocks, true>(a_chunk, b_chunk, left, b_left);
+      if (left < kChunk)
+        multiply_steps<kBlocks, false, true>(a_chunk, b_chunk, left, b_left);
+      else if (done >= kFirstRun || b_left <= 16 * (kBlocks - 1))
+        multiply_steps<kBlocks, true, true>(a_chunk, b_chunk, left, b_left);
       else
-        multiply_steps<kBlocks, false>(a_chunk, b_chunk, left, b_left);
+        multiply_steps<kBlocks, true, false>(a_chunk, b_chunk, left, b_left);
     } else {
 #pragma unroll 1  // unrolled, the reads of several units would spill
       for (int u = 0; u < 8; ++u) {
@@ -147,26 +173,25 @@ struct DotTile {
     }
   }
 
-  // Of a whole chunk with kWhole. A lane reads unit 2 k + h of vector r at ((2 k + h) ^ r % 8) << 4 = (h ^ r % 8) << 4 ^
-  // k << 5: what depends on the lane is made once. The branches between blocks of B vectors keep the compiler from
-  // loading more than the registers hold.
-  template <int kBlocks, bool kWhole>
+  // Of a whole chunk with kWhole; of all vectors of B and without kRestart. A lane reads unit 2 k + h of vector r at
+  // ((2 k + h) ^ r % 8) << 4 = (h ^ r % 8) << 4 ^ k << 5: what depends on the lane is made once. With restarts, the
+  // branches between blocks of B vectors keep the compiler from loading more than the registers hold.
+  template <int kBlocks, bool kWhole, bool kRestart>
   __device__ __forceinline__ void multiply_steps(const unsigned char* a_chunk, const unsigned char* b_chunk, int left,
                                                  int b_left) {
-    constexpr int kSteps = kChunk / 16, kRun = 2;  // of 16 products: a chunk, and between two restarts
+    constexpr int kSteps = kChunk / 16, kRun = kRestart ? 2 : 1;
     const int lane = lane_id(), a_row = 16 * tile_warp() + lane % 16, b_row = lane / 16 * 8 + lane % 8;
     const unsigned char* const a_at = a_chunk + a_row * kChunkBytes;
     const unsigned char* const b_at = b_chunk + b_row * kChunkBytes;
     const int a_unit = (lane / 16 ^ lane % 8) << 4, b_unit = (lane / 8 % 2 ^ lane % 8) << 4;
 #pragma unroll
     for (int first = 0; first < kSteps; first += kRun) {
-      if (!kWhole && 16 * first >= left) break;
       uint32_t x[kRun][4];
 #pragma unroll
       for (int k = 0; k < kRun; ++k) ldmatrix_x4(x[k], a_at + (a_unit ^ (first + k) << 5));
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n) {
-        if (16 * n >= b_left) break;
+        if (kRestart && 16 * n >= b_left) break;
         float part[2][4] = {};
 #pragma unroll
         for (int k = 0; k < kRun; ++k) {
@@ -174,11 +199,12 @@ struct DotTile {
           uint32_t y[4];
           ldmatrix_x4(y, b_at + 16 * n * kChunkBytes + (b_unit ^ (first + k) << 5));
           const uint32_t low[2] = {y[0], y[1]}, high[2] = {y[2], y[3]};
-          mma_m16n8k16<T>(part[0], x[k], low);
-          mma_m16n8k16<T>(part[1], x[k], high);
+          mma_m16n8k16<T>(kRestart ? part[0] : sums[2 * n], x[k], low);
+          mma_m16n8k16<T>(kRestart ? part[1] : sums[2 * n + 1], x[k], high);
         }
+        if constexpr (kRestart)
 #pragma unroll
-        for (int e = 0; e < 8; ++e) sums[2 * n + e / 4][e % 4] += part[e / 4][e % 4];
+          for (int e = 0; e < 8; ++e) sums[2 * n + e / 4][e % 4] += part[e / 4][e % 4];
       }
     }
   }
@@ -188,50 +214,39 @@ struct DotTile {
   }
 };
 
-// Which 64 vectors of a list a tile takes. A list has a count, vector(v) and aligned.
-template <class T, class List = VectorList<T>>
-struct TileVectors {
-  List list;
-  int64_t first;
-
-  // How many of the 64 exist.
-  __device__ __forceinline__ int present() const {
-    const int64_t left = list.count - first;
-    return left < 0 ? 0 : left < kTileVectors ? static_cast<int>(left) : kTileVectors;
-  }
-};
-
-// A thread's part in the copies of a tile's vectors, chunk by chunk: of the vectors tile_thread() / 4 and 32 further,
-// the units tile_thread() % 4 and 4 further, odd vectors in reverse order: 8 neighbouring lanes write to distinct banks,
-// and 4 read 64 bytes in a row. Vectors that do not exist are copies of one that does.
+// A thread's part in the copies of a tile's vectors, chunk by chunk: of the vectors row() and 32 further, the units
+// tile_thread() % 4 and 4 further. Of 8 neighbouring lanes 4 read 64 bytes in a row, and 4 the same of the vector 4
+// further: swizzled, they write to distinct banks. Vectors that do not exist are copies of one that does.
 template <class T>
 struct TileCopy {
   using Tile = DotTile<T>;
   const T* vectors[2];  // from the thread's first unit of the next chunk on
 
-  __device__ __forceinline__ static int row() { return tile_thread() / 4; }
-  __device__ __forceinline__ static int first_unit() { return tile_thread() % 4 + row() % 2 * 4; }
+  __device__ __forceinline__ static int row() {
+    const int number = tile_thread() / 4;
+    return (number & 26) | (number & 1) << 2 | (number >> 2 & 1);
+  }
+  __device__ __forceinline__ static int first_unit() { return tile_thread() % 4; }
 
   template <class List>
-  __device__ __forceinline__ void aim(const TileVectors<T, List>& tile) {
+  __device__ __forceinline__ void aim(const List& list) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) vectors[i] = tile.list.vector(tile.first + row() + 32 * i) + first_unit() * Tile::kUnit;
+    for (int i = 0; i < 2; ++i) vectors[i] = list.vector(row() + 32 * i) + first_unit() * Tile::kUnit;
   }
 
   // Starts (or, unaligned, makes) the copy of the next chunk, of which `left` elements exist; zeros follow.
   __device__ __forceinline__ void chunk(unsigned char* to, int left, bool aligned) {
-    const int at = row() * kChunkBytes + ((first_unit() ^ row() % 8) << 4), half = row() % 2 ? -4 : 4;
+    const int at = row() * kChunkBytes + ((first_unit() ^ row() % 8) << 4);
     if (aligned && left >= Tile::kChunk) {
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        cp_async_16(to + (at ^ e / 2 << 6) + e % 2 * 32 * kChunkBytes, vectors[e % 2] + e / 2 * half * Tile::kUnit,
-                    true);
+        cp_async_16(to + (at ^ e / 2 << 6) + e % 2 * 32 * kChunkBytes, vectors[e % 2] + e / 2 * 4 * Tile::kUnit, true);
     } else {
 #pragma unroll 1
       for (int e = 0; e < 4; ++e) {
         unsigned char* const place = to + (at ^ e / 2 << 6) + e % 2 * 32 * kChunkBytes;
-        const T* const source = (e % 2 ? vectors[1] : vectors[0]) + e / 2 * half * Tile::kUnit;
-        const int exist = left - (first_unit() + e / 2 * half) * Tile::kUnit;  // from there on
+        const T* const source = (e % 2 ? vectors[1] : vectors[0]) + e / 2 * 4 * Tile::kUnit;
+        const int exist = left - (first_unit() + e / 2 * 4) * Tile::kUnit;  // from there on
         if (aligned)
           cp_async_16(place, source, exist > 0);
         else
@@ -249,64 +264,77 @@ struct TileCopy {
 };
 
 // visit(t, tile) with the finished sums of tile t = 0 .. tiles - 1, those of the vectors kept_of(t) and streamed_of(t).
-// Both are functions from t to TileVectors, called again whenever needed. With `resident` the first operand is
+// Both are functions from t to 64 vectors of a list, called again whenever needed. With `resident` the first operand is
 // kept_of(0) for all tiles and is read once. It is operand A of the tile, or with kKeptIsB operand B. Of B only the
 // first 16 kBlocks vectors are used.
 //
 // A warp whose A vectors do not exist computes nothing, and sums of vectors that do not exist may be anything, NaN too:
-// `visit` must not use them. Every tile has at least one vector of either list. It is called by all threads, may contain barriers, and must not touch `shared`
-// (tile_shared_bytes of it). All threads call this function, which may be called repeatedly.
+// `visit` must not use them. Every tile has at least one vector of either list. It is called by all threads, may contain
+// barriers, and must not touch `shared` (tile_shared_bytes of it). All threads call this function, which may be called
+// repeatedly.
 template <class T, bool kKeptIsB = false, int kBlocks = 4, class KeptOf, class StreamedOf, class Visit>
 __device__ __forceinline__ void for_each_tile(unsigned char* shared, int dim, bool resident, int tiles,
                                               KeptOf&& kept_of, StreamedOf&& streamed_of, Visit&& visit) {
   constexpr int kChunk = DotTile<T>::kChunk;
   unsigned char* const ring = shared;
   unsigned char* const kept_ring = shared + kTileStages * kChunkTileBytes;  // resident: all chunks
-  const int chunks = (dim + kChunk - 1) / kChunk;
-  unsigned char* const copies = kept_ring + (resident ? chunks : kTileStages) * kChunkTileBytes;
-  int next_tile = 0, next_chunk = 0, next_stage = 0;  // what is loaded next, and to where
   TileCopy<T> streamed_copy;
-  TileCopy<T>& kept_copy = reinterpret_cast<TileCopy<T>*>(copies)[tile_thread()];  // of the thread alone: no registers
-  const auto load = [&] {
+  // Of the thread alone, in shared memory: no registers.
+  TileCopy<T>& kept_copy = reinterpret_cast<TileCopy<T>*>(kept_ring + kTileStages * kChunkTileBytes)[tile_thread()];
+  int next_tile = 0, next_left = dim;  // of what is loaded next
+  const auto load = [&](int stage) {
     if (next_tile < tiles) {
-      const bool both = !resident || next_tile == 0;
-      const int left = dim - next_chunk * kChunk;
-      if (next_chunk == 0) {
-        streamed_copy.aim(streamed_of(next_tile));
-        if (both) kept_copy.aim(kept_of(next_tile));
+      const auto streamed = streamed_of(next_tile);
+      if (next_left == dim) streamed_copy.aim(streamed);
+      streamed_copy.chunk(ring + stage, next_left, streamed.aligned);
+      if (!resident) {
+        const auto kept = kept_of(next_tile);
+        TileCopy<T> copy = kept_copy;
+        if (next_left == dim) copy.aim(kept);
+        copy.chunk(kept_ring + stage, next_left, kept.aligned);
+        kept_copy = copy;
       }
-      streamed_copy.chunk(ring + next_stage * kChunkTileBytes, left, streamed_of(next_tile).list.aligned);
-      if (both)
-        kept_copy.chunk(kept_ring + (resident ? next_chunk : next_stage) * kChunkTileBytes, left,
-                        kept_of(next_tile).list.aligned);
-      next_stage = next_stage == kTileStages - 1 ? 0 : next_stage + 1;
-      if (++next_chunk == chunks) {
-        next_chunk = 0;
+      next_left -= kChunk;
+      if (next_left <= 0) {
+        next_left = dim;
         ++next_tile;
       }
     }
     cp_async_commit();
   };
   __syncthreads();  // an earlier call's last reads
+  if (resident && tiles > 0) {
+    const auto kept = kept_of(0);
+    TileCopy<T> copy;
+    copy.aim(kept);
+    unsigned char* to = kept_ring;
 #pragma unroll 1
-  for (int ahead = 1; ahead < kTileStages; ++ahead) load();
-  int stage = 0;
+    for (int left = dim; left > 0; left -= kChunk, to += kChunkTileBytes) copy.chunk(to, left, kept.aligned);
+  }
+  int stage = 0, freed = (kTileStages - 1) * kChunkTileBytes;
+#pragma unroll 1
+  for (int ahead = 0; ahead < freed; ahead += kChunkTileBytes) load(ahead);
   for (int t = 0; t < tiles; ++t) {
-    const int kept = kept_of(resident ? 0 : t).present(), streamed = streamed_of(t).present();
+    const int kept = kept_of(resident ? 0 : t).present, streamed = streamed_of(t).present;
     const bool active = 16 * tile_warp() < (kKeptIsB ? streamed : kept);
     DotTile<T> tile;
     tile.clear();
-    for (int c = 0; c < chunks; ++c) {
+    const unsigned char* x = kept_ring;
+    int left = dim;
+    do {
       cp_async_wait<kTileStages - 2>();
       __syncthreads();
-      load();
-      const unsigned char* x = kept_ring + (resident ? c : stage) * kChunkTileBytes;
-      const unsigned char* y = ring + stage * kChunkTileBytes;
+      load(freed);
+      const unsigned char* y = ring + stage;
+      if (!resident) x = kept_ring + stage;
       if (active)
-        tile.template multiply<kBlocks>(kKeptIsB ? y : x, kKeptIsB ? x : y, dim - c * kChunk,
-                                        kKeptIsB ? kept : streamed);
-      stage = stage == kTileStages - 1 ? 0 : stage + 1;
-    }
+        tile.template multiply<kBlocks>(kKeptIsB ? y : x, kKeptIsB ? x : y, left, kKeptIsB ? kept : streamed,
+                                        dim - left);
+      if (resident) x += kChunkTileBytes;
+      freed = stage;
+      stage = stage == (kTileStages - 1) * kChunkTileBytes ? 0 : stage + kChunkTileBytes;
+      left -= kChunk;
+    } while (left > 0);
     visit(t, tile);
   }
 }

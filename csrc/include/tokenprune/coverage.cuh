@@ -202,18 +202,12 @@ __global__ void __launch_bounds__(kCoverageThreads, 1)
   if (threadIdx.x == 0) p.counts[sample] = picked;
 }
 
-// The samples [first, first + count) as a problem of their own.
 inline CoverageProblem samples_of(const CoverageProblem& p, int64_t first, int64_t count, int64_t element_size) {
-  CoverageProblem part = p;
-  part.similarity = static_cast<const unsigned char*>(p.similarity) + first * p.batch_stride * element_size;
+  CoverageProblem part = samples_of(p, &CoverageProblem::similarity, first, count, element_size);
   if (p.row_weights != nullptr) part.row_weights += first * p.rows;
   if (p.quality != nullptr) part.quality += first * p.n;
   if (p.row_mask != nullptr) part.row_mask += first * p.row_mask_stride;
-  if (p.mask != nullptr) part.mask += first * p.mask_stride;
-  part.indices += first * p.k;
   part.gains += first * p.k;
-  part.counts += first;
-  part.batch = count;
   return part;
 }
 

@@ -54,13 +54,9 @@ inline DensityPlan plan_density(int64_t batch, int64_t n, int64_t channels, cons
     plan.rows = std::max<int64_t>(most / kDensityTile, 1) * kDensityTile;
   else
     plan.samples = std::clamp<int64_t>(most / n, 1, batch);
-  // Few tiles leave most of the device idle: their channels are shared out, 128 or more to a block, until every
-  // multiprocessor has two blocks.
   const int64_t side = ceil_div<int64_t>(n, kDensityTile);
   const int64_t tiles = plan.strips ? plan.rows / kDensityTile * side : plan.samples * (side * (side + 1) / 2);
-  while (limits.has_clusters() && plan.parts < static_cast<int>(kMaxCluster) && channels >= 2 * plan.parts * 128 &&
-         tiles * plan.parts * 2 <= 2 * limits.sm_count)
-    plan.parts *= 2;
+  plan.parts = channel_parts(tiles, channels, limits);
   return plan;
 }
 

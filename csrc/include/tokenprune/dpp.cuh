@@ -7,16 +7,10 @@
 
 namespace tokenprune {
 
-// The samples [first, first + count) as a problem of their own.
 inline DppProblem samples_of(const DppProblem& p, int64_t first, int64_t count, int64_t element_size) {
-  DppProblem part = p;
-  part.features = static_cast<const unsigned char*>(p.features) + first * p.batch_stride * element_size;
+  DppProblem part = samples_of(p, &DppProblem::features, first, count, element_size);
   if (p.quality != nullptr) part.quality += first * p.n;
-  if (p.mask != nullptr) part.mask += first * p.mask_stride;
-  part.indices += first * p.k;
   part.gains += first * p.k;
-  part.counts += first;
-  part.batch = count;
   return part;
 }
 

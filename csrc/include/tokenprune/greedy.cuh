@@ -22,6 +22,19 @@ struct CandidateSlots {
   Candidate warps[2][kWarp], blocks[2][kMaxCluster];
 };
 
+// The samples [first, first + count) as a problem of their own, in what all greedy ops have: `input` with its elements,
+// the mask, and where picks and counts go.
+template <class Problem>
+Problem samples_of(const Problem& p, const void* Problem::* input, int64_t first, int64_t count, int64_t element_size) {
+  Problem part = p;
+  part.*input = static_cast<const unsigned char*>(p.*input) + first * p.batch_stride * element_size;
+  if (p.mask != nullptr) part.mask += first * p.mask_stride;
+  part.indices += first * p.k;
+  part.counts += first;
+  part.batch = count;
+  return part;
+}
+
 struct PublishNothing {
   __device__ __forceinline__ void operator()(Candidate, unsigned) const {}
 };

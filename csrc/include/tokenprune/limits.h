@@ -46,4 +46,14 @@ TOKENPRUNE_HD constexpr Int round_up(Int a, Int b) {
   return ceil_div(a, b) * b;
 }
 
+// Parts of the channels for tiles of products, each part by one block of a cluster. Few tiles leave most of the device
+// idle: their channels are shared out, 128 or more to a block, until every multiprocessor has two blocks.
+inline int channel_parts(int64_t tiles, int64_t channels, const DeviceLimits& limits) {
+  int parts = 1;
+  while (limits.has_clusters() && parts < static_cast<int>(kMaxCluster) && channels >= 2 * parts * 128 &&
+         tiles * parts * 2 <= 2 * limits.sm_count)
+    parts *= 2;
+  return parts;
+}
+
 }  // namespace tokenprune

@@ -55,14 +55,9 @@ struct AssignPlan {
   int parts;            // of the channels, each by one block of a cluster
 };
 
-// Few tiles leave most of the device idle: their channels are shared out, 128 or more to a block, until every
-// multiprocessor has two blocks.
 inline AssignPlan plan_assign(int64_t batch, int64_t n, int64_t channels, const DeviceLimits& limits) {
-  AssignPlan plan{ceil_div<int64_t>(batch * n, kMergeThreads / 32), batch * ceil_div<int64_t>(n, kMergeTile), 1};
-  while (limits.has_clusters() && plan.parts < static_cast<int>(kMaxCluster) && channels >= 2 * plan.parts * 128 &&
-         plan.tiles * plan.parts * 2 <= 2 * limits.sm_count)
-    plan.parts *= 2;
-  return plan;
+  const int64_t tiles = batch * ceil_div<int64_t>(n, kMergeTile);
+  return {ceil_div<int64_t>(batch * n, kMergeThreads / 32), tiles, channel_parts(tiles, channels, limits)};
 }
 
 // Slices of the columns of a mean: a thread of a block has 16 bytes of every row.

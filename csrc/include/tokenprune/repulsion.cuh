@@ -6,17 +6,11 @@
 
 namespace tokenprune {
 
-// The samples [first, first + count) as a problem of their own.
 inline RepulsionProblem samples_of(const RepulsionProblem& p, int64_t first, int64_t count, int64_t element_size) {
-  RepulsionProblem part = p;
-  part.features = static_cast<const unsigned char*>(p.features) + first * p.batch_stride * element_size;
+  RepulsionProblem part = samples_of(p, &RepulsionProblem::features, first, count, element_size);
   if (p.positions != nullptr) part.positions += first * p.n * p.axes;
   if (p.seeds != nullptr) part.seeds += first * p.n_seeds;
   if (p.energy != nullptr) part.energy += first * p.n;
-  if (p.mask != nullptr) part.mask += first * p.mask_stride;
-  part.indices += first * p.k;
-  part.counts += first;
-  part.batch = count;
   return part;
 }
 

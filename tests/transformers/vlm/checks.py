@@ -17,7 +17,7 @@ from .models import IMAGE, Prompts
 
 LAYER = 2  # of 4
 ON_LAYOUT = [name for name in METHODS if get_method(name).uses & {"positions", "grid", "groups", "stacked_positions"}]
-# Whose positions are numbered anew in front of the model.
+# Whose positions are numbered anew, of models whose positions are no grid's.
 RENUMBERED = [name for name in METHODS if get_method(name).positions == "renumber"]
 # In the model, twice, before it with renumbered positions, and before it with the original ones.
 FOUR = ("coast", "sts", "adafv", "divprune")
@@ -42,11 +42,14 @@ def spy_on(patch: pytest.MonkeyPatch, method: str, function: str, spy: Callable[
 
 
 # What merges goes on with rows that no mask makes: beside masks it selects alone, and test_merging.py has the rest.
-WITHOUT_MERGING: dict[str, dict[str, Any]] = {"visionzip": {"contextual_ratio": 0.0}}
+WITHOUT_MERGING: dict[str, dict[str, Any]] = {
+    "visionzip": {"contextual_ratio": 0.0},
+    "sparsevlm": {"recycle_ratio": None},
+}
 
 
 def options_of(method: str) -> dict[str, Any]:
-    return {"layer": LAYER} if method in IN_MODEL else WITHOUT_MERGING.get(method, {})
+    return {**({"layer": LAYER} if method in IN_MODEL else {}), **WITHOUT_MERGING.get(method, {})}
 
 
 def generate(model: Any, inputs: dict[str, Tensor], steps: int, **more: Any) -> Any:
@@ -62,21 +65,11 @@ def drops_of(prompts: Prompts, pruning: Any, layer: int, compact: bool = False) 
     return [oracle.Drop(first, oracle.dropped_columns(prompts, kept), compact) for first, kept in sorted(at.items())]
 
 
-def renumbered(prompts: Prompts, drops: Sequence[oracle.Drop], new: int) -> dict[str, Tensor]:
-    """position_ids that count only what stays, for the float64 path."""
-    stays = prompts.inputs["attention_mask"].bool()
-    for drop in drops:
-        stays = stays & ~drop.columns
-    stays = torch.nn.functional.pad(stays, (0, new), value=True)
-    return {"position_ids": (stays.cumsum(1) - 1).clamp_min(0)}
-
-
 def assert_decoded_like_the_oracle(
     prompts: Prompts, drops: Sequence[oracle.Drop], out: Any, *, renumber: bool = False, close: Any = CLOSE
 ) -> None:
     """The logits of the prefill and of every decoding step, given the tokens that were decoded."""
     length = prompts.inputs["input_ids"].shape[1]
     new = out.sequences[:, length:]
-    more = renumbered(prompts, drops, new.shape[1] - 1) if renumber else {}
-    want = oracle.logits(prompts, drops, new[:, :-1], **more)[:, length - 1 :]
+    want = oracle.logits(prompts, drops, new[:, :-1], renumber=renumber)[:, length - 1 :]
     torch.testing.assert_close(torch.stack(out.logits, 1).double(), want, **close)

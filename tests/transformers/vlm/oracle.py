@@ -5,7 +5,7 @@ No cache: every step of decoding runs the whole sequence again. From its layer o
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,13 @@ class Drop:
     """From decoder layer `layer` on, the columns with `columns` [B, L] True are gone.
 
     everywhere_for_new_rows: rows behind the prompt miss them in the layers before too (a compacted cache).
+    bias [B, L]: what is added to the logits of the keys from that layer on.
     """
 
     layer: int
     columns: Tensor
     everywhere_for_new_rows: bool = False
+    bias: Tensor | None = None
 
 
 def _attention(drops: Sequence[Drop], prompt_length: int) -> Any:
@@ -48,7 +50,11 @@ def _attention(drops: Sequence[Drop], prompt_length: int) -> Any:
                     continue
                 gone = gone & (column >= prompt_length).view(1, 1, -1, 1)
             allowed = allowed & ~gone
-        logits = (query @ key.mT * scaling).masked_fill(~allowed, -torch.inf)
+        logits = query @ key.mT * scaling
+        for drop in drops:
+            if drop.bias is not None and module.layer_idx >= drop.layer:
+                logits = logits + torch.nn.functional.pad(drop.bias, (0, columns - drop.bias.shape[1]))[:, None, None]
+        logits = logits.masked_fill(~allowed, -torch.inf)
         weights = logits.softmax(-1).nan_to_num(0.0)  # padding and dropped rows may see nothing
         return (weights @ value).transpose(1, 2).contiguous(), None
 
@@ -69,6 +75,31 @@ def _masking(decoder: Any, drops: Sequence[Drop], prompt_length: int) -> Iterato
         decoder.config._attn_implementation = before
 
 
+@contextmanager
+def _renumbering(decoder: Any, drops: Sequence[Drop], real: Tensor) -> Iterator[None]:
+    """Layers behind a drop rotate by positions that count the real [B, L] columns that are left there."""
+    handles = []
+    stays = real
+    for index, layer in enumerate(decoder.layers):
+        for drop in drops:
+            if drop.layer == index:
+                stays = stays & ~torch.nn.functional.pad(drop.columns, (0, real.shape[1] - drop.columns.shape[1]))
+        if not any(drop.layer <= index for drop in drops):
+            continue
+
+        def rotated(module: Any, args: Any, kwargs: Any, stays: Tensor = stays) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            number = (stays.cumsum(1) - 1).clamp_min(0)
+            return args, {**kwargs, "position_embeddings": decoder.rotary_emb(hidden, position_ids=number)}
+
+        handles.append(layer.register_forward_pre_hook(rotated, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def in_float64(prompts: Prompts) -> Prompts:
     model = copy.deepcopy(prompts.model).double()
     inputs = {n: t.double() if t.is_floating_point() else t for n, t in prompts.inputs.items()}
@@ -86,8 +117,13 @@ def dropped_columns(prompts: Prompts, kept: Tensor) -> Tensor:
     return gone
 
 
-def logits(prompts: Prompts, drops: Sequence[Drop], new: Tensor | None = None, **more: Any) -> Tensor:
-    """[B, L + new, vocabulary] in float64 of the prompt and of tokens decoded after it, every step from scratch."""
+def logits(
+    prompts: Prompts, drops: Sequence[Drop], new: Tensor | None = None, *, renumber: bool = False, **more: Any
+) -> Tensor:
+    """[B, L + new, vocabulary] in float64 of the prompt and of tokens decoded after it, every step from scratch.
+
+    renumber: in the layers behind a drop, positions count what is left there.
+    """
     exact = in_float64(prompts)
     ids, mask = exact.inputs["input_ids"], exact.inputs["attention_mask"]
     inputs = dict(exact.inputs)
@@ -96,7 +132,9 @@ def logits(prompts: Prompts, drops: Sequence[Drop], new: Tensor | None = None, *
         inputs["attention_mask"] = torch.cat([mask, torch.ones_like(new)], 1)
         if "mm_token_type_ids" in inputs:
             inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, new.shape[1]))
-    with torch.no_grad(), _masking(exact.model.model.language_model, drops, ids.shape[1]):
+    decoder, real = exact.model.model.language_model, inputs["attention_mask"].bool()
+    numbering = _renumbering(decoder, drops, real) if renumber else nullcontext()
+    with torch.no_grad(), numbering, _masking(decoder, drops, ids.shape[1]):
         result: Tensor = exact.model(**inputs, use_cache=False, **more).logits
     return result
 

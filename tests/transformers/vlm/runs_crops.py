@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from tokenprune_kernels.integrations.transformers import prune_visual_tokens
-from tokenprune_kernels.integrations.transformers.pruning import IN_MODEL
 
 from . import oracle
-from .checks import WITHOUT_MERGING
+from .checks import options_of
 from .models import Prompts
 from .models_crops import (
     RAGGED,
@@ -41,8 +40,7 @@ def prompts_of(family: str, batch: str) -> Prompts:
 
 
 def pruned(prompts: Prompts, method: str, keep: int | float, **more: Any) -> Any:
-    options = {"layer": 2} if method in IN_MODEL else WITHOUT_MERGING.get(method, {})
-    return prune_visual_tokens(prompts.model, method, keep, seed=5, **options, **more)
+    return prune_visual_tokens(prompts.model, method, keep, seed=5, **options_of(method), **more)
 
 
 def generate(prompts: Prompts, steps: int) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ block the name is ours; behind it the user's own function (sdpa, FlashAttention,
 """
 
 import copy
+import functools
 import itertools
 import sys
 import threading
@@ -16,14 +17,16 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ...methods import get_method, method_names
-from ...methods._method import ATTENTION, PROJECTED
+from .parallel import all_heads
 
-# probe(query [B, H, M, D], key [B, Hkv, N, D], scale, lse [B, H, M] or None, keyword arguments of the attention)
-Probe = Callable[[Tensor, Tensor, float, Tensor | None, dict[str, Any]], None]
+# heads() -> query [B, H, M, D], key [B, Hkv, N, D], lse [B, H, M] or None; of a tensor-parallel model it gathers them.
+Heads = Callable[[], tuple[Tensor, Tensor, Tensor | None]]
 
-# projecting(query, key, scale): whether the attention is called for these alone, and need not attend.
-Projecting = Callable[[Tensor, Tensor, float], bool]
+# probe(heads, scale, keyword arguments of the attention)
+Probe = Callable[[Heads, float, dict[str, Any]], None]
+
+# projecting(heads, scale): whether the attention is called for these alone, and need not attend.
+Projecting = Callable[[Heads, float], bool]
 
 _PREFIX = "tokenprune"
 _numbers = itertools.count()
@@ -53,22 +56,6 @@ def _lse(result: Any, query: Tensor) -> Tensor | None:
     if isinstance(second, Tensor) and second.shape == query.shape[:3] and second.dtype in wide:
         return second
     return None
-
-
-def _check_all_heads(module: nn.Module, query: Tensor, config: Any) -> None:
-    heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None)
-    if heads is not None and query.shape[1] < heads:
-        raise NotImplementedError(
-            f"prune_visual_tokens: {type(module).__name__} gives its attention {query.shape[1]} of {heads} heads, so "
-            "this model is tensor-parallel: its ranks would keep different tokens. Methods that work before the "
-            f"language model and read no attention ({', '.join(_blind())}) do not have to see all heads"
-        )
-
-
-def _blind() -> list[str]:
-    """The methods that read the attention of neither the decoder nor the vision tower."""
-    methods = map(get_method, method_names())
-    return [m.name for m in methods if not m.uses & (ATTENTION | PROJECTED | {"saliency"})]
 
 
 def _with_config(module: nn.Module, config: Any) -> nn.Module:
@@ -128,17 +115,14 @@ class _Probed:
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
         ) -> Any:
             scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
-            if module in projecting and projecting[module](query, key, scale):
-                _check_all_heads(module, query, config)
+            heads = functools.partial(all_heads, module, config, query, key)
+            if module in projecting and projecting[module](functools.partial(heads, None), scale):
                 return query.new_zeros(()).expand(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
             function = _eager_of(module) if registered is None else registered
             told = module if users_config is None else uncompiled(module, users_config)
             result = function(told, query, key, value, attention_mask, *args, **kwargs)
-            found = probes.get(module)
-            if found is not None:
-                _check_all_heads(module, query, config)
-                for probe in found:
-                    probe(query, key, scale, _lse(result, query), kwargs)
+            for probe in probes.get(module, ()):
+                probe(functools.partial(heads, _lse(result, query)), scale, kwargs)
             return result
 
         return attend

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .attention import ProbedAttention
+from .attention import Heads, ProbedAttention
 from .cache import pruned_of
 from .calls import Calls
 from .choose import AttentionInputs
@@ -114,30 +114,31 @@ class Block:
 
     # --- the layers ------------------------------------------------------------------------------------------------
 
-    def see(self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None, keywords: Inputs) -> None:
+    def see(self, heads: Heads, scale: float, keywords: Inputs) -> None:
         """The probe of the attention before a pruning layer."""
         now = self.calls.decoder
         if isinstance(now, Prefill):
-            now.attention = AttentionInputs(query, key, scale, lse)
+            now.attention = AttentionInputs(*heads(), scale)
 
-    def projecting(self, query: Tensor, key: Tensor, scale: float) -> bool:
+    def projecting(self, heads: Heads, scale: float) -> bool:
         """Whether a pruning layer's attention is called for these alone, in advance."""
         now = self.calls.decoder
         if not isinstance(now, Prefill) or now.projecting is None:
             return False
-        now.projecting.append(AttentionInputs(query, key, scale, None))
+        now.projecting.append(AttentionInputs(*heads(), scale))
         return True
 
-    def see_tower(self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None, keywords: Inputs) -> None:
+    def see_tower(self, heads: Heads, scale: float, keywords: Inputs) -> None:
         """The probe of the vision tower. It sees nothing when the tower runs for another model that shares it."""
         encoding, saliency = self.calls.encoding, self.plan.saliency
         if encoding is not None and saliency is not None:
+            query, key, _ = heads()
             encoding.saliency.append(saliency.see(self.plan.core, query, key, scale, keywords))
 
     def before_layer(self, index: int, takes: Arguments, inputs: Inputs) -> Inputs | None:
         now, plan = self.calls.decoder, self.plan
         if isinstance(now, Decode):
-            return decode_layer(plan.family, plan.decoder.config, now, index, takes, inputs)
+            return decode_layer(plan.family, plan.decoder, now, index, takes, inputs)
         if isinstance(now, Prefill):
             return prefill_layer(plan, now, index, plan.decoder.layers[index], takes, inputs)
         return None

@@ -17,10 +17,21 @@ _MARK = "_tokenprune_pruned"
 
 @dataclass(frozen=True)
 class Segment:
-    """From decoder layer `first` on, the sequence is `tokens`."""
+    """From decoder layer `first` on, the sequence is `tokens`.
+
+    next_position [B]: the position of the next token, of layers inside the model that number positions anew; None in
+    those where it is the model's. bias [B, V]: what the attention adds to the logits of a key, for each visual token of
+    the unpruned prompt; None: nothing.
+    """
 
     first: int
     tokens: Tokens
+    next_position: Tensor | None = None
+    bias: Tensor | None = None
+
+    def bias_of_columns(self) -> Tensor | None:
+        """[B, L]; 0 for text."""
+        return None if self.bias is None else gather_compact([self.bias], self.tokens.prompt_slot(), dims=[1])[0]
 
 
 @dataclass(frozen=True)
@@ -29,7 +40,7 @@ class Pruned:
 
     length: int  # columns of the prompt before it was pruned
     segments: list[Segment]
-    # [B] of a one-dimensional model, [R, B] of one whose position_ids have R rows: the position of the next token.
+    # The model's position of the next token: [B] if it is one-dimensional, [R, B] if its position_ids have R rows.
     next_position: Tensor
 
     def segment_of(self, layer: int) -> Segment | None:
@@ -57,7 +68,8 @@ class Pruned:
         for segment in self.segments:
             real = segment.tokens.real
             real = None if real is None else real.expand(batch, -1)
-            segments.append(replace(segment, tokens=replace(segment.tokens, real=real)))
+            position = None if segment.next_position is None else segment.next_position.expand(batch)
+            segments.append(replace(segment, tokens=replace(segment.tokens, real=real), next_position=position))
         return Pruned(self.length, segments, self.next_position.expand(*self.next_position.shape[:-1], batch))
 
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from ... import gather_compact, indices_to_mask, mask_to_indices
 from ...methods import Selection, Stage
 from .layout import Layout
+from .parallel import all_features
 from .tokens import Tokens
 
 _CHECK_INDICES = os.environ.get("TOKENPRUNE_CHECK_INDICES") == "1"
@@ -23,31 +24,61 @@ class AttentionInputs:
 
     query: Tensor
     key: Tensor
-    scale: float
     lse: Tensor | None
+    scale: float
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What went into the first decoder layer: hidden [B, L0, C] of the unpruned `tokens`."""
+
+    hidden: Tensor
+    tokens: Tokens
+    columns: Tensor  # [B, L]: which of these columns each column of the current sequence was, -1: padding
+
+    def visual(self) -> Tensor:
+        return gather_compact([self.hidden], self.tokens.visual, dims=[1])[0]
+
+    def since(self, first: int) -> Tensor:
+        """Of the current columns from `first` on."""
+        return gather_compact([self.hidden], self.columns[:, first:], dims=[1])[0]
 
 
 @dataclass(frozen=True)
 class LayerContext:
-    """All that is known in front of the decoder layer where tokens are chosen. Callables: made when asked for."""
+    """All that is known in front of the decoder layer where tokens are chosen. Callables: made when asked for.
+
+    sample [R]: which sample a row of visual tokens belongs to, when rows are images (`of_images`): then `visual`,
+    `origin` and `counts` of the tokens have R rows.
+    """
 
     tokens: Tokens
     hidden: Tensor  # [B, L, C]
     layer: Any  # the decoder layer, a module
     attention: AttentionInputs | None
     projected: Callable[[], AttentionInputs]  # what the layer itself makes of `hidden`
+    embedded: Callable[[], Embedded]
     layout: Callable[[], Layout]  # of the unpruned visual tokens, on the device
     saliency: Callable[[], Tensor]  # [B, V] of the unpruned visual tokens
     generator: Callable[[], torch.Generator | None]
+    sample: Tensor | None = None
+
+    def taken(self, values: Tensor, index: Tensor) -> Tensor:
+        """[R, V, ...] of values [B, N, ...]: for each row, those at `index` [R, V] of its sample; 0 for -1."""
+        if self.sample is None:
+            return gather_compact([values], index, dims=[1])[0]
+        index = at_rows(index, self.sample * values.shape[1])
+        (taken,) = gather_compact([values.flatten(0, 1).unsqueeze(0)], index.view(1, -1), dims=[1])
+        return taken.view(*index.shape, *values.shape[2:])
 
     @cached_property
     def features(self) -> Tensor:
-        """[B, V, C]: the hidden states of the visual tokens."""
-        return gather_compact([self.hidden], self.tokens.visual, dims=[1])[0]
+        """[R, V, C]: the hidden states of the visual tokens."""
+        return self.taken(self.hidden, self.tokens.visual)
 
     def by_origin(self, values: Tensor) -> Tensor:
         """Values that are known for every unpruned visual token, for those that are left."""
-        return gather_compact([values], self.tokens.origin, dims=[1])[0]
+        return self.taken(values, self.tokens.origin)
 
     def stacked_positions(self) -> Tensor:
         """[B, V, 3]. Crops and frames lie along the third axis, the largest grid's diagonal apart: tokens of equal
@@ -80,6 +111,11 @@ class LayerContext:
         t = self.tokens
         return torch.arange(self.first_text, t.length, device=t.slot.device).expand(len(t.counts), -1)
 
+    def unrotated_key(self) -> Tensor:
+        """[B, V, Hkv * D]"""
+        k_proj = self.layer.self_attn.k_proj
+        return all_features(k_proj, k_proj(self.features))
+
     def lse(self) -> Tensor | None:
         """[B, H, T]: the log-sum-exp of the text rows."""
         lse = _seen(self).lse
@@ -99,8 +135,8 @@ def _seen(context: LayerContext) -> AttentionInputs:
     return context.attention
 
 
-# How each of `methods.ARGUMENTS` is made; tensors begin with the batch.
-SOURCES: dict[str, Callable[[LayerContext], Any]] = {
+# How each of `methods.ARGUMENTS` is made: what is known of the samples, with a row for each,
+OF_SAMPLES: dict[str, Callable[[LayerContext], Any]] = {
     "query": lambda c: _seen(c).query[:, :, c.first_text :],
     "key": lambda c: _seen(c).key,
     "scale": lambda c: _seen(c).scale,
@@ -109,15 +145,22 @@ SOURCES: dict[str, Callable[[LayerContext], Any]] = {
     "next_scale": lambda c: c.projected().scale,
     "lse": LayerContext.lse,
     "causal": lambda c: True,
-    "key_indices": lambda c: c.tokens.visual,
     "key_mask": lambda c: c.tokens.real,
     "query_positions": LayerContext.query_positions,
     "query_mask": lambda c: c.text_mask,
-    "features": lambda c: c.features,
-    "visual_embeddings": lambda c: c.features,
-    "unrotated_key": lambda c: c.layer.self_attn.k_proj(c.features),
     "text_embeddings": lambda c: c.hidden[:, c.first_text :],
     "text_mask": lambda c: c.text_mask,
+    "input_features": lambda c: c.embedded().visual(),
+    "input_text": lambda c: c.embedded().since(c.first_text),
+    "input_mask": lambda c: c.embedded().tokens.visual_mask(),
+    "generator": lambda c: c.generator(),
+}
+# and of the visual tokens, with a row for each sample or image.
+OF_TOKENS: dict[str, Callable[[LayerContext], Any]] = {
+    "key_indices": lambda c: c.tokens.visual,
+    "features": lambda c: c.features,
+    "visual_embeddings": lambda c: c.features,
+    "unrotated_key": LayerContext.unrotated_key,
     "saliency": lambda c: c.by_origin(c.saliency()),
     "positions": lambda c: c.by_origin(c.layout().positions),
     "grid": lambda c: c.by_origin(c.layout().grids),
@@ -126,8 +169,9 @@ SOURCES: dict[str, Callable[[LayerContext], Any]] = {
     "mask": lambda c: c.tokens.visual_mask(),
     "present": lambda c: c.tokens.visual >= 0,
     "n": lambda c: c.tokens.visual.shape[1],
-    "generator": lambda c: c.generator(),
+    "count": lambda c: max(c.tokens.counts),
 }
+SOURCES = OF_SAMPLES | OF_TOKENS
 
 
 def check_stage(method: str, stage: Stage, layer: Any) -> None:
@@ -147,48 +191,105 @@ def check_stage(method: str, stage: Stage, layer: Any) -> None:
 class Chosen(NamedTuple):
     """indices [B, K] among the visual tokens, ascending, -1 after the last; K is the largest budget of a sample.
 
-    merged [B, K, C]: the rows that take the place of the kept tokens' own, of a method that merges what it drops.
+    Of a method that merges what it drops, else None: merged [B, K, C] are the rows that take the place of the kept
+    tokens' own, sizes [B, K] how many tokens each of them stands for, if the method says so.
     """
 
     indices: Tensor
     merged: Tensor | None
+    sizes: Tensor | None
 
 
-def choose(stage: Stage, context: LayerContext, budgets: list[int], options: dict[str, Any]) -> Chosen:
-    """What a stage keeps. Samples with the same budget are one batched call."""
-    given = {name: SOURCES[source](context) for name, source in stage.arguments.items()}
+def choose(
+    stage: Stage, context: LayerContext, left: list[list[int]], budgets: list[list[int]], options: dict[str, Any]
+) -> Chosen:
+    """What a stage keeps: of each sample, so many of all that is left or, in lists of several, of each of its images.
+
+    Images are chosen from by themselves, as samples are. Rows with the same budget, and the same `count` where that is
+    asked for, are one batched call.
+    """
+    by_image = any(len(parts) != 1 for parts in left)
+    sample = [b for b, parts in enumerate(left) for _ in parts]
+    start = [sum(parts[:i]) for parts in left for i in range(len(parts))]
+    flat = [k for parts in budgets for k in parts]
+    rows = of_images(context, sample, start, [n for parts in left for n in parts]) if by_image else context
+    of_rows = {name: source in OF_TOKENS for name, source in stage.arguments.items()}
+    made = {n: SOURCES[source](rows if of_rows[n] else context) for n, source in stage.arguments.items()}
     options = {name: value for name, value in options.items() if name in stage.options}
-    present = context.tokens.visual >= 0
-    if len(set(budgets)) == 1:
-        result = stage.function(k=budgets[0], **given, **options)
-        return Chosen(
-            _indices(stage.name, result, budgets[0], present), _merged(stage.name, result, budgets[0], context.features)
-        )
-    indices = present.new_full((len(budgets), max(budgets)), -1, dtype=torch.int64)
-    merged: Tensor | None = None
-    for k in sorted(set(budgets) - {0}):
-        rows = [b for b, budget in enumerate(budgets) if budget == k]
-        part = {name: value[rows] if isinstance(value, Tensor) else value for name, value in given.items()}
-        result = stage.function(k=k, **part, **options)
-        indices[rows, :k] = _indices(stage.name, result, k, present[rows])
-        of_rows = _merged(stage.name, result, k, context.features[rows])
-        if of_rows is not None:
-            if merged is None:
-                merged = of_rows.new_zeros((*indices.shape, of_rows.shape[2]))
-            merged[rows, :k] = of_rows
-    return Chosen(indices, merged)
+    present = rows.tokens.visual >= 0
+    of_call = [name for name, source in stage.arguments.items() if source == "count"]
+    alike = list(zip(flat, rows.tokens.counts if of_call else flat, strict=True))
+    found = []
+    for k, count in sorted({pair for pair in alike if pair[0] > 0}):
+        at = [row for row, pair in enumerate(alike) if pair == (k, count)]
+        of_at = [sample[row] for row in at]
+        given = {name: _rows(value, at if of_rows[name] else of_at) for name, value in made.items()}
+        given |= dict.fromkeys(of_call, count)
+        result = stage.function(k=k, **given, **options)
+        indices = _indices(stage.name, result, k, _rows(present, at))
+        merged, sizes = _merged(stage.name, result, (len(at), k, context.hidden.shape[2]), present.device)
+        if len(at) == len(left) and not by_image:
+            return Chosen(indices, merged, sizes)
+        found.append((at, Chosen(indices, merged, sizes)))
+    batch, most = context.tokens.visual.shape
+    first = torch.tensor([b * most + s for b, s in zip(sample, start, strict=True)], device=present.device)
+    # Tokens are counted through all samples, and a row behind the last takes what has no place.
+    token = torch.cat([at_rows(chosen.indices, first[at]).flatten() for at, chosen in found])
+    stays = indices_to_mask(token.unsqueeze(0), batch * most).view(batch, most)
+    indices, _ = mask_to_indices(stays, max(map(sum, budgets)))
+
+    def by_sample(parts: list[Tensor | None]) -> Tensor | None:
+        given = [part.flatten(0, 1) for part in parts if part is not None]
+        if not given:
+            return None
+        values = given[0].new_zeros((batch * most + 1, *given[0].shape[1:]))
+        values[token] = torch.cat(given)
+        return gather_compact([values[:-1].unflatten(0, (batch, most))], indices, dims=[1])[0]
+
+    return Chosen(indices, *(by_sample([getattr(chosen, n) for _, chosen in found]) for n in ("merged", "sizes")))
 
 
-def _merged(name: str, result: Any, k: int, features: Tensor) -> Tensor | None:
-    """[B, k, C] what a `Selection` says that the kept tokens become, or None where they stay as they are."""
-    merged = result.merged if isinstance(result, Selection) else None
-    wanted = (features.shape[0], k, features.shape[2])
-    if merged is not None and (merged.shape != wanted or merged.device != features.device):
+def at_rows(index: Tensor, start: Tensor) -> Tensor:
+    """index [R, K] counted on from `start` [R]; -1 stays."""
+    return torch.where(index >= 0, index + start.unsqueeze(1), -1)
+
+
+def of_images(context: LayerContext, sample: list[int], start: list[int], counts: list[int]) -> LayerContext:
+    """The context with a row for each image: of which sample, which of its visual tokens is the first, and how many."""
+    tokens = context.tokens
+    of_sample, first, count = torch.tensor([sample, start, counts], device=context.hidden.device)
+    slot = torch.arange(max(counts), device=count.device)
+    index = torch.where(slot < count.unsqueeze(1), first.unsqueeze(1) + slot, -1)
+    rows = replace(context, sample=of_sample)
+    visual, origin = (rows.taken(t + 1, index) - 1 for t in (tokens.visual, tokens.origin))
+    return replace(rows, tokens=replace(tokens, visual=visual, origin=origin, counts=counts))
+
+
+def _rows(value: Any, rows: list[int]) -> Any:
+    """These rows of a tensor, without a copy of all rows or of one that is repeated; anything else as it is."""
+    if not isinstance(value, Tensor) or rows == list(range(len(value))):
+        return value
+    if len(set(rows)) == 1:
+        return value[rows[0]].expand(len(rows), *value.shape[1:])
+    return value[rows]
+
+
+def _merged(
+    name: str, result: Any, wanted: tuple[int, int, int], device: torch.device
+) -> tuple[Tensor | None, Tensor | None]:
+    """`merged` [B, k, C] and `sizes` [B, k] of a `Selection`, or None where the kept tokens stay as they are."""
+    merged, sizes = (result.merged, result.sizes) if isinstance(result, Selection) else (None, None)
+    if sizes is not None and (sizes.shape != wanted[:2] or sizes.device != device):
         raise ValueError(
-            f"prune_visual_tokens: merged of {name} must have shape [B, k, C] = {list(wanted)} on {features.device}, "
+            f"prune_visual_tokens: sizes of {name} must have shape [B, k] = {list(wanted[:2])} on {device}, "
+            f"got {list(sizes.shape)} on {sizes.device}"
+        )
+    if merged is not None and (merged.shape != wanted or merged.device != device):
+        raise ValueError(
+            f"prune_visual_tokens: merged of {name} must have shape [B, k, C] = {list(wanted)} on {device}, "
             f"got {list(merged.shape)} on {merged.device}"
         )
-    return merged
+    return merged, sizes
 
 
 def _indices(name: str, result: Any, k: int, present: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .cache import Pruned, Segment, layer_length
-from .families import Family, Inputs
+from .families import Family, Inputs, Model
 from .interface import Arguments
 from .masks import decoder_mask
 
@@ -15,9 +15,9 @@ from .masks import decoder_mask
 @dataclass
 class Decode:
     pruned: Pruned
-    queries: int
+    step: Tensor  # [T]: how far behind the prompt each new token is
     given_mask: Tensor | None  # [B, L], at least as long as what came after the prompt
-    masks: dict[int, Any] = field(default_factory=dict)  # by a segment's first layer
+    replaced: dict[int, Inputs] = field(default_factory=dict)  # what layers get, by their segment's first layer
 
 
 def begin_decode(pruned: Pruned, inputs: Inputs, cache: Any) -> tuple[Decode, Inputs]:
@@ -39,25 +39,32 @@ def begin_decode(pruned: Pruned, inputs: Inputs, cache: Any) -> tuple[Decode, In
     inputs = {**inputs, "position_ids": pruned.next_position.unsqueeze(-1) + step}
     if "cache_position" in inputs:  # of the first layer, which may be shorter than the caller knows
         inputs["cache_position"] = None
-    return Decode(pruned, queries, mask), inputs
+    return Decode(pruned, step, mask), inputs
 
 
-def decode_layer(family: Family, config: Any, now: Decode, index: int, takes: Arguments, inputs: Inputs) -> Inputs:
+def decode_layer(family: Family, decoder: Model, now: Decode, index: int, takes: Arguments, inputs: Inputs) -> Inputs:
     """The arguments that a decoder layer gets."""
     segment = now.pruned.segment_of(index)
     if segment is None:
         return inputs
-    if segment.first not in now.masks:
-        takes.given(inputs, "hidden_states", "attention_mask", "cache")
+    if segment.first not in now.replaced:
+        takes.given(inputs, "hidden_states", "attention_mask", "position_embeddings", "cache")
         cache, hidden = takes.cache(inputs), inputs["hidden_states"]
-        now.masks[segment.first] = _mask(family, config, now, segment, cache, hidden)
-    return {**inputs, "attention_mask": now.masks[segment.first], "position_ids": None}
+        mask = _mask(family, decoder.config, now, segment, cache, hidden)
+        replaced = now.replaced[segment.first] = {"attention_mask": mask, "position_ids": None}
+        if segment.next_position is not None:
+            position = segment.next_position.unsqueeze(1) + now.step
+            replaced["position_embeddings"] = decoder.rotary_emb(hidden, position_ids=position)
+    return {**inputs, **now.replaced[segment.first]}
 
 
 def _mask(family: Family, config: Any, now: Decode, segment: Segment, cache: Any, hidden: Tensor) -> Any:
     tokens = segment.tokens
-    keys = layer_length(cache, segment.first) + now.queries
+    queries = len(now.step)
+    keys = layer_length(cache, segment.first) + queries
     batch, given, new = hidden.shape[0], now.given_mask, keys - tokens.length
+    bias = segment.bias_of_columns()
+    bias = None if bias is None else torch.nn.functional.pad(bias, (0, new))
     real, padding = tokens.real, None
     if real is not None or given is not None:
         flags = hidden.new_ones((batch, keys), dtype=torch.bool)
@@ -67,6 +74,6 @@ def _mask(family: Family, config: Any, now: Decode, segment: Segment, cache: Any
         )
         padding = torch.cat(parts, 1)
     return decoder_mask(
-        family, config, batch=batch, queries=now.queries, keys=keys, padding=padding, dtype=hidden.dtype,
+        family, config, batch=batch, queries=queries, keys=keys, padding=padding, bias=bias, dtype=hidden.dtype,
         device=hidden.device,
     )  # fmt: skip

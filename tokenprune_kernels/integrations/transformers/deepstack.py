@@ -22,9 +22,7 @@ class DeepStack:
         """The hidden states behind a layer, with its features added where visual tokens are left."""
         if not 0 <= layer < len(self.features):
             return hidden
-        # gather_compact gives 0 where there is no visual token: 0 - 1 is none again.
-        index = gather_compact([tokens.origin + 1], tokens.slot, dims=[1])[0] - 1
-        (added,) = gather_compact([self.features[layer]], index, dims=[1])
+        (added,) = gather_compact([self.features[layer]], tokens.prompt_slot(), dims=[1])
         return hidden + added.to(hidden)
 
 

@@ -50,8 +50,12 @@ class ModelCall:
 
 @dataclass(frozen=True)
 class Asked:
-    """What generate was asked for, as far as it matters, and what it encoded first. chunk: prefill_chunk_size."""
+    """What generate was asked for, as far as it matters, and what it encoded first.
+
+    chunk: prefill_chunk_size. copies: how many rows each sample becomes, one after the other.
+    """
 
     assisted: bool
     chunk: int | None
+    copies: int = 1
     encoding: Encoding = field(default_factory=Encoding)

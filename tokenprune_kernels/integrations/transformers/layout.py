@@ -23,6 +23,12 @@ class Layout:
     boxes: Tensor
 
 
+def images_of(layout: Layout, counts: list[int]) -> list[list[int]]:
+    """The visual tokens of each image or frame, by sample. They lie one behind the other, as in the prompt."""
+    rows = zip(layout.images, counts, strict=True)
+    return [row[:count].unique_consecutive(return_counts=True)[1].tolist() for row, count in rows]
+
+
 @dataclass
 class Patches:
     """The tokens of one image, crop or frame on a grid, or of several crops whose rows are packed together.

@@ -40,15 +40,19 @@ def decoder_mask(
     queries: int,
     keys: int,
     padding: Tensor | None,
+    bias: Tensor | None,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Any:
     """What the model's own mask function makes for `queries` new tokens after `keys - queries` cached ones.
 
-    padding: [B, keys] bool, True for real tokens, or None when all are. The result is what this attention function
-    wants: a tensor, a block mask, the padding itself, or None.
+    padding: [B, keys] bool, True for real tokens, or None when all are. bias: [B, keys] that is added to the logits of
+    the keys, or None. The result is what this attention function wants: a tensor, a block mask, the padding itself, or
+    None.
     """
     name = base_of(config._attn_implementation)
+    if bias is not None:
+        check_takes_bias(config)
     if name not in ALL_MASK_ATTENTION_FUNCTIONS:  # it gets no mask from the model either
         if padding is not None and not bool(padding.all()):
             raise NotImplementedError(f"prune_visual_tokens: padding needs a mask, and {name!r} has no mask function")
@@ -65,14 +69,28 @@ def decoder_mask(
             f"prune_visual_tokens: the mask function of {name!r} takes neither cache_position nor q_offset, only "
             f"{', '.join(takes)}; this version of transformers is not supported"
         )
-    return function(
+    mask = function(
         batch_size=batch,
         kv_length=keys,
         kv_offset=0,
         mask_function=family.mask_function,
         attention_mask=padding,
-        allow_is_causal_skip=True,
+        allow_is_causal_skip=bias is None,
         dtype=dtype,
         config=config,
         **columns,
     )
+    if bias is None:
+        return mask
+    bias = bias.to(dtype)[:, None, None]
+    return torch.where(mask, bias, torch.finfo(dtype).min) if mask.dtype == torch.bool else mask + bias
+
+
+def check_takes_bias(config: Any) -> None:
+    """Whether the attention adds its mask to the logits."""
+    name = base_of(config._attn_implementation)
+    if name not in ("sdpa", "eager"):
+        raise NotImplementedError(
+            "prune_visual_tokens: calibrate=True adds to the logits of the attention by its mask, which sdpa and eager "
+            f"take, got {name!r}"
+        )

@@ -7,7 +7,7 @@ later layer gets the shortened ones instead of what the model's loop hands it.
 import functools
 import threading
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,13 +18,14 @@ from ..._backend import served_by
 from ...methods import Stage
 from .budgets import Budget
 from .cache import Pruned, Segment, check_cache, compact_layers, layer_length, remember
-from .choose import AttentionInputs, LayerContext, choose, not_seen
+from .choose import AttentionInputs, Embedded, LayerContext, choose, not_seen
 from .deepstack import DeepStack, take_deepstack
 from .encoding import Asked, ModelCall, Prompt
 from .families import Family, Inputs, Model, Saliency
 from .interface import Arguments
-from .layout import Layout
+from .layout import Layout, images_of
 from .masks import check_one_sequence, decoder_mask
+from .parallel import same_generator
 from .report import Report
 from .tokens import Tokens, keep, read_prompt
 
@@ -67,8 +68,10 @@ class Plan:
     decoder: Model
     method: str  # for messages
     stages: dict[int, PlannedStage]  # by their layer
+    per_image: bool  # budgets are of images and frames, not of samples
     saliency: Saliency | None  # for the methods that ask for it
     renumber: bool
+    calibrate: bool
     compact_cache: bool
     seed: int | None
     options: dict[str, Any]
@@ -79,12 +82,17 @@ class Plan:
 class Prefill:
     tokens: Tokens  # in front of the current layer
     original: Tokens
+    # Visual tokens of each sample or, per image, of each of its images: in front of the current layer,
+    left: list[list[int]]
+    given: list[list[int]]  # and in the prompt
+    copies: int  # rows of each sample
     next_position: Tensor
     prompt: Prompt
     seen: list[Any]  # of the vision tower, for the saliency
     deepstack: DeepStack | None
     report: Report
     cache: Any = None  # that the layers fill
+    embedded: Tensor | None = None  # what went into the first layer, for the methods that ask for it
     segments: list[Segment] = field(default_factory=list)
     attention: AttentionInputs | None = None  # of the layer before a pruning layer
     projecting: list[AttentionInputs] | None = None  # while a pruning layer's attention is called for these alone
@@ -127,7 +135,13 @@ def begin_prefill(
     deepstack = None
     if family.deepstack:
         deepstack, inputs = take_deepstack(inputs, tokens)
-    return Prefill(tokens, tokens, position, prompt, call.encoding.saliency, deepstack, report), inputs
+    given = images_of(layout(), tokens.counts) if plan.per_image else [[n] for n in tokens.counts]
+    copies = 1 if asked is None else asked.copies
+    if given != [parts for parts in given[::copies] for _ in range(copies)]:
+        copies = 1  # a forward inside of generate that is none of its own
+    return Prefill(
+        tokens, tokens, given, given, copies, position, prompt, call.encoding.saliency, deepstack, report
+    ), inputs
 
 
 def _check_asked(asked: Asked) -> None:
@@ -150,6 +164,8 @@ def prefill_layer(plan: Plan, now: Prefill, index: int, layer: nn.Module, takes:
         check_cache(now.cache, plan.family, compact=plan.compact_cache)  # the decoder may have made it itself
     if now.deepstack is not None:
         inputs = {**inputs, "hidden_states": now.deepstack.added(index - 1, inputs["hidden_states"], now.tokens)}
+    if index == 0 and any(planned.stage.uses & {"input_features", "input_text"} for planned in plan.stages.values()):
+        now.embedded = inputs["hidden_states"].detach()
     if index in plan.stages:
         inputs = _prune(plan, now, plan.stages[index], layer, inputs)
     return {**inputs, **now.replaced}
@@ -166,7 +182,8 @@ def end_prefill(plan: Plan, now: Prefill) -> None:
     if plan.compact_cache and last.first > 0:
         with now.report.clock("compact_ms"):
             _compact_caches(now)
-        now.segments = [Segment(0, last.tokens)]
+        own = [s for s in now.segments if s.next_position is not None or s.bias is not None]
+        now.segments = [Segment(0, last.tokens), *(replace(s, tokens=last.tokens) for s in own)]
     remember(now.cache, Pruned(now.original.length, now.segments, now.next_position))
 
 
@@ -183,24 +200,38 @@ def _compact_caches(now: Prefill) -> None:
 
 def _prune(plan: Plan, now: Prefill, planned: PlannedStage, layer: nn.Module, inputs: Inputs) -> Inputs:
     tokens = now.tokens
-    budgets = [min(planned.budget(n), left) for n, left in zip(now.original.counts, tokens.counts, strict=True)]
-    if budgets == tokens.counts:
+    budgets = _budgets(planned.budget, now)
+    if budgets == now.left:
         return inputs
     hidden: Tensor = inputs["hidden_states"]
     with torch.no_grad(), now.report.clock("select_ms"):
         with plan.draws.lock if "generator" in planned.stage.uses else nullcontext():
-            chosen = choose(planned.stage, _context(plan, now, layer, inputs), budgets, plan.options)
-        after, columns = keep(tokens, chosen.indices, budgets)
+            chosen = choose(planned.stage, _context(plan, now, layer, inputs), now.left, budgets, plan.options)
+        after, columns = keep(tokens, chosen.indices, [sum(parts) for parts in budgets])
     now.attention = None
     with now.report.clock("compact_ms"):
-        hidden = _compact(plan, now, after, columns, inputs)
+        number = after.numbered() if plan.renumber else None
+        bias = _bias(planned.stage, now, after, chosen.sizes) if plan.calibrate else None
+        next_position = None if number is None else number[:, -1] + 1
+        if next_position is not None and planned.layer == 0:  # the model counts on from there in all of its layers
+            now.next_position, next_position = next_position, None
+        now.segments.append(Segment(planned.layer, after, next_position, bias))
+        hidden = _compact(plan, now, columns, number, inputs)
         if chosen.merged is not None:
             hidden = _replace(hidden, after.visual, chosen.merged)
-    now.tokens = after
-    now.segments.append(Segment(planned.layer, after))
+    now.tokens, now.left = after, budgets
     now.columns.append(columns)
     now.report.pruned(planned.layer, after.counts, after.origin, served_by("gather_compact", hidden))
     return {**inputs, "hidden_states": hidden}
+
+
+def _budgets(budget: Budget, now: Prefill) -> list[list[int]]:
+    """How many stay of what is left, of each sample or of each of its images. generate's copies of a sample are one."""
+    once = now.given[:: now.copies]
+    due = iter(budget([n for parts in once for n in parts]))
+    kept = [[next(due) for _ in parts] for parts in once]
+    repeated = [parts for parts in kept for _ in range(now.copies)]
+    return [[min(pair) for pair in zip(*pairs, strict=True)] for pairs in zip(repeated, now.left, strict=True)]
 
 
 def _context(plan: Plan, now: Prefill, layer: Any, inputs: Inputs) -> LayerContext:
@@ -234,8 +265,20 @@ def _context(plan: Plan, now: Prefill, layer: Any, inputs: Inputs) -> LayerConte
             raise RuntimeError(f"prune_visual_tokens: {plan.method} needs the vision tower to run inside the block")
         return plan.saliency.read(plan.core, now.prompt.inputs, now.original.counts, now.seen).to(hidden.device)
 
-    generator = functools.partial(plan.draws.of, plan.seed, hidden.device)
-    return LayerContext(now.tokens, hidden, layer, now.attention, projected, layout, saliency, generator)
+    @functools.cache
+    def embedded() -> Embedded:
+        assert now.embedded is not None
+        column = torch.arange(now.original.length, device=hidden.device).expand(hidden.shape[0], -1)
+        for columns in now.columns:
+            # A column of padding gathers 0 from column numbers that start at 1.
+            column = gather_compact([column + 1], columns, dims=[1])[0] - 1
+        return Embedded(now.embedded.to(hidden.device), now.original, column)
+
+    def generator() -> torch.Generator | None:
+        drawn = plan.draws.of(plan.seed, hidden.device)
+        return same_generator(layer, hidden.device) if drawn is None else drawn
+
+    return LayerContext(now.tokens, hidden, layer, now.attention, projected, embedded, layout, saliency, generator)
 
 
 def _replace(hidden: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
@@ -246,8 +289,34 @@ def _replace(hidden: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
     return wider.scatter(1, at.unsqueeze(-1).expand_as(rows), rows.to(hidden.dtype))[:, :length]
 
 
-def _compact(plan: Plan, now: Prefill, after: Tokens, columns: Tensor, inputs: Inputs) -> Tensor:
-    """The hidden states without the dropped columns; what the layers get besides is left in `now.replaced`."""
+def _bias(stage: Stage, now: Prefill, after: Tokens, sizes: Tensor | None) -> Tensor | None:
+    """[B, V]: log s of every visual token of the prompt that is one of s merged ones, 0 for the others.
+
+    A key that stands for s tokens then weighs as much in a softmax as s of its kind would.
+    """
+    before = now.segments[-1].bias if now.segments else None
+    if sizes is None and before is None:
+        raise ValueError(
+            f"prune_visual_tokens: calibrate=True needs the sizes of merged tokens in a Selection, and {stage.name} "
+            "returned none"
+        )
+    if sizes is None:
+        return before
+    if before is not None:
+        raise NotImplementedError(f"prune_visual_tokens: calibrate=True, and {stage.name} merges a second time")
+    batch, most = now.original.visual.shape
+    at = torch.where(after.origin >= 0, after.origin, most)  # a token more takes what has no place
+    ones = sizes.new_ones((batch, most + 1))
+    return ones.scatter(1, at, sizes.clamp_min(1))[:, :most].log()
+
+
+def _compact(plan: Plan, now: Prefill, columns: Tensor, number: Tensor | None, inputs: Inputs) -> Tensor:
+    """The hidden states without the dropped columns; what the layers get besides is left in `now.replaced`.
+
+    number [B, L']: the columns' new positions; None: they keep their own.
+    """
+    segment = now.segments[-1]
+    after = segment.tokens
     given = {**inputs, **now.replaced}
     hidden: Tensor = given["hidden_states"]
     batch = hidden.shape[0]
@@ -256,18 +325,15 @@ def _compact(plan: Plan, now: Prefill, after: Tokens, columns: Tensor, inputs: I
     hidden, *rotary = gather_compact(
         [hidden, *rotary], columns, dims=[1, *(d + 1 for d in batch_dims)], batch_dims=[0, *batch_dims]
     )
-    if plan.renumber:
-        number = torch.arange(after.length, device=hidden.device).expand(batch, -1)
-        if after.real is not None:
-            number = (after.real.cumsum(1) - 1).clamp_min(0)
+    if number is not None:
         rotary = list(plan.decoder.rotary_emb(hidden, position_ids=number))
-        now.next_position = number[:, -1] + 1
     now.replaced = {
         "position_embeddings": tuple(rotary),
         # FlashAttention would take gaps in the positions for borders between packed sequences.
         "position_ids": None,
         "attention_mask": decoder_mask(
             plan.family, plan.decoder.config, batch=batch, queries=after.length, keys=after.length, padding=after.real,
+            bias=segment.bias_of_columns(),
             dtype=hidden.dtype, device=hidden.device,
         ),
     }  # fmt: skip

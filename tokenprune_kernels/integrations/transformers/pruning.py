@@ -9,31 +9,43 @@ from torch import Tensor, nn
 from ...methods import ARGUMENTS, Method, get_method, method_names
 from ...methods._method import Choose
 from .block import Block
-from .budgets import Share, as_python, budget_of, check_layer, ending_with, schedule_of, times
+from .budgets import Keep, as_python, budget_of, check_layer, ending_with, least_of, schedule_of, times
 from .choose import check_stage
 from .families import Family
 from .hooks import install
+from .masks import check_takes_bias
 from .overlay import boxes_of, overlay
 from .prefill import Plan, PlannedStage
 from .registry import family_of, unwrapped
 
 METHODS = method_names()  # of this package; users may register others
 KEEP = 0.222  # of those that name no schedule: the share that most papers compare at
-Keep = Share | Mapping[int, Share]
+PER = ("sample", "image")
 IN_MODEL = tuple(name for name in METHODS if get_method(name).in_model)
 
 
-def stages_of(method: Method, keep: Keep | None, layer: int | None, family: Family, depth: int) -> list[PlannedStage]:
+def stages_of(
+    method: Method, keep: Keep | Mapping[int, Keep] | None, layer: int | None, family: Family, depth: int, *,
+    per: str | None = None, min_keep: int | None = None,
+) -> list[PlannedStage]:  # fmt: skip
     """Where the method chooses, and how many: what works inside the model does so at every layer of a schedule."""
     if keep is None:
         keep = (method.scheduled(depth) if layer is None else {}) or KEEP
+    if per not in (None, *PER):
+        raise ValueError(f"prune_visual_tokens: per must be {' or '.join(PER)}, got {per!r}")
+    if per == "image" and not method.within_images:
+        raise NotImplementedError(
+            f"prune_visual_tokens: {method.name} compares images or frames with each other, which per='image' would "
+            "part; give it a budget per sample"
+        )
+    least = least_of(min_keep, keep, per)
     if isinstance(keep, Mapping):
         if layer is not None:
             raise ValueError("prune_visual_tokens: a schedule to keep names its layers; layer must be None then")
-        schedule = schedule_of(keep, depth)
+        schedule = schedule_of(keep, depth, per, least=least)
         layer = next(iter(schedule))
     else:
-        budget = budget_of(keep)
+        budget = budget_of(keep, per, least=least)
         shares = method.scheduled(depth) if layer is None else {}
         if layer is None and method.in_model:
             # The paper's layer, on a model that is deep enough for it.
@@ -79,10 +91,13 @@ class Pruning:
         self,
         model: nn.Module,
         method: str | Method | Choose,
-        keep: Keep | None = None,
+        keep: Keep | Mapping[int, Keep] | None = None,
         *,
+        per: str | None = None,
+        min_keep: int | None = None,
         layer: int | None = None,
         positions: str | None = None,
+        calibrate: bool = False,
         compact_cache: bool = False,
         seed: int | None = None,
         options: dict[str, Any] | None = None,
@@ -97,17 +112,16 @@ class Pruning:
                 f"prune_visual_tokens: the positions of {family.name} carry the image's geometry: original"
             )
         method = get_method(method, caller="prune_visual_tokens")
-        stages = stages_of(method, keep, layer, family, len(decoder.layers))
+        stages = stages_of(method, keep, layer, family, len(decoder.layers), per=per, min_keep=min_keep)
         check_options(method, options or {})
-        in_model = any(planned.layer > 0 for planned in stages)
         if positions is None:
-            positions = "original" if family.mrope or in_model else method.positions
-        if positions == "renumber" and in_model:
-            raise ValueError(
-                f"prune_visual_tokens: {method.name} prunes inside the model, where positions are fixed already"
-            )
+            positions = "original" if family.mrope else method.positions
         if "saliency" in method.uses and family.saliency is None:
             raise NotImplementedError(f"prune_visual_tokens: {method.name} has no saliency for {family.name}")
+        if not isinstance(calibrate, bool):
+            raise TypeError(f"prune_visual_tokens: calibrate must be a bool, got {calibrate!r}")
+        if calibrate:
+            check_takes_bias(decoder.config)
         seed = as_python(seed)
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise TypeError(f"prune_visual_tokens: seed must be an int or None, got {seed!r}")
@@ -116,8 +130,9 @@ class Pruning:
         self.method, self.model = method.name, model
         self._block = Block(Plan(
             family, core, decoder, method.name, {planned.layer: planned for planned in stages},
-            saliency=family.saliency if "saliency" in method.uses else None,
-            renumber=positions == "renumber", compact_cache=compact_cache, seed=seed, options=options or {},
+            per_image=per == "image", saliency=family.saliency if "saliency" in method.uses else None,
+            renumber=positions == "renumber", calibrate=calibrate, compact_cache=compact_cache, seed=seed,
+            options=options or {},
         ))  # fmt: skip
         self._installed: ExitStack | None = None
 
@@ -171,10 +186,13 @@ class Pruning:
 def prune_visual_tokens(
     model: nn.Module,
     method: str | Method | Choose = "coast",
-    keep: Keep | None = None,
+    keep: Keep | Mapping[int, Keep] | None = None,
     *,
+    per: str | None = None,
+    min_keep: int | None = None,
     layer: int | None = None,
     positions: str | None = None,
+    calibrate: bool = False,
     compact_cache: bool = False,
     seed: int | None = None,
     **options: Any,
@@ -187,16 +205,23 @@ def prune_visual_tokens(
         method: the name of a method (`METHODS`, or one of `tokenprune_kernels.methods.register_method`), or a function:
             it takes `k` and, by the names of its parameters, what it asks for of
             `tokenprune_kernels.methods.ARGUMENTS`, and returns indices [B, k] of visual tokens or a `Selection`.
-        keep: visual tokens to keep per sample, an int, or the share of them, a float in (0, 1]; scalars of NumPy and
-            torch are as good. Or a schedule, {layer: one of these}: of the prompt's visual tokens so many are kept from
-            that decoder layer on, shares rounded down. Layers ascend, and what is kept does not grow. Default: the
-            paper's schedule (pyramiddrop), or 0.222; with one number, its last layer keeps that, those before in
-            proportion.
+        keep: visual tokens to keep per sample, an int, or the share of them, a float in (0, 1]; with `per`, a list has
+            one of these for each sample or image of a call. Scalars and vectors of NumPy and torch are as good. Or a
+            schedule, {layer: one of these}: of the prompt's visual tokens so many are kept from that decoder layer on,
+            shares rounded down. Layers ascend, and what is kept does not grow. Default: the paper's schedule
+            (pyramiddrop), or 0.222; with one number, its last layer keeps that, those before in proportion.
+        per: what `keep` is the budget of: "sample", all visual tokens of a sample together, or "image", each image or
+            frame of a video by itself, which the method then chooses within. A list has to come with it: per "sample"
+            a number for each of the batch, per "image" for each of the call in the order of the prompts.
+        min_keep: what a share keeps at least of a sample or image. Default: 1.
         layer: for methods that work inside the model: the decoder layer in front of which tokens are dropped, by the
             attention of the layer before it. Default: the paper's, or 2. A function that asks for no attention works in
             front of the language model unless a layer is given.
-        positions: `original` keeps the rotary positions of what stays, `renumber` numbers it anew (before the language
-            model, one-dimensional positions only). Default: as the method's paper has it.
+        positions: `original` keeps the rotary positions of what stays, `renumber` numbers it anew wherever tokens are
+            dropped: the layers from there on see consecutive positions, those before them the prompt's, while decoding
+            too (one-dimensional positions only). Default: as the method's paper has it.
+        calibrate: of methods that merge what they drop and say how many tokens a row stands for: add log s to the
+            logits of a key that is made of s tokens, in all layers from the merge on. Needs sdpa or eager attention.
         compact_cache: drop the same tokens from the key/value cache of the layers before the pruning layer too.
         seed: of methods that draw, as random does; prefills draw from it one after the other, those of several threads
             in any order.
@@ -215,5 +240,6 @@ def prune_visual_tokens(
         RuntimeError: the model is in such a block already.
     """
     return Pruning(
-        model, method, keep, layer=layer, positions=positions, compact_cache=compact_cache, seed=seed, options=options
-    )
+        model, method, keep, per=per, min_keep=min_keep, layer=layer, positions=positions, calibrate=calibrate,
+        compact_cache=compact_cache, seed=seed, options=options,
+    )  # fmt: skip

@@ -32,6 +32,17 @@ class Tokens:
     def length(self) -> int:
         return self.slot.shape[1]
 
+    def numbered(self) -> Tensor:
+        """[B, L]: the number of each column among the real ones."""
+        if self.real is None:
+            return torch.arange(self.length, device=self.slot.device).expand(len(self.counts), -1)
+        return (self.real.cumsum(1) - 1).clamp_min(0)
+
+    def prompt_slot(self) -> Tensor:
+        """[B, L]: which visual token of the unpruned prompt a column is, or -1: text and padding."""
+        # gather_compact gives 0 where there is no visual token: 0 - 1 is none again.
+        return gather_compact([self.origin + 1], self.slot, dims=[1])[0] - 1
+
     def visual_mask(self) -> Tensor | None:
         """[B, V] bool, False for the padding of shorter samples; None when there is none.
 

@@ -92,4 +92,5 @@ def _asked(model: Model, given: Inputs) -> Asked:
     for others in ({n: v for n, v in vars(model.generation_config).items() if vars(config).get(n) is None}, given):
         vars(config).update((name, value) for name, value in others.items() if name in vars(config))
     mode = config.get_generation_mode(given.get("assistant_model"))
-    return Asked(assisted="assisted" in str(mode.value), chunk=config.prefill_chunk_size)
+    copies = max(config.num_beams or 1, config.num_return_sequences or 1)
+    return Asked(assisted="assisted" in str(mode.value), chunk=config.prefill_chunk_size, copies=copies)

@@ -1,0 +1,78 @@
+"""The worker of the GPU suite: a crash, a hang or the end of the time costs one item, and nothing that was recorded."""
+
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.gpu_suite import work
+from bench.gpu_suite.run import summarize
+
+WORKER = """
+import bench.gpu_suite, os, sys, time
+from pathlib import Path
+from bench.gpu_suite import work
+def wrong(): raise ValueError("wrong")
+items = {
+    "good": lambda: {"value": 1},
+    "wrong": wrong,
+    "crash": lambda: os.abort(),
+    "hang": lambda: time.sleep(600),
+    "last": lambda: None,
+}
+work.run_items(items, Path(sys.argv[1]), lambda: None if sys.argv[2] == "healthy" else "broken")
+"""
+
+
+def drive(record: Path, health: str, seconds: float = 60) -> tuple[dict[str, Any], str | None]:
+    command = [sys.executable, "-c", WORKER, str(record), health]
+    before, work.STARTUP_SECONDS = work.STARTUP_SECONDS, 30.0
+    try:
+        items, problem = work.drive(command, record, deadline=time.monotonic() + seconds, item_seconds=3)
+    finally:
+        work.STARTUP_SECONDS = before
+    return {item["name"]: item for item in items}, problem
+
+
+@pytest.mark.parametrize("health", ["healthy", "broken"])
+def test_a_crash_or_a_hang_costs_one_item(tmp_path: Path, health: str) -> None:
+    items, problem = drive(tmp_path / "record.jsonl", health)
+    assert problem is None
+    statuses = {name: item["status"] for name, item in items.items()}
+    assert statuses == {"good": "passed", "wrong": "failed", "crash": "crashed", "hang": "hung", "last": "passed"}
+    assert items["good"]["value"] == 1
+    assert "ValueError: wrong" in items["wrong"]["reason"]
+    assert str(-signal.SIGABRT) in items["crash"]["reason"]
+    assert summarize(list(items.values()))["status"] == "failed"
+
+
+def test_what_was_done_before_time_ran_out_is_kept(tmp_path: Path) -> None:
+    record = tmp_path / "record.jsonl"
+    work.Record(record).write(name="crash", event="start")  # already tried: not again
+    work.Record(record).finish("crash", "crashed", reason="earlier")
+    work.Record(record).start("hang")
+    work.Record(record).finish("hang", "hung", reason="earlier")
+    items, problem = drive(record, "healthy")
+    assert problem is None
+    assert items["crash"]["reason"] == "earlier"
+    assert items["last"]["status"] == "passed"
+    late = tmp_path / "late.jsonl"
+    items, problem = drive(late, "healthy", seconds=0.2)
+    assert problem == "out of time"
+
+
+def test_a_worker_that_cannot_start_says_why(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "raise SystemExit('no such thing')"]
+    items, problem = work.drive(command, tmp_path / "r.jsonl", deadline=time.monotonic() + 60, item_seconds=5)
+    assert items == []
+    assert problem is not None
+    assert "no such thing" in problem
+
+
+def test_a_cut_off_line_of_a_record_is_ignored(tmp_path: Path) -> None:
+    record = tmp_path / "r.jsonl"
+    record.write_text('{"name": "a", "event": "start"}\n{"name": "a", "event": "end", "status": "passed"}\n{"name": "b')
+    assert [item["name"] for item in work.finished(record)] == ["a"]
