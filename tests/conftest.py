@@ -15,6 +15,7 @@ import torch
 # Before any test file: what a test file imports may import Triton, whose interpreter this turns on.
 from testing.cases import DTYPES, NO_EMULATOR, dtypes_of, lacks
 
+# Files whose tests compile, train or run a suite: few and long.
 LONG = (
     "triton/test_compile.py",
     "bench/test_gpu_suite.py",
@@ -76,7 +77,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         backend, op = (chosen.params.get(name) for name in ("backend", "op")) if chosen else (None, None)
         if isinstance(backend, str) and op in OPS and lacks(backend, op):
             item.add_marker(pytest.mark.skip(reason=lacks(backend, op)))
-    # The longest file first: of two processes (CI has them) neither is then left alone with it. Tests that compile, train
-    # or run a suite are few and long; of the other files the one with most tests is taken for the longest.
+    # The longest file first: of two processes (CI has them) neither is then left alone with it. Of files that are not
+    # LONG, the one with most tests is taken for the longest.
     number = Counter(item.path for item in items)
     items.sort(key=lambda item: ("/".join(item.path.parts[-2:]) not in LONG, -number[item.path], item.path))
