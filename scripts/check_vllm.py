@@ -31,7 +31,6 @@ OFFLINE = (
     ("LLaVA-1.5", "method=divprune,keep=128", 96),
     ("LLaVA-1.5", "method=visionzip,keep=64", 64),
     ("LLaVA-1.5", "method=random,keep=0.2,seed=3", 96),
-    ("LLaVA-1.5", "method=cdpruner,keep=32", 32),
     ("LLaVA-NeXT", "method=scope,keep=60", 48),
     ("LLaVA-OneVision", "method=sts_structure,keep=0.3", 96),
     ("Qwen2.5-VL", "method=sts_structure,keep=0.9", 32),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokenprune_kernels.integrations.transformers import prune_visual_tokens
 from tokenprune_kernels.integrations.vllm import Setting
-from tokenprune_kernels.methods import cdpruner, sts_structure
+from tokenprune_kernels.methods import sts_structure
 
 from .prompts import Prompt
 
@@ -52,7 +52,7 @@ class Transformers:
     @torch.no_grad()
     def logits(self, prompt: Prompt, setting: Setting, tokens: list[int]) -> tuple[int, Tensor]:
         """(tokens of the pruned prompt, [len(tokens), vocabulary] in front of each of `tokens`)."""
-        method: Any = {"sts_structure": _sts_structure, "cdpruner": _cdpruner}.get(str(setting.method), setting.method)
+        method: Any = _sts_structure if setting.method == "sts_structure" else setting.method
         inputs = self.inputs(prompt)
         # The answer's tokens stand behind the image, as more of the question would: methods here do not read it.
         more = len(tokens) - 1
@@ -76,11 +76,6 @@ class Transformers:
 def _sts_structure(features: Tensor, k: int, stacked_positions: Tensor, mask: Tensor | None = None) -> Any:
     """The first stage of sts, which is no method of its own."""
     return sts_structure(features, k, positions=stacked_positions, mask=mask)
-
-
-def _cdpruner(features: Tensor, k: int, mask: Tensor | None = None) -> Any:
-    """Without a question; inside `prune_visual_tokens` there always is one."""
-    return cdpruner(features, features[:, :0], k, mask=mask)
 
 
 def difference(engine: Answer, logits: Tensor) -> float:
