@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 
 os.environ.setdefault("TOKENPRUNE_POISON", "1")  # read by the compiled library when it first allocates
@@ -13,6 +14,14 @@ import torch
 
 # Before any test file: what a test file imports may import Triton, whose interpreter this turns on.
 from testing.cases import DTYPES, NO_EMULATOR, dtypes_of, lacks
+
+# Files whose tests compile, train or run a suite: few and long.
+LONG = (
+    "triton/test_compile.py",
+    "bench/test_gpu_suite.py",
+    "studies/test_vqa_training.py",
+    "studies/test_retention.py",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -68,5 +77,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         backend, op = (chosen.params.get(name) for name in ("backend", "op")) if chosen else (None, None)
         if isinstance(backend, str) and op in OPS and lacks(backend, op):
             item.add_marker(pytest.mark.skip(reason=lacks(backend, op)))
-    # The longest file first: of two processes (CI has them) neither is then left alone with it.
-    items.sort(key=lambda item: item.path.parts[-2:] != ("triton", "test_compile.py"))
+    # The longest file first: of two processes (CI has them) neither is then left alone with it. Of files that are not
+    # LONG, the one with most tests is taken for the longest.
+    number = Counter(item.path for item in items)
+    items.sort(key=lambda item: ("/".join(item.path.parts[-2:]) not in LONG, -number[item.path], item.path))

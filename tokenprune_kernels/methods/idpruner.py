@@ -37,7 +37,7 @@ def idpruner(
 
     >>> import torch
     >>> from tokenprune_kernels.methods import idpruner
-    >>> visual = torch.tensor([[[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [-1.0, 0.0]]])
+    >>> visual = torch.tensor([[[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 1.0]]])
     >>> kept = idpruner(visual, torch.tensor([[5.0, 4.0, 3.0, 0.0]]), 2)  # 1 is too like 0, 3 too unimportant
     >>> kept.indices
     tensor([[0, 2]])
