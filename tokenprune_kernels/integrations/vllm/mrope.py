@@ -136,16 +136,14 @@ def first_positions(length: int, images: Sequence[tuple[int, int, int]]) -> tupl
 def with_images(is_image: Tensor, digits: Sequence[Tensor], positions: Tensor, computed: int) -> Tensor:
     """The positions [3, L] with those of the images' tokens that are encoded, from column `computed` on.
 
-    is_image [L]; text stands between two images. digits [K, 4] of each image or part of one. Done again, it changes
-    nothing: an image begins behind the text in front of it.
+    is_image [L]. digits [K, 4] of each image or part of one. An image has one time, its first position, which is that
+    of its tokens before and after: done again, it changes nothing.
     """
     if not digits:
         return positions
     given = torch.cat(list(digits)).long()
-    local = torch.stack([torch.zeros_like(given[:, 0]), *(given[:, i] * _BASE + given[:, i + 1] for i in (0, 2))])
+    local = torch.stack([given[:, i] * _BASE + given[:, i + 1] for i in (0, 2)])
     columns = is_image[computed:].nonzero().squeeze(1)[: local.shape[1]] + computed
-    text = torch.where(is_image, -1, torch.arange(len(is_image), device=is_image.device)).cummax(0).values[columns]
-    begin = torch.where(text >= 0, positions[0, text.clamp_min(0)] + 1, 0)
     positions = positions.clone()
-    positions[:, columns] = begin + local.to(positions.dtype)
+    positions[1:, columns] = positions[0, columns] + local.to(positions.dtype)
     return positions
