@@ -1,4 +1,4 @@
-"""FastV and DivPrune against transcriptions, and the distribution of the random choice."""
+"""DivPrune against its transcription, and the distribution of the random choice."""
 
 import pytest
 import torch
@@ -6,38 +6,14 @@ import torch
 from testing.cases import interpreted, over_backends
 from tests.methods import transcriptions
 from tests.methods.inputs import (
-    assert_close,
     assert_selected,
     batch,
     decided,
-    most_attended,
     over_dtypes,
     prompt,
     ragged,
-    row_scores,
 )
-from tokenprune_kernels.methods import divprune, fastv, random
-
-
-@over_backends
-@over_dtypes
-@pytest.mark.parametrize("k", [0, 1, 9, 30, 33])
-def test_fastv(k, dtype, backend):
-    p, expected = decided(lambda seed: prompt(seed, dtype), lambda p: most_attended(p, k, "last"))
-    kept = fastv(p.query[None], p.key[None], k, key_indices=p.indices[None], backend=backend)
-    assert_selected(kept, [expected])
-    assert_close(kept.details["attention"][0], row_scores(p, "last"))
-    only_last = fastv(p.query[None, :, -1:], p.key[None], k, key_indices=p.indices[None], backend=backend)
-    assert only_last.indices.tolist() == kept.indices.tolist()
-
-
-@over_backends
-@over_dtypes
-@pytest.mark.parametrize("k", [1, 8, 20, 40])
-def test_fastv_padding_changes_nothing(k, dtype, backend):
-    prompts, expected = decided(lambda seed: ragged(seed, dtype), lambda ps: [most_attended(p, k, "last") for p in ps])
-    b = batch(prompts)
-    assert_selected(fastv(b.query, b.key, k, **b.attention, backend=backend), expected)
+from tokenprune_kernels.methods import divprune, random
 
 
 @over_backends

@@ -1,4 +1,4 @@
-"""The two STS-style stages against a transcription of our formulas."""
+"""STS's structure against a transcription of our formulas, and both of its stages together."""
 
 import pytest
 import torch
@@ -7,11 +7,9 @@ from testing.cases import over_backends
 from tests.methods import transcriptions
 from tests.methods.inputs import (
     Prompt,
-    assert_close,
     assert_selected,
     batch,
     decided,
-    most_attended,
     over_dtypes,
     prompt,
     ragged,
@@ -94,25 +92,6 @@ def test_structure_energy_carries_a_saliency(backend):
     p = prompt(0, torch.float32)
     kept = sts_structure(p.features[None], 3, energy=-1e9 * p.saliency[None], backend=backend)
     assert kept.details["order"][0].tolist() == p.saliency.argsort(descending=True)[:3].tolist()
-
-
-@over_backends
-@over_dtypes
-@pytest.mark.parametrize("k", [0, 1, 9, 30, 33])
-def test_semantics_keeps_what_the_instruction_attends_to(k, dtype, backend):
-    p, expected = decided(lambda seed: prompt(seed, dtype), lambda p: most_attended(p, k, "mean"))
-    kept = sts_semantics(p.query[None], p.key[None], k, key_indices=p.indices[None], backend=backend)
-    assert_selected(kept, [expected])
-    assert_close(kept.details["attention"][0], row_scores(p, "mean"))
-
-
-@over_backends
-@over_dtypes
-@pytest.mark.parametrize("k", [1, 8, 20, 40])
-def test_semantics_padding_changes_nothing(k, dtype, backend):
-    prompts, expected = decided(lambda seed: ragged(seed, dtype), lambda ps: [most_attended(p, k, "mean") for p in ps])
-    b = batch(prompts)
-    assert_selected(sts_semantics(b.query, b.key, k, **b.attention, backend=backend), expected)
 
 
 @over_backends
