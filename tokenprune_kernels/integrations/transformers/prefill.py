@@ -27,7 +27,7 @@ from .layout import Layout, images_of
 from .masks import check_one_sequence, decoder_mask
 from .parallel import same_generator
 from .report import Report
-from .tokens import Tokens, keep, read_prompt
+from .tokens import Tokens, indices_at, keep, read_prompt
 
 IMAGES_LATER = (
     "prune_visual_tokens: images must come in the first forward on an empty cache, not in a later turn or chunk"
@@ -192,8 +192,7 @@ def _compact_caches(now: Prefill) -> None:
     left: Tensor | None = None  # the columns of the last segment, in the sequence in front of the current one
     starts = [0, *(segment.first for segment in now.segments)]
     for start, end, columns in reversed(list(zip(starts, starts[1:], now.columns, strict=False))):
-        # A column of padding gathers 0 from column numbers that start at 1.
-        left = columns if left is None else gather_compact([columns + 1], left, dims=[1])[0] - 1
+        left = columns if left is None else indices_at(columns, left)
         if start < end:
             compact_layers(now.cache, range(start, end), left)
 
@@ -270,8 +269,7 @@ def _context(plan: Plan, now: Prefill, layer: Any, inputs: Inputs) -> LayerConte
         assert now.embedded is not None
         column = torch.arange(now.original.length, device=hidden.device).expand(hidden.shape[0], -1)
         for columns in now.columns:
-            # A column of padding gathers 0 from column numbers that start at 1.
-            column = gather_compact([column + 1], columns, dims=[1])[0] - 1
+            column = indices_at(column, columns)
         return Embedded(now.embedded.to(hidden.device), now.original, column)
 
     def generator() -> torch.Generator | None:

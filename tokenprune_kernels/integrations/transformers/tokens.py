@@ -40,8 +40,7 @@ class Tokens:
 
     def prompt_slot(self) -> Tensor:
         """[B, L]: which visual token of the unpruned prompt a column is, or -1: text and padding."""
-        # gather_compact gives 0 where there is no visual token: 0 - 1 is none again.
-        return gather_compact([self.origin + 1], self.slot, dims=[1])[0] - 1
+        return indices_at(self.origin, self.slot)
 
     def visual_mask(self) -> Tensor | None:
         """[B, V] bool, False for the padding of shorter samples; None when there is none.
@@ -49,6 +48,12 @@ class Tokens:
         Some samples of a batch may all be shorter than V.
         """
         return self.visual >= 0 if min(self.counts) < self.visual.shape[1] else None
+
+
+def indices_at(indices: Tensor, at: Tensor) -> Tensor:
+    """[B, K] of `indices` [B, N] those at `at` [B, K]; -1, no index, at -1."""
+    # gather_compact gives 0 there: counted from 1, 0 is none.
+    return gather_compact([indices + 1], at, dims=[1])[0] - 1
 
 
 def read_prompt(is_visual: Tensor, real: Tensor | None) -> Tokens:
@@ -90,11 +95,9 @@ def keep(tokens: Tokens, selected: Tensor, kept_counts: list[int]) -> tuple[Toke
         index = torch.arange(longest, device=columns.device) - (longest - found).unsqueeze(1)
         real = index >= 0
         columns = torch.where(real, columns.gather(1, index.clamp_min(0)), -1)
-    # A column of padding gathers 0 from a tensor of flags that starts at 1: it is no visual token.
-    (visual_or_not,) = gather_compact([tokens.slot + 1], columns, dims=[1])
-    is_visual = visual_or_not > 0
+    is_visual = indices_at(tokens.slot, columns) >= 0
     visual, _ = mask_to_indices(is_visual, max(kept_counts))
     slot = torch.where(is_visual, is_visual.cumsum(1) - 1, -1)
-    (origin,) = gather_compact([tokens.origin + 1], selected[:, : max(kept_counts)], dims=[1])
-    after = Tokens(slot, visual, list(kept_counts), real, lengths, origin - 1, min(tokens.suffix, longest))
+    origin = indices_at(tokens.origin, selected[:, : max(kept_counts)])
+    after = Tokens(slot, visual, list(kept_counts), real, lengths, origin, min(tokens.suffix, longest))
     return after, columns
