@@ -63,7 +63,8 @@ def attention(rows: bool, columns: bool, query: Any, key: Any, *_: Any, **option
     if rows and columns and options.get("query_reduction") == "last":
         m = 1
     trips, pieces = -(-dim // 64), batch * heads * -(-m // 64) * -(-n // 64)
-    unique = float(size * batch * dim * (heads * m + key.shape[1] * n))
+    floats = batch * heads * m * (1 + rows) + batch * n * columns  # lse and entropy, scores
+    unique = float(size * batch * dim * (heads * m + key.shape[1] * n) + 4 * floats)
     read = float(size * 64 * dim * (pieces + batch * heads * -(-m // 64)))  # every tile of keys for every tile of rows
     exps = float(batch * heads * m * n)
     if options.get("cosine"):

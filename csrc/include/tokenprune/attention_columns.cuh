@@ -66,7 +66,8 @@ struct ColumnPass : ColumnMemory {
       item().keys[threadIdx.x] = key;
       if (key >= 0) lowest = key;
     }
-    if (p.causal) lowest = block_reduce(lowest, Min(), static_cast<long long>(p.keys));
+    // Without causality every row sees the first key, whatever those of this tile are.
+    lowest = p.causal ? block_reduce(lowest, Min(), static_cast<long long>(p.keys)) : 0;
     const int64_t from = row_part * plan.rows_per_part, to = from + plan.rows_per_part;
     CountedRows rows = counted_rows(c, sample, from, to < p.rows ? to : p.rows, lowest);
     rows.first = rows.first / kTileVectors * kTileVectors;  // equal tokens of different tiles are summed alike
