@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 import tokenprune_kernels as tp
@@ -20,8 +18,6 @@ from testing.cases import (
     GPU_BACKENDS,
     assert_as_good_as_torch,
     compiled,
-    dtypes_of,
-    interpreted,
     over_backends,
     over_capabilities,
     over_dtypes,
@@ -379,33 +375,3 @@ tp.cross_attention_scores(query, key)
 print(peak() - before)
 """
     assert 0 < int(printed("-c", script)) < 0.01 * 28 * 2000 * 16384 * 4
-
-
-@over_backends
-@settings(deadline=None, max_examples=40, print_blob=True)
-@given(data=st.data())
-def test_random_calls(backend: str, data: st.DataObject) -> None:
-    draw = data.draw
-    batch, key_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from((1, 2, 7)))
-    most = (30, 40, 24) if interpreted(backend) else (70, 220, 140)  # the interpreter is slow
-    rows, keys, dim = (draw(st.integers(1, n)) for n in most)
-    dtype = draw(st.sampled_from(dtypes_of(backend)))
-    torch.manual_seed(draw(st.integers(0, 1000)))
-    query, key = inputs(batch, key_heads * group, key_heads, rows, keys, dim, dtype)
-    kinds = st.lists(st.sampled_from(("mean", "sum", "max", "last")), min_size=1, max_size=4)
-    options: dict[str, Any] = {
-        "causal": draw(st.booleans()),
-        "cosine": draw(st.booleans()),
-        "scale": draw(st.sampled_from((None, 0.0, -0.5, 2.0))),
-        "head_reduction": draw(st.sampled_from(HEADS)),
-        "query_reduction": "+".join(draw(kinds)),
-    }
-    if draw(st.booleans()):
-        options["key_mask"] = torch.rand(batch, keys) < draw(st.sampled_from((0.1, 0.8)))
-    if draw(st.booleans()):
-        options["query_mask"] = torch.rand(batch, rows) < draw(st.sampled_from((0.1, 0.8)))
-    if draw(st.booleans()):
-        options["query_positions"] = torch.randint(-2, keys + 2, (batch, rows))
-    if draw(st.booleans()):
-        options["key_indices"] = torch.randint(-1, keys, (batch, draw(st.integers(0, 50))))
-    check(backend, query, key, **options)
