@@ -54,14 +54,14 @@ def test_examples_of_the_readme_run() -> None:
     for example in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
         exec(example, names)
     assert names["kept"].shape == (1, 910, 3584)
-    assert names["selection"].counts.tolist() == [910]
     assert names["pruning"].stats["prefills"] == 1
     assert names["out"].shape[1] > prompts.inputs["input_ids"].shape[1]
 
 
-def test_examples_of_when_not_to_use_us_run() -> None:
-    """They stand in a list, hence indented."""
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "when-not.md").read_text(), re.DOTALL)
+@pytest.mark.parametrize("page", ["methods.md", "when-not.md"])
+def test_examples_of_pages_run(page: str) -> None:
+    """They may stand in a list, hence indented."""
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
     assert examples
     for example in examples:
         exec(textwrap.dedent(example), {})
