@@ -110,7 +110,9 @@ def _bars(plt: Any, groups: list[list[Bar]], label: Callable[[Bar], str], axis: 
     )  # fmt: skip
     for (axis_of_group,), group in zip(axes, groups, strict=True):
         colours = [COLOURS["floor" if bar.group == "chance" else "ours"] for bar in group]
-        drawn = axis_of_group.barh(range(len(group)), [bar.value for bar in group], color=colours, height=0.7)
+        start = 1 if log else 0  # a ratio of 1 is no bar
+        widths = [bar.value - start for bar in group]
+        drawn = axis_of_group.barh(range(len(group)), widths, left=start, color=colours, height=0.7)
         axis_of_group.bar_label(drawn, [label(bar) for bar in group], padding=3, color=GREY, fontsize=9)
         axis_of_group.set_yticks(range(len(group)), [bar.name for bar in group])
         axis_of_group.invert_yaxis()
@@ -118,6 +120,8 @@ def _bars(plt: Any, groups: list[list[Bar]], label: Callable[[Bar], str], axis: 
         if log:
             axis_of_group.set_xscale("log")
             axis_of_group.axvline(1, color=GREY, linewidth=1)
+            axis_of_group.set_xticks((1, 2, 5, 10, 20, 50, 100), ("1x", "2x", "5x", "10x", "20x", "50x", "100x"))
+            axis_of_group.minorticks_off()
     axes[-1][0].set_xlabel(axis)
     return figure
 
@@ -148,7 +152,7 @@ def draw_scaling(plt: Any, panels: list[Panel]) -> Any:
         axis.set_yscale("log")
         ticks = (512, 1024, 2048, 4096, 8192, 16384)
         axis.set_xticks(ticks, [str(tick) if tick < 1000 else f"{tick // 1024}k" for tick in ticks])
-        axis.yaxis.set_major_formatter(lambda seconds, _: duration(seconds))
+        axis.yaxis.set_major_formatter(lambda seconds, _: duration(seconds) if seconds < 1 else f"{seconds:g} s")
         axis.minorticks_off()
         axis.set_title(panel.title, fontsize=10)
         axis.set_xlabel("visual tokens")

@@ -26,8 +26,7 @@ def test_a_figure_shows_something(name: str) -> None:
 
 
 def test_other_numbers_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    row, *others = figures.rows()
-    changed = [row._replace(ratio=row.ratio * 1.01), *others]
+    changed = [row._replace(ratio=row.ratio * 1.01) for row in figures.rows()]
     monkeypatch.setattr(figures, "rows", lambda: changed)
     assert not figures.up_to_date("ratios")
     assert not figures.up_to_date("scaling")
