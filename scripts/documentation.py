@@ -6,11 +6,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import griffe
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from testing import ROOT, links
+from testing.docstrings import as_markdown
 
 # Pages that are somewhere else in the repository, by their place in the site.
 ROOT_PAGES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
@@ -83,6 +85,16 @@ def leads_to(target: str, page: str, repository: str | None) -> str | None:
         return None
     kind = "tree" if (ROOT / file).is_dir() else "blob"
     return f"{repository.rstrip('/')}/{kind}/main/{file}" + (f"#{anchor}" if anchor else "")
+
+
+class Docstrings(griffe.Extension):
+    """Reads the docstrings, for mkdocstrings."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring:
+            parameters = getattr(obj, "parameters", ())
+            names = {*obj.members, *(parameter.name for parameter in parameters)}
+            obj.docstring.value = as_markdown(obj.docstring.value, names)
 
 
 # --- called by mkdocs ---------------------------------------------------------------------------------------------
