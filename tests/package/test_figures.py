@@ -1,11 +1,12 @@
-"""docs/figures: drawn from the results that are committed, and the same numbers give the same bytes."""
+"""What pages show of the committed results, in figures and tables: up to date, and the same numbers give the same bytes."""
 
 from pathlib import Path
 
 import pytest
 
-from scripts import figures
+from scripts import figures, shown, update_readme
 from testing import ROOT
+from testing.pages import section
 
 
 @pytest.mark.parametrize("name", figures.FIGURES)
@@ -48,3 +49,11 @@ def test_pages_show_every_figure() -> None:
     pages = (ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/methods.md"))
     text = "".join(page.read_text() for page in pages)
     assert [name for name in figures.FIGURES if f"figures/{name}.svg" not in text] == []
+
+
+def test_tables_are_of_the_committed_results() -> None:
+    results, told = shown.measured(), "run: make readme"
+    pages = {name: (ROOT / name).read_text() for name in ("README.md", "docs/benchmarks.md", "docs/when-not.md")}
+    assert section(pages["README.md"], "bench") == update_readme.bench_table(results), told
+    assert pages["docs/benchmarks.md"] == update_readme.benchmarks_page(results), told
+    assert section(pages["docs/when-not.md"], "slower") == update_readme.slower_table(results), told
