@@ -1,4 +1,4 @@
-"""What pages show of the committed results, in figures and tables: up to date, and the same numbers give the same bytes."""
+"""What pages show of the committed results is up to date, in figures and tables; equal numbers give equal bytes."""
 
 from pathlib import Path
 
