@@ -138,7 +138,7 @@ def half(found: Iterable[Specialisation]) -> list[Specialisation]:
     for w in found:
         number = seen[w.name, w.target]
         seen[w.name, w.target] += 1
-        if number in (0, 1) or number % 2 == list(GPUS).index(w.target) % 2:
+        if not number or number % 2 == list(GPUS).index(w.target) % 2:
             chosen.append(w)
     return chosen
 
