@@ -220,14 +220,16 @@ def _prune(plan: Plan, now: Prefill, planned: PlannedStage, layer: nn.Module, in
             hidden = _replace(hidden, after.visual, chosen.merged)
     now.tokens, now.left = after, budgets
     now.columns.append(columns)
-    now.report.pruned(planned.layer, after.counts, after.origin, served_by("gather_compact", hidden))
+    now.report.pruned(planned.layer, after.counts, after.origin, served_by("gather_compact", hidden), chosen.told)
     return {**inputs, "hidden_states": hidden}
 
 
 def _budgets(budget: Budget, now: Prefill) -> list[list[int]]:
     """How many stay of what is left, of each sample or of each of its images. generate's copies of a sample are one."""
     once = now.given[:: now.copies]
-    due = iter(budget([n for parts in once for n in parts]))
+    others = [n - c for n, c in zip(now.original.lengths, now.original.counts, strict=True)][:: now.copies]
+    further = [n for n, parts in zip(others, once, strict=True) for _ in parts]
+    due = iter(budget([n for parts in once for n in parts], further))
     kept = [[next(due) for _ in parts] for parts in once]
     repeated = [parts for parts in kept for _ in range(now.copies)]
     return [[min(pair) for pair in zip(*pairs, strict=True)] for pairs in zip(repeated, now.left, strict=True)]
