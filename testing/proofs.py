@@ -34,6 +34,8 @@ class Proof:
     long: tuple[str, ...] = FOUR
     # Methods that are refused, with a part of the message.
     refuses: Mapping[str, str] = field(default_factory=dict)
+    # The float64 path, a function of tests/transformers/vlm that is called as `oracle.logits`.
+    path: str = "oracle.logits"
 
     def decoded(self, method: str, batch: str) -> int:
         return LONG if method in self.long and batch == self.batches[0] else SHORT
@@ -46,7 +48,7 @@ def _sizes(function: str, *more: str) -> tuple[str, ...]:
 _CLASS_TOKENS = "needs the position of every visual token on a grid, and the class tokens among them are on none"
 
 PROOFS = (
-    Proof("llava", ("models.llava_padded",), "an image each"),
+    Proof("llava", ("models.llava_padded",), "an image each", EVERY),
     Proof("llava", _sizes("models_towers.pixtral"), "Pixtral: images of any size", EVERY),
     Proof("vipllava", ("models_towers.vipllava",), "an image each"),
     Proof("llava_next", _sizes("models_crops.llava_next"), "images in crops", EVERY),

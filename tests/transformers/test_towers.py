@@ -1,18 +1,16 @@
 """Vision towers other than CLIP, and decoders with other projections, in the LLaVA families."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tests.transformers.vlm import models_towers, oracle
-from tests.transformers.vlm.checks import IN_MODEL, ON_LAYOUT, RENUMBERED, drops_of, spy_on
+from tests.transformers.vlm.checks import IN_MODEL, ON_LAYOUT, RENUMBERED, drops_of
 from tests.transformers.vlm.models import Prompts, llava
 from tests.transformers.vlm.models_crops import RAGGED
 from tests.transformers.vlm.runs_crops import generate, layout_in, pruned, saliency_given, vision_weights
-from tokenprune_kernels import methods
 from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_tokens
 
 

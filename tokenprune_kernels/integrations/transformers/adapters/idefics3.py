@@ -30,7 +30,8 @@ class Tiles:
         full = torch.ones((), dtype=torch.bool, device=pixels.device)
         if mask is not None:
             full = (mask.flatten(2).bool().all(2) | (pixels == 0).flatten(2).all(2)).all()
-        return cls(*pixels.shape[-2:], full)
+        height, width = pixels.shape[-2:]
+        return cls(height, width, full)
 
 
 def _tiles_seen(inputs: Inputs) -> Tiles:

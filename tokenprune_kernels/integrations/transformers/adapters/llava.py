@@ -1,4 +1,7 @@
-"""LLaVA-1.5 and VipLLaVA: a grid of patches per image. The tower is CLIP or SigLIP, for images of one size, or Pixtral, for any."""
+"""LLaVA-1.5 and VipLLaVA: a grid of patches per image.
+
+The tower is CLIP or SigLIP, for images of one size, or Pixtral, for any.
+"""
 
 from dataclasses import replace
 from typing import Any

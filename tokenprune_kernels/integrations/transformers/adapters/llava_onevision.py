@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..families import Family, Inputs, Model, Saliency
 from ..layout import Patches, grid_patches
-from .videos import frames_seen, layout, saliency
 from .packing import Pack, packed_images, packed_scores
 from .towers import attention_of, patch_scores
+from .videos import frames_seen, layout, saliency
 
 WATCHED: dict[str, Callable[[Inputs], Any]] = {
     "pack_image_features": Pack.seen, "get_video_features": frames_seen,

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..families import Family, Inputs, Model, Saliency
 from ..layout import Patches, grid_patches
-from .videos import frames_seen, layout, saliency
 from .towers import attention_in, check_grid, cut_in_front, has_class_token, tower_scores
+from .videos import frames_seen, layout, saliency
 
 
 def images_seen(arguments: Inputs) -> int:
