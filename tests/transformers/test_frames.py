@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.transformers.vlm import oracle
+from tests.transformers.vlm.checks import CLOSE, LAYER
 from tests.transformers.vlm.layouts import Token, check_layout, layout_for, whole, wide_crops
 from tests.transformers.vlm.models_video import FRAMES, llava_next_video, video_llava_images, video_llava_videos
 from tests.transformers.vlm.runs_crops import (
@@ -95,3 +97,12 @@ def test_beams_keep_what_their_sample_keeps(make: Any, method: str) -> None:
         alone = pruning.kept
         generate(prompts, 2, num_beams=3)
     assert torch.equal(pruning.kept, alone.repeat_interleave(3, 0))
+
+
+@pytest.mark.parametrize("make", [llava_next_video, video_llava_videos])
+def test_compacted_cache(make: Any) -> None:
+    prompts = make()
+    with pruned(prompts, "coast", 0.3, compact_cache=True) as pruning:
+        new, logits = generate(prompts, 5)
+    drop = oracle.Drop(LAYER, oracle.dropped_columns(prompts, pruning.kept), everywhere_for_new_rows=True)
+    torch.testing.assert_close(logits.double(), oracle.logits(prompts, [drop], new[:, :-1])[:, -5:], **CLOSE)

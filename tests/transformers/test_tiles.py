@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from tests.transformers.vlm import models_tiles as models
+from tests.transformers.vlm import oracle
+from tests.transformers.vlm.checks import CLOSE, LAYER
 from tests.transformers.vlm.layouts import check_layout, layout_for, tiles, whole
 from tests.transformers.vlm.models import IMAGE, Prompts, left_padded
 from tests.transformers.vlm.runs_crops import (
@@ -151,3 +153,23 @@ def test_beams_keep_what_their_sample_keeps(make: Any, method: str) -> None:
         alone = pruning.kept
         generate(prompts, 2, num_beams=3)
     assert torch.equal(pruning.kept, alone.repeat_interleave(3, 0))
+
+
+@over_all
+def test_a_compacted_cache_and_decoding_by_hand(make: Callable[..., Prompts]) -> None:
+    """The core makes the cache itself, which it hands to a decoder that it may call its text model."""
+    prompts = make()
+    new = torch.tensor([[17, 40], [33, 58]])
+    mask = prompts.inputs["attention_mask"]
+    with torch.no_grad(), pruned(prompts, "coast", 0.3, compact_cache=True) as pruning:
+        out = prompts.model(**prompts.inputs, use_cache=True)
+        steps = [out.logits[:, -1]]
+        for at in range(2):
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            cache = {"past_key_values": out.past_key_values}
+            out = prompts.model(input_ids=new[:, at : at + 1], attention_mask=mask, **cache)
+            steps.append(out.logits[:, -1])
+    drop = oracle.Drop(LAYER, oracle.dropped_columns(prompts, pruning.kept), everywhere_for_new_rows=True)
+    # The model alone goes on at the position behind the columns of the prompt, its padding among them.
+    expected = oracle.logits(prompts, [drop], new)[:, -3:]
+    torch.testing.assert_close(torch.stack(steps, 1).double(), expected, **CLOSE)

@@ -37,6 +37,8 @@ for _adapter in _ADAPTERS:
 
 # Of types that are not served: what to load instead, or what is missing.
 UNSERVED = {
+    "aya_vision": "its decoder, Cohere2, has layers with windows, which are not proven",
+    "cohere2_vision": "its decoder, Cohere2, has layers with windows, which are not proven",
     "internvl_chat": "load the checkpoint of the same name that ends in -hf (model_type internvl)",
     "llava_llama": "load the checkpoint of llava-hf (model_type llava, or llava_next for 1.6)",
     "llava_mistral": "load the checkpoint of llava-hf (model_type llava_next)",
