@@ -32,7 +32,7 @@ TILE = [IMAGE] * models.TOKENS
 
 
 @pytest.mark.parametrize("make", FENCED)
-def test_layout_of_tiles_in_front_of_the_view(make: Callable[..., Prompts]) -> None:
+def test_layout_of_tiles_in_front_of_the_thumbnail(make: Callable[..., Prompts]) -> None:
     layout = layout_for(make())
     check_layout(layout, 0, tiles(1, 2, 0, 0) + whole(4, 2, 0) + whole(4, 3, 1))
     check_layout(layout, 1, tiles(2, 1, 0, 0) + whole(4, 2, 0))
@@ -41,7 +41,7 @@ def test_layout_of_tiles_in_front_of_the_view(make: Callable[..., Prompts]) -> N
     check_layout(layout, 1, tiles(2, 2, 0, 0) + whole(4, 4, 0))
 
 
-def test_layout_of_tiles_behind_the_view() -> None:
+def test_layout_of_tiles_behind_the_thumbnail() -> None:
     layout = layout_for(models.ovis2())
     check_layout(layout, 0, whole(4, 0, 0) + tiles(1, 2, 1, 0) + whole(4, 3, 1))
     check_layout(layout, 1, whole(4, 0, 0) + tiles(2, 1, 1, 0))
@@ -66,16 +66,20 @@ def test_rows_in_the_prompt_of_ovis2() -> None:
 
 
 def with_ids(make: Callable[..., Prompts], ids: list[int]) -> Prompts:
-    """A sample of two tiles and a view."""
+    """A sample of two tiles and a thumbnail."""
     prompts = make([[(1, 2)]])
     return Prompts(prompts.model, {**prompts.inputs, **left_padded([ids])}, IMAGE, prompts.special)
 
 
-TWO, FENCE, VIEW, ROW = models.FIRST, models.FENCE, models.VIEW, models.ROW
+TWO, FENCE, GLOBAL, ROW = models.FIRST, models.FENCE, models.GLOBAL, models.ROW
 OUT_OF_ORDER = {
-    "no view": (models.idefics3, [5, FENCE, TWO, *TILE, FENCE, 7, *TILE, FENCE, 8, *TILE, 9], "without a view of all"),
+    "no thumbnail": (
+        models.idefics3,
+        [5, FENCE, TWO, *TILE, FENCE, 7, *TILE, FENCE, 8, *TILE, 9],
+        "without a thumbnail",
+    ),
     "no fences": (models.smolvlm, [5, 6, *TILE, 7, 8, *TILE, 9, 10, *TILE, 9], "not preceded by the same two tokens"),
-    "tiles together": (models.smolvlm, [5, FENCE, VIEW, *TILE, *TILE, *TILE, 9], "48 visual tokens stand together"),
+    "tiles together": (models.smolvlm, [5, FENCE, GLOBAL, *TILE, *TILE, *TILE, 9], "48 visual tokens stand together"),
     "no indicator": (models.ovis2, [5, models.START, *TILE, 7, *TILE, ROW, *TILE, 9], "a tile behind token 7"),
 }
 

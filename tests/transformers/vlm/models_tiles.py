@@ -24,7 +24,7 @@ Images = Sequence[Sequence[tuple[int, int]]]
 RAGGED: Images = [[(1, 2), (0, 0)], [(2, 1)]]
 FRAMES: Images = [[(0, 0)] * 3, [(2, 2)]]
 BREAK, BREAKS = 91, 92  # behind a row; "\n\n" is one token to some tokenizers
-FENCE, VIEW, FIRST = 102, 103, 104  # <fake_token_around_image>, <global-img>, <row_1_col_1>
+FENCE, GLOBAL, FIRST = 102, 103, 104  # <fake_token_around_image>, <global-img>, <row_1_col_1>
 START, GRID, COLUMN, ROW, END = INDICATORS = (102, 103, 104, 105, 106)
 
 
@@ -35,7 +35,7 @@ def fenced(rows: int, columns: int, merged: bool = True) -> list[int]:
         for c in range(columns):
             ids += [FENCE, FIRST + r * columns + c] + [IMAGE] * TOKENS
         ids += [BREAK] if r < rows - 1 else [BREAKS] if merged else [BREAK, BREAK]
-    return [*ids, FENCE, VIEW, *[IMAGE] * TOKENS, FENCE]
+    return [*ids, FENCE, GLOBAL, *[IMAGE] * TOKENS, FENCE]
 
 
 def indicated(rows: int, columns: int) -> list[int]:

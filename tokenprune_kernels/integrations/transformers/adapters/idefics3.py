@@ -1,4 +1,4 @@
-"""Idefics3 and SmolVLM: tiles, and a view of all of the image, each pixel-shuffled; frames; no class token."""
+"""Idefics3 and SmolVLM: tiles, and a thumbnail, each pixel-shuffled; frames; no class token."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +17,7 @@ from .towers import attention_in, mean_attention
 class Tiles:
     """What `get_image_features` was called with: the sides of all tiles, and whether all pixels of those count.
 
-    A sample with fewer tiles than another is padded with tiles of zeros, which the model leaves out.
+    A sample with fewer tiles than another is padded with tiles of which no pixel counts.
     """
 
     height: int
@@ -29,7 +29,8 @@ class Tiles:
         pixels, mask = arguments["pixel_values"], arguments.get("pixel_attention_mask")
         full = torch.ones((), dtype=torch.bool, device=pixels.device)
         if mask is not None:
-            full = (mask.flatten(2).bool().all(2) | (pixels == 0).flatten(2).all(2)).all()
+            counted = mask.flatten(2).bool()
+            full = (counted.all(2) | ~counted.any(2)).all()
         height, width = pixels.shape[-2:]
         return cls(height, width, full)
 
@@ -61,9 +62,9 @@ def layout(core: Model, inputs: Inputs, counts: list[int]) -> Layout:
 
 
 def rows_of(ids: list[int], token: int, length: int) -> list[list[int]]:
-    """Of each image in a prompt, how many tiles there are in each row, without the view of all of it, which is last.
+    """Of each image in a prompt, how many tiles there are in each row, without the thumbnail, which is last.
 
-    The processor writes F x for a tile and for the view, behind which F stands once more, and a line break behind
+    The processor writes F x for a tile and for the thumbnail, behind which F stands once more, and a line break behind
     each row. F is the tokenizer's own id, the second in front of every tile, and x is another one for each tile.
     """
     starts = stretches(ids, token, length)
@@ -85,7 +86,7 @@ def rows_of(ids: list[int], token: int, length: int) -> list[list[int]]:
     for rows in images:
         if rows[-1] != 1:
             raise NotImplementedError(
-                "prune_visual_tokens: tiles without a view of all of the image behind them, which the processor adds"
+                "prune_visual_tokens: tiles without a thumbnail behind them, which the processor adds"
             )
     return [rows[:-1] for rows in images]
 
@@ -110,7 +111,7 @@ _IDEFICS3 = Family(
     name="Idefics3",
     model_types=("idefics3",),
     layout=layout,
-    grid="tiles, in the rows that the prompt has, and a view of all of the image, after the pixel shuffle; a group per "
+    grid="tiles, in the rows that the prompt has, and a thumbnail, after the pixel shuffle; a group per "
     "tile or frame",
     saliency=Saliency(
         "mean attention received in the last layer, its mean over the patches of a token",

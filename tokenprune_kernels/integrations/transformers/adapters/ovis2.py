@@ -1,4 +1,4 @@
-"""Ovis2: a view of all of the image and its tiles, with indicator tokens of the model between them; no class token."""
+"""Ovis2: a thumbnail of an image and its tiles, with indicator tokens of the model between them; no class token."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def _sides(core: Model) -> tuple[int, int]:
 
 
 def layout(core: Model, inputs: Inputs, counts: list[int]) -> Layout:
-    """The view and every tile are groups of their own."""
+    """The thumbnail and every tile are groups of their own."""
     _, side = _sides(core)
     config = core.config
     samples = []
@@ -39,16 +39,16 @@ def layout(core: Model, inputs: Inputs, counts: list[int]) -> Layout:
 
 
 def rows_of(ids: list[int], token: int, length: int, indicators: list[int]) -> list[list[int]]:
-    """Of each image in a prompt, how many tiles there are in each row, without the view of all of it, which is first.
+    """Of each image in a prompt, how many tiles there are in each row, without the thumbnail, which is first.
 
-    The processor writes one indicator in front of the view, in front of the tiles, between tiles of a row, and between
-    rows: the first four of the model's own.
+    The processor writes one indicator in front of the thumbnail, in front of the tiles, between tiles of a row, and
+    between rows: the first four of the model's own.
     """
-    view, grid, column, row = indicators[:4]
+    thumbnail, grid, column, row = indicators[:4]
     images: list[list[int]] = []
     for start in stretches(ids, token, length):
         before = ids[start - 1] if start else None
-        if before == view:
+        if before == thumbnail:
             images.append([])
         elif before in (grid, row) and images:
             images[-1].append(1)
@@ -81,7 +81,7 @@ FAMILIES = (
         name="Ovis2",
         model_types=("ovis2",),
         layout=layout,
-        grid="a view of all of the image and tiles, in the rows that the prompt's indicator tokens say, a group each",
+        grid="a thumbnail and tiles, in the rows that the prompt's indicator tokens say, a group each",
         saliency=Saliency(
             "mean attention received in the last layer, its mean over the patches of a token",
             attention, scores, saliency,

@@ -1,4 +1,4 @@
-"""Tiles of an image, which the tower sees as squares, beside a view of all of it (Idefics3, SmolVLM, Ovis2, InternVL3).
+"""Tiles of an image, which the tower sees as squares, beside a thumbnail (Idefics3, SmolVLM, Ovis2, InternVL3).
 
 Where the prompt says how the tiles are arranged, by the tokens that a processor puts between them, it is read there.
 """
