@@ -100,6 +100,12 @@ def _renumbering(decoder: Any, drops: Sequence[Drop], real: Tensor) -> Iterator[
             handle.remove()
 
 
+def decoder_of(model: Any) -> Any:
+    """Idefics3 and SmolVLM call it their text model."""
+    core = model.model
+    return core.language_model if hasattr(core, "language_model") else core.text_model
+
+
 def in_float64(prompts: Prompts) -> Prompts:
     model = copy.deepcopy(prompts.model).double()
     inputs = {n: t.double() if t.is_floating_point() else t for n, t in prompts.inputs.items()}
@@ -132,7 +138,7 @@ def logits(
         inputs["attention_mask"] = torch.cat([mask, torch.ones_like(new)], 1)
         if "mm_token_type_ids" in inputs:
             inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, new.shape[1]))
-    decoder, real = exact.model.model.language_model, inputs["attention_mask"].bool()
+    decoder, real = decoder_of(exact.model), inputs["attention_mask"].bool()
     numbering = _renumbering(decoder, drops, real) if renumber else nullcontext()
     with torch.no_grad(), numbering, _masking(decoder, drops, ids.shape[1]):
         result: Tensor = exact.model(**inputs, use_cache=False, **more).logits

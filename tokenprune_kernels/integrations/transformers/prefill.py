@@ -18,12 +18,12 @@ from ..._backend import served_by
 from ...methods import Stage
 from .budgets import Budget
 from .cache import Pruned, Segment, check_cache, compact_layers, layer_length, remember
-from .choose import AttentionInputs, Embedded, LayerContext, choose, not_seen
+from .choose import ON_GRID, AttentionInputs, Embedded, LayerContext, choose, not_seen
 from .deepstack import DeepStack, take_deepstack
 from .encoding import Asked, ModelCall, Prompt
 from .families import Family, Inputs, Model, Saliency
 from .interface import Arguments
-from .layout import Layout, images_of
+from .layout import Layout, check_on_grid, images_of
 from .masks import check_one_sequence, decoder_mask
 from .parallel import same_generator
 from .report import Report
@@ -203,6 +203,9 @@ def _prune(plan: Plan, now: Prefill, planned: PlannedStage, layer: nn.Module, in
     if budgets == now.left:
         return inputs
     hidden: Tensor = inputs["hidden_states"]
+    if planned.stage.uses & ON_GRID:
+        assert now.report.layout is not None
+        check_on_grid(now.report.layout(), planned.stage.name)
     with torch.no_grad(), now.report.clock("select_ms"):
         with plan.draws.lock if "generator" in planned.stage.uses else nullcontext():
             chosen = choose(planned.stage, _context(plan, now, layer, inputs), now.left, budgets, plan.options)
