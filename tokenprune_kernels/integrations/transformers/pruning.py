@@ -1,15 +1,15 @@
 """`prune_visual_tokens`: the block inside which a model drops visual tokens, and what it tells afterwards."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor, nn
 
-from ...methods import ARGUMENTS, Method, get_method, method_names
+from ...methods import ARGUMENTS, Method, Stage, get_method, method_names
 from ...methods._method import Choose
 from .block import Block
-from .budgets import Keep, as_python, budget_of, check_layer, ending_with, least_of, schedule_of, times
+from .budgets import Budget, Keep, as_python, budget_of, check_layer, ending_with, least_of, schedule_of, times
 from .choose import check_stage
 from .families import Family
 from .hooks import install
@@ -17,6 +17,7 @@ from .masks import check_takes_bias
 from .overlay import boxes_of, overlay
 from .prefill import Plan, PlannedStage
 from .registry import family_of, unwrapped
+from .where import check_where, first_from
 
 METHODS = method_names()  # of this package; users may register others
 KEEP = 0.222  # of those that name no schedule: the share that most papers compare at
@@ -25,10 +26,11 @@ IN_MODEL = tuple(name for name in METHODS if get_method(name).in_model)
 
 
 def stages_of(
-    method: Method, keep: Keep | Mapping[int, Keep] | None, layer: int | None, family: Family, depth: int, *,
+    method: Method, keep: Keep | Mapping[int, Keep] | None, layer: int | None, family: Family, layers: Sequence[Any], *,
     per: str | None = None, min_keep: int | None = None,
 ) -> list[PlannedStage]:  # fmt: skip
     """Where the method chooses, and how many: what works inside the model does so at every layer of a schedule."""
+    depth, named = len(layers), layer is not None or isinstance(keep, Mapping)
     if keep is None:
         keep = (method.scheduled(depth) if layer is None else {}) or KEEP
     if per not in (None, *PER):
@@ -56,10 +58,15 @@ def stages_of(
     if layer is not None and not any(inside):
         what = "schedule" if isinstance(keep, Mapping) else "layer"
         raise ValueError(f"prune_visual_tokens: {method.name} works before the language model and takes no {what}")
+
+    def at_layers(stage: Stage) -> dict[int, Budget]:
+        """By default, the next layers in front of which the stage can choose; of two that become one, the later counts."""
+        return schedule if named else {first_from(stage, layers, at): budget for at, budget in schedule.items()}
+
     return [
         PlannedStage(at, stage, times(stage.share, budget))
         for stage, there in zip(method.stages, inside, strict=True)
-        for at, budget in (schedule.items() if there else [(0, schedule[min(schedule)])])
+        for at, budget in (at_layers(stage).items() if there else [(0, schedule[min(schedule)])])
     ]
 
 
@@ -112,7 +119,7 @@ class Pruning:
                 f"prune_visual_tokens: the positions of {family.name} carry the image's geometry: original"
             )
         method = get_method(method, caller="prune_visual_tokens")
-        stages = stages_of(method, keep, layer, family, len(decoder.layers), per=per, min_keep=min_keep)
+        stages = stages_of(method, keep, layer, family, decoder.layers, per=per, min_keep=min_keep)
         check_options(method, options or {})
         if positions is None:
             positions = "original" if family.mrope else method.positions
@@ -126,6 +133,7 @@ class Pruning:
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise TypeError(f"prune_visual_tokens: seed must be an int or None, got {seed!r}")
         for planned in stages:
+            check_where(method.name, planned.stage, decoder.layers, planned.layer)
             check_stage(method.name, planned.stage, decoder.layers[planned.layer])
         self.method, self.model = method.name, model
         self._block = Block(Plan(

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .adapters import internvl, llava, llava_next, llava_onevision, qwen_vl
+from .adapters import glm_vl, internvl, llava, llava_next, llava_onevision, qwen3_5, qwen_omni, qwen_vl
 from .families import Family
 
 _FAMILIES: dict[str, Family] = {}
@@ -13,9 +13,16 @@ def register_family(family: Family) -> None:
     _FAMILIES.update(dict.fromkeys(family.model_types, family))
 
 
-for _adapter in (llava, llava_next, llava_onevision, qwen_vl, internvl):
+for _adapter in (llava, llava_next, llava_onevision, qwen_vl, qwen3_5, qwen_omni, glm_vl, internvl):
     for _family in _adapter.FAMILIES:
         register_family(_family)
+
+
+# Of types that are not served: what to load instead, or what is missing.
+UNSERVED = {
+    "qwen2_5_omni": "pass model.thinker, and generate without speech, whose talker reads all hidden states",
+    "qwen3_omni_moe": "pass model.thinker, and generate without speech, whose talker reads all hidden states",
+}
 
 
 def families() -> list[Family]:
@@ -40,8 +47,9 @@ def family_of_type(model_type: str | None, called: str) -> Family:
     """The family of a model_type, known before the weights are loaded. called: the model's name in the error."""
     family = _FAMILIES.get(str(model_type))
     if family is None:
+        hint = f": {UNSERVED[str(model_type)]}" if str(model_type) in UNSERVED else ""
         raise NotImplementedError(
-            f"prune_visual_tokens: {called} (model_type {model_type!r}) is not supported; supported are "
+            f"prune_visual_tokens: {called} (model_type {model_type!r}) is not supported{hint}; supported are "
             f"{', '.join(sorted(_FAMILIES))}"
         )
     return family
