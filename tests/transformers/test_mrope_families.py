@@ -156,7 +156,7 @@ def last_weights(exact64: Prompts) -> list[Tensor]:
     tower, chunks = exact64.model.model.visual, []
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    def attend(m: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **kw: Any) -> tuple[Tensor, None]:
+    def attend(m: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, scaling: float, **kw: Any) -> Any:
         weights = (q @ k.mT * scaling).softmax(-1)
         if m is tower.blocks[-1].attn:
             chunks.append(weights[0])

@@ -102,6 +102,8 @@ def _renumbering(decoder: Any, drops: Sequence[Drop], real: Tensor) -> Iterator[
 
 def in_float64(prompts: Prompts) -> Prompts:
     model = copy.deepcopy(prompts.model).double()
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # products of groups, the default, have no float64
     inputs = {n: t.double() if t.is_floating_point() else t for n, t in prompts.inputs.items()}
     return Prompts(model, inputs, prompts.visual)
 

@@ -18,8 +18,9 @@ def clear_routing() -> Iterator[None]:
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
         if "Router" in type(module).__name__ and isinstance(output, tuple):
-            best: Tensor = output[0].float().topk(module.top_k + 1, dim=-1).values
-            gaps.append((best[..., -2] - best[..., -1]).min())
+            best = output[0].float().topk(module.top_k + 1, dim=-1).values
+            seen = best[..., 0] != best[..., -1]  # padding has an embedding of 0, and no logits
+            gaps.append((best[..., -2] - best[..., -1])[seen].min())
 
     handle: Any = torch.nn.modules.module.register_module_forward_hook(note)
     try:
