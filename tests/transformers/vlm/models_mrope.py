@@ -1,4 +1,4 @@
-"""Small random models of the families around Qwen-VL: mixtures of experts and GLM-V; models_qwen.py makes their prompts."""
+"""Small random models of families around Qwen-VL: mixtures of experts and GLM-V; models_qwen.py makes their prompts."""
 
 import functools
 from typing import Any

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import conv1d, pad, silu, softplus
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .models import Prompts
@@ -26,8 +26,8 @@ def gated_delta_net(module: Any, hidden_states: Tensor, **_: Any) -> Tensor:
     """
     mixed = module.in_proj_qkv(hidden_states).mT
     width = module.conv1d.weight.shape[-1]
-    mixed = F.conv1d(F.pad(mixed, (width - 1, 0)), module.conv1d.weight, module.conv1d.bias, groups=mixed.shape[1])
-    parts = F.silu(mixed).mT[0].split([module.key_dim, module.key_dim, module.value_dim], -1)
+    mixed = conv1d(pad(mixed, (width - 1, 0)), module.conv1d.weight, module.conv1d.bias, groups=mixed.shape[1])
+    parts = silu(mixed).mT[0].split([module.key_dim, module.key_dim, module.value_dim], -1)
     query, key, value = (t.unflatten(-1, (-1, size)) for t, size in zip(
         parts, (module.head_k_dim, module.head_k_dim, module.head_v_dim), strict=True
     ))  # fmt: skip
@@ -36,7 +36,7 @@ def gated_delta_net(module: Any, hidden_states: Tensor, **_: Any) -> Tensor:
     query, key = (t * (t.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for t in (query, key))
     query = query * query.shape[-1] ** -0.5
     rate = module.in_proj_b(hidden_states)[0].sigmoid()
-    stays = (-module.A_log.exp() * F.softplus(module.in_proj_a(hidden_states)[0] + module.dt_bias)).exp()
+    stays = (-module.A_log.exp() * softplus(module.in_proj_a(hidden_states)[0] + module.dt_bias)).exp()
     state = hidden_states.new_zeros(heads, key.shape[-1], value.shape[-1])
     rows = []
     for t in range(len(value)):
@@ -47,11 +47,11 @@ def gated_delta_net(module: Any, hidden_states: Tensor, **_: Any) -> Tensor:
     out = torch.stack(rows)
     gate = module.in_proj_z(hidden_states)[0].unflatten(-1, (heads, -1))
     out = out * (out.square().mean(-1, keepdim=True) + module.norm.variance_epsilon).rsqrt()
-    result: Tensor = module.out_proj((module.norm.weight * out * F.silu(gate)).flatten(1)).unsqueeze(0)
+    result: Tensor = module.out_proj((module.norm.weight * out * silu(gate)).flatten(1)).unsqueeze(0)
     return result
 
 
-class _Reached(Exception):
+class _ReachedError(Exception):
     pass
 
 
@@ -61,12 +61,12 @@ def _given_to_decoder(exact: Prompts, inputs: Any, more: Any) -> tuple[Tensor, T
 
     def take(module: Any, args: Any, kwargs: Any) -> None:
         found.update(kwargs)
-        raise _Reached
+        raise _ReachedError
 
     handle = exact.model.model.language_model.register_forward_pre_hook(take, with_kwargs=True)
     try:
         exact.model(**inputs, use_cache=False, **more)
-    except _Reached:
+    except _ReachedError:
         pass
     finally:
         handle.remove()
@@ -98,7 +98,7 @@ def logits(prompts: Prompts, drops: Sequence[Drop], new: Tensor | None = None, *
         embeddings, positions = _given_to_decoder(exact, inputs, more)
         rows = []
         for b, real in enumerate(inputs["attention_mask"].bool()):
-            gone = [F.pad(drop.columns[b], (0, len(real) - length)) for drop in drops]
+            gone = [pad(drop.columns[b], (0, len(real) - length)) for drop in drops]
             lost = [g for g, drop in zip(gone, drops, strict=True) if drop.everywhere_for_new_rows]
             here["lost"] = torch.stack([torch.zeros_like(real), *lost]).any(0)
             columns = real.nonzero().squeeze(1)

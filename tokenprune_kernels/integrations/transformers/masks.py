@@ -10,7 +10,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from .attention import base_of
 from .families import Family
 
-
 LINEAR = "linear_attention"
 
 
@@ -100,7 +99,7 @@ def check_takes_bias(config: Any) -> None:
     name = base_of(config._attn_implementation)
     if LINEAR in (getattr(config, "layer_types", None) or ()):
         raise NotImplementedError(
-            "prune_visual_tokens: calibrate=True adds to the logits of the attention, and linear attention has no logits"
+            "prune_visual_tokens: calibrate=True adds to logits, and linear attention has no logits"
         )
     if name not in ("sdpa", "eager"):
         raise NotImplementedError(

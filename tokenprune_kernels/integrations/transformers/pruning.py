@@ -60,7 +60,7 @@ def stages_of(
         raise ValueError(f"prune_visual_tokens: {method.name} works before the language model and takes no {what}")
 
     def at_layers(stage: Stage) -> dict[int, Budget]:
-        """By default, the next layers in front of which the stage can choose; of two that become one, the later counts."""
+        """By default, the next layers in front of which it can choose; of two that become one, the later counts."""
         return schedule if named else {first_from(stage, layers, at): budget for at, budget in schedule.items()}
 
     return [

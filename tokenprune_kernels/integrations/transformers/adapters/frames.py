@@ -1,4 +1,4 @@
-"""Images and frames of any size, whose patches are merged 2 x 2 behind a tower without a class token: Qwen-VL and GLM-V.
+"""Images and frames of any size, merged 2 x 2 behind a tower without a class token, as Qwen-VL and GLM-V have them.
 
 Where their tokens lie, how salient the tower makes them, and what the descriptions of such families have in common.
 """
