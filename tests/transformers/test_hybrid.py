@@ -1,5 +1,7 @@
 """Qwen3.5 under `prune_visual_tokens`: linear attention has a state, so dropped tokens never come to a layer."""
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,9 @@ from tests.transformers.vlm.models import Prompts
 from tests.transformers.vlm.routing import clear_routing
 from tests.transformers.vlm.runs_qwen import CLOSE, KEEP, generate, greedy
 from tests.transformers.vlm.runs_qwen import exact as exact_by
-from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_tokens
+from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_tokens, registry
+from tokenprune_kernels.integrations.transformers.pruning import stages_of
+from tokenprune_kernels.methods import get_method
 
 # It compares queries of the layer before with keys of its own: two layers with full attention, one behind the other.
 UNDEFINED = "adaptprune"
@@ -143,6 +147,16 @@ def test_beam_search() -> None:
     torch.testing.assert_close(got.double(), want, **CLOSE)
 
 
+@pytest.mark.parametrize(
+    ("method", "where"), [("coast", [4]), ("sts", [0, 4]), ("pyramiddrop", [11, 19, 27]), ("sparsevlm", [4, 8, 16])]
+)
+def test_default_layers_of_a_published_model(method: str, where: list[int]) -> None:
+    """Every fourth of 32 layers has full attention."""
+    layers = [SimpleNamespace(**{"self_attn" if index % 4 == 3 else "linear_attn": None}) for index in range(32)]
+    planned = stages_of(get_method(method), None, None, registry.family_of_type("qwen3_5", ""), layers)
+    assert [stage.layer for stage in planned] == where
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -164,10 +178,6 @@ def test_what_linear_attention_does_not_define_is_refused(
 
 
 def test_versions_whose_caches_lack_linear_attention_are_refused_on_entering(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
-    from tokenprune_kernels.integrations.transformers import registry
-
     model = hybrid.model("qwen3_5")
     family = registry.family_of(model)
     assert hybrid.served() == ("linear_attention" in family.layer_types)

@@ -101,6 +101,25 @@ def test_decoding_by_hand() -> None:
     torch.testing.assert_close(torch.stack(steps, 1).double(), want, **CLOSE)
 
 
+@pytest.mark.parametrize("method", ["adafv", "coast"])
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", "glm4v"])
+def test_beam_search(name: str, method: str) -> None:
+    """Beams of a sample share its kept tokens, and follow the logits of their own words."""
+    # One image each: generate of transformers 5.24 hands GLM's beams the images of a prompt in another order.
+    prompts, beams, steps = mrope.prompts(name, [[3, (1, 8, 12), 5], [2, (1, 8, 8), 4]]), 3, 4
+    with prune_visual_tokens(prompts.model, method, KEEP) as pruning:
+        out, new = generate(prompts, steps, num_beams=beams)
+    ((layer, kept),) = [(n, each.unflatten(0, (2, beams))) for n, each in pruning.kept_at.items()]
+    assert torch.equal(kept, kept[:, :1].expand_as(kept))
+    start = prompts.inputs["input_ids"].shape[1]
+    with clear_routing():
+        drop = oracle.Drop(layer, oracle.dropped_columns(prompts, kept[:, 0]))
+        want = oracle.logits(prompts, [drop], new[:, :-1])[:, start - 1 :]
+    rows = out.beam_indices[:, :steps]
+    got = torch.stack([logits[rows[:, step]] for step, logits in enumerate(out.logits)], 1)
+    torch.testing.assert_close(got.double(), want, **CLOSE)
+
+
 # --- the layout -------------------------------------------------------------------------------------------------------
 
 

@@ -100,17 +100,8 @@ def sound_in_video(name: str) -> Prompts:
     if not served():
         pytest.skip("the thinker of this version of transformers is refused")
     frame, tokens = [qwen.VIDEO] * 4, [AUDIO] * TOKENS[name][LONG]
-    mixed = [
-        qwen.VISION_START,
-        AUDIO_START,
-        *frame,
-        *tokens[:4],
-        *frame,
-        *tokens[4:],
-        *frame,
-        AUDIO_END,
-        qwen.VISION_END,
-    ]
+    inside = [*frame, *tokens[:4], *frame, *tokens[4:], *frame]
+    mixed = [qwen.VISION_START, AUDIO_START, *inside, AUDIO_END, qwen.VISION_END]
     made = qwen.prompts(model(name), [[3, mixed, 4]])
     made.inputs["video_grid_thw"] = torch.tensor([[3, 4, 4]])
     draw = torch.Generator().manual_seed(6)

@@ -223,7 +223,8 @@ def prune_visual_tokens(
             a number for each of the batch, per "image" for each of the call in the order of the prompts.
         min_keep: what a share keeps at least of a sample or image. Default: 1.
         layer: for methods that work inside the model: the decoder layer in front of which tokens are dropped, by the
-            attention of the layer before it. Default: the paper's, or 2. A function that asks for no attention works in
+            attention of the layer before it. Default: the paper's, or 2, or the next one where there is the attention that
+            is read (behind linear attention there is none). A function that asks for no attention works in
             front of the language model unless a layer is given.
         positions: `original` keeps the rotary positions of what stays, `renumber` numbers it anew wherever tokens are
             dropped: the layers from there on see consecutive positions, those before them the prompt's, while decoding
