@@ -24,7 +24,7 @@ from .encoding import Asked, ModelCall, Prompt
 from .families import Family, Inputs, Model, Saliency
 from .interface import Arguments
 from .layout import Layout, check_on_grid, images_of
-from .masks import check_one_sequence, decoder_mask
+from .masks import check_one_sequence, decoder_mask, is_linear
 from .parallel import same_generator
 from .report import Report
 from .tokens import Tokens, indices_at, keep, read_prompt
@@ -168,7 +168,10 @@ def prefill_layer(plan: Plan, now: Prefill, index: int, layer: nn.Module, takes:
         now.embedded = inputs["hidden_states"].detach()
     if index in plan.stages:
         inputs = _prune(plan, now, plan.stages[index], layer, inputs)
-    return {**inputs, **now.replaced}
+    replaced = now.replaced
+    if replaced and is_linear(plan.decoder.config, index):
+        replaced = {**replaced, "attention_mask": now.tokens.real}
+    return {**inputs, **replaced}
 
 
 def end_prefill(plan: Plan, now: Prefill) -> None:
