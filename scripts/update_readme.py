@@ -131,7 +131,7 @@ def main() -> None:
     old_page = page.read_text()
     new_page = fill(old_page, "prefill", prefill_table(prefill))
     new_page = fill(fill(new_page, "where", method_tables.where_and_by_what()), "arguments", method_tables.arguments())
-    new_page = fill(new_page, "families", family_table.families())
+    new_page = fill(fill(new_page, "families", family_table.families()), "proofs", family_table.proofs())
     pages = {
         readme: (old, new),
         page: (old_page, new_page),
