@@ -53,6 +53,6 @@ def test_the_site_has_every_page_and_no_other() -> None:
     listed = re.findall(r"[\w./*-]+\.md$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     added = {*re.findall(r'"([\w./-]+\.md)": ', (ROOT / "scripts" / "documentation.py").read_text())}
     found = {page for name in listed if name not in added for page in (ROOT / "docs").glob(name)}
-    assert found == set((ROOT / "docs").rglob("*.md"))
+    assert found == set((ROOT / "docs").rglob("*.md")), "a page of docs belongs in the nav of mkdocs.yml"
     assert all(name in added or list((ROOT / "docs").glob(name)) for name in listed)
     assert added <= set(listed)
