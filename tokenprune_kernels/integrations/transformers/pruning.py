@@ -13,6 +13,7 @@ from .budgets import Keep, as_python, budget_of, check_layer, ending_with, least
 from .choose import check_stage
 from .families import Family
 from .hooks import install
+from .kinds import check_shared
 from .masks import check_takes_bias
 from .overlay import boxes_of, overlay
 from .prefill import Plan, PlannedStage
@@ -127,6 +128,7 @@ class Pruning:
             raise TypeError(f"prune_visual_tokens: seed must be an int or None, got {seed!r}")
         for planned in stages:
             check_stage(method.name, planned.stage, decoder.layers[planned.layer])
+            check_shared(decoder.config, decoder.layers, planned.layer)
         self.method, self.model = method.name, model
         self._block = Block(Plan(
             family, core, decoder, method.name, {planned.layer: planned for planned in stages},

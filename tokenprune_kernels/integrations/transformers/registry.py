@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .adapters import internvl, llava, llava_next, llava_onevision, qwen_vl
+from .adapters import gemma, gemma4, internvl, llama4, llava, llava_next, llava_onevision, mistral3, qwen_vl
 from .families import Family
 
 _FAMILIES: dict[str, Family] = {}
@@ -13,7 +13,7 @@ def register_family(family: Family) -> None:
     _FAMILIES.update(dict.fromkeys(family.model_types, family))
 
 
-for _adapter in (llava, llava_next, llava_onevision, qwen_vl, internvl):
+for _adapter in (llava, llava_next, llava_onevision, qwen_vl, internvl, mistral3, gemma, gemma4, llama4):
     for _family in _adapter.FAMILIES:
         register_family(_family)
 

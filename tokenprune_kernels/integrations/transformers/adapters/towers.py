@@ -18,7 +18,7 @@ def attention_of(core: Model) -> nn.Module:
     body = _body(core.vision_tower)
     stack = getattr(body, "encoder", None) or getattr(body, "transformer", None)
     layers: Any = getattr(stack, "layers", None) or getattr(stack, "layer", None)
-    chosen = core.config.vision_feature_layer
+    chosen = getattr(core.config, "vision_feature_layer", -1)
     last = chosen if isinstance(chosen, int) else chosen[-1]
     if layers is not None:
         # hidden_states[i] is what layer i - 1 gives; the attention of that layer is meant, as hidden_states[-2] is
@@ -42,7 +42,7 @@ def has_class_token(core: Model) -> bool:
 
 def cut_in_front(core: Model) -> int:
     """How many of the tower's tokens of an image the model leaves out, in front."""
-    return int(core.config.vision_feature_select_strategy == "default")
+    return int(getattr(core.config, "vision_feature_select_strategy", "full") == "default")
 
 
 def check_grid(core: Model) -> None:
@@ -53,6 +53,11 @@ def check_grid(core: Model) -> None:
             f"prune_visual_tokens: vision_feature_select_strategy {core.config.vision_feature_select_strategy!r} and a "
             f"vision tower {whether} a class token: the visual tokens are no grid of patches"
         )
+
+
+def attended(core: Model, query: Tensor, key: Tensor, scale: float, _: Inputs) -> tuple[Tensor, Tensor, float]:
+    """Which tokens of a sequence are one image's is known when the prompt comes."""
+    return query.detach(), key.detach(), scale
 
 
 def received_attention(query: Tensor, key: Tensor, scale: float, lengths: list[int]) -> Tensor:
