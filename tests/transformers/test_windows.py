@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -24,16 +25,24 @@ WINDOWED = [name for name in FAMILIES if name != "paligemma"]
 @functools.cache
 def prompts_of(family: str) -> Prompts:
     """Two samples, one padded on the left, with one image and two. Shared: leaving a block restores the model."""
-    return FAMILIES[family]()
+    try:
+        return FAMILIES[family]()
+    except ImportError as lacking:
+        pytest.skip(f"transformers {transformers.__version__}: {lacking}")
 
 
 @functools.cache
 def plain(family: str) -> tuple[Tensor, Tensor, float]:
-    """What the unpruned model decodes, and twice the rounding of its logits."""
+    """What the unpruned model decodes, and twice the rounding of its logits, over the prompt and what is decoded."""
     prompts = prompts_of(family)
     new, logits = generate(prompts, 3)
-    exact = oracle.logits(prompts, [], new[:, :-1])[:, -3:]
-    return new, logits, 2 * float((logits - exact).abs().max())
+    long, decoded = generate(prompts, 32)
+    exact = oracle.logits(prompts, [], long[:, :-1])
+    real = prompts.inputs["attention_mask"].bool()
+    with torch.no_grad():
+        given = prompts.model(**prompts.inputs).logits
+    errors = [(decoded - exact[:, -32:]).abs().max(), (given - exact[:, : real.shape[1]])[real].abs().max()]
+    return new, logits, 2 * float(max(errors))
 
 
 def decoder_of(prompts: Prompts) -> Any:
@@ -43,7 +52,7 @@ def decoder_of(prompts: Prompts) -> Any:
 def assert_like_the_oracle(family: str, drops: list[oracle.Drop], new: Tensor, logits: Tensor, **more: Any) -> None:
     expected = oracle.logits(prompts_of(family), drops, new[:, :-1], **more)[:, -new.shape[1] :]
     limit = plain(family)[2]
-    assert float((logits - expected).abs().max()) < limit < 1e-5  # of logits up to 1 or so
+    assert float((logits - expected).abs().max()) < limit < 5e-5  # of logits up to 1 or so
     expected[..., torch.tensor(prompts_of(family).visual)] = -torch.inf
     assert torch.equal(new, expected.argmax(-1))
 
@@ -89,9 +98,9 @@ def test_compacted_caches(family: str, method: str) -> None:
 @over_families
 def test_a_schedule_that_begins_behind_a_layer_of_the_other_kind(family: str) -> None:
     prompts = prompts_of(family)
-    with prune_visual_tokens(prompts.model, "fastv", {1: 0.6, 3: 0.3}, positions="renumber") as pruning:
+    with prune_visual_tokens(prompts.model, "fastv", {1: 0.6, 2: 0.3}, positions="renumber") as pruning:
         new, logits = generate(prompts, 16)
-    assert list(pruning.kept_at) == [1, 3]
+    assert list(pruning.kept_at) == [1, 2]
     assert_like_the_oracle(family, drops_of(prompts, pruning, 1), new, logits, renumber=True)
 
 
@@ -186,16 +195,16 @@ def test_methods_are_told_whether_a_prompt_sees_all_of_itself(family: str) -> No
     prompts = prompts_of(family)
     given: list[bool] = []
 
-    def first(key: Tensor, causal: bool, k: int) -> Tensor:
+    def first(features: Tensor, causal: bool, k: int) -> Tensor:
         given.append(causal)
-        return torch.arange(k).expand(len(key), -1)
+        return torch.arange(k).expand(len(features), -1)
 
     with torch.no_grad(), prune_visual_tokens(prompts.model, first, 5):
         prompts.model(**prompts.inputs)
-        if "token_type_ids" in prompts.inputs:
-            prompts.model(**{n: t for n, t in prompts.inputs.items() if n != "token_type_ids"})
-    assert given == ([False, True] if family.startswith("paligemma") else [True] * len(given))
-    assert given
+        if family == "paligemma":  # whose attention sees all where it is given no mask
+            with pytest.raises(NotImplementedError, match="PaliGemma needs token_type_ids"):
+                prompts.model(**{n: t for n, t in prompts.inputs.items() if n != "token_type_ids"})
+    assert given == [not family.startswith("paligemma")]
 
 
 def test_saliency_and_layout_of_mistral3() -> None:
@@ -231,8 +240,8 @@ def test_saliency_and_layout_of_mistral3() -> None:
     assert layout.grids[1, 8].tolist() == [3, 3]
 
 
-@pytest.mark.parametrize("family", ["paligemma", "gemma3"])
-def test_saliency_and_layout_of_gemmas(family: str) -> None:
+@pytest.mark.parametrize("family", ["paligemma", "gemma3", "llama4"])
+def test_saliency_and_layout_of_squares(family: str) -> None:
     prompts = prompts_of(family)
     given: list[Tensor] = []
 
@@ -244,8 +253,10 @@ def test_saliency_and_layout_of_gemmas(family: str) -> None:
         prompts.model(**prompts.inputs)
     (weights,) = tower_weights(prompts, "self_attn")
     side = 5 if family == "paligemma" else 10
+    if family == "llama4":  # the row of the class token, which is the last
+        weights = weights[:, :, -1:, :-1]
     images = weights.mean((1, 2)).view(-1, side, side)
-    if family == "gemma3":
+    if side == 10:
         images = torch.stack([images[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]).mean(0)
     assert_salient(given[0][0], images[0].flatten())
     assert_salient(given[0][1], images[1:].flatten())
@@ -255,13 +266,41 @@ def test_saliency_and_layout_of_gemmas(family: str) -> None:
     torch.testing.assert_close(layout.boxes[1, 26], torch.tensor([0.2, 0.0, 0.4, 0.2]))
 
 
+@pytest.mark.parametrize("family", ["gemma4"])
+def test_saliency_and_layout_of_gemma4(family: str) -> None:
+    prompts = prompts_of(family)
+    given: list[Tensor] = []
+
+    def spied(saliency: Tensor, positions: Tensor, k: int) -> Tensor:
+        given.append(saliency)
+        return torch.arange(k).expand(len(saliency), -1)
+
+    with torch.no_grad(), prune_visual_tokens(prompts.model, spied, 5) as pruning:
+        prompts.model(**prompts.inputs)
+    (weights,) = tower_weights(prompts, "self_attn")
+    grids = [(8, 10), (4, 6), (6, 8)]
+    each = []
+    for image, (height, width) in zip(weights, grids, strict=True):
+        n = height * width
+        patches = image[:, :n, :n].mean((0, 1)).view(height, width)
+        each.append(torch.stack([patches[i::2, j::2] for i in (0, 1) for j in (0, 1)]).mean(0).flatten())
+    assert_salient(given[0][0], each[0])
+    assert_salient(given[0][1], torch.cat(each[1:]))
+    layout = layout_in(pruning)
+    assert layout.images[1, :18].tolist() == [0] * 6 + [1] * 12
+    assert layout.grids[1, [0, 6]].tolist() == [[2, 3], [3, 4]]
+    torch.testing.assert_close(layout.boxes[1, 10], torch.tensor([0.0, 1 / 3, 0.25, 2 / 3]))
+
+
 def tower_weights(prompts: Prompts, attention: str) -> list[Tensor]:
     """[images, heads, queries, keys] of the last layer of the tower in float64, by its eager attention."""
     exact = oracle.in_float64(prompts)
     exact.model.set_attn_implementation("eager")
-    tower = exact.model.model.vision_tower
+    core = getattr(exact.model, "model", exact.model)
+    tower = core.vision_model.model if hasattr(core, "vision_model") else core.vision_tower
     body = getattr(tower, "vision_model", tower)
-    layers = (body.transformer if hasattr(body, "transformer") else body.encoder).layers
+    layers = next(getattr(body, n) for n in ("transformer", "encoder", "layers") if hasattr(body, n))
+    layers = getattr(layers, "layers", layers)
     seen: list[Tensor] = []
     getattr(layers[-1], attention).register_forward_hook(lambda m, a, output: seen.append(output[1]))
     with torch.no_grad():
@@ -272,7 +311,7 @@ def tower_weights(prompts: Prompts, attention: str) -> list[Tensor]:
 def assert_salient(row: Tensor, exact: Tensor) -> None:
     torch.testing.assert_close(row[: len(exact)].double(), exact.double(), rtol=1e-4, atol=1e-7)
     assert (row[len(exact) :] == 0).all()
-    assert exact.max() > 1.05 * exact.min()
+    assert exact.max() > 1.02 * exact.min()
 
 
 def test_lse_of_a_window_is_not_given_to_methods_that_see_all_keys() -> None:
@@ -313,3 +352,39 @@ def test_a_mistral3_without_a_window_is_of_one_kind() -> None:
     assert (logits - expected).abs().max() < 2e-6
 
 
+
+
+@pytest.mark.parametrize("layer", [3, 5])
+def test_tokens_are_not_dropped_behind_a_layer_whose_keys_are_reused(layer: int) -> None:
+    model = prompts_of("gemma4_shared").model
+    with pytest.raises(NotImplementedError, match=f"layers from 4 on reuse .* those of layer 2; .* got layer {layer}"):
+        prune_visual_tokens(model, "coast", 5, layer=layer)
+
+
+def test_a_prompt_that_llama4_counts_is_refused() -> None:
+    prompts = models_window.llama4((5,))
+    with torch.no_grad(), prune_visual_tokens(prompts.model, "divprune", 5):
+        with pytest.raises(NotImplementedError, match=r"from 128 tokens on layers of Llama 4 .* got 146"):
+            prompts.model(**prompts.inputs)
+        shorter = models_window.llama4((4,)).inputs
+        out = prompts.model(**shorter)
+        more = torch.full((1, 20), 7)
+        mask = torch.ones((1, shorter["input_ids"].shape[1] + 20), dtype=torch.int64)
+        with pytest.raises(NotImplementedError, match="from 128 tokens on"):
+            prompts.model(input_ids=more, attention_mask=mask, past_key_values=out.past_key_values)
+
+
+def test_labels_are_refused_where_the_head_is_further_down() -> None:
+    prompts = prompts_of("llama4")
+    with (
+        prune_visual_tokens(prompts.model, "divprune", 5),
+        pytest.raises(ValueError, match="labels belongs to columns"),
+    ):
+        prompts.model(**prompts.inputs, labels=prompts.inputs["input_ids"])
+
+
+def test_a_decoder_that_embeds_is_refused() -> None:
+    prompts = models_window.gemma3()
+    decoder_of(prompts).config.use_bidirectional_attention = True
+    with pytest.raises(NotImplementedError, match="use_bidirectional_attention for all tokens"):
+        prune_visual_tokens(prompts.model, "divprune", 5).__enter__()

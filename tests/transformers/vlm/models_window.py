@@ -72,7 +72,7 @@ def paligemma(counts: Sequence[int] = (1, 2), *, attention: str = "sdpa", window
     language = GemmaConfig(**TEXT, **ids)
     if windows:
         more = {"sliding_window": WINDOW, "layer_types": BOTH, "query_pre_attn_scalar": 16}
-        language = Gemma2Config(**TEXT, **ids, **more, attn_logit_softcapping=None)
+        language = Gemma2Config(**TEXT, **ids, **more, attn_logit_softcapping=2.0)
     config = PaliGemmaConfig(
         vision_config=_siglip(5), text_config=language, image_token_index=IMAGE, projection_dim=TEXT["hidden_size"]
     )
@@ -82,7 +82,8 @@ def paligemma(counts: Sequence[int] = (1, 2), *, attention: str = "sdpa", window
     return Prompts(model, {**inputs, "pixel_values": pixels}, IMAGE, new_type=1)
 
 
-def paligemma2(counts: Sequence[int] = (1, 2), *, attention: str = "sdpa") -> Prompts:
+def paligemma2(counts: Sequence[int] = (1, 2), *, attention: str = "eager") -> Prompts:
+    """Gemma 2 has a soft cap, which sdpa would leave out."""
     return paligemma(counts, attention=attention, windows=True)
 
 
@@ -155,6 +156,7 @@ def gemma4_shared(images: Images = FLAT, *, attention: str = "sdpa") -> Prompts:
 def llama4(tiles: Sequence[int] = (1, 2), *, attention: str = "sdpa") -> Prompts:
     """Chunks of the prompt, and layers without rotation that see all of it; 10 x 10 patches shuffled to 5 x 5 tokens."""
     from transformers import Llama4Config, Llama4ForConditionalGeneration, Llama4TextConfig, Llama4VisionConfig
+    from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
     vision = Llama4VisionConfig(
         **{**VISION, "intermediate_size": 128}, image_size=40, vision_output_dim=32, projector_input_dim=32,
@@ -164,6 +166,8 @@ def llama4(tiles: Sequence[int] = (1, 2), *, attention: str = "sdpa") -> Prompts
         **TEXT, head_dim=16, intermediate_size_mlp=96, num_local_experts=2, interleave_moe_layer_step=2,
         no_rope_layers=[1, 0] * 2, attention_chunk_size=WINDOW, floor_scale=128, pad_token_id=PAD,
     )  # fmt: skip
+    # In transformers 5.24.0 the model reads this of its decoder's output, which has none, and fails without it.
+    MoeCausalLMOutputWithPast.image_outputs = getattr(MoeCausalLMOutputWithPast, "image_outputs", None)
     config = Llama4Config(vision_config=vision, text_config=language, image_token_index=IMAGE)
     model = random_model(Llama4ForConditionalGeneration, config, attention)
     inputs, pixels = _squares(tiles, 10, 25)

@@ -52,6 +52,8 @@ def _attention(drops: Sequence[Drop], prompt_length: int) -> Any:
                 gone = gone & (column >= prompt_length).view(1, 1, -1, 1)
             allowed = allowed & ~gone
         logits = query @ key.mT * scaling
+        if kwargs.get("softcap") is not None:
+            logits = (logits / kwargs["softcap"]).tanh() * kwargs["softcap"]
         for drop in drops:
             if drop.bias is not None and module.layer_idx >= drop.layer:
                 logits = logits + torch.nn.functional.pad(drop.bias, (0, columns - drop.bias.shape[1]))[:, None, None]

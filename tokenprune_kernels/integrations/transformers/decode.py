@@ -55,7 +55,9 @@ def decode_layer(family: Family, decoder: Model, now: Decode, index: int, takes:
     if (segment.first, kind) not in now.replaced:
         takes.given(inputs, "hidden_states", "attention_mask", "position_embeddings", "cache")
         cache, hidden = takes.cache(inputs), inputs["hidden_states"]
-        mask = _mask(family, decoder.config, kind, now, segment, cache, hidden)
+        # Of this layer: those in front of it may have cached their new tokens already.
+        keys = layer_length(cache, index) + len(now.step)
+        mask = _mask(family, decoder.config, kind, now, segment, keys, hidden)
         replaced = now.replaced[segment.first, kind] = {"attention_mask": mask, "position_ids": None}
         if segment.next_position is not None:
             position = segment.next_position.unsqueeze(1) + now.step
@@ -63,13 +65,12 @@ def decode_layer(family: Family, decoder: Model, now: Decode, index: int, takes:
     return {**inputs, **now.replaced[segment.first, kind]}
 
 
-def _mask(family: Family, config: Any, kind: str, now: Decode, segment: Segment, cache: Any, hidden: Tensor) -> Any:
+def _mask(family: Family, config: Any, kind: str, now: Decode, segment: Segment, keys: int, hidden: Tensor) -> Any:
     check_attention(config, kind)
-    check_counts(family, config, now.pruned.length + int(now.step[-1]) + 1)
     tokens = segment.tokens
     queries = len(now.step)
-    keys = layer_length(cache, segment.first) + queries
     batch, given, new = hidden.shape[0], now.given_mask, keys - tokens.length
+    check_counts(family, config, now.pruned.length + new)
     bias = segment.bias_of_columns()
     bias = None if bias is None else torch.nn.functional.pad(bias, (0, new))
     real, padding = tokens.real, None

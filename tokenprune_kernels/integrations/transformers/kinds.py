@@ -32,7 +32,8 @@ def kind_of(config: Any, layer: int) -> str:
 
 def check_kinds(config: Any, family: Family, layers: int) -> None:
     """Whether all decoder layers are of kinds that the family serves, with an attention function that suits them."""
-    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+    both_ways = getattr(config, "use_bidirectional_attention", None) in (True, "all") and family.prefix is None
+    if both_ways or not getattr(config, "is_causal", True):
         raise NotImplementedError(
             "prune_visual_tokens: a decoder with use_bidirectional_attention for all tokens embeds prompts, and is not "
             "supported"

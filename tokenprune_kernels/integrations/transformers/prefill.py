@@ -121,6 +121,10 @@ def begin_prefill(
     if mask is not None and not fits:
         got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise NotImplementedError(f"prune_visual_tokens: the attention_mask must be [B, L] or absent, got {got}")
+    if plan.family.prefix is not None and prompt.inputs.get(plan.family.prefix) is None:
+        raise NotImplementedError(
+            f"prune_visual_tokens: a prompt of {plan.family.name} needs {plan.family.prefix}, as its processor returns them"
+        )
     check_counts(plan.family, plan.decoder.config, tokens.length)
     check_one_sequence(inputs.get("position_ids"), mask)
     modules = (plan.decoder, *plan.decoder.layers)
@@ -292,7 +296,7 @@ def _context(plan: Plan, now: Prefill, index: int, inputs: Inputs) -> LayerConte
     attention = now.attention
     if attention is not None and kind_of(plan.decoder.config, index - 1) != FULL:
         attention = replace(attention, lse=None)  # it is that of a window, and methods see all keys
-    causal = plan.family.prefix is None or now.prompt.inputs.get(plan.family.prefix) is None
+    causal = plan.family.prefix is None
     return LayerContext(
         now.tokens, hidden, layer, attention, projected, embedded, layout, saliency, generator, causal
     )
