@@ -43,7 +43,8 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = root / "tokenprune_kernels" / "integrations" / "transformers"
     (folder / "adapters" / "trial.py").write_text(ADAPTER)
     scratch.edit(
-        folder / "registry.py", ((", qwen_vl\n", ", qwen_vl, trial\n"), ("):\n    for _family", ", trial):\n    for _family"))
+        folder / "registry.py",
+        ((", qwen_vl\n", ", qwen_vl, trial\n"), ("):\n    for _family", ", trial):\n    for _family")),
     )
     return root
 

@@ -154,7 +154,7 @@ def gemma4_shared(images: Images = FLAT, *, attention: str = "sdpa") -> Prompts:
 
 
 def llama4(tiles: Sequence[int] = (1, 2), *, attention: str = "sdpa") -> Prompts:
-    """Chunks of the prompt, and layers without rotation that see all of it; 10 x 10 patches shuffled to 5 x 5 tokens."""
+    """Chunks of the prompt, and layers without rotation that see all of it; 10 x 10 patches make 5 x 5 tokens."""
     from transformers import Llama4Config, Llama4ForConditionalGeneration, Llama4TextConfig, Llama4VisionConfig
     from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 

@@ -24,7 +24,7 @@ class Decode:
 
 
 def begin_decode(pruned: Pruned, inputs: Inputs, cache: Any, mask: Any) -> tuple[Decode, Inputs]:
-    """The decoding, and the arguments that the decoder gets. mask: of the multimodal model, if that is what is called."""
+    """The decoding, and the arguments that the decoder gets. mask: that of the multimodal model, if it was called."""
     new = inputs.get("inputs_embeds")
     new = inputs.get("input_ids") if new is None else new
     if new is None:

@@ -85,8 +85,8 @@ class Family:
     # --- the decoder ---
     # Position ids have a row for each axis of the image and carry its geometry: they are never renumbered.
     mrope: bool = False
-    # The argument of the core's forward that lets all tokens of a prompt see each other: it has to be given, and methods
-    # that read attention are told so (`causal`).
+    # The argument of the core's forward that lets all tokens of a prompt see each other: it has to be given, and
+    # methods that read attention are told so (`causal`).
     prefix: str | None = None
     # Features of inner vision layers are added behind the first decoder layers (deepstack.py).
     deepstack: bool = False

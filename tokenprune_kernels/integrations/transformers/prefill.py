@@ -123,7 +123,8 @@ def begin_prefill(
         raise NotImplementedError(f"prune_visual_tokens: the attention_mask must be [B, L] or absent, got {got}")
     if plan.family.prefix is not None and prompt.inputs.get(plan.family.prefix) is None:
         raise NotImplementedError(
-            f"prune_visual_tokens: a prompt of {plan.family.name} needs {plan.family.prefix}, as its processor returns them"
+            f"prune_visual_tokens: a prompt of {plan.family.name} needs {plan.family.prefix}, which its processor "
+            "returns"
         )
     check_counts(plan.family, plan.decoder.config, tokens.length)
     check_one_sequence(inputs.get("position_ids"), mask)
@@ -196,8 +197,8 @@ def end_prefill(plan: Plan, now: Prefill) -> None:
         with now.report.clock("compact_ms"):
             _compact_caches(now)
         own = [s for s in now.segments if s.next_position is not None or s.bias is not None]
-        left = {"tokens": last.tokens, "columns": last.columns}
-        now.segments = [Segment(0, **left), *(replace(s, **left) for s in own)]
+        everywhere = Segment(0, last.tokens, last.columns)
+        now.segments = [everywhere, *(replace(s, tokens=last.tokens, columns=last.columns) for s in own)]
     remember(now.cache, Pruned(now.original.length, padded(now.original), now.segments, now.next_position))
 
 
@@ -259,7 +260,7 @@ def _context(plan: Plan, now: Prefill, index: int, inputs: Inputs) -> LayerConte
         # a cache; `Block.projecting` takes what it would attend with, and it attends to nothing.
         embeddings = {**inputs, **_of_what_is_left(plan, now, index, inputs)}["position_embeddings"]
         found: list[AttentionInputs] = []
-        shared = {"shared_kv_states": {}} if "shared_kv_states" in inputs else {}
+        shared: Inputs = {"shared_kv_states": {}} if "shared_kv_states" in inputs else {}
         now.projecting = found
         try:
             layer.self_attn(
@@ -297,9 +298,7 @@ def _context(plan: Plan, now: Prefill, index: int, inputs: Inputs) -> LayerConte
     if attention is not None and kind_of(plan.decoder.config, index - 1) != FULL:
         attention = replace(attention, lse=None)  # it is that of a window, and methods see all keys
     causal = plan.family.prefix is None
-    return LayerContext(
-        now.tokens, hidden, layer, attention, projected, embedded, layout, saliency, generator, causal
-    )
+    return LayerContext(now.tokens, hidden, layer, attention, projected, embedded, layout, saliency, generator, causal)
 
 
 def _replace(hidden: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
@@ -341,9 +340,7 @@ def _of_what_is_left(plan: Plan, now: Prefill, index: int, inputs: Inputs) -> In
     kind = kind_of(plan.decoder.config, index)
     if kind not in now.replaced:
         with now.report.clock("compact_ms"):
-            now.replaced[kind] = shortened(
-                plan.family, plan.decoder, kind, segment, inputs, renumber=plan.renumber
-            )
+            now.replaced[kind] = shortened(plan.family, plan.decoder, kind, segment, inputs, renumber=plan.renumber)
     return now.replaced[kind] | dict(zip(own, rows, strict=True))
 
 

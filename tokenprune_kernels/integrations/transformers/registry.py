@@ -7,6 +7,11 @@ from .families import Family
 
 _FAMILIES: dict[str, Family] = {}
 
+# What is missing for types that are asked for and not served.
+_LACKING = {
+    "gemma3n": "its hidden states are stacks of several a token (AltUp), and its vision tower is one of timm",
+}
+
 
 def register_family(family: Family) -> None:
     """Serves the models of these types from now on; the last family of a type counts."""
@@ -40,8 +45,9 @@ def family_of_type(model_type: str | None, called: str) -> Family:
     """The family of a model_type, known before the weights are loaded. called: the model's name in the error."""
     family = _FAMILIES.get(str(model_type))
     if family is None:
+        why = f": {_LACKING[str(model_type)]}" if str(model_type) in _LACKING else ""
         raise NotImplementedError(
-            f"prune_visual_tokens: {called} (model_type {model_type!r}) is not supported; supported are "
+            f"prune_visual_tokens: {called} (model_type {model_type!r}) is not supported{why}; supported are "
             f"{', '.join(sorted(_FAMILIES))}"
         )
     return family

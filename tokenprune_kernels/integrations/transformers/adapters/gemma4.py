@@ -52,9 +52,7 @@ def saliency(core: Model, inputs: Inputs, counts: list[int], seen: list[Any]) ->
     return values_of_images(values, inputs, counts)
 
 
-def _scores(
-    core: Model, scale: float, query: Tensor, key: Tensor, places: Tensor, grid: tuple[int, int]
-) -> Tensor:
+def _scores(core: Model, scale: float, query: Tensor, key: Tensor, places: Tensor, grid: tuple[int, int]) -> Tensor:
     """[tokens] of one image, whose queries and keys are [H, patches, D] with padding behind them."""
     kernel = core.config.vision_config.pooling_kernel_size
     real = (places >= 0).all(1).nonzero().squeeze(1)
@@ -63,7 +61,8 @@ def _scores(
     column, row = (places[real] // kernel).unbind(1)
     # A product, as in the model's pooling: sums by index would depend on the order of atomics.
     token = torch.nn.functional.one_hot(row * grid[1] + column, grid[0] * grid[1]).to(received)
-    return received @ token / kernel**2
+    pooled: Tensor = received @ token / kernel**2
+    return pooled
 
 
 FAMILIES = (

@@ -27,7 +27,8 @@ def saliency(core: Model, inputs: Inputs, counts: list[int], seen: list[Any]) ->
     """The mean over the patches of a token."""
     grids = grids_of(core, inputs)
     lengths = [height * width for height, width in grids]
-    each = received_attention(*seen[-1], lengths).split(lengths)
+    query, key, scale = seen[-1]
+    each = received_attention(query, key, scale, lengths).split(lengths)
     values = [_pooled(v.view(grid), core.config.spatial_merge_size) for v, grid in zip(each, grids, strict=True)]
     return values_of_images({core.config.image_token_id: values}, inputs, counts)
 
