@@ -20,7 +20,8 @@ _WINDOWS = "_tokenprune_windows"  # {layer: its own cache, empty}, while one tha
 class Segment:
     """From decoder layer `first` on, the sequence is `tokens`.
 
-    columns [B, L]: where they were in the prompt, -1 for padding. next_position [B]: the position of the next token, of layers inside the model that number positions anew; None in
+    columns [B, L]: where they were in the prompt, -1 for padding.
+    next_position [B]: the position of the next token, of layers inside the model that number positions anew; None in
     those where it is the model's. bias [B, V]: what the attention adds to the logits of a key, for each visual token of
     the unpruned prompt; None: nothing.
     """

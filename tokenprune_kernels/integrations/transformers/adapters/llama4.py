@@ -21,7 +21,8 @@ def _side(core: Model) -> int:
 
 def _block(core: Model) -> int:
     """Patches along a side of a token."""
-    return int(round(1 / core.config.vision_config.pixel_shuffle_ratio))
+    ratio: float = core.config.vision_config.pixel_shuffle_ratio
+    return round(1 / ratio)
 
 
 def layout(core: Model, inputs: Inputs, counts: list[int]) -> Layout:
