@@ -105,11 +105,23 @@ struct ColumnScores : ColumnMemory {
     return c.scores + ((item().sample * c.out_heads() + head) * p.rows + row) * c.columns + item().first_column;
   }
 
+  // Makes of the heads' sums their mean: x / n, rounded once and without the branches of a division. The remainder of
+  // q = x (1 / n) is exact; where x is infinite it is NaN, and q is the quotient.
+  __device__ __forceinline__ void divide_by_heads() {
+    const float n = static_cast<float>(p.query_heads), inverse = 1 / n;
+#pragma unroll
+    for (int j = 0; j < kB; ++j)
+#pragma unroll
+      for (int i = 0; i < kA; ++i) {
+        const float q = mass.at(i, j) * inverse, mean = __fmaf_rn(__fmaf_rn(-q, n, mass.at(i, j)), inverse, q);
+        mass.at(i, j) = mean == mean ? mean : q;
+      }
+  }
+
   // Writes the combined heads of the rows at work, from `row` on. A row that does not count has scores of 0.
   __device__ __forceinline__ void write_rows(Tile& from, int head, int64_t row) {
     const int mine = part();
     const int64_t columns = c.columns - item().first_column;
-    const float heads = c.heads == ColumnHeads::kMean ? static_cast<float>(p.query_heads) : 1.0f;
     float* const to = scores_of_row(head, row);
 #pragma unroll
     for (int j = 0; j < kB; ++j) {
@@ -118,7 +130,7 @@ struct ColumnScores : ColumnMemory {
       const bool counts = row_counts(row + Tile::b(j));
 #pragma unroll
       for (int i = 0; i < kA; ++i)
-        if (Tile::a(i) < columns) to[Tile::b(j) * c.columns + Tile::a(i)] = counts ? from.at(i, j) / heads : 0.0f;
+        if (Tile::a(i) < columns) to[Tile::b(j) * c.columns + Tile::a(i)] = counts ? from.at(i, j) : 0.0f;
     }
   }
 

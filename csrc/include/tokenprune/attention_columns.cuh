@@ -27,7 +27,7 @@ namespace tokenprune {
 template <class T, HeadOp op>
 struct ColumnPass : ColumnScores<T, op> {
   using Scores = ColumnScores<T, op>;
-  using Scores::add_rows, Scores::combine_parts, Scores::write_rows, Scores::write_zeros;
+  using Scores::add_rows, Scores::combine_parts, Scores::divide_by_heads, Scores::write_rows, Scores::write_zeros;
   using Scores::c, Scores::p, Scores::plan, Scores::present, Scores::mass, Scores::kA, Scores::kB, Scores::kReduced;
   using Scores::item, Scores::head_begin, Scores::head_end, Scores::ring_of, Scores::statistics;
   using Scores::part, Scores::team, Scores::sync, Scores::clear, Scores::finish, Scores::joined, Scores::per_head;
@@ -242,10 +242,12 @@ struct ColumnPass : ColumnScores<T, op> {
       if (over_rows || done < heads) continue;
       if (!per_head()) {
         if (plan.parts() > 1) combine_parts();
-        if constexpr (kReduced)
+        if constexpr (kReduced) {
           add_rows(mass, row);
-        else
+        } else {
+          if (c.heads == ColumnHeads::kMean) divide_by_heads();
           write_rows(mass, 0, row);
+        }
         done = 0;
       }
       ++row_tile;
