@@ -17,20 +17,21 @@ from testing.docstrings import as_markdown
 # Pages that are somewhere else in the repository, by their place in the site.
 ROOT_PAGES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 PLACES = {source: page for page, source in ROOT_PAGES.items()}
-# What each page of the API documents: a package, by its `__all__`.
+# What each page of the API documents: a package or a module, by its `__all__`.
 API = {
-    "api/ops.md": ("Ops", "tokenprune_kernels/ops"),
-    "api/package.md": ("The package", "tokenprune_kernels"),
-    "api/methods.md": ("Methods", "tokenprune_kernels/methods"),
-    "api/transformers.md": ("Inside transformers", "tokenprune_kernels/integrations/transformers"),
-    "api/vllm.md": ("Inside vLLM", "tokenprune_kernels/integrations/vllm"),
-    "api/distributed.md": ("Several processes", "tokenprune_kernels/distributed"),
+    "api/ops.md": ("Ops", "tokenprune_kernels/ops/__init__.py"),
+    "api/package.md": ("The package", "tokenprune_kernels/__init__.py"),
+    "api/varlen.md": ("Packed batches", "tokenprune_kernels/varlen.py"),
+    "api/methods.md": ("Methods", "tokenprune_kernels/methods/__init__.py"),
+    "api/transformers.md": ("Inside transformers", "tokenprune_kernels/integrations/transformers/__init__.py"),
+    "api/vllm.md": ("Inside vLLM", "tokenprune_kernels/integrations/vllm/__init__.py"),
+    "api/distributed.md": ("Several processes", "tokenprune_kernels/distributed/__init__.py"),
 }
 
 
-def exported(package: Path) -> list[str]:
-    """The functions and classes in `__all__` of a package, each by the module that it is imported from."""
-    tree = ast.parse((package / "__init__.py").read_text())
+def exported(source: Path) -> list[str]:
+    """The functions and classes in `__all__`, each by the module that it is imported from."""
+    tree = ast.parse(source.read_text())
     assigned = {
         target.id: node.value
         for node in tree.body
@@ -44,7 +45,7 @@ def exported(package: Path) -> list[str]:
         if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module
         for name in node.names
     }
-    dotted = ".".join(package.relative_to(ROOT).parts)
+    dotted = ".".join(source.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     here = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     return [
         f"{dotted}.{modules[name]}.{name}" if name in modules else f"{dotted}.{name}"
@@ -53,10 +54,10 @@ def exported(package: Path) -> list[str]:
     ]
 
 
-def api_page(title: str, package: Path) -> str:
+def api_page(title: str, source: Path) -> str:
     """A page for mkdocstrings, which writes what stands behind each `:::`."""
-    introduction = ast.get_docstring(ast.parse((package / "__init__.py").read_text()))
-    return "\n\n".join([f"# {title}", introduction or "", *(f"::: {name}" for name in exported(package))]) + "\n"
+    introduction = ast.get_docstring(ast.parse(source.read_text()))
+    return "\n\n".join([f"# {title}", introduction or "", *(f"::: {name}" for name in exported(source))]) + "\n"
 
 
 def expanded(nav: Any) -> Any:
@@ -110,8 +111,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for page, source in ROOT_PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
-    for page, (title, package) in API.items():
-        files.append(File.generated(config, page, content=api_page(title, ROOT / package)))
+    for page, (title, module) in API.items():
+        files.append(File.generated(config, page, content=api_page(title, ROOT / module)))
     return files
 
 
