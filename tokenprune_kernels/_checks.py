@@ -71,6 +71,11 @@ def check(op: Op, values: Sequence[Any]) -> Sizes:
             _number(op.name, argument.name, kind, value)
         elif isinstance(kind, Choice):
             _choice(op.name, argument.name, kind, value)
+        elif argument.type == "bool":
+            if not isinstance(value, (bool, torch.SymBool)):
+                fail(TypeError, op.name, argument.name, "be True or False", repr(value))
+        elif argument.type == "float?" and isinstance(value, (bool, str, list, tuple)):
+            fail(TypeError, op.name, argument.name, "be a number or None", repr(value))
     if op.rule is not None:
         op.rule.check(op.name, sizes, *values)
     _check_bounds(op, sizes, values)

@@ -31,6 +31,8 @@ def converted(op: Op, values: Sequence[Any]) -> list[Any]:
             made[i] = as_integer(value)
         elif a.type.startswith("float") and not isinstance(value, (int, float)) and isinstance(value, numbers.Real):
             made[i] = float(value)
+        elif a.type == "bool" and (isinstance(value, int) or type(value).__name__ in ("bool", "bool_")):  # or NumPy's
+            made[i] = bool(value)
     return made
 
 

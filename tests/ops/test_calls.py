@@ -526,3 +526,26 @@ def test_a_plain_call_converts_nothing(op: str, name: str, monkeypatch: pytest.M
 
     monkeypatch.setattr(_backend, "converted", refuse)
     call(op, with_arguments(make(op, name)).arguments)
+
+
+FLAGS = [(op, a.name) for op in samples.OPS for a in described.OPS[op].arguments if a.type == "bool"]
+
+
+@pytest.mark.parametrize(("op", "name"), FLAGS, ids=[f"{op}-{name}" for op, name in FLAGS])
+def test_flags_are_true_or_false(op: str, name: str) -> None:
+    """The dispatcher takes None for False, and says of a string which C++ type it is not."""
+    a = rich(op)
+    for one, zero in ((1, 0), (np.True_, np.False_)):
+        assert_same(call(op, {**a, name: one}), call(op, {**a, name: True}))
+        assert_same(call(op, {**a, name: zero}), call(op, {**a, name: False}))
+    for value, got in ((None, "None"), ("no", "'no'")):
+        with pytest.raises(TypeError, match=rf"tokenprune::{op}: {name} must be True or False, got {got}"):
+            call(op, {**a, name: value})
+
+
+def test_a_scale_is_a_number() -> None:
+    query, key = torch.rand(1, 2, 3, 4), torch.rand(1, 2, 5, 4)
+    assert_same(list(tp.attention_entropy(query, key, scale=1)), list(tp.attention_entropy(query, key, scale=1.0)))
+    for value in ("auto", True, [1.0]):
+        with pytest.raises(TypeError, match=r"attention_entropy: scale must be a number or None, got"):
+            tp.attention_entropy(query, key, scale=value)

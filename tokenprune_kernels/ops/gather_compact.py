@@ -25,12 +25,11 @@ def _check_sources(
         expected = "be a list of tensors, a tensor or a mapping"
         fail(TypeError, op, "tensors", expected, type(tensors).__name__, cached if hasattr(tensors, "layers") else "")
     for name, listed in (("dims", dims), ("batch_dims", batch_dims)):
-        if listed is None and name == "batch_dims":
+        if (isinstance(listed, (list, tuple)) and len(listed) == len(tensors)) or (listed is None and name != "dims"):
             continue
         if not isinstance(listed, (list, tuple)):
             fail(TypeError, op, name, "be an int or a list of one per tensor", type(listed).__name__)
-        if len(listed) != len(tensors):
-            fail(ValueError, op, name, f"have one entry per tensor ({len(tensors)})", len(listed))
+        fail(ValueError, op, name, f"have one entry per tensor ({len(tensors)})", len(listed))
     batch, device = sizes["B"], indices.device
     for i, t in enumerate(tensors):
         if not isinstance(t, Tensor):
