@@ -144,3 +144,37 @@ def test_positions_of_every_sample(name: str) -> None:
         assert_same(
             called(name, b, k, positions=shared), called(name, b, k, positions=shared.float().expand(2, -1, -1))
         )
+
+
+WRONG = [
+    (methods.evs, (torch.rand(6, 4), torch.zeros(2, 6)), {"grid": (2, 3)},
+     r"features must have shape \[B, V, C\], got \[6, 4\]; type features\.unsqueeze\(0\)"),
+    (methods.vidcom2, (torch.rand(2, 6, 4), torch.zeros(2, 6)), {},
+     r"groups must be int64, got float32; type groups\.long\(\)"),
+    (methods.cdpruner, ([torch.rand(6, 4)], torch.rand(1, 2, 4)), {},
+     r"features must be a tensor, got list; type features\[i\]"),
+    (methods.scope, (torch.rand(1, 6, 4), torch.rand(6)), {}, r"saliency must have shape \[B, V\], got \[6\]; type sal"),
+    (methods.fastv, (torch.rand(2, 6, 4), torch.rand(2, 6, 4)), {}, r"query must have shape \[B, Hq, T, D\], got \[2, 6, 4\]"),
+    (methods.dart, (torch.rand(1, 2, 6, 4), *[torch.rand(1, 6, 4)] * 2), {"key_indices": None, "query_positions": None},
+     "key_indices must be a tensor, got NoneType"),
+    (methods.evs, (torch.rand(1, 6, 4), torch.zeros(1, 6, dtype=torch.int64)), {"grid": 6},
+     r"grid must be \(height, width\)"),
+    (methods.visionzip, (torch.rand(1, 6, 4), torch.rand(1, 6)), {"contextual_ratio": "a"},
+     "contextual_ratio must be a number"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "more", "message"), WRONG, ids=[f"{m.__name__}-{text.split()[0]}" for m, _, _, text in WRONG]
+)
+@pytest.mark.parametrize("k", [2, 0.5])
+def test_an_argument_that_is_none_is_named(method: Any, given: Any, more: Any, message: str, k: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=rf"^{method.__name__}: {message}"):
+        method(*given, k, **more)
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'k'"):
+        methods.fastv(torch.rand(1, 2, 3, 4), torch.rand(1, 2, 5, 4))
+    with pytest.raises(ValueError, match="first must be one of"):
+        methods.divprune(torch.rand(1, 5, 3), 2, first="last")
