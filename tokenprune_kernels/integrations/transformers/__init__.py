@@ -2,5 +2,6 @@
 
 from .compact import compact_cache
 from .pruning import METHODS, Pruning, prune_visual_tokens
+from .targets import Flops, Milliseconds, decoder_flops
 
-__all__ = ["METHODS", "Pruning", "compact_cache", "prune_visual_tokens"]
+__all__ = ["METHODS", "Flops", "Milliseconds", "Pruning", "compact_cache", "decoder_flops", "prune_visual_tokens"]
