@@ -174,6 +174,18 @@ def test_other_models_get_no_note_but_of_unknown_words(
 
 
 @needs_extras
+def test_page_of_all_methods(plain: Path, photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("jinja2", reason="jinja2 is not installed")
+    page = tmp_path / "kept.html"
+    files = ["--out", str(tmp_path / "p.png"), "--html", str(page)]
+    printed = demo(capsys, plain, "--image", photo, "--question", "a cat", "--method", "divprune,fastv", *files)
+    assert printed.endswith(f"page: {page}\n")
+    text = page.read_text()
+    assert "<title>Visual tokens kept by DivPrune, FastV</title>" in text
+    assert text.count('class="on"') == 8
+
+
+@needs_extras
 def test_keep_of_everything_changes_no_answer(
     plain: Path, photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -373,6 +385,7 @@ def test_a_folder_comes_before_an_id_of_the_hub(plain: Path, tmp_path: Path, mon
         (["--out", "{tmp}/no/panel.png"], "no such folder"),
         (["--out", "{tmp}/folder.png"], "cannot write"),
         (["--out", "/proc/panel.png"], "cannot write"),
+        (["--html", "{tmp}/page.htm"], "--html: give a name that ends in .html"),
         (["--repeats", "0"], "--repeats"),
         (["--repeats", "two"], "--repeats"),
         (["--max-new-tokens", "0"], "--max-new-tokens: must be at least 1"),
