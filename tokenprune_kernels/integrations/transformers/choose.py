@@ -173,6 +173,8 @@ OF_TOKENS: dict[str, Callable[[LayerContext], Any]] = {
     "count": lambda c: max(c.tokens.counts),
 }
 SOURCES = OF_SAMPLES | OF_TOKENS
+# Those of tokens that are on a grid.
+ON_GRID = frozenset({"positions", "grid", "stacked_positions"})
 
 
 def check_stage(method: str, stage: Stage, layer: Any) -> None:

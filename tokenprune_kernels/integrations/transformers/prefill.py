@@ -18,13 +18,13 @@ from ..._backend import served_by
 from ...methods import Stage
 from .budgets import Budget
 from .cache import Pruned, Segment, check_cache, compact_layers, layer_length, remember
-from .choose import AttentionInputs, Embedded, LayerContext, choose, not_seen
+from .choose import ON_GRID, AttentionInputs, Embedded, LayerContext, choose, not_seen
 from .deepstack import DeepStack, take_deepstack
 from .encoding import Asked, ModelCall, Prompt
 from .families import Family, Inputs, Model, Saliency
 from .interface import Arguments
-from .layout import Layout, images_of
-from .masks import check_one_sequence, decoder_mask
+from .layout import Layout, check_on_grid, images_of
+from .masks import check_one_sequence, decoder_mask, is_linear
 from .parallel import same_generator
 from .report import Report
 from .tokens import Tokens, indices_at, keep, read_prompt
@@ -168,7 +168,10 @@ def prefill_layer(plan: Plan, now: Prefill, index: int, layer: nn.Module, takes:
         now.embedded = inputs["hidden_states"].detach()
     if index in plan.stages:
         inputs = _prune(plan, now, plan.stages[index], layer, inputs)
-    return {**inputs, **now.replaced}
+    replaced = now.replaced
+    if replaced and is_linear(plan.decoder.config, index):
+        replaced = {**replaced, "attention_mask": now.tokens.real}
+    return {**inputs, **replaced}
 
 
 def end_prefill(plan: Plan, now: Prefill) -> None:
@@ -203,6 +206,9 @@ def _prune(plan: Plan, now: Prefill, planned: PlannedStage, layer: nn.Module, in
     if budgets == now.left:
         return inputs
     hidden: Tensor = inputs["hidden_states"]
+    if planned.stage.uses & ON_GRID:
+        assert now.report.layout is not None
+        check_on_grid(now.report.layout(), planned.stage.name)
     with torch.no_grad(), now.report.clock("select_ms"):
         with plan.draws.lock if "generator" in planned.stage.uses else nullcontext():
             chosen = choose(planned.stage, _context(plan, now, layer, inputs), now.left, budgets, plan.options)

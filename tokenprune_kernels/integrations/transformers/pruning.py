@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...methods import ARGUMENTS, Method, get_method, method_names
+from ...methods import ARGUMENTS, Method, Stage, get_method, method_names
 from ...methods._method import Choose
 from .block import Block
 from .budgets import Budget, Keep, as_python, budget_of, check_layer, ending_with, least_of, schedule_of, times
@@ -22,6 +22,7 @@ from .prefill import Plan, PlannedStage
 from .registry import family_of, unwrapped
 from .saved import by_token
 from .targets import Target, budget_within
+from .where import check_where, first_from
 
 METHODS = method_names()  # of this package; users may register others
 KEEP = 0.222  # of those that name no schedule: the share that most papers compare at
@@ -34,7 +35,7 @@ def stages_of(
     per: str | None = None, min_keep: int | None = None,
 ) -> list[PlannedStage]:  # fmt: skip
     """Where the method chooses, and how many: what works inside the model does so at every layer of a schedule."""
-    depth = len(decoder.layers)
+    depth, named = len(decoder.layers), layer is not None or isinstance(keep, Mapping)
     if keep is None:
         keep = (method.scheduled(depth) if layer is None else {}) or KEEP
     if per not in (None, *PER):
@@ -53,7 +54,7 @@ def stages_of(
         if layer is not None:
             raise ValueError("prune_visual_tokens: a schedule to keep names its layers; layer must be None then")
         schedule = schedule_of(keep, depth, per, least=least)
-        return _planned(method, next(iter(schedule)), schedule, "schedule")
+        return _planned(method, next(iter(schedule)), schedule, decoder.layers, "schedule")
     shares = method.scheduled(depth) if layer is None else {}
     if layer is None and method.in_model:
         # The paper's layer, on a model that is deep enough for it.
@@ -61,22 +62,30 @@ def stages_of(
     at = 0 if layer is None else check_layer(layer, depth)
 
     def planned(budget: Budget) -> list[PlannedStage]:
-        return _planned(method, layer, ending_with(budget, shares or {at: 1.0}), "layer")
+        schedule = ending_with(budget, shares or {at: 1.0})
+        return _planned(method, layer, schedule, decoder.layers, "layer" if named else "")
 
     if isinstance(keep, Target):
         return planned(budget_within(keep, decoder, planned, None if min_keep is None else least))
     return planned(budget_of(keep, per, least=least))
 
 
-def _planned(method: Method, layer: int | None, schedule: dict[int, Budget], what: str) -> list[PlannedStage]:
-    """what: the user gave to say where, for messages."""
+def _planned(
+    method: Method, layer: int | None, schedule: dict[int, Budget], layers: Sequence[Any], named: str
+) -> list[PlannedStage]:
+    """named: what of the user's says where, if anything does."""
     inside = [stage.at_layer(layer) for stage in method.stages]
     if layer is not None and not any(inside):
-        raise ValueError(f"prune_visual_tokens: {method.name} works before the language model and takes no {what}")
+        raise ValueError(f"prune_visual_tokens: {method.name} works before the language model and takes no {named}")
+
+    def at_layers(stage: Stage) -> dict[int, Budget]:
+        """By default, the next layers in front of which it can choose; of two that become one, the later counts."""
+        return schedule if named else {first_from(stage, layers, at): budget for at, budget in schedule.items()}
+
     return [
         PlannedStage(at, stage, times(stage.share, budget))
         for stage, there in zip(method.stages, inside, strict=True)
-        for at, budget in (schedule.items() if there else [(0, schedule[min(schedule)])])
+        for at, budget in (at_layers(stage).items() if there else [(0, schedule[min(schedule)])])
     ]
 
 
@@ -143,6 +152,7 @@ class Pruning:
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise TypeError(f"prune_visual_tokens: seed must be an int or None, got {seed!r}")
         for planned in stages:
+            check_where(method.name, planned.stage, decoder.layers, planned.layer)
             check_stage(method.name, planned.stage, decoder.layers[planned.layer])
         self.method, self.model = method.name, model
         self.title = method.title or method.name
@@ -262,8 +272,9 @@ def prune_visual_tokens(
             a number for each of the batch, per "image" for each of the call in the order of the prompts.
         min_keep: what a share keeps at least of a sample or image. Default: 1.
         layer: for methods that work inside the model: the decoder layer in front of which tokens are dropped, by the
-            attention of the layer before it. Default: the paper's, or 2. A function that asks for no attention works in
-            front of the language model unless a layer is given.
+            attention of the layer before it. Default: the paper's, or 2, or the next one where there is the attention
+            that is read (behind linear attention there is none). A function that asks for no attention works in front
+            of the language model unless a layer is given.
         positions: `original` keeps the rotary positions of what stays, `renumber` numbers it anew wherever tokens are
             dropped: the layers from there on see consecutive positions, those before them the prompt's, while decoding
             too (one-dimensional positions only). Default: as the method's paper has it.
