@@ -21,25 +21,10 @@ if not MISSING:
     from PIL import Image
     from rich.console import Console
 
-    from tests.transformers.vlm import saved
     from tokenprune_kernels.demo import DemoError, answers, checkpoint, example, options, report
     from tokenprune_kernels.integrations.transformers import prune_visual_tokens
 
 needs_extras = pytest.mark.skipif(bool(MISSING), reason=f"the demo's extras are not installed: {', '.join(MISSING)}")
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random LLaVA with 36 visual tokens."""
-    return saved.llava(tmp_path_factory.mktemp("plain"))
-
-
-@pytest.fixture(scope="module")
-def photo(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Noise, so that no two patches are alike."""
-    path = tmp_path_factory.mktemp("photo") / "own.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8)).save(path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -171,18 +156,6 @@ def test_other_models_get_no_note_but_of_unknown_words(
     assert [line.split()[1] for line in printed.splitlines() if "36 -> 8" in line] == ["divprune", "random"]
     assert "know" not in printed
     assert "words that the model does not know: dog" in demo(capsys, plain, *common, "--question", "is there a dog?")
-
-
-@needs_extras
-def test_page_of_all_methods(plain: Path, photo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("jinja2", reason="jinja2 is not installed")
-    page = tmp_path / "kept.html"
-    files = ["--out", str(tmp_path / "p.png"), "--html", str(page)]
-    printed = demo(capsys, plain, "--image", photo, "--question", "a cat", "--method", "divprune,fastv", *files)
-    assert printed.endswith(f"page: {page}\n")
-    text = page.read_text()
-    assert "<title>Visual tokens kept by DivPrune, FastV</title>" in text
-    assert text.count('class="on"') == 8
 
 
 @needs_extras
@@ -330,33 +303,6 @@ def test_transformers_speaks_again_afterwards() -> None:
         assert logging.get_verbosity() == logging.ERROR
         assert not logging.is_progress_bar_enabled()
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (level, bars)
-
-
-@needs_extras
-def test_a_checkpoint_of_the_hub_is_found_in_its_cache(
-    plain: Path, photo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The layout of the cache is the hub's: a reference to a commit, and a snapshot of its files."""
-    from huggingface_hub import constants, file_download
-
-    for module in (constants, file_download.constants):
-        monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path))
-    stored, commit = tmp_path / "models--owner--name", "0" * 40
-    (stored / "refs").mkdir(parents=True)
-    (stored / "refs" / "main").write_text(commit)
-    (stored / "snapshots").mkdir()
-    (stored / "snapshots" / commit).symlink_to(plain)
-    arguments = ["--image", photo, "--question", "a cat", "--method", "random", "--out", str(tmp_path / "p.png")]
-    assert "36 -> 8" in demo(capsys, Path("owner/name"), *arguments)
-    assert example.model_folder("owner/name") == stored / "snapshots" / commit
-
-
-@needs_extras
-def test_a_folder_comes_before_an_id_of_the_hub(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "owner").mkdir()
-    (tmp_path / "owner" / "name").symlink_to(plain)
-    monkeypatch.chdir(tmp_path)
-    assert example.model_folder("owner/name") == Path("owner/name")
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------
