@@ -91,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
         help="visual tokens that stay: a count (128) or a ratio of the prompt's (0.222) (default: 0.222)",
     )
     demo.add_argument("--out", default="demo.png", metavar="FILE.png", help="the panel (default: demo.png)")
+    demo.add_argument(
+        "--html", metavar="FILE.html", help="a page with what each method kept, in its order of selection"
+    )
     demo.add_argument("--seed", type=int, default=0, metavar="S", help="for the random baseline (default: 0)")
     demo.add_argument("--repeats", type=int, default=5, metavar="R", help="timed rounds, after a warm-up (default: 5)")
     demo.add_argument(

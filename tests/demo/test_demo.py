@@ -21,25 +21,10 @@ if not MISSING:
     from PIL import Image
     from rich.console import Console
 
-    from tests.transformers.vlm import saved
     from tokenprune_kernels.demo import DemoError, answers, checkpoint, example, options, report
     from tokenprune_kernels.integrations.transformers import prune_visual_tokens
 
 needs_extras = pytest.mark.skipif(bool(MISSING), reason=f"the demo's extras are not installed: {', '.join(MISSING)}")
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random LLaVA with 36 visual tokens."""
-    return saved.llava(tmp_path_factory.mktemp("plain"))
-
-
-@pytest.fixture(scope="module")
-def photo(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Noise, so that no two patches are alike."""
-    path = tmp_path_factory.mktemp("photo") / "own.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 70, 3), dtype=np.uint8)).save(path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -320,33 +305,6 @@ def test_transformers_speaks_again_afterwards() -> None:
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (level, bars)
 
 
-@needs_extras
-def test_a_checkpoint_of_the_hub_is_found_in_its_cache(
-    plain: Path, photo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The layout of the cache is the hub's: a reference to a commit, and a snapshot of its files."""
-    from huggingface_hub import constants, file_download
-
-    for module in (constants, file_download.constants):
-        monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path))
-    stored, commit = tmp_path / "models--owner--name", "0" * 40
-    (stored / "refs").mkdir(parents=True)
-    (stored / "refs" / "main").write_text(commit)
-    (stored / "snapshots").mkdir()
-    (stored / "snapshots" / commit).symlink_to(plain)
-    arguments = ["--image", photo, "--question", "a cat", "--method", "random", "--out", str(tmp_path / "p.png")]
-    assert "36 -> 8" in demo(capsys, Path("owner/name"), *arguments)
-    assert example.model_folder("owner/name") == stored / "snapshots" / commit
-
-
-@needs_extras
-def test_a_folder_comes_before_an_id_of_the_hub(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "owner").mkdir()
-    (tmp_path / "owner" / "name").symlink_to(plain)
-    monkeypatch.chdir(tmp_path)
-    assert example.model_folder("owner/name") == Path("owner/name")
-
-
 # --- refusals ------------------------------------------------------------------------------------------------------
 
 
@@ -373,6 +331,7 @@ def test_a_folder_comes_before_an_id_of_the_hub(plain: Path, tmp_path: Path, mon
         (["--out", "{tmp}/no/panel.png"], "no such folder"),
         (["--out", "{tmp}/folder.png"], "cannot write"),
         (["--out", "/proc/panel.png"], "cannot write"),
+        (["--html", "{tmp}/page.htm"], "--html: give a name that ends in .html"),
         (["--repeats", "0"], "--repeats"),
         (["--repeats", "two"], "--repeats"),
         (["--max-new-tokens", "0"], "--max-new-tokens: must be at least 1"),

@@ -28,11 +28,6 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved.llava(tmp_path_factory.mktemp("plain"))
-
-
 def _rows(printed: str) -> dict[str, str]:
     """method: tokens before and after."""
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if " -> " in line]

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -138,6 +139,13 @@ def test_the_least_is_kept_whatever_it_costs() -> None:
         prune_visual_tokens(model, "divprune", Flops(0.01)).budget(VISUAL, 12)
     with pytest.raises(ValueError, match="prune in front of an earlier layer"):
         prune_visual_tokens(model, "fastv", Flops(0.5), layer=3).budget(VISUAL, 12)
+
+
+def test_numbers_of_numpy_are_as_good() -> None:
+    model = llava(1).model
+    for share in (np.float32(0.75), np.float64(0.75)):
+        want = prune_visual_tokens(model, "fastv", Flops(0.75)).budget(576, 12)
+        assert prune_visual_tokens(model, "fastv", Flops(share)).budget(np.int64(576), 12) == want
 
 
 def test_the_whole_is_the_whole() -> None:

@@ -18,6 +18,7 @@ class Options(NamedTuple):
     keep: int | float
     methods: list[str]
     out: Path
+    html: Path | None
     seed: int
     repeats: int
     max_new_tokens: int
@@ -65,5 +66,6 @@ def check(options: argparse.Namespace) -> Options:
         raise DemoError("--question: it is empty")
     return Options(
         parse_keep(options.keep), parse_methods(options.method), file_to_write("--out", options.out, ".png"),
+        file_to_write("--html", options.html, ".html") if options.html else None,
         options.seed, options.repeats, options.max_new_tokens, device_of(options.device),
     )  # fmt: skip

@@ -71,4 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
     for line in example.notes(folder, checkpoint.tokenizer, question, own=own):
         console.print(line, soft_wrap=True)
     console.print(f"panel: {options.out}", soft_wrap=True)
+    if options.html:
+        first, *others = [row.pruning for row in results if row.pruning is not None]
+        first.save_html(options.html, image, others=others)
+        console.print(f"page: {options.html}", soft_wrap=True)
     return 0

@@ -14,6 +14,7 @@ and tokens dropped in front of layer l, within the share s of what the whole pro
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -93,7 +94,7 @@ Target = Flops | Milliseconds
 
 
 def _check_number(name: str, field: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: {field} must be a number, got {value!r}")
 
 
