@@ -92,6 +92,16 @@ def test_32_greedy_tokens_equal_the_exact_path(name: str, method: str) -> None:
     check(name, method, 32)
 
 
+def test_padding_stays_out_of_states() -> None:
+    """Eager attention gives rows of padding the mean of all values: only a mask keeps them out of the layer behind."""
+    model = hybrid.batch("qwen3_5").model
+    model.set_attn_implementation("eager")
+    try:
+        assert check("qwen3_5", "divprune", 2).stats["after"] == [18, 6]
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
 @pytest.mark.parametrize("method", FOUR)
 @pytest.mark.parametrize("name", hybrid.NAMES)
 def test_all_kept_is_the_model_itself(name: str, method: str) -> None:
