@@ -13,10 +13,9 @@ pytest.importorskip("transformers")
 
 from tests.transformers.vlm import models_qwen as qwen
 from tests.transformers.vlm import oracle
-from tests.transformers.vlm.checks import WITHOUT_MERGING
 from tests.transformers.vlm.models import Prompts
-from tests.transformers.vlm.runs_qwen import CLOSE, KEEP, batch, exact, generate, greedy, model
-from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_tokens
+from tests.transformers.vlm.runs_qwen import CLOSE, KEEP, batch, exact, generate, model
+from tokenprune_kernels.integrations.transformers import prune_visual_tokens
 
 IMAGES = [[3, (1, 8, 12), 2, (1, 4, 8), 5], [2, (1, 8, 8), 4]]
 
@@ -37,34 +36,12 @@ def tower_calls(prompts: Prompts) -> Iterator[list[int]]:
 # --- logits -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", qwen.NAMES)
-def test_32_greedy_tokens_equal_the_exact_path(name: str, method: str) -> None:
-    prompts, options = batch(name), WITHOUT_MERGING.get(method, {})
-    with prune_visual_tokens(prompts.model, method, KEEP, seed=1, **options) as pruning, tower_calls(prompts) as calls:
-        out, new = generate(prompts, 32)
-    assert pruning.stats["before"] == [44, 16]
-    assert pruning.kept is not None
-    assert pruning.stats["after"] == (pruning.kept >= 0).sum(1).tolist() == [18, 6]
-    assert len(calls) == 2  # the images, and the video
-    want = exact(prompts, pruning, new)
-    torch.testing.assert_close(torch.stack(out.logits, 1).double(), want, **CLOSE)
-    assert torch.equal(new, greedy(want))
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", qwen.NAMES)
-def test_all_kept_is_the_model_itself(name: str, method: str) -> None:
+def test_the_tower_runs_over_the_images_and_over_the_video_once(name: str) -> None:
     prompts = batch(name)
-    with torch.no_grad():
-        before = prompts.model(**prompts.inputs).logits
-        with prune_visual_tokens(prompts.model, method, 1.0) as pruning:
-            inside = prompts.model(**prompts.inputs).logits
-        after = prompts.model(**prompts.inputs).logits
-    assert torch.equal(inside, before)
-    assert torch.equal(after, before)
-    assert pruning.kept is not None
-    assert (pruning.kept >= 0).sum(1).tolist() == [44, 16]
+    with prune_visual_tokens(prompts.model, "adafv", KEEP), tower_calls(prompts) as calls:
+        generate(prompts, 3)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("name", qwen.NAMES)

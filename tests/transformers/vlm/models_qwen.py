@@ -116,4 +116,4 @@ def prompts(made: Any, samples: list[list[Part]], seed: int = 3) -> Prompts:
             inputs[key] = torch.tensor(grids)
             patches = sum(t * h * w for t, h, w in grids)
             inputs[pixels] = torch.randn(patches, CHANNELS * TIMES * PATCH**2, generator=draw)
-    return Prompts(made, inputs, (IMAGE, VIDEO))
+    return Prompts(made, inputs, (IMAGE, VIDEO), (VISION_START, VISION_END))

@@ -100,6 +100,12 @@ def _renumbering(decoder: Any, drops: Sequence[Drop], real: Tensor) -> Iterator[
             handle.remove()
 
 
+def decoder_of(model: Any) -> Any:
+    """Idefics3 and SmolVLM call it their text model."""
+    core = model.model
+    return core.language_model if hasattr(core, "language_model") else core.text_model
+
+
 def in_float64(prompts: Prompts) -> Prompts:
     model = copy.deepcopy(prompts.model).double()
     if hasattr(model, "set_experts_implementation"):
@@ -139,7 +145,7 @@ def logits(
     """
     exact = in_float64(prompts)
     inputs, length = extended(exact, new), exact.inputs["input_ids"].shape[1]
-    decoder, real = exact.model.model.language_model, inputs["attention_mask"].bool()
+    decoder, real = decoder_of(exact.model), inputs["attention_mask"].bool()
     numbering = _renumbering(decoder, drops, real) if renumber else nullcontext()
     with torch.no_grad(), numbering, _masking(decoder, drops, length):
         result: Tensor = exact.model(**inputs, use_cache=False, **more).logits

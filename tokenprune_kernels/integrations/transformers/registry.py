@@ -2,7 +2,20 @@
 
 from torch import nn
 
-from .adapters import glm_vl, internvl, llava, llava_next, llava_onevision, qwen3_5, qwen_omni, qwen_vl
+from .adapters import (
+    glm_vl,
+    idefics3,
+    internvl,
+    llava,
+    llava_next,
+    llava_next_video,
+    llava_onevision,
+    ovis2,
+    qwen3_5,
+    qwen_omni,
+    qwen_vl,
+    video_llava,
+)
 from .families import Family
 
 _FAMILIES: dict[str, Family] = {}
@@ -13,15 +26,35 @@ def register_family(family: Family) -> None:
     _FAMILIES.update(dict.fromkeys(family.model_types, family))
 
 
-for _adapter in (llava, llava_next, llava_onevision, qwen_vl, qwen3_5, qwen_omni, glm_vl, internvl):
+_ADAPTERS = (
+    llava, llava_next, llava_next_video, llava_onevision, video_llava,
+    qwen_vl, qwen3_5, qwen_omni,
+    glm_vl,
+    internvl,
+    idefics3,
+    ovis2,
+)  # fmt: skip
+
+for _adapter in _ADAPTERS:
     for _family in _adapter.FAMILIES:
         register_family(_family)
 
-
 # Of types that are not served: what to load instead, or what is missing.
 UNSERVED = {
+    "aya_vision": "its decoder, Cohere2, has layers with windows, which are not proven",
+    "cohere2_vision": "its decoder, Cohere2, has layers with windows, which are not proven",
+    "internvl_chat": "load the checkpoint of the same name that ends in -hf (model_type internvl)",
+    "llava_llama": "load the checkpoint of llava-hf (model_type llava, or llava_next for 1.6)",
+    "llava_mistral": "load the checkpoint of llava-hf (model_type llava_next)",
+    "llava_qwen": "load the checkpoint of llava-hf (model_type llava_onevision)",
+    "minicpmv": "its code comes with the checkpoint, and transformers has no form of it that is served",
+    "minicpmv4_6": "its decoder has layers without attention, which have no cache of keys to prune",
+    "mllama": "its images are seen through cross-attention: the prompt has no visual tokens to drop",
+    "molmo": "its code comes with the checkpoint, and molmo2 is not served",
+    "molmo2": "its visual tokens see each other both ways, by a mask that the model makes from mm_token_type_ids",
     "qwen2_5_omni": "pass model.thinker, and generate without speech, whose talker reads all hidden states",
     "qwen3_omni_moe": "pass model.thinker, and generate without speech, whose talker reads all hidden states",
+    "ovis": "load the checkpoint that ends in -hf (model_type ovis2)",
 }
 
 
