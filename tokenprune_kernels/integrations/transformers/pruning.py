@@ -8,13 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..._convert import as_python
 from ...methods import ARGUMENTS, Method, Stage, get_method, method_names
 from ...methods._method import Choose
 from .block import Block
-from .budgets import Budget, Keep, as_python, budget_of, check_layer, ending_with, least_of, schedule_of, times
+from .budgets import Budget, Keep, budget_of, check_layer, ending_with, least_of, schedule_of, times
 from .choose import check_stage
 from .families import Family
 from .hooks import install
+from .kinds import check_shared
 from .masks import check_takes_bias
 from .overlay import boxes_of, overlays
 from .page import save_page
@@ -154,6 +156,7 @@ class Pruning:
         for planned in stages:
             check_where(method.name, planned.stage, decoder.layers, planned.layer)
             check_stage(method.name, planned.stage, decoder.layers[planned.layer])
+            check_shared(decoder.config, decoder.layers, planned.layer)
         self.method, self.model = method.name, model
         self.title = method.title or method.name
         self._block = Block(Plan(
