@@ -47,6 +47,9 @@ def _sizes(function: str, *more: str) -> tuple[str, ...]:
 
 _CLASS_TOKENS = "needs the position of every visual token on a grid, and the class tokens among them are on none"
 
+# It reads the attention of the layer before and the keys of its own.
+_LINEAR = {"adaptprune": "it can choose in front of no layer"}
+
 PROOFS = (
     Proof("llava", ("models.llava_padded",), "an image each", EVERY),
     Proof("llava", _sizes("models_towers.pixtral"), "Pixtral: images of any size", EVERY),
@@ -65,6 +68,24 @@ PROOFS = (
     Proof("qwen2_vl", ("runs_qwen.batch:qwen2_vl",), "images of any size, a video", EVERY),
     Proof("qwen2_5_vl", ("runs_qwen.batch:qwen2_5_vl",), "images of any size, a video", EVERY),
     Proof("qwen3_vl", ("runs_qwen.batch:qwen3_vl",), "images of any size, a video", EVERY),
+    Proof("qwen3_vl_moe", ("models_mrope.batch:qwen3_vl_moe",), "images of any size, videos"),
+    Proof(
+        "qwen3_5", ("models_hybrid.batch:qwen3_5",), "images of any size, a video", refuses=_LINEAR,
+        path="oracle_removing.logits",
+    ),
+    Proof(
+        "qwen3_5_moe", ("models_hybrid.batch:qwen3_5_moe",), "images of any size, a video", refuses=_LINEAR,
+        path="oracle_removing.logits",
+    ),
+    Proof("qwen2_5_omni_thinker", ("models_omni.batch:qwen2_5_omni_thinker",), "images of any size, a video, sound"),
+    Proof(
+        "qwen3_omni_moe_thinker", ("models_omni.batch:qwen3_omni_moe_thinker",), "images of any size, a video, sound",
+    ),
+    Proof("glm4v", ("models_mrope.batch:glm4v", "models_mrope.videos:glm4v"), "images of any size, videos"),
+    Proof("glm4v_moe", ("models_mrope.batch:glm4v_moe",), "images of any size"),
+    Proof("glm46v", ("models_mrope.batch:glm46v",), "images of any size", ("coast",)),
+    Proof("glmga", ("models_mrope.batch:glmga",), "images of any size", ("coast",)),
+    Proof("glm_ocr", ("models_mrope.batch:glm_ocr",), "images of any size", ("coast",)),
     Proof("internvl", _sizes("models_crops.internvl", "models_crops.internvl_video"), "images in tiles, frames", EVERY),
     Proof("idefics3", ("models_tiles.idefics3", "models_tiles.idefics3_frames"), "images in tiles, frames"),
     Proof("smolvlm", ("models_tiles.smolvlm", "models_tiles.smolvlm_frames"), "images in tiles, frames"),

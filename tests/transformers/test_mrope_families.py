@@ -11,12 +11,11 @@ pytest.importorskip("transformers")
 from tests.transformers.vlm import models_mrope as mrope
 from tests.transformers.vlm import models_qwen as qwen
 from tests.transformers.vlm import oracle
-from tests.transformers.vlm.checks import FOUR, WITHOUT_MERGING, spy_on
+from tests.transformers.vlm.checks import WITHOUT_MERGING, spy_on
 from tests.transformers.vlm.models import Prompts
-from tests.transformers.vlm.routing import clear_routing
 from tests.transformers.vlm.runs_qwen import CLOSE, KEEP, exact, generate, greedy
 from tokenprune_kernels import methods
-from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_tokens
+from tokenprune_kernels.integrations.transformers import prune_visual_tokens
 from tokenprune_kernels.integrations.transformers.registry import family_of
 
 # Every method runs on these: a mixture of experts with DeepStack, and each decoder of GLM-V.
@@ -33,43 +32,13 @@ def check(prompts: Prompts, method: str, steps: int, compacted: bool = False, **
     options = {**WITHOUT_MERGING.get(method, {}), "compact_cache": compacted, "seed": 1, **more}
     with prune_visual_tokens(prompts.model, method, KEEP, **options) as pruning:
         out, new = generate(prompts, steps)
-    with clear_routing():
-        want = exact(prompts, pruning, new, compacted)
+    want = exact(prompts, pruning, new, compacted)
     torch.testing.assert_close(torch.stack(out.logits, 1).double(), want, **CLOSE)
     assert torch.equal(new, greedy(want))
     return pruning
 
 
 # --- logits -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", EACH)
-def test_every_method_equals_the_exact_path(name: str, method: str) -> None:
-    pruning = check(batch_of(name), method, 3)
-    before = pruning.stats["before"]
-    assert before == ([32, 16] if name in mrope.GLM else [56, 36])
-    assert pruning.stats["after"] == (pruning.kept >= 0).sum(1).tolist() == [round(KEEP * n) for n in before]
-
-
-@pytest.mark.parametrize("method", ["coast", "adafv"])
-@pytest.mark.parametrize("name", mrope.NAMES)
-def test_32_greedy_tokens_equal_the_exact_path(name: str, method: str) -> None:
-    check(batch_of(name), method, 32)
-
-
-@pytest.mark.parametrize("method", FOUR)
-@pytest.mark.parametrize("name", EACH)
-def test_all_kept_is_the_model_itself(name: str, method: str) -> None:
-    prompts = batch_of(name)
-    with torch.no_grad():
-        before = prompts.model(**prompts.inputs).logits
-        with prune_visual_tokens(prompts.model, method, 1.0) as pruning:
-            inside = prompts.model(**prompts.inputs).logits
-        after = prompts.model(**prompts.inputs).logits
-    assert torch.equal(inside, before)
-    assert torch.equal(after, before)
-    assert (pruning.kept >= 0).sum(1).tolist() == pruning.stats["before"]
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl_moe", "glm4v_moe"])
@@ -112,9 +81,8 @@ def test_beam_search(name: str, method: str) -> None:
     ((layer, kept),) = [(n, each.unflatten(0, (2, beams))) for n, each in pruning.kept_at.items()]
     assert torch.equal(kept, kept[:, :1].expand_as(kept))
     start = prompts.inputs["input_ids"].shape[1]
-    with clear_routing():
-        drop = oracle.Drop(layer, oracle.dropped_columns(prompts, kept[:, 0]))
-        want = oracle.logits(prompts, [drop], new[:, :-1])[:, start - 1 :]
+    drop = oracle.Drop(layer, oracle.dropped_columns(prompts, kept[:, 0]))
+    want = oracle.logits(prompts, [drop], new[:, :-1])[:, start - 1 :]
     rows = out.beam_indices[:, :steps]
     got = torch.stack([logits[rows[:, step]] for step, logits in enumerate(out.logits)], 1)
     torch.testing.assert_close(got.double(), want, **CLOSE)

@@ -16,7 +16,8 @@ L, F = "linear_attention", "full_attention"
 # result near 0 would make of the rounding of float32 a thousand times more.
 ROPE = {**qwen.ROPE, "mrope_section": [2, 1, 1], "mrope_interleaved": True, "partial_rotary_factor": 0.5}
 HYBRID = {
-    **TEXT_CONFIG, "head_dim": 16, "rope_parameters": ROPE, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 8,
+    **TEXT_CONFIG, "initializer_range": 0.12, "head_dim": 16, "rope_parameters": ROPE, "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 8,
     "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "rms_norm_eps": 1e-2,
 }  # fmt: skip
 VISION = {

@@ -15,9 +15,15 @@ GLM_VISION = {
     **qwen.VISION, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": TEXT["hidden_size"], "image_size": 24,
 }  # fmt: skip
 # Half of a head of 16 is rotated, by 4 frequencies.
-GLM_HALF = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}
+GLM_HALF = {
+    "rope_parameters": {**qwen.ROPE, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5},
+    "initializer_range": 0.12,  # each layer norms what it adds, and enlarges the rounding of what is small
+}  # fmt: skip
 # model_type: the classes of the model and its config, what its text config has besides, and its vision config.
-_GLM_DENSE = {"rope_parameters": GLM_HALF, "model_type": "glm4v_text"}, {**GLM_VISION, "model_type": "glm4v_vision"}
+_GLM_DENSE = (
+    {**GLM_HALF, "model_type": "glm4v_text"},
+    {**GLM_VISION, "model_type": "glm4v_vision"},
+)
 _GLM_EXPERTS = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 2, "n_group": 1, "topk_group": 1}
 _MADE_OF: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "qwen3_vl_moe": (
@@ -36,10 +42,11 @@ _MADE_OF: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "glmga": ("Glm46VForConditionalGeneration", "GlmgaConfig", *_GLM_DENSE),
     "glm4v_moe": (
         "Glm4vMoeForConditionalGeneration", "Glm4vMoeConfig",
-        {**EXPERTS, **_GLM_EXPERTS, "rope_parameters": GLM_HALF}, GLM_VISION,
+        {**EXPERTS, **_GLM_EXPERTS, **GLM_HALF}, GLM_VISION,
     ),
     "glm_ocr": (
-        "GlmOcrForConditionalGeneration", "GlmOcrConfig", {"rope_parameters": qwen.ROPE, "head_dim": 16}, GLM_VISION,
+        "GlmOcrForConditionalGeneration", "GlmOcrConfig",
+        {"rope_parameters": qwen.ROPE, "head_dim": 16}, GLM_VISION,
     ),
 }  # fmt: skip
 NAMES = tuple(_MADE_OF)
@@ -69,7 +76,8 @@ def prompts(name: str, samples: list[list[qwen.Part]]) -> Prompts:
     if name not in GLM:
         return made
     ids = made.inputs["input_ids"]
-    return Prompts(made.model, {**made.inputs, "input_ids": ids.where(ids != qwen.VIDEO, qwen.IMAGE)}, (qwen.IMAGE,))
+    one_id = {**made.inputs, "input_ids": ids.where(ids != qwen.VIDEO, qwen.IMAGE)}
+    return Prompts(made.model, one_id, (qwen.IMAGE,), (qwen.VIDEO, *made.special))
 
 
 # Ragged images and a video behind left padding, as in runs_qwen.py; GLM takes images or videos.
@@ -78,7 +86,12 @@ VIDEOS: list[list[qwen.Part]] = [[2, ("video", (3, 4, 8)), 5], [3, ("video", (2,
 
 
 @functools.cache
-def batch(name: str, kind: str = "images") -> Prompts:
-    """Of one kind, or "both" together."""
+def batch(name: str, kind: str | None = None) -> Prompts:
+    """Images, videos or, where the model takes them, both together; the default is the most that it takes."""
+    kind = kind or ("images" if name in GLM else "both")
     together: list[list[qwen.Part]] = [[*image[:-1], *video] for image, video in zip(IMAGES, VIDEOS, strict=True)]
     return prompts(name, {"images": IMAGES, "videos": VIDEOS, "both": together}[kind])
+
+
+def videos(name: str) -> Prompts:
+    return batch(name, "videos")

@@ -11,7 +11,6 @@ from .models import TEXT, Prompts
 from .models_mrope import EXPERTS, TEXT_CONFIG
 
 AUDIO, AUDIO_START, AUDIO_END = 104, 105, 106
-SPECIAL = [*qwen.SPECIAL, AUDIO, AUDIO_START, AUDIO_END]
 NAMES = ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
 MEL = 8
 # Frames of a spectrogram, and how many tokens the audio tower of each model makes of them.
@@ -75,7 +74,7 @@ def _with_sound(made: Prompts, frames: list[int]) -> Prompts:
     inputs = {n: t for n, t in made.inputs.items() if n != "mm_token_type_ids"}
     inputs["input_features"] = torch.randn(len(frames), MEL, max(frames), generator=draw)
     inputs["feature_attention_mask"] = torch.tensor([[1] * n + [0] * (max(frames) - n) for n in frames])
-    return Prompts(made.model, inputs, made.visual)
+    return Prompts(made.model, inputs, made.visual, (*made.special, AUDIO, AUDIO_START, AUDIO_END))
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .models import Prompts
+from .routing import clear_routing
 
 NAME = "float64_oracle"
 
@@ -153,7 +154,7 @@ def logits(
     inputs, length = extended(exact, new), exact.inputs["input_ids"].shape[1]
     decoder, real = decoder_of(exact.model), inputs["attention_mask"].bool()
     numbering = _renumbering(decoder, drops, real) if renumber else nullcontext()
-    with torch.no_grad(), numbering, _masking(decoder, drops, length):
+    with torch.no_grad(), clear_routing(), numbering, _masking(decoder, drops, length):
         result: Tensor = exact.model(**inputs, use_cache=False, **more).logits
     return result
 

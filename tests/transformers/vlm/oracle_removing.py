@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .models import Prompts
 from .oracle import Drop, extended, in_float64
+from .routing import clear_routing
 
 NAME = "float64_removing"
 
@@ -73,8 +74,11 @@ def _given_to_decoder(exact: Prompts, inputs: Any, more: Any) -> tuple[Tensor, T
     return found["inputs_embeds"], found["position_ids"][-3:]
 
 
-def logits(prompts: Prompts, drops: Sequence[Drop], new: Tensor | None = None, **more: Any) -> Tensor:
+def logits(
+    prompts: Prompts, drops: Sequence[Drop], new: Tensor | None = None, *, renumber: bool = False, **more: Any
+) -> Tensor:
     """As `oracle.logits`: [B, L + new, vocabulary] in float64, 0 where a column is dropped or padding."""
+    assert not renumber  # no such model has positions that can be
     exact = in_float64(prompts)
     inputs, length = extended(exact, new), exact.inputs["input_ids"].shape[1]
     decoder = exact.model.model.language_model
@@ -94,7 +98,7 @@ def logits(prompts: Prompts, drops: Sequence[Drop], new: Tensor | None = None, *
     for layer in decoder.layers:
         if hasattr(layer, "linear_attn"):
             layer.linear_attn.forward = functools.partial(gated_delta_net, layer.linear_attn)
-    with torch.no_grad():
+    with torch.no_grad(), clear_routing():
         embeddings, positions = _given_to_decoder(exact, inputs, more)
         rows = []
         for b, real in enumerate(inputs["attention_mask"].bool()):

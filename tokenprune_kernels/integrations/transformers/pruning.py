@@ -56,7 +56,7 @@ def stages_of(
         if layer is not None:
             raise ValueError("prune_visual_tokens: a schedule to keep names its layers; layer must be None then")
         schedule = schedule_of(keep, depth, per, least=least)
-        return _planned(method, next(iter(schedule)), schedule, decoder.layers, "schedule")
+        return _planned(method, next(iter(schedule)), schedule, decoder.layers, "schedule" if named else "")
     shares = method.scheduled(depth) if layer is None else {}
     if layer is None and method.in_model:
         # The paper's layer, on a model that is deep enough for it.
