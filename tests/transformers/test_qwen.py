@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
@@ -15,37 +14,15 @@ pytest.importorskip("transformers")
 from tests.transformers.vlm import models_qwen as qwen
 from tests.transformers.vlm import oracle
 from tests.transformers.vlm.models import Prompts
-from tests.transformers.vlm.runs_qwen import KEEP, batch, model
+from tests.transformers.vlm.runs_qwen import CLOSE, KEEP, batch, exact, generate, model
 from tokenprune_kernels.integrations.transformers import prune_visual_tokens
 
 IMAGES = [[3, (1, 8, 12), 2, (1, 4, 8), 5], [2, (1, 8, 8), 4]]
-# float32 against float64 through ten layers, logits up to 5: seen 2e-5.
-CLOSE = {"rtol": 0.0, "atol": 4e-5}
 
 
 @functools.cache
 def images(name: str) -> Prompts:
     return qwen.prompts(model(name), IMAGES)
-
-
-def generate(prompts: Prompts, new: int, **more: Any) -> tuple[Any, Tensor]:
-    """What generate returns, and the new tokens."""
-    given = {
-        "max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "return_dict_in_generate": True,
-        "output_logits": True, "suppress_tokens": qwen.SPECIAL, **more,
-    }  # fmt: skip
-    with torch.no_grad():
-        out = prompts.model.generate(**prompts.inputs, **given)
-    return out, out.sequences[:, prompts.inputs["input_ids"].shape[1] :]
-
-
-def exact(prompts: Prompts, pruning: Any, new: Tensor, compacted: bool = False, **more: Any) -> Tensor:
-    """[B, steps, vocabulary]: the float64 logits each of the new tokens was chosen by."""
-    start = prompts.inputs["input_ids"].shape[1]
-    drops = [
-        oracle.Drop(layer, oracle.dropped_columns(prompts, kept), compacted) for layer, kept in pruning.kept_at.items()
-    ]
-    return oracle.logits(prompts, drops, new[:, :-1], **more)[:, start - 1 :]
 
 
 @contextmanager

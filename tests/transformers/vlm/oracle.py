@@ -108,6 +108,8 @@ def decoder_of(model: Any) -> Any:
 
 def in_float64(prompts: Prompts) -> Prompts:
     model = copy.deepcopy(prompts.model).double()
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # products of groups, the default, have no float64
     inputs = {n: t.double() if t.is_floating_point() else t for n, t in prompts.inputs.items()}
     return Prompts(model, inputs, prompts.visual)
 
@@ -123,6 +125,17 @@ def dropped_columns(prompts: Prompts, kept: Tensor) -> Tensor:
     return gone
 
 
+def extended(exact: Prompts, new: Tensor | None) -> dict[str, Tensor]:
+    """The arguments of a forward over the prompt and the tokens behind it."""
+    inputs = dict(exact.inputs)
+    if new is not None:
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], new], 1)
+        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(new)], 1)
+        if "mm_token_type_ids" in inputs:
+            inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, new.shape[1]))
+    return inputs
+
+
 def logits(
     prompts: Prompts, drops: Sequence[Drop], new: Tensor | None = None, *, renumber: bool = False, **more: Any
 ) -> Tensor:
@@ -131,16 +144,10 @@ def logits(
     renumber: in the layers behind a drop, positions count what is left there.
     """
     exact = in_float64(prompts)
-    ids, mask = exact.inputs["input_ids"], exact.inputs["attention_mask"]
-    inputs = dict(exact.inputs)
-    if new is not None:
-        inputs["input_ids"] = torch.cat([ids, new], 1)
-        inputs["attention_mask"] = torch.cat([mask, torch.ones_like(new)], 1)
-        if "mm_token_type_ids" in inputs:
-            inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, new.shape[1]))
+    inputs, length = extended(exact, new), exact.inputs["input_ids"].shape[1]
     decoder, real = decoder_of(exact.model), inputs["attention_mask"].bool()
     numbering = _renumbering(decoder, drops, real) if renumber else nullcontext()
-    with torch.no_grad(), numbering, _masking(decoder, drops, ids.shape[1]):
+    with torch.no_grad(), numbering, _masking(decoder, drops, length):
         result: Tensor = exact.model(**inputs, use_cache=False, **more).logits
     return result
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from .cache import Pruned, Segment, layer_length
 from .families import Family, Inputs, Model
 from .interface import Arguments
-from .masks import decoder_mask
+from .masks import decoder_mask, is_linear
 
 
 @dataclass
@@ -45,7 +45,7 @@ def begin_decode(pruned: Pruned, inputs: Inputs, cache: Any) -> tuple[Decode, In
 def decode_layer(family: Family, decoder: Model, now: Decode, index: int, takes: Arguments, inputs: Inputs) -> Inputs:
     """The arguments that a decoder layer gets."""
     segment = now.pruned.segment_of(index)
-    if segment is None:
+    if segment is None or is_linear(decoder.config, index):  # the model looks at the mask of the new tokens alone
         return inputs
     if segment.first not in now.replaced:
         takes.given(inputs, "hidden_states", "attention_mask", "position_embeddings", "cache")

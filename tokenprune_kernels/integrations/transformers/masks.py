@@ -10,6 +10,14 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from .attention import base_of
 from .families import Family
 
+LINEAR = "linear_attention"
+
+
+def is_linear(config: Any, layer: int) -> bool:
+    """Whether a decoder layer has a state in place of keys: its mask is of the padding alone, [B, L] or None."""
+    types = getattr(config, "layer_types", None)
+    return types is not None and types[layer] == LINEAR
+
 
 def check_layer_types(config: Any, family: Family) -> None:
     """Whether all decoder layers are of the kinds that the family promises to handle."""
@@ -89,6 +97,10 @@ def decoder_mask(
 def check_takes_bias(config: Any) -> None:
     """Whether the attention adds its mask to the logits."""
     name = base_of(config._attn_implementation)
+    if LINEAR in (getattr(config, "layer_types", None) or ()):
+        raise NotImplementedError(
+            "prune_visual_tokens: calibrate=True adds to logits, and linear attention has no logits"
+        )
     if name not in ("sdpa", "eager"):
         raise NotImplementedError(
             "prune_visual_tokens: calibrate=True adds to the logits of the attention by its mask, which sdpa and eager "

@@ -24,7 +24,7 @@ from .encoding import Asked, ModelCall, Prompt
 from .families import Family, Inputs, Model, Saliency
 from .interface import Arguments
 from .layout import Layout, check_on_grid, images_of
-from .masks import check_one_sequence, decoder_mask
+from .masks import check_one_sequence, decoder_mask, is_linear
 from .parallel import same_generator
 from .report import Report
 from .tokens import Tokens, indices_at, keep, read_prompt
@@ -168,7 +168,10 @@ def prefill_layer(plan: Plan, now: Prefill, index: int, layer: nn.Module, takes:
         now.embedded = inputs["hidden_states"].detach()
     if index in plan.stages:
         inputs = _prune(plan, now, plan.stages[index], layer, inputs)
-    return {**inputs, **now.replaced}
+    replaced = now.replaced
+    if replaced and is_linear(plan.decoder.config, index):
+        replaced = {**replaced, "attention_mask": now.tokens.real}
+    return {**inputs, **replaced}
 
 
 def end_prefill(plan: Plan, now: Prefill) -> None:
@@ -223,14 +226,16 @@ def _prune(plan: Plan, now: Prefill, planned: PlannedStage, layer: nn.Module, in
             hidden = _replace(hidden, after.visual, chosen.merged)
     now.tokens, now.left = after, budgets
     now.columns.append(columns)
-    now.report.pruned(planned.layer, after.counts, after.origin, served_by("gather_compact", hidden))
+    now.report.pruned(planned.layer, after.counts, after.origin, served_by("gather_compact", hidden), chosen.told)
     return {**inputs, "hidden_states": hidden}
 
 
 def _budgets(budget: Budget, now: Prefill) -> list[list[int]]:
     """How many stay of what is left, of each sample or of each of its images. generate's copies of a sample are one."""
     once = now.given[:: now.copies]
-    due = iter(budget([n for parts in once for n in parts]))
+    others = [n - c for n, c in zip(now.original.lengths, now.original.counts, strict=True)][:: now.copies]
+    further = [n for n, parts in zip(others, once, strict=True) for _ in parts]
+    due = iter(budget([n for parts in once for n in parts], further))
     kept = [[next(due) for _ in parts] for parts in once]
     repeated = [parts for parts in kept for _ in range(now.copies)]
     return [[min(pair) for pair in zip(*pairs, strict=True)] for pairs in zip(repeated, now.left, strict=True)]

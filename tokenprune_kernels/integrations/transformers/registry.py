@@ -3,6 +3,7 @@
 from torch import nn
 
 from .adapters import (
+    glm_vl,
     idefics3,
     internvl,
     llava,
@@ -10,6 +11,8 @@ from .adapters import (
     llava_next_video,
     llava_onevision,
     ovis2,
+    qwen3_5,
+    qwen_omni,
     qwen_vl,
     video_llava,
 )
@@ -25,7 +28,8 @@ def register_family(family: Family) -> None:
 
 _ADAPTERS = (
     llava, llava_next, llava_next_video, llava_onevision, video_llava,
-    qwen_vl,
+    qwen_vl, qwen3_5, qwen_omni,
+    glm_vl,
     internvl,
     idefics3,
     ovis2,
@@ -48,6 +52,8 @@ UNSERVED = {
     "mllama": "its images are seen through cross-attention: the prompt has no visual tokens to drop",
     "molmo": "its code comes with the checkpoint, and molmo2 is not served",
     "molmo2": "its visual tokens see each other both ways, by a mask that the model makes from mm_token_type_ids",
+    "qwen2_5_omni": "pass model.thinker, and generate without speech, whose talker reads all hidden states",
+    "qwen3_omni_moe": "pass model.thinker, and generate without speech, whose talker reads all hidden states",
     "ovis": "load the checkpoint that ends in -hf (model_type ovis2)",
 }
 
