@@ -21,6 +21,7 @@ class Prompts:
     inputs: dict[str, Tensor]
     visual: int | tuple[int, ...]  # the ids that stand for visual tokens
     special: tuple[int, ...] = ()  # other ids that no text may have
+    new_type: int = 0  # the token_type_ids of tokens that are decoded
 
 
 def text(count: int, generator: torch.Generator) -> list[int]:

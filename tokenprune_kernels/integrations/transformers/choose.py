@@ -62,6 +62,7 @@ class LayerContext:
     layout: Callable[[], Layout]  # of the unpruned visual tokens, on the device
     saliency: Callable[[], Tensor]  # [B, V] of the unpruned visual tokens
     generator: Callable[[], torch.Generator | None]
+    causal: bool = True  # whether the text behind the images sees no token behind itself
     sample: Tensor | None = None
 
     def taken(self, values: Tensor, index: Tensor) -> Tensor:
@@ -145,7 +146,7 @@ OF_SAMPLES: dict[str, Callable[[LayerContext], Any]] = {
     "next_key": lambda c: c.projected().key,
     "next_scale": lambda c: c.projected().scale,
     "lse": LayerContext.lse,
-    "causal": lambda c: True,
+    "causal": lambda c: c.causal,
     "key_mask": lambda c: c.tokens.real,
     "query_positions": LayerContext.query_positions,
     "query_mask": lambda c: c.text_mask,

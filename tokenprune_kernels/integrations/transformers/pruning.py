@@ -15,6 +15,7 @@ from .budgets import Budget, Keep, as_python, budget_of, check_layer, ending_wit
 from .choose import check_stage
 from .families import Family
 from .hooks import install
+from .kinds import check_shared
 from .masks import check_takes_bias
 from .overlay import boxes_of, overlays
 from .page import save_page
@@ -154,6 +155,7 @@ class Pruning:
         for planned in stages:
             check_where(method.name, planned.stage, decoder.layers, planned.layer)
             check_stage(method.name, planned.stage, decoder.layers[planned.layer])
+            check_shared(decoder.config, decoder.layers, planned.layer)
         self.method, self.model = method.name, model
         self.title = method.title or method.name
         self._block = Block(Plan(

@@ -3,13 +3,17 @@
 from torch import nn
 
 from .adapters import (
+    gemma,
+    gemma4,
     glm_vl,
     idefics3,
     internvl,
+    llama4,
     llava,
     llava_next,
     llava_next_video,
     llava_onevision,
+    mistral3,
     ovis2,
     qwen3_5,
     qwen_omni,
@@ -33,6 +37,9 @@ _ADAPTERS = (
     internvl,
     idefics3,
     ovis2,
+    mistral3,
+    gemma, gemma4,
+    llama4,
 )  # fmt: skip
 
 for _adapter in _ADAPTERS:
@@ -43,6 +50,7 @@ for _adapter in _ADAPTERS:
 UNSERVED = {
     "aya_vision": "its decoder, Cohere2, has layers with windows, which are not proven",
     "cohere2_vision": "its decoder, Cohere2, has layers with windows, which are not proven",
+    "gemma3n": "its hidden states are stacks of several a token (AltUp), and its vision tower is one of timm",
     "internvl_chat": "load the checkpoint of the same name that ends in -hf (model_type internvl)",
     "llava_llama": "load the checkpoint of llava-hf (model_type llava, or llava_next for 1.6)",
     "llava_mistral": "load the checkpoint of llava-hf (model_type llava_next)",
@@ -52,9 +60,9 @@ UNSERVED = {
     "mllama": "its images are seen through cross-attention: the prompt has no visual tokens to drop",
     "molmo": "its code comes with the checkpoint, and molmo2 is not served",
     "molmo2": "its visual tokens see each other both ways, by a mask that the model makes from mm_token_type_ids",
+    "ovis": "load the checkpoint that ends in -hf (model_type ovis2)",
     "qwen2_5_omni": "pass model.thinker, and generate without speech, whose talker reads all hidden states",
     "qwen3_omni_moe": "pass model.thinker, and generate without speech, whose talker reads all hidden states",
-    "ovis": "load the checkpoint that ends in -hf (model_type ovis2)",
 }
 
 

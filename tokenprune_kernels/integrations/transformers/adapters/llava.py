@@ -10,37 +10,14 @@ from torch import Tensor, nn
 
 from ..families import Family, Inputs, Model, Saliency
 from ..layout import Layout, grid_patches
-from .images import encoded_with, layout_of_images, values_of_images
-from .towers import attention_in, attention_of, check_grid, patch_scores, received_attention
-
-
-def sizes_seen(arguments: dict[str, Any]) -> Any:
-    """Height and width of each image, in pixels. Pixtral's images are padded to the largest of a batch."""
-    sizes = arguments.get("image_sizes")
-    pixels = arguments.get("pixel_values")
-    if sizes is None and pixels is not None:
-        return [tuple(pixels.shape[-2:])] * len(pixels)
-    return sizes
-
-
-def grids_of(core: Model, inputs: Inputs) -> list[tuple[int, int]]:
-    """Height and width of each image, in patches."""
-    (sizes,) = encoded_with(inputs, "get_image_features")
-    if hasattr(sizes, "tolist"):
-        sizes = sizes.tolist()
-    patch = core.config.vision_config.patch_size
-    return [(height // patch, width // patch) for height, width in sizes]
+from .images import grids_of, layout_of_images, sizes_seen, values_of_images
+from .towers import attended, attention_in, attention_of, check_grid, patch_scores, received_attention
 
 
 def layout(core: Model, inputs: Inputs, counts: list[int]) -> Layout:
     check_grid(core)
     images = [[grid_patches(height, width, 0)] for height, width in grids_of(core, inputs)]
     return layout_of_images({core.config.image_token_id: images}, inputs, counts)
-
-
-def attended(core: Model, query: Tensor, key: Tensor, scale: float, _: Inputs) -> tuple[Tensor, Tensor, float]:
-    """Which tokens of a sequence are one image's is known when the prompt comes."""
-    return query.detach(), key.detach(), scale
 
 
 def saliency(core: Model, inputs: Inputs, counts: list[int], seen: list[Any]) -> Tensor:
