@@ -8,6 +8,7 @@ prefill and in decoding, and its greedy tokens.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from tokenprune_kernels.methods import method_names
 
@@ -46,6 +47,14 @@ def _sizes(function: str, *more: str) -> tuple[str, ...]:
 
 
 _CLASS_TOKENS = "needs the position of every visual token on a grid, and the class tokens among them are on none"
+# Decoders some of whose layers have linear attention.
+_LINEAR: dict[str, Any] = {
+    "path": "oracle_removing.logits", "refuses": {"adaptprune": "the projections of layer 2, which has linear attention"},
+}  # fmt: skip
+    "path": "oracle_removing.logits",
+    "refuses": {"adaptprune": "reads the projections of layer"},
+}
+_GLM = ("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr")
 
 PROOFS = (
     Proof("llava", ("models.llava_padded",), "an image each", EVERY),
@@ -65,8 +74,19 @@ PROOFS = (
     Proof("qwen2_vl", ("runs_qwen.batch:qwen2_vl",), "images of any size, a video", EVERY),
     Proof("qwen2_5_vl", ("runs_qwen.batch:qwen2_5_vl",), "images of any size, a video", EVERY),
     Proof("qwen3_vl", ("runs_qwen.batch:qwen3_vl",), "images of any size, a video", EVERY),
+    Proof("qwen3_vl_moe", ("models_mrope.batch:qwen3_vl_moe",), "images of any size"),
+    Proof("qwen3_5", ("models_hybrid.batch:qwen3_5",), "images of any size, a video", **_LINEAR),
+    Proof("qwen3_5_moe", ("models_hybrid.batch:qwen3_5_moe",), "images of any size, a video", **_LINEAR),
+    Proof("qwen2_5_omni_thinker", ("models_omni.batch:qwen2_5_omni_thinker",), "images, a video, sound"),
+    Proof("qwen3_omni_moe_thinker", ("models_omni.batch:qwen3_omni_moe_thinker",), "images, a video, sound"),
+    *(Proof(name, (f"models_mrope.batch:{name}",), "images of any size") for name in _GLM),
     Proof("internvl", _sizes("models_crops.internvl", "models_crops.internvl_video"), "images in tiles, frames", EVERY),
     Proof("idefics3", ("models_tiles.idefics3", "models_tiles.idefics3_frames"), "images in tiles, frames"),
     Proof("smolvlm", ("models_tiles.smolvlm", "models_tiles.smolvlm_frames"), "images in tiles, frames"),
     Proof("ovis2", ("models_tiles.ovis2",), "images in tiles"),
+    Proof("mistral3", ("models_window.mistral3",), "images of any size"),
+    Proof("paligemma", ("models_window.paligemma", "models_window.paligemma2"), "an image or two"),
+    Proof("gemma3", ("models_window.gemma3",), "an image or two"),
+    Proof("gemma4", ("models_window.gemma4", "models_window.gemma4_shared"), "images of any size"),
+    Proof("llama4", ("models_window.llama4",), "a tile or two"),
 )  # fmt: skip

@@ -69,7 +69,8 @@ def prompts(name: str, samples: list[list[qwen.Part]]) -> Prompts:
     if name not in GLM:
         return made
     ids = made.inputs["input_ids"]
-    return Prompts(made.model, {**made.inputs, "input_ids": ids.where(ids != qwen.VIDEO, qwen.IMAGE)}, (qwen.IMAGE,))
+    inputs = {**made.inputs, "input_ids": ids.where(ids != qwen.VIDEO, qwen.IMAGE)}
+    return Prompts(made.model, inputs, (qwen.IMAGE,), (qwen.VIDEO, *made.special))
 
 
 # Ragged images and a video behind left padding, as in runs_qwen.py; GLM takes images or videos.

@@ -75,7 +75,7 @@ def _with_sound(made: Prompts, frames: list[int]) -> Prompts:
     inputs = {n: t for n, t in made.inputs.items() if n != "mm_token_type_ids"}
     inputs["input_features"] = torch.randn(len(frames), MEL, max(frames), generator=draw)
     inputs["feature_attention_mask"] = torch.tensor([[1] * n + [0] * (max(frames) - n) for n in frames])
-    return Prompts(made.model, inputs, made.visual)
+    return Prompts(made.model, inputs, made.visual, (*made.special, AUDIO, AUDIO_START, AUDIO_END))
 
 
 @functools.cache
