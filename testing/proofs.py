@@ -49,10 +49,8 @@ def _sizes(function: str, *more: str) -> tuple[str, ...]:
 _CLASS_TOKENS = "needs the position of every visual token on a grid, and the class tokens among them are on none"
 # Decoders some of whose layers have linear attention.
 _LINEAR: dict[str, Any] = {
-    "path": "oracle_removing.logits", "refuses": {"adaptprune": "the projections of layer 2, which has linear attention"},
-}  # fmt: skip
     "path": "oracle_removing.logits",
-    "refuses": {"adaptprune": "reads the projections of layer"},
+    "refuses": {"adaptprune": "the projections of layer 2, which has linear attention"},
 }
 _GLM = ("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr")
 
