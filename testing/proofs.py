@@ -46,7 +46,6 @@ def _sizes(function: str, *more: str) -> tuple[str, ...]:
 
 
 _CLASS_TOKENS = "needs the position of every visual token on a grid, and the class tokens among them are on none"
-
 # It reads the attention of the layer before and the keys of its own.
 _LINEAR = {"adaptprune": "it can choose in front of no layer"}
 
@@ -90,4 +89,9 @@ PROOFS = (
     Proof("idefics3", ("models_tiles.idefics3", "models_tiles.idefics3_frames"), "images in tiles, frames"),
     Proof("smolvlm", ("models_tiles.smolvlm", "models_tiles.smolvlm_frames"), "images in tiles, frames"),
     Proof("ovis2", ("models_tiles.ovis2",), "images in tiles"),
+    Proof("mistral3", ("models_window.mistral3",), "images of any size"),
+    Proof("paligemma", ("models_window.paligemma", "models_window.paligemma2"), "an image or two"),
+    Proof("gemma3", ("models_window.gemma3",), "an image or two"),
+    Proof("gemma4", ("models_window.gemma4", "models_window.gemma4_shared"), "images of any size"),
+    Proof("llama4", ("models_window.llama4",), "a tile or two"),
 )  # fmt: skip

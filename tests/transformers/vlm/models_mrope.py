@@ -76,8 +76,8 @@ def prompts(name: str, samples: list[list[qwen.Part]]) -> Prompts:
     if name not in GLM:
         return made
     ids = made.inputs["input_ids"]
-    one_id = {**made.inputs, "input_ids": ids.where(ids != qwen.VIDEO, qwen.IMAGE)}
-    return Prompts(made.model, one_id, (qwen.IMAGE,), (qwen.VIDEO, *made.special))
+    inputs = {**made.inputs, "input_ids": ids.where(ids != qwen.VIDEO, qwen.IMAGE)}
+    return Prompts(made.model, inputs, (qwen.IMAGE,), (qwen.VIDEO, *made.special))
 
 
 # Ragged images and a video behind left padding, as in runs_qwen.py; GLM takes images or videos.
