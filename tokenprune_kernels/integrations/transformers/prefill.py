@@ -11,22 +11,24 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ... import gather_compact
 from ..._backend import served_by
 from ...methods import Stage
 from .budgets import Budget
-from .cache import Pruned, Segment, check_cache, compact_layers, layer_length, remember
-from .choose import AttentionInputs, Embedded, LayerContext, choose, not_seen
+from .cache import Pruned, Segment, check_cache, compact_layers, free_windows, layer_length, remember, take_windows_back
+from .choose import ON_GRID, AttentionInputs, Embedded, LayerContext, choose, not_seen
 from .deepstack import DeepStack, take_deepstack
 from .encoding import Asked, ModelCall, Prompt
 from .families import Family, Inputs, Model, Saliency
-from .interface import Arguments
-from .layout import Layout, images_of
-from .masks import check_one_sequence, decoder_mask
+from .interface import Arguments, all_rows
+from .kinds import FULL, check_counts, kind_of
+from .layout import Layout, check_on_grid, images_of
+from .masks import check_one_sequence
 from .parallel import same_generator
 from .report import Report
+from .shortened import composed, padded, shortened
 from .tokens import Tokens, indices_at, keep, read_prompt
 
 IMAGES_LATER = (
@@ -92,20 +94,21 @@ class Prefill:
     deepstack: DeepStack | None
     report: Report
     cache: Any = None  # that the layers fill
+    rows: int = 0  # in front of the decoder's norm, the last of them; 0: all
     embedded: Tensor | None = None  # what went into the first layer, for the methods that ask for it
     segments: list[Segment] = field(default_factory=list)
     attention: AttentionInputs | None = None  # of the layer before a pruning layer
     projecting: list[AttentionInputs] | None = None  # while a pruning layer's attention is called for these alone
     columns: list[Tensor] = field(default_factory=list)  # of each segment, into the sequence before it
-    # What the layers get instead of the model's, after the first pruning.
-    replaced: dict[str, Any] = field(default_factory=dict)
+    # What the layers of each kind get instead of the model's, since the last pruning.
+    replaced: dict[str, Inputs] = field(default_factory=dict)
 
 
 def begin_prefill(
     plan: Plan, call: ModelCall, prompt: Prompt, inputs: Inputs, cache: Any, asked: Asked | None
 ) -> tuple[Prefill | None, Inputs]:
     """The prefill and the arguments that the decoder gets: without visual tokens, None and the inputs unchanged."""
-    mask = inputs.get("attention_mask")
+    mask = call.attention_mask
     fits = isinstance(mask, Tensor) and mask.shape == prompt.is_visual.shape
     tokens = read_prompt(prompt.is_visual, mask.bool() if isinstance(mask, Tensor) and fits else None)
     if not any(tokens.counts):
@@ -118,6 +121,12 @@ def begin_prefill(
     if mask is not None and not fits:
         got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise NotImplementedError(f"prune_visual_tokens: the attention_mask must be [B, L] or absent, got {got}")
+    if plan.family.prefix is not None and prompt.inputs.get(plan.family.prefix) is None:
+        raise NotImplementedError(
+            f"prune_visual_tokens: a prompt of {plan.family.name} needs {plan.family.prefix}, which its processor "
+            "returns"
+        )
+    check_counts(plan.family, plan.decoder.config, tokens.length)
     check_one_sequence(inputs.get("position_ids"), mask)
     modules = (plan.decoder, *plan.decoder.layers)
     if any(getattr(m, "gradient_checkpointing", False) and m.training for m in modules):
@@ -139,9 +148,10 @@ def begin_prefill(
     copies = 1 if asked is None else asked.copies
     if given != [parts for parts in given[::copies] for _ in range(copies)]:
         copies = 1  # a forward inside of generate that is none of its own
-    return Prefill(
-        tokens, tokens, given, given, copies, position, prompt, call.encoding.saliency, deepstack, report
-    ), inputs
+    now = Prefill(tokens, tokens, given, given, copies, position, prompt, call.encoding.saliency, deepstack, report)
+    if any(_budgets(planned.budget, now) != now.left for planned in plan.stages.values()):
+        now.rows, inputs = all_rows(inputs)
+    return now, inputs
 
 
 def _check_asked(asked: Asked) -> None:
@@ -156,25 +166,29 @@ def _check_asked(asked: Asked) -> None:
         )
 
 
-def prefill_layer(plan: Plan, now: Prefill, index: int, layer: nn.Module, takes: Arguments, inputs: Inputs) -> Inputs:
+def prefill_layer(plan: Plan, now: Prefill, index: int, takes: Arguments, inputs: Inputs) -> Inputs:
     """The arguments that a decoder layer gets."""
     if index == 0:
         takes.given(inputs, "hidden_states", "attention_mask", "position_embeddings", "cache")
         now.cache = takes.cache(inputs)
         check_cache(now.cache, plan.family, compact=plan.compact_cache)  # the decoder may have made it itself
+        if plan.compact_cache and now.cache is not None:
+            free_windows(now.cache, range(len(plan.decoder.layers)))
     if now.deepstack is not None:
         inputs = {**inputs, "hidden_states": now.deepstack.added(index - 1, inputs["hidden_states"], now.tokens)}
     if index == 0 and any(planned.stage.uses & {"input_features", "input_text"} for planned in plan.stages.values()):
         now.embedded = inputs["hidden_states"].detach()
     if index in plan.stages:
-        inputs = _prune(plan, now, plan.stages[index], layer, inputs)
-    return {**inputs, **now.replaced}
+        inputs = _prune(plan, now, plan.stages[index], inputs)
+    return {**inputs, **_of_what_is_left(plan, now, index, inputs)}
 
 
 def end_prefill(plan: Plan, now: Prefill) -> None:
     """Leaves what decoding and the user will ask for."""
     if not now.segments:
         now.report.untouched(now.original.origin)
+        if now.cache is not None:
+            take_windows_back(now.cache, filled=True)
         return
     if now.cache is None:
         return
@@ -183,8 +197,9 @@ def end_prefill(plan: Plan, now: Prefill) -> None:
         with now.report.clock("compact_ms"):
             _compact_caches(now)
         own = [s for s in now.segments if s.next_position is not None or s.bias is not None]
-        now.segments = [Segment(0, last.tokens), *(replace(s, tokens=last.tokens) for s in own)]
-    remember(now.cache, Pruned(now.original.length, now.segments, now.next_position))
+        everywhere = Segment(0, last.tokens, last.columns)
+        now.segments = [everywhere, *(replace(s, tokens=last.tokens, columns=last.columns) for s in own)]
+    remember(now.cache, Pruned(now.original.length, padded(now.original), now.segments, now.next_position))
 
 
 def _compact_caches(now: Prefill) -> None:
@@ -197,56 +212,66 @@ def _compact_caches(now: Prefill) -> None:
             compact_layers(now.cache, range(start, end), left)
 
 
-def _prune(plan: Plan, now: Prefill, planned: PlannedStage, layer: nn.Module, inputs: Inputs) -> Inputs:
+def _prune(plan: Plan, now: Prefill, planned: PlannedStage, inputs: Inputs) -> Inputs:
     tokens = now.tokens
     budgets = _budgets(planned.budget, now)
     if budgets == now.left:
         return inputs
     hidden: Tensor = inputs["hidden_states"]
+    if planned.stage.uses & ON_GRID:
+        assert now.report.layout is not None
+        check_on_grid(now.report.layout(), planned.stage.name)
     with torch.no_grad(), now.report.clock("select_ms"):
         with plan.draws.lock if "generator" in planned.stage.uses else nullcontext():
-            chosen = choose(planned.stage, _context(plan, now, layer, inputs), now.left, budgets, plan.options)
+            chosen = choose(planned.stage, _context(plan, now, planned.layer, inputs), now.left, budgets, plan.options)
         after, columns = keep(tokens, chosen.indices, [sum(parts) for parts in budgets])
     now.attention = None
     with now.report.clock("compact_ms"):
-        number = after.numbered() if plan.renumber else None
         bias = _bias(planned.stage, now, after, chosen.sizes) if plan.calibrate else None
-        next_position = None if number is None else number[:, -1] + 1
+        next_position = after.numbered()[:, -1] + 1 if plan.renumber else None
         if next_position is not None and planned.layer == 0:  # the model counts on from there in all of its layers
             now.next_position, next_position = next_position, None
-        now.segments.append(Segment(planned.layer, after, next_position, bias))
-        hidden = _compact(plan, now, columns, number, inputs)
+        now.columns.append(columns)
+        now.segments.append(Segment(planned.layer, after, composed(now.columns), next_position, bias))
+        now.replaced = {}
+        (hidden,) = gather_compact([hidden], columns, dims=[1])
         if chosen.merged is not None:
             hidden = _replace(hidden, after.visual, chosen.merged)
+        if now.cache is not None:
+            free_windows(now.cache, range(planned.layer, len(plan.decoder.layers)))
     now.tokens, now.left = after, budgets
-    now.columns.append(columns)
-    now.report.pruned(planned.layer, after.counts, after.origin, served_by("gather_compact", hidden))
+    now.report.pruned(planned.layer, after.counts, after.origin, served_by("gather_compact", hidden), chosen.told)
     return {**inputs, "hidden_states": hidden}
 
 
 def _budgets(budget: Budget, now: Prefill) -> list[list[int]]:
     """How many stay of what is left, of each sample or of each of its images. generate's copies of a sample are one."""
     once = now.given[:: now.copies]
-    due = iter(budget([n for parts in once for n in parts]))
+    others = [n - c for n, c in zip(now.original.lengths, now.original.counts, strict=True)][:: now.copies]
+    further = [n for n, parts in zip(others, once, strict=True) for _ in parts]
+    due = iter(budget([n for parts in once for n in parts], further))
     kept = [[next(due) for _ in parts] for parts in once]
     repeated = [parts for parts in kept for _ in range(now.copies)]
     return [[min(pair) for pair in zip(*pairs, strict=True)] for pairs in zip(repeated, now.left, strict=True)]
 
 
-def _context(plan: Plan, now: Prefill, layer: Any, inputs: Inputs) -> LayerContext:
+def _context(plan: Plan, now: Prefill, index: int, inputs: Inputs) -> LayerContext:
+    layer = plan.decoder.layers[index]
     hidden: Tensor = inputs["hidden_states"].detach()
 
     @functools.cache
     def projected() -> AttentionInputs:
         # The attention is called as the layer does, whatever norms, rotations and offloaded weights are in it, without
         # a cache; `Block.projecting` takes what it would attend with, and it attends to nothing.
-        embeddings = {**inputs, **now.replaced}["position_embeddings"]
+        embeddings = {**inputs, **_of_what_is_left(plan, now, index, inputs)}["position_embeddings"]
         found: list[AttentionInputs] = []
+        shared: Inputs = {"shared_kv_states": {}} if "shared_kv_states" in inputs else {}
         now.projecting = found
         try:
             layer.self_attn(
-                hidden_states=layer.input_layernorm(hidden), position_embeddings=embeddings, attention_mask=None
-            )
+                hidden_states=layer.input_layernorm(hidden), position_embeddings=embeddings, attention_mask=None,
+                **shared,
+            )  # fmt: skip
         finally:
             now.projecting = None
         if not found:
@@ -268,15 +293,17 @@ def _context(plan: Plan, now: Prefill, layer: Any, inputs: Inputs) -> LayerConte
     def embedded() -> Embedded:
         assert now.embedded is not None
         column = torch.arange(now.original.length, device=hidden.device).expand(hidden.shape[0], -1)
-        for columns in now.columns:
-            column = indices_at(column, columns)
-        return Embedded(now.embedded.to(hidden.device), now.original, column)
+        return Embedded(now.embedded.to(hidden.device), now.original, composed([column, *now.columns]))
 
     def generator() -> torch.Generator | None:
         drawn = plan.draws.of(plan.seed, hidden.device)
         return same_generator(layer, hidden.device) if drawn is None else drawn
 
-    return LayerContext(now.tokens, hidden, layer, now.attention, projected, embedded, layout, saliency, generator)
+    attention = now.attention
+    if attention is not None and kind_of(plan.decoder.config, index - 1) != FULL:
+        attention = replace(attention, lse=None)  # it is that of a window, and methods see all keys
+    causal = plan.family.prefix is None
+    return LayerContext(now.tokens, hidden, layer, attention, projected, embedded, layout, saliency, generator, causal)
 
 
 def _replace(hidden: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
@@ -308,41 +335,18 @@ def _bias(stage: Stage, now: Prefill, after: Tokens, sizes: Tensor | None) -> Te
     return ones.scatter(1, at, sizes.clamp_min(1))[:, :most].log()
 
 
-def _compact(plan: Plan, now: Prefill, columns: Tensor, number: Tensor | None, inputs: Inputs) -> Tensor:
-    """The hidden states without the dropped columns; what the layers get besides is left in `now.replaced`.
-
-    number [B, L']: the columns' new positions; None: they keep their own.
-    """
+def _of_what_is_left(plan: Plan, now: Prefill, index: int, inputs: Inputs) -> Inputs:
+    """What a layer gets besides its hidden states, of the tokens that are left; most of it is that of its kind."""
+    if not now.segments:
+        return {}
     segment = now.segments[-1]
-    after = segment.tokens
-    given = {**inputs, **now.replaced}
-    hidden: Tensor = given["hidden_states"]
-    batch = hidden.shape[0]
-    rotary = [_with_batch(t, batch) for t in given["position_embeddings"]]
-    batch_dims = [t.dim() - 3 for t in rotary]  # [B, L, D] or, one for each axis of the image, [3, B, L, D]
-    hidden, *rotary = gather_compact(
-        [hidden, *rotary], columns, dims=[1, *(d + 1 for d in batch_dims)], batch_dims=[0, *batch_dims]
-    )
-    if number is not None:
-        rotary = list(plan.decoder.rotary_emb(hidden, position_ids=number))
-    now.replaced = {
-        "position_embeddings": tuple(rotary),
-        # FlashAttention would take gaps in the positions for borders between packed sequences.
-        "position_ids": None,
-        "attention_mask": decoder_mask(
-            plan.family, plan.decoder.config, batch=batch, queries=after.length, keys=after.length, padding=after.real,
-            bias=segment.bias_of_columns(),
-            dtype=hidden.dtype, device=hidden.device,
-        ),
-    }  # fmt: skip
-    if inputs.get("cache_position") is not None:
-        now.replaced["cache_position"] = torch.arange(after.length, device=hidden.device)
-    return hidden
-
-
-def _with_batch(t: Tensor, batch: int) -> Tensor:
-    """Rotary embeddings are [1, L, D] when every sample has the same positions."""
-    return t.expand(*t.shape[:-3], batch, *t.shape[-2:])
+    own = {name: inputs[name] for name in plan.family.layer_inputs if inputs.get(name) is not None}
+    rows = gather_compact(list(own.values()), segment.columns, dims=[1] * len(own)) if own else []
+    kind = kind_of(plan.decoder.config, index)
+    if kind not in now.replaced:
+        with now.report.clock("compact_ms"):
+            now.replaced[kind] = shortened(plan.family, plan.decoder, kind, segment, inputs, renumber=plan.renumber)
+    return now.replaced[kind] | dict(zip(own, rows, strict=True))
 
 
 def _next_position(inputs: Inputs, tokens: Tokens, counted: bool) -> Tensor:
