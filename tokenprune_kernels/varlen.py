@@ -178,7 +178,12 @@ def attention_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Entropy and log-sum-exp of every row over the visible keys of its sequence, both [Hq, Tq].
 
-    Args: as in `cross_attention_scores`.
+    Args:
+        query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_mask, query_positions, scale, causal,
+            cosine, backend: as in `cross_attention_scores`.
+
+    Returns:
+        entropy, lse: as those of `cross_attention_scores`.
 
     Raises:
         ValueError, TypeError: as in `cross_attention_scores`.
