@@ -161,10 +161,6 @@ FACTORIES: dict[str, dict[str, Factory]] = {
     },
     "attention_scores": {
         "plain": lambda s, t: {**_attention(s, t), **_lse(s, t)},
-        "every_row": lambda s, t: {
-            **_attention(s, t), **_lse(s, t), "head_reduction": "none", "query_reduction": "none",
-            "query_mask": flags(s.batch, s.rows, seed=6),
-        },
         "everything": lambda s, t: {
             **_attention(s, t), **_lse(s, t), **_reduced(s), "scale": 0.25, "head_reduction": "none",
             "query_reduction": "max+last",

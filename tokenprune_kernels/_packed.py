@@ -5,13 +5,14 @@ reading memory out of bounds: places outside the batch are no entries to gather_
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops
+from ._backend import served_by
 from ._checks import dtype_name, fail, shape_text
 
 
@@ -110,12 +111,13 @@ def pack(c: Cut, padded: Sequence[Tensor], backend: str | None) -> list[Tensor]:
     return [t[0] for t in ops.gather_compact(rows, at[None], dims=[-1] * len(rows), backend=backend)]
 
 
-def padded_attention(
-    op: str, query: Tensor, key: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+def attend(
+    name: str, query: Tensor, key: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
     max_seqlen_k: int, *, causal: bool, key_mask: Tensor | None, query_positions: Tensor | None,
-    query_mask: Tensor | None = None, lse: Tensor | None = None, backend: str | None = None,
-) -> tuple[Cut, Cut, dict[str, Any]]:  # fmt: skip
-    """How rows and keys are cut, and the arguments of the attention ops for the padded batch."""
+    query_mask: Tensor | None = None, lse: Tensor | None = None, backend: str | None = None, **options: Any,
+) -> list[Tensor]:  # fmt: skip
+    """What the attention op of this name gives of every sequence, packed."""
+    op = f"varlen.{name}"
     check_packed(op, "query", query, "Tq Hq D")
     check_packed(op, "key", key, "Tk Hkv D")
     check_count(op, "max_seqlen_q", max_seqlen_q)
@@ -140,14 +142,58 @@ def padded_attention(
     if key_mask is not None:
         check_beside(op, "key_mask", key_mask, torch.bool, keys.tokens, key)
         of_keys["key_mask"] = key_mask
-    made: dict[str, Any] = {"causal": causal}
+    options = {**options, "causal": causal, "backend": backend}
+    serving = served_by(name, query) if backend in (None, "auto") else backend
+    one_by_one = serving == "cpu" and rows.batch > 0 and not torch.compiler.is_compiling()
+    return (_each if one_by_one else _padded)(getattr(ops, name), rows, keys, of_rows, of_keys, options)
+
+
+def _dim(name: str) -> int:
+    """Where a packed argument has its tokens."""
+    return 1 if name == "lse" else 0
+
+
+def _listed(results: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [results] if isinstance(results, Tensor) else list(results)
+
+
+def _each(
+    attention: Callable[..., Any], rows: Cut, keys: Cut, of_rows: dict[str, Tensor], of_keys: dict[str, Tensor],
+    options: dict[str, Any],
+) -> list[Tensor]:  # fmt: skip
+    """On the CPU, where the host sees where sequences begin: a call for each, on views."""
+    parts: list[list[Tensor]] = []
+    for cuts in zip(itertools.pairwise(rows.bounds.tolist()), itertools.pairwise(keys.bounds.tolist()), strict=True):
+        own: dict[str, Any] = {}
+        for named, (begin, end) in zip((of_rows, of_keys), cuts, strict=True):
+            own.update({n: t.narrow(_dim(n), begin, end - begin)[None] for n, t in named.items()})
+        own["query"], own["key"] = own["query"].transpose(1, 2), own["key"].transpose(1, 2)
+        parts.append(_listed(attention(**own, **options)))
+    packed = []
+    for i, part in enumerate(parts[0]):
+        side = keys if i == 0 and attention is not ops.attention_entropy else rows
+        tail = part.new_zeros(*part.shape[:-1], side.tokens - int(side.bounds[-1]))
+        packed.append(torch.cat([*(results[i] for results in parts), tail], -1)[0])
+    return packed
+
+
+def _padded(
+    attention: Callable[..., Any], rows: Cut, keys: Cut, of_rows: dict[str, Tensor], of_keys: dict[str, Tensor],
+    options: dict[str, Any],
+) -> list[Tensor]:  # fmt: skip
+    """One call on padded tensors, made by one launch for the rows and one for the keys."""
+    backend = options["backend"]
+    made: dict[str, Any] = {}
     for side, named in ((rows, of_rows), (keys, of_keys)):
         at = places(side)
         made["key_mask" if side is keys else "query_mask"] = at >= 0
-        dims = [1 if name == "lse" else 0 for name in named]
-        made.update(zip(named, pad(side, list(named.values()), dims, at, backend), strict=True))
+        made.update(zip(named, pad(side, list(named.values()), [_dim(n) for n in named], at, backend), strict=True))
     made["query"], made["key"] = made["query"].transpose(1, 2), made["key"].transpose(1, 2)
-    if causal and query_positions is None:  # the last row of a sequence sees all of its keys
+    if options["causal"] and "query_positions" not in of_rows:  # the last row of a sequence sees all of its keys
         first = keys.bounds.diff() - rows.bounds.diff()
-        made["query_positions"] = first[:, None] + torch.arange(rows.longest, device=query.device)
-    return rows, keys, made
+        made["query_positions"] = first[:, None] + torch.arange(rows.longest, device=rows.bounds.device)
+    if attention is ops.attention_entropy:
+        del made["query_mask"]  # every row has an entropy
+        return pack(rows, _listed(attention(**made, **options)), backend)
+    scores, *others = _listed(attention(**made, **options))
+    return [*pack(keys, [scores], backend), *(pack(rows, others, backend) if others else [])]

@@ -6,9 +6,9 @@ so that the host waits for nothing and a call can be captured in a CUDA graph. T
 none.
 
 `select_topk` and `gather_compact` pad nothing: a packed batch is one long sample whose sequences are the groups of
-`tokenprune_kernels.select_grouped_topk`, and positions in it are positions in one sample. The attention functions copy
-query and key once into [B, max_seqlen, ...], by one launch of `tokenprune_kernels.gather_compact` for either, and pack
-what comes back.
+`tokenprune_kernels.select_grouped_topk`, and positions in it are positions in one sample. The attention functions call
+the op for every sequence on the CPU, where the host sees where it begins. Elsewhere they copy query and key once into
+[B, max_seqlen, ...], by one launch of `tokenprune_kernels.gather_compact` for either, and pack what comes back.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import ops
 from ._checks import fail
-from ._packed import check_beside, check_count, check_packed, cut, pack, padded_attention, sequences
+from ._packed import attend, check_beside, check_count, check_packed, cut, sequences
 
 __all__ = ["attention_entropy", "attention_scores", "cross_attention_scores", "gather_compact", "select_topk"]
 
@@ -152,17 +152,13 @@ def attention_scores(
     >>> tp.varlen.attention_scores(query, key, lse, rows, keys, 1, 2)
     tensor([1., 1., 1.])
     """
-    op = "varlen.attention_scores"
-    _check_reduced(op, query_reduction)
-    _, keys, padded = padded_attention(
-        op, query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal, key_mask=key_mask,
-        query_positions=query_positions, query_mask=query_mask, lse=lse, backend=backend,
+    _check_reduced("varlen.attention_scores", query_reduction)
+    (scores,) = attend(
+        "attention_scores", query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal,
+        key_mask=key_mask, query_positions=query_positions, query_mask=query_mask, lse=lse, backend=backend,
+        scale=scale, cosine=cosine, head_reduction=head_reduction, query_reduction=query_reduction,
     )  # fmt: skip
-    scores = ops.attention_scores(
-        **padded, scale=scale, cosine=cosine, head_reduction=head_reduction, query_reduction=query_reduction,
-        backend=backend,
-    )  # fmt: skip
-    return pack(keys, [scores], backend)[0]
+    return scores
 
 
 def attention_entropy(
@@ -182,7 +178,12 @@ def attention_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Entropy and log-sum-exp of every row over the visible keys of its sequence, both [Hq, Tq].
 
-    Args: as in `cross_attention_scores`.
+    Args:
+        query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_mask, query_positions, scale, causal,
+            cosine, backend: as in `cross_attention_scores`.
+
+    Returns:
+        entropy, lse: as those of `cross_attention_scores`.
 
     Raises:
         ValueError, TypeError: as in `cross_attention_scores`.
@@ -193,13 +194,10 @@ def attention_entropy(
     >>> tp.varlen.attention_entropy(query, key, rows, keys, 1, 2)[0]
     tensor([[0.6931, 0.0000]])
     """
-    rows, _, padded = padded_attention(
-        "varlen.attention_entropy", query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal,
-        key_mask=key_mask, query_positions=query_positions, backend=backend,
+    entropy, lse = attend(
+        "attention_entropy", query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal,
+        key_mask=key_mask, query_positions=query_positions, backend=backend, scale=scale, cosine=cosine,
     )  # fmt: skip
-    del padded["query_mask"]  # every row has an entropy
-    made = ops.attention_entropy(**padded, scale=scale, cosine=cosine, backend=backend)
-    entropy, lse = pack(rows, made, backend)
     return entropy, lse
 
 
@@ -253,18 +251,13 @@ def cross_attention_scores(
     >>> tp.varlen.cross_attention_scores(query, key, rows, keys, 1, 2)[0]
     tensor([0.5000, 0.5000, 1.0000])
     """
-    op = "varlen.cross_attention_scores"
-    _check_reduced(op, query_reduction)
-    rows, keys, padded = padded_attention(
-        op, query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal, key_mask=key_mask,
-        query_positions=query_positions, query_mask=query_mask, backend=backend,
+    _check_reduced("varlen.cross_attention_scores", query_reduction)
+    scores, entropy, lse = attend(
+        "cross_attention_scores", query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal,
+        key_mask=key_mask, query_positions=query_positions, query_mask=query_mask, backend=backend, scale=scale,
+        cosine=cosine, head_reduction=head_reduction, query_reduction=query_reduction,
     )  # fmt: skip
-    scores, *of_rows = ops.cross_attention_scores(
-        **padded, scale=scale, cosine=cosine, head_reduction=head_reduction, query_reduction=query_reduction,
-        backend=backend,
-    )  # fmt: skip
-    entropy, lse = pack(rows, of_rows, backend)
-    return pack(keys, [scores], backend)[0], entropy, lse
+    return scores, entropy, lse
 
 
 def _check_reduced(op: str, query_reduction: str) -> None:

@@ -165,6 +165,10 @@ def test_selection_and_compaction_are_one_call_each_on_the_tensors_themselves() 
     query, key, *cut = packed_attention()
     with _Calls() as calls:
         tp.varlen.attention_entropy(query, key, *cut)
+    assert [name for name, _ in calls.made] == ["attention_entropy"] * len(LENGTHS)
+    assert [t.data_ptr() for _, t in calls.made if t.numel()] == [query[i].data_ptr() for i in (0, 3, 8, 9)]
+    with _Calls() as calls:  # off the CPU
+        tp.varlen.attention_entropy(query.to("meta"), key.to("meta"), *(c.to("meta") for c in cut[:2]), *cut[2:])
     made = [name for name, _ in calls.made]
     assert made == ["gather_compact", "gather_compact", "attention_entropy", "gather_compact"]
 
