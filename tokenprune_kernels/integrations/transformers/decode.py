@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cache import Pruned, Segment, layer_length
+from .cache import Pruned, Segment, layer_length, over_free_places
 from .families import Family, Inputs, Model
 from .interface import Arguments
 from .masks import decoder_mask
+from .tokens import joined
 
 
 @dataclass
@@ -59,21 +60,17 @@ def decode_layer(family: Family, decoder: Model, now: Decode, index: int, takes:
 
 
 def _mask(family: Family, config: Any, now: Decode, segment: Segment, cache: Any, hidden: Tensor) -> Any:
-    tokens = segment.tokens
-    queries = len(now.step)
+    tokens, before, given, queries = segment.tokens, now.pruned.before, now.given_mask, len(now.step)
     keys = layer_length(cache, segment.first) + queries
-    batch, given, new = hidden.shape[0], now.given_mask, keys - tokens.length
+    new = keys - before.length - tokens.length
     bias = segment.bias_of_columns()
-    bias = None if bias is None else torch.nn.functional.pad(bias, (0, new))
-    real, padding = tokens.real, None
-    if real is not None or given is not None:
-        flags = hidden.new_ones((batch, keys), dtype=torch.bool)
-        parts = (
-            flags[:, : tokens.length] if real is None else real,
-            flags[:, :new] if given is None else given[:, given.shape[1] - new :].bool(),
-        )
-        padding = torch.cat(parts, 1)
-    return decoder_mask(
-        family, config, batch=batch, queries=queries, keys=keys, padding=padding, bias=bias, dtype=hidden.dtype,
-        device=hidden.device,
+    bias = None if bias is None else torch.nn.functional.pad(bias, (before.length, new))
+    given = None if given is None else given[:, given.shape[1] - new :].bool()
+    padding = joined(
+        [(before.real, before.length), (tokens.real, tokens.length), (given, new)], hidden.shape[0], hidden.device
+    )
+    mask = decoder_mask(
+        family, config, batch=hidden.shape[0], queries=queries, keys=keys, padding=padding, bias=bias,
+        dtype=hidden.dtype, device=hidden.device,
     )  # fmt: skip
+    return over_free_places(mask, cache, segment.first, queries, keys, hidden.device)

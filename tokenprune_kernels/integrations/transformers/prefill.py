@@ -1,4 +1,4 @@
-"""One prefill of a block: a call of the decoder with visual tokens and an empty cache.
+"""One prefill of a block: a call of the decoder with visual tokens, on a cache of which nothing was dropped yet.
 
 In front of a pruning layer the hidden states, the rotary embeddings and the padding lose the dropped columns; every
 later layer gets the shortened ones instead of what the model's loop hands it.
@@ -17,7 +17,17 @@ from ... import gather_compact
 from ..._backend import served_by
 from ...methods import Stage
 from .budgets import Budget
-from .cache import Pruned, Segment, check_cache, compact_layers, layer_length, remember
+from .cache import (
+    Before,
+    Pruned,
+    Segment,
+    before_prompt,
+    check_cache,
+    compact_layers,
+    layer_length,
+    over_free_places,
+    remember,
+)
 from .choose import AttentionInputs, Embedded, LayerContext, choose, not_seen
 from .deepstack import DeepStack, take_deepstack
 from .encoding import Asked, ModelCall, Prompt
@@ -27,10 +37,12 @@ from .layout import Layout, images_of
 from .masks import check_one_sequence, decoder_mask
 from .parallel import same_generator
 from .report import Report
-from .tokens import Tokens, indices_at, keep, read_prompt
+from .tokens import Tokens, indices_at, joined, keep, read_prompt
+from .training import check_checkpointing
 
 IMAGES_LATER = (
-    "prune_visual_tokens: images must come in the first forward on an empty cache, not in a later turn or chunk"
+    "prune_visual_tokens: images must come before anything on the cache is pruned, not in a later turn behind a pruned "
+    "prompt; put the conversation through again on an empty cache"
 )
 
 
@@ -87,6 +99,8 @@ class Prefill:
     given: list[list[int]]  # and in the prompt
     copies: int  # rows of each sample
     next_position: Tensor
+    first_number: Tensor | int  # that a column gets where columns are numbered anew
+    before: Before
     prompt: Prompt
     seen: list[Any]  # of the vision tower, for the saliency
     deepstack: DeepStack | None
@@ -105,33 +119,28 @@ def begin_prefill(
     plan: Plan, call: ModelCall, prompt: Prompt, inputs: Inputs, cache: Any, asked: Asked | None
 ) -> tuple[Prefill | None, Inputs]:
     """The prefill and the arguments that the decoder gets: without visual tokens, None and the inputs unchanged."""
-    mask = inputs.get("attention_mask")
-    fits = isinstance(mask, Tensor) and mask.shape == prompt.is_visual.shape
-    tokens = read_prompt(prompt.is_visual, mask.bool() if isinstance(mask, Tensor) and fits else None)
+    mask, (batch, length) = inputs.get("attention_mask"), prompt.is_visual.shape
+    flat = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == batch and mask.shape[1] >= length
+    tokens = read_prompt(prompt.is_visual, mask[:, -length:].bool() if isinstance(mask, Tensor) and flat else None)
     if not any(tokens.counts):
         return None, inputs
     if asked is not None:
         _check_asked(asked)
-    check_cache(cache, plan.family, compact=plan.compact_cache)
-    if layer_length(cache, 0):
-        raise NotImplementedError(IMAGES_LATER)
-    if mask is not None and not fits:
+    check_cache(cache, plan.family, plan.decoder.config, compact=plan.compact_cache)
+    cached = layer_length(cache, 0)
+    if mask is not None and not (flat and mask.shape[1] == cached + length):
         got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise NotImplementedError(f"prune_visual_tokens: the attention_mask must be [B, L] or absent, got {got}")
     check_one_sequence(inputs.get("position_ids"), mask)
-    modules = (plan.decoder, *plan.decoder.layers)
-    if any(getattr(m, "gradient_checkpointing", False) and m.training for m in modules):
-        raise NotImplementedError(
-            "prune_visual_tokens: gradient checkpointing is not supported; disable it, call model.eval() or leave the "
-            "block"
-        )
+    check_checkpointing(plan.decoder)
+    before = before_prompt(cache, plan.family, mask)
     family = plan.family
     prompt.inputs = {**prompt.inputs, **call.encoding.arguments}
     read = {name: prompt.inputs.get(name) for name in (*family.layout_inputs, *family.watched)}
     layout = functools.cache(lambda: family.layout(plan.core, read, tokens.counts))
     counted = prompt.inputs.get("position_ids") is not None
     report = Report(tokens.slot.device, tokens.counts, layout)
-    position = _next_position(inputs, tokens, counted)
+    position = _next_position(inputs, tokens, counted, before)
     deepstack = None
     if family.deepstack:
         deepstack, inputs = take_deepstack(inputs, tokens)
@@ -140,20 +149,14 @@ def begin_prefill(
     if given != [parts for parts in given[::copies] for _ in range(copies)]:
         copies = 1  # a forward inside of generate that is none of its own
     return Prefill(
-        tokens, tokens, given, given, copies, position, prompt, call.encoding.saliency, deepstack, report
-    ), inputs
+        tokens, tokens, given, given, copies, position, _first_number(plan, inputs, tokens, before), before, prompt,
+        call.encoding.saliency, deepstack, report,
+    ), inputs  # fmt: skip
 
 
 def _check_asked(asked: Asked) -> None:
-    if asked.assisted:
-        raise NotImplementedError(
-            "prune_visual_tokens: assisted decoding puts guesses behind the prompt before it is pruned; switch it off"
-        )
-    if asked.chunk is not None:
-        raise NotImplementedError(
-            f"prune_visual_tokens: prefill_chunk_size={asked.chunk} takes apart what has to come in one forward, the "
-            "images and the question about them; generate without prefill_chunk_size"
-        )
+    if asked.unfit is not None:
+        raise NotImplementedError(f"prune_visual_tokens: {asked.unfit}")
 
 
 def prefill_layer(plan: Plan, now: Prefill, index: int, layer: nn.Module, takes: Arguments, inputs: Inputs) -> Inputs:
@@ -161,7 +164,7 @@ def prefill_layer(plan: Plan, now: Prefill, index: int, layer: nn.Module, takes:
     if index == 0:
         takes.given(inputs, "hidden_states", "attention_mask", "position_embeddings", "cache")
         now.cache = takes.cache(inputs)
-        check_cache(now.cache, plan.family, compact=plan.compact_cache)  # the decoder may have made it itself
+        check_cache(now.cache, plan.family, plan.decoder.config, compact=plan.compact_cache)  # may be the decoder's own
     if now.deepstack is not None:
         inputs = {**inputs, "hidden_states": now.deepstack.added(index - 1, inputs["hidden_states"], now.tokens)}
     if index == 0 and any(planned.stage.uses & {"input_features", "input_text"} for planned in plan.stages.values()):
@@ -176,15 +179,16 @@ def end_prefill(plan: Plan, now: Prefill) -> None:
     if not now.segments:
         now.report.untouched(now.original.origin)
         return
-    if now.cache is None:
-        return
     last = now.segments[-1]
+    if not layer_length(now.cache, last.first):  # none, or gradient checkpointing has kept it from the layers
+        return
     if plan.compact_cache and last.first > 0:
         with now.report.clock("compact_ms"):
             _compact_caches(now)
         own = [s for s in now.segments if s.next_position is not None or s.bias is not None]
         now.segments = [Segment(0, last.tokens), *(replace(s, tokens=last.tokens) for s in own)]
-    remember(now.cache, Pruned(now.original.length, now.segments, now.next_position))
+    length = now.before.length + now.original.length
+    remember(now.cache, Pruned(length, now.segments, now.next_position, now.before))
 
 
 def _compact_caches(now: Prefill) -> None:
@@ -194,7 +198,9 @@ def _compact_caches(now: Prefill) -> None:
     for start, end, columns in reversed(list(zip(starts, starts[1:], now.columns, strict=False))):
         left = columns if left is None else indices_at(columns, left)
         if start < end:
-            compact_layers(now.cache, range(start, end), left)
+            held = torch.arange(now.before.length, device=left.device).expand(len(left), -1)
+            behind = torch.where(left < 0, left, left + now.before.length)
+            compact_layers(now.cache, range(start, end), torch.cat([held, behind], 1))
 
 
 def _prune(plan: Plan, now: Prefill, planned: PlannedStage, layer: nn.Module, inputs: Inputs) -> Inputs:
@@ -209,7 +215,7 @@ def _prune(plan: Plan, now: Prefill, planned: PlannedStage, layer: nn.Module, in
         after, columns = keep(tokens, chosen.indices, [sum(parts) for parts in budgets])
     now.attention = None
     with now.report.clock("compact_ms"):
-        number = after.numbered() if plan.renumber else None
+        number = after.numbered() + now.first_number if plan.renumber else None
         bias = _bias(planned.stage, now, after, chosen.sizes) if plan.calibrate else None
         next_position = None if number is None else number[:, -1] + 1
         if next_position is not None and planned.layer == 0:  # the model counts on from there in all of its layers
@@ -251,7 +257,11 @@ def _context(plan: Plan, now: Prefill, layer: Any, inputs: Inputs) -> LayerConte
             now.projecting = None
         if not found:
             raise not_seen()
-        return found[0]
+        made, held = found[0], now.before.length
+        if not held:
+            return made
+        cached = now.cache.layers[layer.self_attn.layer_idx].keys[:, :, :held].to(made.key.device)
+        return replace(made, key=torch.cat([cached, made.key], 2))
 
     @functools.cache
     def layout() -> Layout:
@@ -267,16 +277,25 @@ def _context(plan: Plan, now: Prefill, layer: Any, inputs: Inputs) -> LayerConte
     @functools.cache
     def embedded() -> Embedded:
         assert now.embedded is not None
-        column = torch.arange(now.original.length, device=hidden.device).expand(hidden.shape[0], -1)
-        for columns in now.columns:
-            column = indices_at(column, columns)
-        return Embedded(now.embedded.to(hidden.device), now.original, column)
+        return Embedded(now.embedded.to(hidden.device), now.original, columns_left(now).to(hidden.device))
 
     def generator() -> torch.Generator | None:
         drawn = plan.draws.of(plan.seed, hidden.device)
         return same_generator(layer, hidden.device) if drawn is None else drawn
 
-    return LayerContext(now.tokens, hidden, layer, now.attention, projected, embedded, layout, saliency, generator)
+    seen, keys = now.attention, now.before.length + now.tokens.length
+    if seen is not None and seen.key.shape[2] > keys:  # with the free places of a static cache
+        seen = replace(seen, key=seen.key[:, :, :keys])
+    return LayerContext(
+        now.tokens, hidden, layer, seen, projected, embedded, layout, saliency, generator, before=now.before
+    )
+
+
+def columns_left(now: Prefill) -> Tensor:
+    """[B, L]: which column of the prompt each of those that are left was, -1 for padding."""
+    device = now.original.slot.device
+    column = torch.arange(now.original.length, device=device).expand(len(now.original.counts), -1)
+    return functools.reduce(indices_at, now.columns, column)
 
 
 def _replace(hidden: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
@@ -325,18 +344,22 @@ def _compact(plan: Plan, now: Prefill, columns: Tensor, number: Tensor | None, i
     )
     if number is not None:
         rotary = list(plan.decoder.rotary_emb(hidden, position_ids=number))
+    held = now.before.length
+    keys, bias = held + after.length, segment.bias_of_columns()
+    padding = joined([(now.before.real, held), (after.real, after.length)], batch, hidden.device)
+    mask = decoder_mask(
+        plan.family, plan.decoder.config, batch=batch, queries=after.length, keys=keys, padding=padding,
+        bias=None if bias is None else torch.nn.functional.pad(bias, (held, 0)), dtype=hidden.dtype,
+        device=hidden.device,
+    )  # fmt: skip
     now.replaced = {
         "position_embeddings": tuple(rotary),
         # FlashAttention would take gaps in the positions for borders between packed sequences.
         "position_ids": None,
-        "attention_mask": decoder_mask(
-            plan.family, plan.decoder.config, batch=batch, queries=after.length, keys=after.length, padding=after.real,
-            bias=segment.bias_of_columns(),
-            dtype=hidden.dtype, device=hidden.device,
-        ),
-    }  # fmt: skip
+        "attention_mask": over_free_places(mask, now.cache, segment.first, after.length, keys, hidden.device),
+    }
     if inputs.get("cache_position") is not None:
-        now.replaced["cache_position"] = torch.arange(after.length, device=hidden.device)
+        now.replaced["cache_position"] = torch.arange(held, keys, device=hidden.device)
     return hidden
 
 
@@ -345,7 +368,7 @@ def _with_batch(t: Tensor, batch: int) -> Tensor:
     return t.expand(*t.shape[:-3], batch, *t.shape[-2:])
 
 
-def _next_position(inputs: Inputs, tokens: Tokens, counted: bool) -> Tensor:
+def _next_position(inputs: Inputs, tokens: Tokens, counted: bool, before: Before) -> Tensor:
     """The position behind the prompt, as the model counts on.
 
     generate counts positions itself (`counted`), on from the last column. Else the model adds its rope_deltas, behind
@@ -354,7 +377,7 @@ def _next_position(inputs: Inputs, tokens: Tokens, counted: bool) -> Tensor:
     positions = inputs.get("position_ids")
     batch = tokens.slot.shape[0]
     if positions is None:
-        return torch.full((batch,), tokens.length, device=tokens.slot.device)
+        return torch.full((batch,), before.length + tokens.length, device=tokens.slot.device)
     if counted:
         last: Tensor = positions[..., -1] + 1
         return last.expand(*last.shape[:-1], batch)
@@ -363,3 +386,13 @@ def _next_position(inputs: Inputs, tokens: Tokens, counted: bool) -> Tensor:
         return highest.expand(batch)
     axes = highest[-3:].amax(0, keepdim=True).expand(3, -1)
     return (torch.cat([highest[:-3], axes]) if len(highest) > 3 else axes).expand(-1, batch)
+
+
+def _first_number(plan: Plan, inputs: Inputs, tokens: Tokens, before: Before) -> Tensor | int:
+    """The number that the first column gets where columns are numbered anew: behind what is cached, the model's own."""
+    positions = inputs.get("position_ids")
+    if not plan.renumber or not before.length or positions is None:
+        return before.length
+    first = tokens.slot.new_zeros(len(tokens.counts)) if tokens.real is None else tokens.real.int().argmax(1)
+    number: Tensor = positions.expand(len(tokens.counts), -1).gather(1, first.unsqueeze(1))
+    return number
