@@ -60,3 +60,8 @@ class Asked:
     copies: int = 1
     encoding: Encoding = field(default_factory=Encoding)
     prompt: Tensor | None = None
+
+
+def check_asked(asked: Asked) -> None:
+    if asked.unfit is not None:
+        raise NotImplementedError(f"prune_visual_tokens: {asked.unfit}")

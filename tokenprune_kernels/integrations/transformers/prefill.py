@@ -30,7 +30,7 @@ from .cache import (
 )
 from .choose import AttentionInputs, Embedded, LayerContext, choose, not_seen
 from .deepstack import DeepStack, take_deepstack
-from .encoding import Asked, ModelCall, Prompt
+from .encoding import Asked, ModelCall, Prompt, check_asked
 from .families import Family, Inputs, Model, Saliency
 from .interface import Arguments
 from .layout import Layout, images_of
@@ -125,7 +125,7 @@ def begin_prefill(
     if not any(tokens.counts):
         return None, inputs
     if asked is not None:
-        _check_asked(asked)
+        check_asked(asked)
     check_cache(cache, plan.family, plan.decoder.config, compact=plan.compact_cache)
     cached = layer_length(cache, 0)
     if mask is not None and not (flat and mask.shape[1] == cached + length):
@@ -152,11 +152,6 @@ def begin_prefill(
         tokens, tokens, given, given, copies, position, _first_number(plan, inputs, tokens, before), before, prompt,
         call.encoding.saliency, deepstack, report,
     ), inputs  # fmt: skip
-
-
-def _check_asked(asked: Asked) -> None:
-    if asked.unfit is not None:
-        raise NotImplementedError(f"prune_visual_tokens: {asked.unfit}")
 
 
 def prefill_layer(plan: Plan, now: Prefill, index: int, layer: nn.Module, takes: Arguments, inputs: Inputs) -> Inputs:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .calls import Calls
 from .copies import ours
-from .encoding import Asked
+from .encoding import Asked, check_asked
 from .families import Family, Inputs, Model
 
 # around(the method, its positional arguments, its keyword arguments) -> what the caller gets
@@ -81,6 +81,7 @@ def watch(
         guesses, ids = method(*args, **kwargs), _given(method, args, kwargs).get("input_ids")
         visual = family.visual_ids(core.config)
         if ids is None or any(bool((ids == token).any()) for token in visual):
+            check_asked(calls.asked[-1])
             _without_guesses_first(guesses)
         return guesses
 
@@ -125,7 +126,7 @@ def _keep_padding(mask: Any, inputs: Inputs) -> None:
 
 
 def _without_guesses_first(guesses: Any) -> None:
-    """Makes a candidate generator guess nothing behind the prompt, which is pruned in its first forward.
+    """Throws away what a candidate generator guesses behind the prompt, which is pruned in its first forward.
 
     A choice by the text behind the images must not see guesses, which assisted decoding takes back later.
     """
@@ -136,8 +137,9 @@ def _without_guesses_first(guesses: Any) -> None:
         )
     get_candidates = guesses.get_candidates
 
-    def nothing_first(input_ids: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    def nothing_first(input_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         guesses.get_candidates = get_candidates
+        get_candidates(input_ids, *args, **kwargs)  # an assistant model reads the prompt with its first guesses
         return input_ids, None
 
     guesses.get_candidates = nothing_first
