@@ -233,7 +233,7 @@ def test_sliding_and_quantised_caches_are_refused() -> None:
         DynamicLayer,
         DynamicSlidingWindowLayer,
         QuantizedCache,
-        QuantizedLayer,
+        QuantoQuantizedLayer,
     )
 
     class OtherLayer(DynamicLayer):
@@ -245,7 +245,7 @@ def test_sliding_and_quantised_caches_are_refused() -> None:
     sliding.layers[1] = DynamicSlidingWindowLayer(sliding_window=8)
     other.layers[0] = OtherLayer()
     quantised = object.__new__(QuantizedCache)  # the packages that quantise are not installed
-    quantised.layers = [object.__new__(QuantizedLayer) for _ in range(4)]
+    quantised.layers = [object.__new__(QuantoQuantizedLayer) for _ in range(4)]
     caches = {"DynamicSlidingWindowLayer": sliding, "OtherLayer": other, "QuantizedCache": quantised}
     with prune_visual_tokens(prompts.model, "coast", 9, layer=LAYER):
         for name, cache in caches.items():
