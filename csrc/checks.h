@@ -148,14 +148,18 @@ inline int check_choice(const char* op, const char* name, std::string_view value
   return index;
 }
 
-// Of several words joined by "+", in the order asked for.
+// Of several words joined by "+", in the order asked for; or of `alone`, a word behind them that joins no other.
 inline std::vector<int> check_choices(const char* op, const char* name, std::string_view value,
-                                      std::initializer_list<const char*> words) {
+                                      std::initializer_list<const char*> words, const char* alone = nullptr) {
+  if (alone != nullptr && value == alone) return {static_cast<int>(words.size())};
   std::vector<int> indices;
   for (size_t begin = 0; begin <= value.size();) {
     const size_t end = std::min(value.find('+', begin), value.size());
     indices.push_back(index_of_word(value.substr(begin, end - begin), words));
-    if (indices.back() < 0) fail(op, name, one_of(words) + ", or several joined by +", "'" + std::string(value) + "'");
+    if (indices.back() < 0) {
+      const std::string or_alone = alone != nullptr ? std::string(", or ") + alone + " alone" : "";
+      fail(op, name, one_of(words) + ", or several joined by +" + or_alone, "'" + std::string(value) + "'");
+    }
     begin = end + 1;
   }
   return indices;

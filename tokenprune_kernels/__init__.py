@@ -5,7 +5,7 @@ from .ops import *  # noqa: F403
 
 _registry.load()  # the ops are described, so that they can be registered
 
-from . import methods, reference  # noqa: E402
+from . import methods, reference, varlen  # noqa: E402
 from ._backend import BackendUnavailableError, use_backend  # noqa: E402
 from ._config import config, show_config  # noqa: E402
 from ._masks import indices_to_mask  # noqa: E402
@@ -20,5 +20,6 @@ __all__ = [
     "reference",
     "show_config",
     "use_backend",
+    "varlen",
 ]
 __all__ += ops.__all__

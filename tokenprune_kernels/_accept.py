@@ -39,7 +39,8 @@ def _tensor(a: Argument, kind: TensorKind, first: str | None, known: set[str]) -
 
 def _accepted(choice: Choice) -> frozenset[str]:
     lengths = (1, 2, 3) if choice.joined else (1,)
-    return frozenset("+".join(words) for n in lengths for words in itertools.product(choice.words, repeat=n))
+    lists = (words for n in lengths for words in itertools.product(choice.words, repeat=n))
+    return frozenset(filter(None, (*map("+".join, lists), choice.alone)))
 
 
 @functools.cache

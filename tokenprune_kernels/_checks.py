@@ -119,10 +119,9 @@ def _number(op: str, name: str, kind: Number, value: float) -> None:
 def _choice(op: str, name: str, kind: Choice, value: str) -> None:
     if not isinstance(value, str):
         fail(TypeError, op, name, "be a string", _what_else(value))
-    for word in value.split("+") if kind.joined else (value,):
-        if word not in kind.words:
-            expected = f"be one of {', '.join(kind.words)}" + (", or several joined by +" if kind.joined else "")
-            fail(ValueError, op, name, expected, f"'{value}'")
+    words = value.split("+") if kind.joined else (value,)
+    if not (all(word in kind.words for word in words) or (kind.alone and value == kind.alone)):
+        fail(ValueError, op, name, kind.text, f"'{value}'")
 
 
 def _check_bounds(op: Op, sizes: Sizes, values: Sequence[Any]) -> None:

@@ -66,10 +66,18 @@ class Number(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """One of some words, or with `joined` several of them joined by "+"."""
+    """One of some words, or with `joined` several of them joined by "+"; or one that is joined to no other."""
 
     words: tuple[str, ...]
     joined: bool = False
+    alone: str = ""
+
+    @property
+    def text(self) -> str:
+        expected = f"be one of {', '.join(self.words)}"
+        if self.joined:
+            expected += ", or several joined by +"
+        return f"{expected}, or {self.alone} alone" if self.alone else expected
 
 
 Kind = TensorKind | Count | AtLeast | Number | Choice

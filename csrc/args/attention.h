@@ -10,12 +10,23 @@ namespace tokenprune {
 
 // In the order of the words in tokenprune_kernels/ops/_attention.py.
 enum class HeadReduction { kMean, kSum, kMax, kNone };
-enum class QueryReduction { kMean, kSum, kMax, kLast };
+enum class QueryReduction { kMean, kSum, kMax, kLast, kNone };  // kNone stands alone: every row has scores of its own
 
 struct AttentionReductions {
   HeadReduction heads;
   std::vector<QueryReduction> rows;  // one score vector each, in the order asked for
+
+  bool every_row() const { return rows[0] == QueryReduction::kNone; }
 };
+
+// [B, R, V] of R row reductions; kept heads and rows come between them: [B, R, Hq, M, V].
+inline Shape scores_shape(const Tensor& query, const AttentionReductions& reductions, int64_t columns) {
+  Shape shape{query.size(0), static_cast<int64_t>(reductions.rows.size())};
+  if (reductions.heads == HeadReduction::kNone) shape.push_back(query.size(1));
+  if (reductions.every_row()) shape.push_back(query.size(2));
+  shape.push_back(columns);
+  return shape;
+}
 
 // From what check_attention_scores or check_cross_attention_scores returned.
 template <class Choices>

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from graphlib import TopologicalSorter
@@ -89,7 +90,7 @@ def test_what_a_family_promises_is_checked_on_entering(field: str, monkeypatch: 
 
 def test_layer_types_and_cache_layers_of_a_family_are_those_that_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     family = registry.family_of(llava().model)
-    windows = replace(family, layer_types=family.layer_types | {"sliding_window"}, cache_layers=(StaticLayer,))
+    windows = replace(family, layer_types=family.layer_types | {"sliding_attention"}, cache_layers=(StaticLayer,))
     prompts = served_as(llava(), windows, monkeypatch)
     monkeypatch.setattr(prompts.model.config.text_config, "sliding_window", 8, raising=False)
     with prune_visual_tokens(prompts.model, "divprune", 9):
@@ -126,10 +127,21 @@ def test_masks_of_the_prefill_and_of_decoding_are_made_from_the_familys(monkeypa
 
     monkeypatch.setattr(masks, "ALL_MASK_ATTENTION_FUNCTIONS", {"sdpa": noted})
     family = replace(registry.family_of(llava().model), mask_function=visible)
-    prompts = served_as(llava(2, ragged=True), family, monkeypatch)
+    prompts = served_as(llava(), family, monkeypatch)
     with prune_visual_tokens(prompts.model, "coast", 9, layer=LAYER):
         prompts.model.generate(**prompts.inputs, max_new_tokens=2, do_sample=False)
-    assert made == [visible, visible]
+    assert made == [visible, visible]  # with padding the prefill takes what the model made, which has it
+
+
+def test_a_type_that_is_not_served_names_what_to_load_or_what_is_missing() -> None:
+    load = r"internvl_chat.\) is not supported: load the checkpoint .* -hf \(model_type internvl\); supported are"
+    with pytest.raises(NotImplementedError, match=load):
+        registry.family_of_type("internvl_chat", "InternVLChatModel")
+    with pytest.raises(NotImplementedError, match="not supported: its images are seen through cross-attention"):
+        registry.family_of_type("mllama", "MllamaForConditionalGeneration")
+    named = {name for hint in registry.UNSERVED.values() for name in re.findall(r"model_type (\w+)", hint)}
+    assert {"internvl", "llava"} <= named <= set(registry._FAMILIES)
+    assert not set(registry.UNSERVED) & set(registry._FAMILIES)
 
 
 # --- the table and the imports ----------------------------------------------------------------------------------------

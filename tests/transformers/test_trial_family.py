@@ -43,7 +43,11 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = root / "tokenprune_kernels" / "integrations" / "transformers"
     (folder / "adapters" / "trial.py").write_text(ADAPTER)
     scratch.edit(
-        folder / "registry.py", ((", qwen_vl\n", ", qwen_vl, trial\n"), (", internvl):", ", internvl, trial):"))
+        folder / "registry.py",
+        (
+            ("from .adapters import (\n", "from .adapters import (\n    trial,\n"),
+            ("_ADAPTERS = (\n", "_ADAPTERS = (\n    trial,\n"),
+        ),
     )
     return root
 

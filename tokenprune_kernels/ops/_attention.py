@@ -17,16 +17,17 @@ REDUCED: dict[str, Any] = {
     "key_indices": indices("B V"),
     "query_mask": flags("B M"),
     "head_reduction": Choice(("mean", "sum", "max", "none")),
-    "query_reduction": Choice(("mean", "sum", "max", "last"), joined=True),
+    "query_reduction": Choice(("mean", "sum", "max", "last"), joined=True, alone="none"),
 }
 
 
 def reduced_shape(
     sizes: Sizes, *, key_indices: Tensor | None, head_reduction: str, query_reduction: str, **_: Any
 ) -> list[int]:
-    """[B, R, V], or [B, R, Hq, V] where the heads are kept: R reductions of the rows, V the columns asked for."""
+    """[B, R, V] of R row reductions and the V columns asked for; kept heads and rows between them, [B, R, Hq, M, V]."""
     per_head = [sizes["Hq"]] if head_reduction == "none" else []
-    return [sizes["B"], query_reduction.count("+") + 1, *per_head, sizes["N" if key_indices is None else "V"]]
+    per_row = [sizes["M"]] if query_reduction == "none" else []
+    return [sizes["B"], query_reduction.count("+") + 1, *per_head, *per_row, sizes["N" if key_indices is None else "V"]]
 
 
 def _check_heads(op: str, sizes: Sizes, query: Tensor, *_: Any) -> None:
@@ -40,9 +41,11 @@ def _check_heads(op: str, sizes: Sizes, query: Tensor, *_: Any) -> None:
 HEADS = Rule(_check_heads, cpp="check_heads(op, query, key)", expression="Hq % Hkv == 0")
 
 # Heads are reduced before rows, so that a sum over heads commutes with sums over rows, and not with their maximum.
-_LINEAR = ("mean", "sum", "last")
+_LINEAR = ("mean", "sum", "last", "none")
 BY_HEADS = (
     along("Hq Hkv", head_reduction=("none",)),
     along("Hq Hkv", partial="sum", head_reduction=("sum",), query_reduction=_LINEAR),
     along("Hq Hkv", partial="avg", head_reduction=("mean",), query_reduction=_LINEAR),
 )
+# A causal row's position follows from how many rows there are.
+BY_ROWS = along("M", causal=(False,), query_reduction=("none",))

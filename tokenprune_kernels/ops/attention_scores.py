@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .._backend import call
 from .._op import KERNELS, along, floats, op, scores
-from ._attention import ATTENTION, BY_HEADS, HEADS, REDUCED, reduced_shape
+from ._attention import ATTENTION, BY_HEADS, BY_ROWS, HEADS, REDUCED, reduced_shape
 
 
 @op(
@@ -15,7 +15,7 @@ from ._attention import ATTENTION, BY_HEADS, HEADS, REDUCED, reduced_shape
     work=("key", "B * Hq * M * max(N, V) * D"),
     rule=HEADS,
     # With the lse known, each key has its score by itself; a causal row ends at a key that others may have.
-    shardings=(*BY_HEADS, along("N", causal=(False,), key_indices=(None,))),
+    shardings=(*BY_HEADS, BY_ROWS, along("N", causal=(False,), key_indices=(None,))),
     backends=KERNELS,
 )
 def attention_scores(

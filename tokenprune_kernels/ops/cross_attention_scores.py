@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .._backend import call
 from .._op import KERNELS, op, scores
-from ._attention import ATTENTION, BY_HEADS, HEADS, REDUCED, reduced_shape
+from ._attention import ATTENTION, BY_HEADS, BY_ROWS, HEADS, REDUCED, reduced_shape
 
 
 @op(
@@ -13,7 +13,7 @@ from ._attention import ATTENTION, BY_HEADS, HEADS, REDUCED, reduced_shape
     returns={"scores": scores(reduced_shape), "entropy": scores("B Hq M"), "lse": scores("B Hq M")},
     work=("key", "B * Hq * M * max(N, V) * D"),
     rule=HEADS,
-    shardings=BY_HEADS,
+    shardings=(*BY_HEADS, BY_ROWS),
     backends=KERNELS,
 )
 def cross_attention_scores(
@@ -49,12 +49,14 @@ def cross_attention_scores(
         cosine: the logits are scale * cos(q, k); a zero vector has cosine 0.
         head_reduction: "mean", "sum", "max" or "none".
         query_reduction: "mean", "sum", "max", "last" (the last row of `query_mask`), or several joined by "+" and
-            computed in one pass. Without any row in `query_mask` the scores are 0.
+            computed in one pass. Without any row in `query_mask` the scores are 0. Or "none", alone: every row keeps
+            its scores, and those of rows outside `query_mask` are 0.
         backend: which implementation serves the call; see `use_backend`.
 
     Returns:
         scores: [B, V], or [B, R, V] when R > 1 reductions are joined by "+"; with head_reduction="none" [B, Hq, V] or
-            [B, R, Hq, V]. V is N without `key_indices`.
+            [B, R, Hq, V]. With query_reduction="none" [B, M, V], or [B, Hq, M, V] if head_reduction is "none" too.
+            V is N without `key_indices`.
         entropy: [B, Hq, M], -sum P log P of every row in nats; 0 for a row that sees nothing.
         lse: [B, Hq, M], the log-sum-exp of every row; -inf for a row that sees nothing.
         All are float32 (float64 for float64 inputs) and carry no gradient.

@@ -4,9 +4,10 @@ No cache: every step of decoding runs the whole sequence again. From its layer o
 """
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,8 +42,8 @@ def _attention(drops: Sequence[Drop], prompt_length: int) -> Any:
         rows, columns = query.shape[2], key.shape[2]
         column = torch.arange(columns)
         allowed = (column <= column[:rows].unsqueeze(1) + columns - rows).expand(query.shape[0], 1, -1, -1)
-        if mask is not None:  # the model's padding
-            allowed = allowed & (mask if mask.dtype == torch.bool else mask > -1)
+        if mask is not None:  # the model's own: padding, windows, images that see all of themselves
+            allowed = (mask if mask.dtype == torch.bool else mask > -1).expand(query.shape[0], 1, -1, -1)
         for drop in drops:
             gone = torch.nn.functional.pad(drop.columns, (0, columns - drop.columns.shape[1]))[:, None, None, :]
             if module.layer_idx < drop.layer:
@@ -51,6 +52,8 @@ def _attention(drops: Sequence[Drop], prompt_length: int) -> Any:
                 gone = gone & (column >= prompt_length).view(1, 1, -1, 1)
             allowed = allowed & ~gone
         logits = query @ key.mT * scaling
+        if kwargs.get("softcap") is not None:
+            logits = (logits / kwargs["softcap"]).tanh() * kwargs["softcap"]
         for drop in drops:
             if drop.bias is not None and module.layer_idx >= drop.layer:
                 logits = logits + torch.nn.functional.pad(drop.bias, (0, columns - drop.bias.shape[1]))[:, None, None]
@@ -79,6 +82,7 @@ def _masking(decoder: Any, drops: Sequence[Drop], prompt_length: int) -> Iterato
 def _renumbering(decoder: Any, drops: Sequence[Drop], real: Tensor) -> Iterator[None]:
     """Layers behind a drop rotate by positions that count the real [B, L] columns that are left there."""
     handles = []
+    by_kind = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
     stays = real
     for index, layer in enumerate(decoder.layers):
         for drop in drops:
@@ -90,7 +94,8 @@ def _renumbering(decoder: Any, drops: Sequence[Drop], real: Tensor) -> Iterator[
         def rotated(module: Any, args: Any, kwargs: Any, stays: Tensor = stays) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
             number = (stays.cumsum(1) - 1).clamp_min(0)
-            return args, {**kwargs, "position_embeddings": decoder.rotary_emb(hidden, position_ids=number)}
+            kind = {"layer_type": module.self_attn.layer_type} if by_kind else {}
+            return args, {**kwargs, "position_embeddings": decoder.rotary_emb(hidden, position_ids=number, **kind)}
 
         handles.append(layer.register_forward_pre_hook(rotated, with_kwargs=True))
     try:
@@ -100,10 +105,18 @@ def _renumbering(decoder: Any, drops: Sequence[Drop], real: Tensor) -> Iterator[
             handle.remove()
 
 
+def decoder_of(model: Any) -> Any:
+    core = getattr(model, "model", model)
+    decoder = core.language_model if hasattr(core, "language_model") else core.text_model  # Idefics3, SmolVLM
+    return getattr(decoder, "model", decoder)  # Llama 4 has its head there
+
+
 def in_float64(prompts: Prompts) -> Prompts:
     model = copy.deepcopy(prompts.model).double()
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # products of groups, the default, have no float64
     inputs = {n: t.double() if t.is_floating_point() else t for n, t in prompts.inputs.items()}
-    return Prompts(model, inputs, prompts.visual)
+    return replace(prompts, model=model, inputs=inputs)
 
 
 def dropped_columns(prompts: Prompts, kept: Tensor) -> Tensor:
@@ -117,6 +130,18 @@ def dropped_columns(prompts: Prompts, kept: Tensor) -> Tensor:
     return gone
 
 
+def extended(exact: Prompts, new: Tensor | None) -> dict[str, Tensor]:
+    """The arguments of a forward over the prompt and the tokens behind it."""
+    inputs = dict(exact.inputs)
+    if new is not None:
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], new], 1)
+        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(new)], 1)
+        for name, kind in (("mm_token_type_ids", 0), ("token_type_ids", exact.new_type)):
+            if name in inputs:
+                inputs[name] = torch.nn.functional.pad(inputs[name], (0, new.shape[1]), value=kind)
+    return inputs
+
+
 def logits(
     prompts: Prompts, drops: Sequence[Drop], new: Tensor | None = None, *, renumber: bool = False, **more: Any
 ) -> Tensor:
@@ -125,16 +150,10 @@ def logits(
     renumber: in the layers behind a drop, positions count what is left there.
     """
     exact = in_float64(prompts)
-    ids, mask = exact.inputs["input_ids"], exact.inputs["attention_mask"]
-    inputs = dict(exact.inputs)
-    if new is not None:
-        inputs["input_ids"] = torch.cat([ids, new], 1)
-        inputs["attention_mask"] = torch.cat([mask, torch.ones_like(new)], 1)
-        if "mm_token_type_ids" in inputs:
-            inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, new.shape[1]))
-    decoder, real = exact.model.model.language_model, inputs["attention_mask"].bool()
+    inputs, length = extended(exact, new), exact.inputs["input_ids"].shape[1]
+    decoder, real = decoder_of(exact.model), inputs["attention_mask"].bool()
     numbering = _renumbering(decoder, drops, real) if renumber else nullcontext()
-    with torch.no_grad(), numbering, _masking(decoder, drops, ids.shape[1]):
+    with torch.no_grad(), numbering, _masking(decoder, drops, length):
         result: Tensor = exact.model(**inputs, use_cache=False, **more).logits
     return result
 

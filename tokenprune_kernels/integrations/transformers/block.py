@@ -82,6 +82,7 @@ class Block:
         features = sorted((inputs.get("mm_encoder_outputs") or {}).items())  # the tower runs over images first
         for encoding in self.calls.encoded_as([encoded for _, encoded in features]):
             call.encoding.add(encoding)
+        call.attention_mask = inputs.get("attention_mask")
         ids, embeds, cache = inputs.get("input_ids"), inputs.get("inputs_embeds"), takes.cache(inputs)
         if ids is None and embeds is not None and embeds.shape[1] > 1:
             ids = self._ids_of(embeds)
@@ -118,7 +119,8 @@ class Block:
         if pruned is not None:
             if prompt is not None and bool(prompt.is_visual.any()):
                 raise NotImplementedError(IMAGES_LATER)
-            calls.decoders[-1], inputs = begin_decode(pruned, inputs, cache)
+            mask = inputs.get("attention_mask") if call is None else call.attention_mask
+            calls.decoders[-1], inputs = begin_decode(pruned, inputs, cache, mask)
             return inputs
         if call is None or prompt is None:
             return None
@@ -165,13 +167,16 @@ class Block:
         if isinstance(now, Decode):
             return decode_layer(plan.family, plan.decoder, now, index, takes, inputs)
         if isinstance(now, Prefill):
-            return prefill_layer(plan, now, index, plan.decoder.layers[index], takes, inputs)
+            return prefill_layer(plan, now, index, takes, inputs)
         return None
 
     def before_norm(self, takes: Arguments, inputs: Inputs) -> Inputs | None:
-        """Adds the features of the last layer, which no layer comes behind."""
+        """Adds the features of the last layer, which no layer comes behind, and drops the rows nobody asked for."""
         now = self.calls.decoder
-        if not isinstance(now, Prefill) or now.deepstack is None:
+        if now is None:
             return None
         name, last = takes.names[0], len(self.plan.decoder.layers) - 1
-        return {**inputs, name: now.deepstack.added(last, inputs[name], now.tokens)}
+        hidden = inputs[name]
+        if isinstance(now, Prefill) and now.deepstack is not None:
+            hidden = now.deepstack.added(last, hidden, now.tokens)
+        return {**inputs, name: hidden[:, -now.rows :]}

@@ -13,17 +13,19 @@ from .attention import base_of
 from .families import Family
 from .tokens import Tokens
 
-# An attribute of the cache itself: it goes with copies of it, and from one block to the next.
+# Attributes of the cache itself: they go with copies of it, and from one block to the next.
 _MARK = "_tokenprune_pruned"
 # Static layers of older versions count the places that are not zero, as the keys of padding are, and write where the
 # model's cache_position says, which is the first layer's.
 _STATIC = "cumulative_length" in vars(StaticLayer(max_cache_len=1))
+_WINDOWS = "_tokenprune_windows"  # {layer: its own cache, empty}, while one that cuts nothing is in its place
 
 
 @dataclass(frozen=True)
 class Segment:
     """From decoder layer `first` on, the sequence is `tokens`.
 
+    columns [B, L]: where they were in the prompt, -1 for padding.
     next_position [B]: the position of the next token, of layers inside the model that number positions anew; None in
     those where it is the model's. bias [B, V]: what the attention adds to the logits of a key, for each visual token of
     the unpruned prompt; None: nothing.
@@ -31,6 +33,7 @@ class Segment:
 
     first: int
     tokens: Tokens
+    columns: Tensor
     next_position: Tensor | None = None
     bias: Tensor | None = None
 
@@ -53,6 +56,7 @@ class Pruned:
     """What decoding on a cache has to know of its prefill."""
 
     length: int  # columns of the conversation up to the end of the prompt, before it was pruned
+    padded: Tensor  # [B]: how many columns of the prompt are padding in front
     segments: list[Segment]
     # The model's position of the next token: [B] if it is one-dimensional, [R, B] if its position_ids have R rows.
     next_position: Tensor
@@ -61,16 +65,16 @@ class Pruned:
     def segment_of(self, layer: int) -> Segment | None:
         return next((s for s in reversed(self.segments) if s.first <= layer), None)
 
-    def first_length(self) -> int:
-        """Of `length`, the columns that the first layer has cached."""
-        first = self.segments[0]
-        return self.length if first.first else self.before.length + first.tokens.length
+    def length_at(self, layer: int) -> int:
+        """Of `length`, the columns in the cache of a layer."""
+        segment = self.segment_of(layer)
+        return self.length if segment is None else self.before.length + segment.tokens.length
 
     def since(self, cache: Any) -> int:
         """Tokens that came after the prompt, whatever the layers' lengths are."""
-        last = self.segments[-1]
-        since = layer_length(cache, last.first) - self.before.length - last.tokens.length
-        if since < 0 or layer_length(cache, 0) - self.first_length() != since:
+        counting = [index for index, layer in enumerate(cache.layers) if counts(layer)]
+        since, *others = {layer_length(cache, i) - self.length_at(i) for i in (counting[0], counting[-1])}
+        if since < 0 or others:
             raise RuntimeError(
                 "prune_visual_tokens: this cache was cropped, into its pruned prompt or its layers by different "
                 "numbers of tokens"
@@ -89,10 +93,14 @@ class Pruned:
             real = segment.tokens.real
             real = None if real is None else real.expand(batch, -1)
             position = None if segment.next_position is None else segment.next_position.expand(batch)
-            segments.append(replace(segment, tokens=replace(segment.tokens, real=real), next_position=position))
+            columns = segment.columns.expand(batch, -1)
+            segments.append(
+                replace(segment, tokens=replace(segment.tokens, real=real), columns=columns, next_position=position)
+            )
         real = self.before.real
         before = replace(self.before, real=None if real is None else real.expand(batch, -1))
-        return Pruned(self.length, segments, self.next_position.expand(*self.next_position.shape[:-1], batch), before)
+        position = self.next_position.expand(*self.next_position.shape[:-1], batch)
+        return Pruned(self.length, self.padded.expand(batch), segments, position, before)
 
 
 class _OfConversation:
@@ -105,7 +113,10 @@ class _OfConversation:
         held = super().get_seq_length(layer_idx)  # type: ignore[misc]
         pruned = pruned_of(self)
         # A static layer's is a tensor. Reading its value would wait for the device, and break a compiled graph.
-        return held if pruned is None or layer_idx else held + (pruned.length - pruned.first_length())
+        if pruned is None or layer_idx:
+            return held
+        first = next(index for index, layer in enumerate(self.layers) if counts(layer))
+        return held + (pruned.length - pruned.length_at(first))
 
     def crop(self: Any, length: int) -> None:
         """Crop to a length of the conversation, or by so many tokens if it is negative, as before transformers 5.20."""
@@ -114,6 +125,7 @@ class _OfConversation:
             super().crop(-surplus)  # type: ignore[misc]
 
     def reset(self: Any) -> None:
+        take_windows_back(self, filled=False)
         super().reset()  # type: ignore[misc]
         if not layer_length(self, 0):  # some versions zero what there is
             vars(self).pop(_MARK, None)
@@ -168,11 +180,34 @@ def check_cache(cache: Any, family: Family, config: Any, *, compact: bool) -> No
         )
 
 
+def counts(layer: Any) -> bool:
+    """Whether a layer of a cache counts its tokens; linear attention has a state in their place."""
+    return hasattr(layer, "get_seq_length")
+
+
+def free_windows(cache: Any, layers: Iterable[int]) -> None:
+    """Empty layers that keep a number of tokens as wide as a window get one that keeps all in their place.
+
+    Some of these tokens are gone, so that the last so many reach further back than the window; masks cut at it.
+    """
+    taken: dict[int, Any] = vars(cache).setdefault(_WINDOWS, {})
+    for index in layers:
+        if index < len(cache.layers) and getattr(cache.layers[index], "is_sliding", False):
+            taken[index], cache.layers[index] = cache.layers[index], DynamicLayer()
+
+
+def take_windows_back(cache: Any, *, filled: bool) -> None:
+    """The inverse of `free_windows`. filled: with what the layers in their place hold, of an unpruned prompt."""
+    for index, layer in vars(cache).pop(_WINDOWS, {}).items():
+        if filled and layer_length(cache, index):
+            layer.update(cache.layers[index].keys, cache.layers[index].values)
+        cache.layers[index] = layer
+
+
 def layer_length(cache: Any, layer: int) -> int:
-    """Tokens in the cache of a layer."""
-    if cache is None or layer >= len(cache.layers):
-        return 0
-    return int(cache.layers[layer].get_seq_length())
+    """Tokens in the cache of a layer, or of the next one that counts them."""
+    there = [] if cache is None else cache.layers[layer:]
+    return int(next((each.get_seq_length() for each in there if counts(each)), 0))
 
 
 def before_prompt(cache: Any, family: Family, mask: Tensor | None) -> Before:
@@ -209,7 +244,9 @@ def over_free_places(mask: Any, cache: Any, layer: int, queries: int, keys: int,
 
 def compact_layers(cache: Any, layers: Iterable[int], columns: Tensor) -> None:
     """Keep only these columns [B, L'] of the keys and values of these layers: one launch for all of them."""
-    chosen = [(cache.layers[index], layer_length(cache, index)) for index in layers]
+    chosen = [(cache.layers[i], layer_length(cache, i)) for i in layers if counts(cache.layers[i])]
+    if not chosen:
+        return
     tensors = [t[:, :, :length] for layer, length in chosen for t in (layer.keys, layer.values)]
     kept = gather_compact(tensors, columns, dims=[2] * len(tensors))
     for (layer, _), keys, values in zip(chosen, kept[::2], kept[1::2], strict=True):

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from .cache import Pruned, Segment, layer_length, over_free_places
 from .families import Family, Inputs, Model
-from .interface import Arguments
-from .masks import decoder_mask
+from .interface import Arguments, all_rows
+from .kinds import FULL, LINEAR, check_attention, check_counts, kind_of, rotary_of, sees_of
+from .masks import at_columns, decoder_mask
 from .tokens import joined
 
 
@@ -18,17 +19,19 @@ class Decode:
     pruned: Pruned
     step: Tensor  # [T]: how far behind the prompt each new token is
     given_mask: Tensor | None  # [B, L], at least as long as what came after the prompt
-    replaced: dict[int, Inputs] = field(default_factory=dict)  # what layers get, by their segment's first layer
+    rows: int  # in front of the decoder's norm, the last of them; 0: all
+    # What layers get, by the first layer of their segment and their kind.
+    replaced: dict[tuple[int, str], Inputs] = field(default_factory=dict)
 
 
-def begin_decode(pruned: Pruned, inputs: Inputs, cache: Any) -> tuple[Decode, Inputs]:
-    """The decoding, and the arguments that the decoder gets."""
+def begin_decode(pruned: Pruned, inputs: Inputs, cache: Any, mask: Any) -> tuple[Decode, Inputs]:
+    """The decoding, and the arguments that the decoder gets. mask: that of the multimodal model, if it was called."""
     new = inputs.get("inputs_embeds")
     new = inputs.get("input_ids") if new is None else new
     if new is None:
         raise RuntimeError("prune_visual_tokens: the decoder was called without inputs_embeds or input_ids")
     batch, queries = new.shape[:2]
-    pruned, since, mask = pruned.of_batch(batch), pruned.since(cache), inputs.get("attention_mask")
+    pruned, since = pruned.of_batch(batch), pruned.since(cache)
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= since + queries):
         got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise NotImplementedError(
@@ -40,37 +43,44 @@ def begin_decode(pruned: Pruned, inputs: Inputs, cache: Any) -> tuple[Decode, In
     inputs = {**inputs, "position_ids": pruned.next_position.unsqueeze(-1) + step}
     if "cache_position" in inputs:  # of the first layer, which may be shorter than the caller knows
         inputs["cache_position"] = None
-    return Decode(pruned, step, mask), inputs
+    rows, inputs = all_rows(inputs)
+    return Decode(pruned, step, mask, rows), inputs
 
 
 def decode_layer(family: Family, decoder: Model, now: Decode, index: int, takes: Arguments, inputs: Inputs) -> Inputs:
     """The arguments that a decoder layer gets."""
     segment = now.pruned.segment_of(index)
-    if segment is None:
+    kind = kind_of(decoder.config, index)
+    if segment is None or kind == LINEAR:  # the model looks at the mask of the new tokens alone
         return inputs
-    if segment.first not in now.replaced:
+    if (segment.first, kind) not in now.replaced:
         takes.given(inputs, "hidden_states", "attention_mask", "position_embeddings", "cache")
         cache, hidden = takes.cache(inputs), inputs["hidden_states"]
-        mask = _mask(family, decoder.config, now, segment, cache, hidden)
-        replaced = now.replaced[segment.first] = {"attention_mask": mask, "position_ids": None}
+        # Of this layer: those in front of it may have cached their new tokens already.
+        keys = layer_length(cache, index) + len(now.step)
+        mask = _mask(family, decoder.config, kind, now, segment, keys, hidden)
+        mask = over_free_places(mask, cache, index, len(now.step), keys, hidden.device)
+        replaced = now.replaced[segment.first, kind] = {"attention_mask": mask, "position_ids": None}
         if segment.next_position is not None:
             position = segment.next_position.unsqueeze(1) + now.step
-            replaced["position_embeddings"] = decoder.rotary_emb(hidden, position_ids=position)
-    return {**inputs, **now.replaced[segment.first]}
+            replaced["position_embeddings"] = rotary_of(decoder, kind, hidden, position)
+    return {**inputs, **now.replaced[segment.first, kind]}
 
 
-def _mask(family: Family, config: Any, now: Decode, segment: Segment, cache: Any, hidden: Tensor) -> Any:
+def _mask(family: Family, config: Any, kind: str, now: Decode, segment: Segment, keys: int, hidden: Tensor) -> Any:
+    check_attention(config, kind)
     tokens, before, given, queries = segment.tokens, now.pruned.before, now.given_mask, len(now.step)
-    keys = layer_length(cache, segment.first) + queries
-    new = keys - before.length - tokens.length
+    batch, new = hidden.shape[0], keys - before.length - tokens.length
+    check_counts(family, config, now.pruned.length + new)
     bias = segment.bias_of_columns()
     bias = None if bias is None else torch.nn.functional.pad(bias, (before.length, new))
     given = None if given is None else given[:, given.shape[1] - new :].bool()
-    padding = joined(
-        [(before.real, before.length), (tokens.real, tokens.length), (given, new)], hidden.shape[0], hidden.device
-    )
-    mask = decoder_mask(
-        family, config, batch=hidden.shape[0], queries=queries, keys=keys, padding=padding, bias=bias,
+    padding = joined([(before.real, before.length), (tokens.real, tokens.length), (given, new)], batch, hidden.device)
+    sees = sees_of(family, config, kind, now.pruned.padded)
+    if kind != FULL:  # what is seen depends on how far apart tokens were in the prompt
+        behind = torch.arange(new, device=hidden.device) + now.pruned.length
+        sees = at_columns(sees, torch.cat([segment.columns.to(hidden.device), behind.expand(batch, -1)], 1))
+    return decoder_mask(
+        config, sees, as_it_is=kind == FULL, batch=batch, queries=queries, keys=keys, padding=padding, bias=bias,
         dtype=hidden.dtype, device=hidden.device,
     )  # fmt: skip
-    return over_free_places(mask, cache, segment.first, queries, keys, hidden.device)

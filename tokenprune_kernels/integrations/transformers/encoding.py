@@ -42,9 +42,13 @@ class Prompt:
 
 @dataclass
 class ModelCall:
-    """A call of the multimodal model. prompt: until its decoder is called; None for a step of decoding."""
+    """A call of the multimodal model. prompt: until its decoder is called; None for a step of decoding.
+
+    attention_mask: as the call was given it. What the decoder gets may be made of it, one for each kind of layer.
+    """
 
     prompt: Prompt | None = None
+    attention_mask: Any = None
     encoding: Encoding = field(default_factory=Encoding)
 
 

@@ -5,13 +5,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import causal_mask_function
 
 from .layout import Layout
 
 Model = Any  # a module whose attributes depend on the family
 Inputs = dict[str, Any]  # the keyword arguments of the multimodal model's forward
+
+# Of decoders with windows in some layers or in all: `Family.layer_types` and `Family.cache_layers`.
+WINDOWS = frozenset({"full_attention", "sliding_attention"})
+WINDOW_LAYERS: tuple[type, ...] = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def core_of(model: Model) -> Model:
@@ -30,9 +34,10 @@ class Saliency:
 
     # A sentence for the table in docs/transformers.md.
     kind: str
-    # core -> the probed attention, which has a config and calls the attention function that is named there. Raises
-    # NotImplementedError that says what is needed, for a tower that lacks it.
-    attention: Callable[[Model], Model]
+    # core -> the probed attention, or a tuple of them where there are several towers. It has a config and calls the
+    # attention function that is named there. Raises NotImplementedError that says what is needed, for a tower that
+    # lacks it.
+    attention: Callable[[Model], Model | tuple[Model, ...]]
     # (core, query [N, H, M, D], key [N, H, M, D], scale, keyword arguments of the attention) -> what `read` needs of
     # one call.
     see: Callable[[Model, Tensor, Tensor, float, Inputs], Any]
@@ -81,11 +86,20 @@ class Family:
     # --- the decoder ---
     # Position ids have a row for each axis of the image and carry its geometry: they are never renumbered.
     mrope: bool = False
+    # The argument of the core's forward that lets all tokens of a prompt see each other: it has to be given, and
+    # methods that read attention are told so (`causal`).
+    prefix: str | None = None
     # Features of inner vision layers are added behind the first decoder layers (deepstack.py).
     deepstack: bool = False
-    # The kinds of decoder layers, as in config.layer_types: one with a window would see another window after pruning.
+    # config of the decoder -> how many tokens a conversation may have until layers count those in their caches, where
+    # some are gone; None: they never do.
+    counted_to: Callable[[Any], int | None] = lambda config: None
+    # Arguments of a decoder layer besides those of all layers, of its own, with a row for each token: [B, L, ...].
+    layer_inputs: tuple[str, ...] = ()
+    # The kinds of decoder layers that are served (kinds.py), as in config.layer_types.
     layer_types: frozenset[str] = frozenset({"full_attention"})
-    # Which keys a query sees, as transformers' mask functions take it. A prompt's attention_mask is [B, L] or absent.
+    # Which keys a query sees in a layer with full attention, where the model made no mask that shows it: a new token of
+    # text does, as transformers' mask functions take it. A prompt's attention_mask is [B, L] or absent.
     mask_function: Callable[..., Any] = causal_mask_function
     # The layers of a DynamicCache. They must be free to have different lengths, and hold keys and values as they are.
     cache_layers: tuple[type, ...] = (DynamicLayer,)

@@ -13,7 +13,7 @@ from .block import Block
 from .copies import leave_out_of_copies, ours
 from .families import Inputs
 from .interface import Arguments, arguments_of
-from .masks import check_layer_types
+from .kinds import check_kinds
 from .registry import unwrapped
 from .watch import watch
 
@@ -29,7 +29,7 @@ def _install(block: Block, model: nn.Module, installed: ExitStack) -> None:
     installed.callback(block.forget)
     plan, core, decoder = block.plan, block.plan.core, block.plan.decoder
     family, layers = plan.family, decoder.layers
-    check_layer_types(decoder.config, family)
+    check_kinds(decoder.config, family, len(layers))
     deepstack = ["deepstack_visual_embeds"] if family.deepstack else []
     takes = arguments_of(layers[0], "hidden_states", "attention_mask", "position_embeddings", "cache")
     of_decoder = arguments_of(decoder, "inputs_embeds", "attention_mask", "position_ids", "cache", *deepstack)
@@ -45,11 +45,12 @@ def _install(block: Block, model: nn.Module, installed: ExitStack) -> None:
     )]  # fmt: skip
     if plan.saliency is not None:
         try:
-            attention = plan.saliency.attention(core)
+            found = plan.saliency.attention(core)
         except NotImplementedError as lacking:
             raise NotImplementedError(f"prune_visual_tokens: {plan.method} needs {lacking}") from None
-        probes = {attention: _uncompiled(block.see_tower)}
-        block.attention.append(ProbedAttention(attention.config, probes, {}, shared=True))
+        see_tower = _uncompiled(block.see_tower)
+        for attention in found if isinstance(found, tuple) else (found,):
+            block.attention.append(ProbedAttention(attention.config, {attention: see_tower}, {}, shared=True))
     for probe in block.attention:
         installed.callback(probe.remove)
         probe.install()
@@ -60,6 +61,9 @@ def _install(block: Block, model: nn.Module, installed: ExitStack) -> None:
     for head in heads:
         before(head, arguments_of(head), partial(block.before_head, unwrapped(model)))
         after(head, block.after_head)
+    if "labels" in of_core.names:  # it has a head further down
+        before(core, of_core, partial(block.before_head, core))
+        after(core, block.after_head)
     before(core, of_core, partial(block.before_core, of_core))
     after(core, block.after_core)
     before(decoder, of_decoder, partial(block.before_decoder, of_decoder))
@@ -67,7 +71,7 @@ def _install(block: Block, model: nn.Module, installed: ExitStack) -> None:
     for index, layer in enumerate(layers):  # all of them: a cache may have been pruned by another method
         before(layer, takes, partial(block.before_layer, index, takes))
     touched = {type(module) for module in (*heads, core, decoder, *layers)}
-    if family.deepstack:
+    if family.deepstack or "logits_to_keep" in of_decoder.names:
         of_norm = arguments_of(decoder.norm)
         before(decoder.norm, of_norm, partial(block.before_norm, of_norm))
         touched.add(type(decoder.norm))

@@ -13,6 +13,13 @@ from .families import Inputs
 CACHE_NAMES = ("cache", "past_key_values")
 
 
+def all_rows(inputs: Inputs) -> tuple[int, Inputs]:
+    """Of a decoder that takes logits_to_keep and goes on with so many rows somewhere: that number, and its arguments
+    without it. Which rows are the last is another matter when tokens are gone: they are taken in front of its norm."""
+    rows = inputs.get("logits_to_keep")
+    return (rows, {**inputs, "logits_to_keep": 0}) if isinstance(rows, int) and rows else (0, inputs)
+
+
 @dataclass(frozen=True)
 class Arguments:
     """What a module's forward takes; `arguments_of` makes it."""

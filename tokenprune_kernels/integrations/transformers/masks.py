@@ -1,4 +1,10 @@
-"""The attention mask of a layer whose tokens are fewer than those the model made its mask for."""
+"""The attention mask of a layer whose tokens are fewer than those the model made its mask for.
+
+In a prefill it is the mask that the model hands to this layer, at the rows and columns that stay: whatever the model
+decides of a window, a chunk or the tokens of one image, it decides for the whole prompt. For new tokens it follows from
+the kind of layer (kinds.py) and the columns that the cached keys had in the prompt. Either way a window means a
+distance in the prompt, however many tokens between are gone.
+"""
 
 import inspect
 from typing import Any
@@ -8,20 +14,7 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from .attention import base_of
-from .families import Family
-
-
-def check_layer_types(config: Any, family: Family) -> None:
-    """Whether all decoder layers are of the kinds that the family promises to handle."""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    for name in ("sliding_window", "attention_chunk_size"):  # of all layers, where their types are not listed
-        if getattr(config, name, None) is not None and getattr(config, "layer_types", None) is None:
-            kinds = {name}
-    if not kinds <= family.layer_types:
-        known = " or ".join(sorted(family.layer_types)).replace("_", " ")
-        raise NotImplementedError(
-            f"prune_visual_tokens: decoder layers must all have {known}, got {', '.join(sorted(kinds))}"
-        )
+from .kinds import LINEAR, Sees
 
 
 def check_one_sequence(positions: Any, mask: Any) -> None:
@@ -32,10 +25,34 @@ def check_one_sequence(positions: Any, mask: Any) -> None:
         )
 
 
+def sees_by(mask: Any, batch: int) -> Sees | None:
+    """Which keys a query sees by a mask that the model made, a tensor [B, 1, L, L] or a block mask of flex attention.
+
+    None for any other mask: it tells of padding alone.
+    """
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        visible = (mask if mask.dtype == torch.bool else mask == 0)[:, 0].expand(batch, -1, -1)
+        return lambda sample, head, query, key: visible[sample, query, key]
+    made: Sees | None = getattr(mask, "mask_mod", None)
+    return made
+
+
+def at_columns(sees: Sees, columns: Tensor, held: int = 0) -> Sees:
+    """The same for tokens that were at these columns [B, N]; -1, padding, which is masked besides, sees what it may.
+
+    held: so many keys are cached in front of the columns; queries count from there on, and rows of `sees` do not.
+    """
+    columns = columns.clamp_min(0)
+    cached = torch.arange(held, device=columns.device).expand(len(columns), -1)
+    keys = torch.cat([cached, columns + held], 1)
+    return lambda sample, head, query, key: sees(sample, head, columns[sample, query - held], keys[sample, key])
+
+
 def decoder_mask(
-    family: Family,
     config: Any,
+    sees: Sees,
     *,
+    as_it_is: bool,
     batch: int,
     queries: int,
     keys: int,
@@ -46,9 +63,9 @@ def decoder_mask(
 ) -> Any:
     """What the model's own mask function makes for `queries` new tokens after `keys - queries` cached ones.
 
-    padding: [B, keys] bool, True for real tokens, or None when all are. bias: [B, keys] that is added to the logits of
-    the keys, or None. The result is what this attention function wants: a tensor, a block mask, the padding itself, or
-    None.
+    as_it_is: `sees` is the family's own, which an attention may do without a mask. padding: [B, keys] bool, True for
+    real tokens, or None when all are. bias: [B, keys] that is added to the logits of the keys, or None. The result is
+    what this attention function wants: a tensor, a block mask, the padding itself, or None.
     """
     name = base_of(config._attn_implementation)
     if bias is not None:
@@ -58,12 +75,12 @@ def decoder_mask(
             raise NotImplementedError(f"prune_visual_tokens: padding needs a mask, and {name!r} has no mask function")
         return None
     function = ALL_MASK_ATTENTION_FUNCTIONS[name]
-    columns: dict[str, Any]
+    indices: dict[str, Any]
     takes = inspect.signature(function).parameters
     if "cache_position" in takes:  # until transformers 5.11 or so
-        columns = {"cache_position": torch.arange(keys - queries, keys, device=device)}
+        indices = {"cache_position": torch.arange(keys - queries, keys, device=device)}
     elif "q_offset" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-        columns = {"q_length": queries, "q_offset": keys - queries, "device": device}
+        indices = {"q_length": queries, "q_offset": keys - queries, "device": device}
     else:
         raise NotImplementedError(
             f"prune_visual_tokens: the mask function of {name!r} takes neither cache_position nor q_offset, only "
@@ -73,12 +90,12 @@ def decoder_mask(
         batch_size=batch,
         kv_length=keys,
         kv_offset=0,
-        mask_function=family.mask_function,
+        mask_function=sees,
         attention_mask=padding,
-        allow_is_causal_skip=bias is None,
+        allow_is_causal_skip=as_it_is and bias is None,
         dtype=dtype,
         config=config,
-        **columns,
+        **indices,
     )
     if bias is None:
         return mask
@@ -89,6 +106,10 @@ def decoder_mask(
 def check_takes_bias(config: Any) -> None:
     """Whether the attention adds its mask to the logits."""
     name = base_of(config._attn_implementation)
+    if LINEAR in (getattr(config, "layer_types", None) or ()):
+        raise NotImplementedError(
+            "prune_visual_tokens: calibrate=True adds to logits, and linear attention has no logits"
+        )
     if name not in ("sdpa", "eager"):
         raise NotImplementedError(
             "prune_visual_tokens: calibrate=True adds to the logits of the attention by its mask, which sdpa and eager "

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ... import gather_compact
 from ..._backend import served_by
@@ -24,20 +24,23 @@ from .cache import (
     before_prompt,
     check_cache,
     compact_layers,
+    free_windows,
     layer_length,
-    over_free_places,
     remember,
+    take_windows_back,
 )
-from .choose import AttentionInputs, Embedded, LayerContext, choose, not_seen
+from .choose import ON_GRID, AttentionInputs, Embedded, LayerContext, choose, not_seen
 from .deepstack import DeepStack, take_deepstack
 from .encoding import Asked, ModelCall, Prompt, check_asked
 from .families import Family, Inputs, Model, Saliency
-from .interface import Arguments
-from .layout import Layout, images_of
-from .masks import check_one_sequence, decoder_mask
+from .interface import Arguments, all_rows
+from .kinds import FULL, check_counts, kind_of
+from .layout import Layout, check_on_grid, images_of
+from .masks import check_one_sequence
 from .parallel import same_generator
 from .report import Report
-from .tokens import Tokens, indices_at, joined, keep, read_prompt
+from .shortened import composed, padded, shortened
+from .tokens import Tokens, indices_at, keep, read_prompt
 from .training import check_checkpointing
 
 IMAGES_LATER = (
@@ -106,20 +109,21 @@ class Prefill:
     deepstack: DeepStack | None
     report: Report
     cache: Any = None  # that the layers fill
+    rows: int = 0  # in front of the decoder's norm, the last of them; 0: all
     embedded: Tensor | None = None  # what went into the first layer, for the methods that ask for it
     segments: list[Segment] = field(default_factory=list)
     attention: AttentionInputs | None = None  # of the layer before a pruning layer
     projecting: list[AttentionInputs] | None = None  # while a pruning layer's attention is called for these alone
     columns: list[Tensor] = field(default_factory=list)  # of each segment, into the sequence before it
-    # What the layers get instead of the model's, after the first pruning.
-    replaced: dict[str, Any] = field(default_factory=dict)
+    # What the layers of each kind get instead of the model's, since the last pruning.
+    replaced: dict[str, Inputs] = field(default_factory=dict)
 
 
 def begin_prefill(
     plan: Plan, call: ModelCall, prompt: Prompt, inputs: Inputs, cache: Any, asked: Asked | None
 ) -> tuple[Prefill | None, Inputs]:
     """The prefill and the arguments that the decoder gets: without visual tokens, None and the inputs unchanged."""
-    mask, (batch, length) = inputs.get("attention_mask"), prompt.is_visual.shape
+    mask, (batch, length) = call.attention_mask, prompt.is_visual.shape
     flat = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == batch and mask.shape[1] >= length
     tokens = read_prompt(prompt.is_visual, mask[:, -length:].bool() if isinstance(mask, Tensor) and flat else None)
     if not any(tokens.counts):
@@ -131,6 +135,12 @@ def begin_prefill(
     if mask is not None and not (flat and mask.shape[1] == cached + length):
         got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise NotImplementedError(f"prune_visual_tokens: the attention_mask must be [B, L] or absent, got {got}")
+    if plan.family.prefix is not None and prompt.inputs.get(plan.family.prefix) is None:
+        raise NotImplementedError(
+            f"prune_visual_tokens: a prompt of {plan.family.name} needs {plan.family.prefix}, which its processor "
+            "returns"
+        )
+    check_counts(plan.family, plan.decoder.config, tokens.length)
     check_one_sequence(inputs.get("position_ids"), mask)
     check_checkpointing(plan.decoder)
     before = before_prompt(cache, plan.family, mask)
@@ -148,31 +158,38 @@ def begin_prefill(
     copies = 1 if asked is None else asked.copies
     if given != [parts for parts in given[::copies] for _ in range(copies)]:
         copies = 1  # a forward inside of generate that is none of its own
-    return Prefill(
+    now = Prefill(
         tokens, tokens, given, given, copies, position, _first_number(plan, inputs, tokens, before), before, prompt,
         call.encoding.saliency, deepstack, report,
-    ), inputs  # fmt: skip
+    )  # fmt: skip
+    if any(_budgets(planned.budget, now) != now.left for planned in plan.stages.values()):
+        now.rows, inputs = all_rows(inputs)
+    return now, inputs
 
 
-def prefill_layer(plan: Plan, now: Prefill, index: int, layer: nn.Module, takes: Arguments, inputs: Inputs) -> Inputs:
+def prefill_layer(plan: Plan, now: Prefill, index: int, takes: Arguments, inputs: Inputs) -> Inputs:
     """The arguments that a decoder layer gets."""
     if index == 0:
         takes.given(inputs, "hidden_states", "attention_mask", "position_embeddings", "cache")
         now.cache = takes.cache(inputs)
         check_cache(now.cache, plan.family, plan.decoder.config, compact=plan.compact_cache)  # may be the decoder's own
+        if plan.compact_cache and now.cache is not None:
+            free_windows(now.cache, range(len(plan.decoder.layers)))
     if now.deepstack is not None:
         inputs = {**inputs, "hidden_states": now.deepstack.added(index - 1, inputs["hidden_states"], now.tokens)}
     if index == 0 and any(planned.stage.uses & {"input_features", "input_text"} for planned in plan.stages.values()):
         now.embedded = inputs["hidden_states"].detach()
     if index in plan.stages:
-        inputs = _prune(plan, now, plan.stages[index], layer, inputs)
-    return {**inputs, **now.replaced}
+        inputs = _prune(plan, now, plan.stages[index], inputs)
+    return {**inputs, **_of_what_is_left(plan, now, index, inputs)}
 
 
 def end_prefill(plan: Plan, now: Prefill) -> None:
     """Leaves what decoding and the user will ask for."""
     if not now.segments:
         now.report.untouched(now.original.origin)
+        if now.cache is not None:
+            take_windows_back(now.cache, filled=True)
         return
     last = now.segments[-1]
     if not layer_length(now.cache, last.first):  # none, or gradient checkpointing has kept it from the layers
@@ -181,9 +198,10 @@ def end_prefill(plan: Plan, now: Prefill) -> None:
         with now.report.clock("compact_ms"):
             _compact_caches(now)
         own = [s for s in now.segments if s.next_position is not None or s.bias is not None]
-        now.segments = [Segment(0, last.tokens), *(replace(s, tokens=last.tokens) for s in own)]
+        everywhere = Segment(0, last.tokens, last.columns)
+        now.segments = [everywhere, *(replace(s, tokens=last.tokens, columns=last.columns) for s in own)]
     length = now.before.length + now.original.length
-    remember(now.cache, Pruned(length, now.segments, now.next_position, now.before))
+    remember(now.cache, Pruned(length, padded(now.original), now.segments, now.next_position, now.before))
 
 
 def _compact_caches(now: Prefill) -> None:
@@ -198,56 +216,66 @@ def _compact_caches(now: Prefill) -> None:
             compact_layers(now.cache, range(start, end), torch.cat([held, behind], 1))
 
 
-def _prune(plan: Plan, now: Prefill, planned: PlannedStage, layer: nn.Module, inputs: Inputs) -> Inputs:
+def _prune(plan: Plan, now: Prefill, planned: PlannedStage, inputs: Inputs) -> Inputs:
     tokens = now.tokens
     budgets = _budgets(planned.budget, now)
     if budgets == now.left:
         return inputs
     hidden: Tensor = inputs["hidden_states"]
+    if planned.stage.uses & ON_GRID:
+        assert now.report.layout is not None
+        check_on_grid(now.report.layout(), planned.stage.name)
     with torch.no_grad(), now.report.clock("select_ms"):
         with plan.draws.lock if "generator" in planned.stage.uses else nullcontext():
-            chosen = choose(planned.stage, _context(plan, now, layer, inputs), now.left, budgets, plan.options)
+            chosen = choose(planned.stage, _context(plan, now, planned.layer, inputs), now.left, budgets, plan.options)
         after, columns = keep(tokens, chosen.indices, [sum(parts) for parts in budgets])
     now.attention = None
     with now.report.clock("compact_ms"):
-        number = after.numbered() + now.first_number if plan.renumber else None
         bias = _bias(planned.stage, now, after, chosen.sizes) if plan.calibrate else None
-        next_position = None if number is None else number[:, -1] + 1
+        next_position = (after.numbered() + now.first_number)[:, -1] + 1 if plan.renumber else None
         if next_position is not None and planned.layer == 0:  # the model counts on from there in all of its layers
             now.next_position, next_position = next_position, None
-        now.segments.append(Segment(planned.layer, after, next_position, bias))
-        hidden = _compact(plan, now, columns, number, inputs)
+        now.columns.append(columns)
+        now.segments.append(Segment(planned.layer, after, composed(now.columns), next_position, bias))
+        now.replaced = {}
+        (hidden,) = gather_compact([hidden], columns, dims=[1])
         if chosen.merged is not None:
             hidden = _replace(hidden, after.visual, chosen.merged)
+        if now.cache is not None:
+            free_windows(now.cache, range(planned.layer, len(plan.decoder.layers)))
     now.tokens, now.left = after, budgets
-    now.columns.append(columns)
-    now.report.pruned(planned.layer, after.counts, after.origin, served_by("gather_compact", hidden))
+    now.report.pruned(planned.layer, after.counts, after.origin, served_by("gather_compact", hidden), chosen.told)
     return {**inputs, "hidden_states": hidden}
 
 
 def _budgets(budget: Budget, now: Prefill) -> list[list[int]]:
     """How many stay of what is left, of each sample or of each of its images. generate's copies of a sample are one."""
     once = now.given[:: now.copies]
-    due = iter(budget([n for parts in once for n in parts]))
+    others = [n - c for n, c in zip(now.original.lengths, now.original.counts, strict=True)][:: now.copies]
+    further = [n for n, parts in zip(others, once, strict=True) for _ in parts]
+    due = iter(budget([n for parts in once for n in parts], further))
     kept = [[next(due) for _ in parts] for parts in once]
     repeated = [parts for parts in kept for _ in range(now.copies)]
     return [[min(pair) for pair in zip(*pairs, strict=True)] for pairs in zip(repeated, now.left, strict=True)]
 
 
-def _context(plan: Plan, now: Prefill, layer: Any, inputs: Inputs) -> LayerContext:
+def _context(plan: Plan, now: Prefill, index: int, inputs: Inputs) -> LayerContext:
+    layer = plan.decoder.layers[index]
     hidden: Tensor = inputs["hidden_states"].detach()
 
     @functools.cache
     def projected() -> AttentionInputs:
         # The attention is called as the layer does, whatever norms, rotations and offloaded weights are in it, without
         # a cache; `Block.projecting` takes what it would attend with, and it attends to nothing.
-        embeddings = {**inputs, **now.replaced}["position_embeddings"]
+        embeddings = {**inputs, **_of_what_is_left(plan, now, index, inputs)}["position_embeddings"]
         found: list[AttentionInputs] = []
+        shared: Inputs = {"shared_kv_states": {}} if "shared_kv_states" in inputs else {}
         now.projecting = found
         try:
             layer.self_attn(
-                hidden_states=layer.input_layernorm(hidden), position_embeddings=embeddings, attention_mask=None
-            )
+                hidden_states=layer.input_layernorm(hidden), position_embeddings=embeddings, attention_mask=None,
+                **shared,
+            )  # fmt: skip
         finally:
             now.projecting = None
         if not found:
@@ -255,7 +283,7 @@ def _context(plan: Plan, now: Prefill, layer: Any, inputs: Inputs) -> LayerConte
         made, held = found[0], now.before.length
         if not held:
             return made
-        cached = now.cache.layers[layer.self_attn.layer_idx].keys[:, :, :held].to(made.key.device)
+        cached = now.cache.layers[index].keys[:, :, :held].to(made.key.device)
         return replace(made, key=torch.cat([cached, made.key], 2))
 
     @functools.cache
@@ -279,10 +307,13 @@ def _context(plan: Plan, now: Prefill, layer: Any, inputs: Inputs) -> LayerConte
         return same_generator(layer, hidden.device) if drawn is None else drawn
 
     seen, keys = now.attention, now.before.length + now.tokens.length
+    if seen is not None and kind_of(plan.decoder.config, index - 1) != FULL:
+        seen = replace(seen, lse=None)  # it is that of a window, and methods see all keys
     if seen is not None and seen.key.shape[2] > keys:  # with the free places of a static cache
         seen = replace(seen, key=seen.key[:, :, :keys])
+    causal = plan.family.prefix is None
     return LayerContext(
-        now.tokens, hidden, layer, seen, projected, embedded, layout, saliency, generator, before=now.before
+        now.tokens, hidden, layer, seen, projected, embedded, layout, saliency, generator, causal, before=now.before
     )
 
 
@@ -290,7 +321,7 @@ def columns_left(now: Prefill) -> Tensor:
     """[B, L]: which column of the prompt each of those that are left was, -1 for padding."""
     device = now.original.slot.device
     column = torch.arange(now.original.length, device=device).expand(len(now.original.counts), -1)
-    return functools.reduce(indices_at, now.columns, column)
+    return composed([column, *now.columns])
 
 
 def _replace(hidden: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
@@ -322,45 +353,21 @@ def _bias(stage: Stage, now: Prefill, after: Tokens, sizes: Tensor | None) -> Te
     return ones.scatter(1, at, sizes.clamp_min(1))[:, :most].log()
 
 
-def _compact(plan: Plan, now: Prefill, columns: Tensor, number: Tensor | None, inputs: Inputs) -> Tensor:
-    """The hidden states without the dropped columns; what the layers get besides is left in `now.replaced`.
-
-    number [B, L']: the columns' new positions; None: they keep their own.
-    """
+def _of_what_is_left(plan: Plan, now: Prefill, index: int, inputs: Inputs) -> Inputs:
+    """What a layer gets besides its hidden states, of the tokens that are left; most of it is that of its kind."""
+    if not now.segments:
+        return {}
     segment = now.segments[-1]
-    after = segment.tokens
-    given = {**inputs, **now.replaced}
-    hidden: Tensor = given["hidden_states"]
-    batch = hidden.shape[0]
-    rotary = [_with_batch(t, batch) for t in given["position_embeddings"]]
-    batch_dims = [t.dim() - 3 for t in rotary]  # [B, L, D] or, one for each axis of the image, [3, B, L, D]
-    hidden, *rotary = gather_compact(
-        [hidden, *rotary], columns, dims=[1, *(d + 1 for d in batch_dims)], batch_dims=[0, *batch_dims]
-    )
-    if number is not None:
-        rotary = list(plan.decoder.rotary_emb(hidden, position_ids=number))
-    held = now.before.length
-    keys, bias = held + after.length, segment.bias_of_columns()
-    padding = joined([(now.before.real, held), (after.real, after.length)], batch, hidden.device)
-    mask = decoder_mask(
-        plan.family, plan.decoder.config, batch=batch, queries=after.length, keys=keys, padding=padding,
-        bias=None if bias is None else torch.nn.functional.pad(bias, (held, 0)), dtype=hidden.dtype,
-        device=hidden.device,
-    )  # fmt: skip
-    now.replaced = {
-        "position_embeddings": tuple(rotary),
-        # FlashAttention would take gaps in the positions for borders between packed sequences.
-        "position_ids": None,
-        "attention_mask": over_free_places(mask, now.cache, segment.first, after.length, keys, hidden.device),
-    }
-    if inputs.get("cache_position") is not None:
-        now.replaced["cache_position"] = torch.arange(held, keys, device=hidden.device)
-    return hidden
-
-
-def _with_batch(t: Tensor, batch: int) -> Tensor:
-    """Rotary embeddings are [1, L, D] when every sample has the same positions."""
-    return t.expand(*t.shape[:-3], batch, *t.shape[-2:])
+    own = {name: inputs[name] for name in plan.family.layer_inputs if inputs.get(name) is not None}
+    rows = gather_compact(list(own.values()), segment.columns, dims=[1] * len(own)) if own else []
+    kind = kind_of(plan.decoder.config, index)
+    if kind not in now.replaced:
+        with now.report.clock("compact_ms"):
+            now.replaced[kind] = shortened(
+                plan.family, plan.decoder, kind, segment, inputs, before=now.before, cache=now.cache,
+                number=segment.tokens.numbered() + now.first_number if plan.renumber else None,
+            )  # fmt: skip
+    return now.replaced[kind] | dict(zip(own, rows, strict=True))
 
 
 def _next_position(inputs: Inputs, tokens: Tokens, counted: bool, before: Before) -> Tensor:

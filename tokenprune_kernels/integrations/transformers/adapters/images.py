@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..families import Inputs
+from ..families import Inputs, Model
 from ..layout import Layout, Patches, layout_of
 
 
@@ -17,6 +17,24 @@ def encoded_with(inputs: Inputs, *methods: str) -> list[Any]:
     if all(value is None for value in seen):
         raise NotImplementedError("prune_visual_tokens: encode the images inside the block, their sizes are needed")
     return seen
+
+
+def sizes_seen(arguments: dict[str, Any]) -> Any:
+    """Height and width of each image, in pixels. Pixtral's images are padded to the largest of a batch."""
+    sizes = arguments.get("image_sizes")
+    pixels = arguments.get("pixel_values")
+    if sizes is None and pixels is not None:
+        return [tuple(pixels.shape[-2:])] * len(pixels)
+    return sizes
+
+
+def grids_of(core: Model, inputs: Inputs) -> list[tuple[int, int]]:
+    """Height and width of each image, in patches."""
+    (sizes,) = encoded_with(inputs, "get_image_features")
+    if hasattr(sizes, "tolist"):
+        sizes = sizes.tolist()
+    patch = core.config.vision_config.patch_size
+    return [(height // patch, width // patch) for height, width in sizes]
 
 
 def prompt_order(

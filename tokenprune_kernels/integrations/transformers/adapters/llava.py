@@ -1,42 +1,23 @@
-"""LLaVA-1.5: a grid of patches per image. The tower is CLIP or SigLIP, for images of one size, or Pixtral, for any."""
+"""LLaVA-1.5 and VipLLaVA: a grid of patches per image.
 
+The tower is CLIP or SigLIP, for images of one size, or Pixtral, for any.
+"""
+
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..families import Family, Inputs, Model, Saliency
 from ..layout import Layout, grid_patches
-from .images import encoded_with, layout_of_images, values_of_images
-from .towers import attention_of, check_grid, patch_scores, received_attention
-
-
-def sizes_seen(arguments: dict[str, Any]) -> Any:
-    """Height and width of each image, in pixels. Pixtral's images are padded to the largest of a batch."""
-    sizes = arguments.get("image_sizes")
-    pixels = arguments.get("pixel_values")
-    if sizes is None and pixels is not None:
-        return [tuple(pixels.shape[-2:])] * len(pixels)
-    return sizes
-
-
-def grids_of(core: Model, inputs: Inputs) -> list[tuple[int, int]]:
-    """Height and width of each image, in patches."""
-    (sizes,) = encoded_with(inputs, "get_image_features")
-    if hasattr(sizes, "tolist"):
-        sizes = sizes.tolist()
-    patch = core.config.vision_config.patch_size
-    return [(height // patch, width // patch) for height, width in sizes]
+from .images import grids_of, layout_of_images, sizes_seen, values_of_images
+from .towers import attended, attention_in, attention_of, check_grid, patch_scores, received_attention
 
 
 def layout(core: Model, inputs: Inputs, counts: list[int]) -> Layout:
     check_grid(core)
     images = [[grid_patches(height, width, 0)] for height, width in grids_of(core, inputs)]
     return layout_of_images({core.config.image_token_id: images}, inputs, counts)
-
-
-def attended(core: Model, query: Tensor, key: Tensor, scale: float, _: Inputs) -> tuple[Tensor, Tensor, float]:
-    """Which tokens of a sequence are one image's is known when the prompt comes."""
-    return query.detach(), key.detach(), scale
 
 
 def saliency(core: Model, inputs: Inputs, counts: list[int], seen: list[Any]) -> Tensor:
@@ -50,17 +31,28 @@ def saliency(core: Model, inputs: Inputs, counts: list[int], seen: list[Any]) ->
     return values_of_images({core.config.image_token_id: values}, inputs, counts)
 
 
-FAMILIES = (
-    Family(
-        name="LLaVA-1.5",
-        model_types=("llava",),
-        layout=layout,
-        grid="a grid per image, from the size of what the tower was given (`image_sizes` with Pixtral)",
-        saliency=Saliency(
-            "class token's row, layer `vision_feature_layer`; SigLIP, Pixtral: mean attention received from the same "
-            "image",
-            attention_of, attended, saliency,
-        ),
-        watched={"get_image_features": sizes_seen},
+_LLAVA = Family(
+    name="LLaVA-1.5",
+    model_types=("llava",),
+    layout=layout,
+    grid="a grid per image, from the size of what the tower was given (`image_sizes` with Pixtral)",
+    saliency=Saliency(
+        "class token's row, layer `vision_feature_layer`; SigLIP, Pixtral: mean attention received from the same "
+        "image",
+        attention_of, attended, saliency,
     ),
+    watched={"get_image_features": sizes_seen},
 )  # fmt: skip
+
+
+def deepest(core: Model) -> nn.Module:
+    return attention_in(core.vision_tower, core.config.vision_feature_layers)
+
+
+# Its features are those of several layers.
+_VIPLLAVA = replace(
+    _LLAVA, name="VipLLaVA", model_types=("vipllava",), grid="a grid per image",
+    saliency=Saliency("class token's row, the deepest of `vision_feature_layers`", deepest, attended, saliency),
+)  # fmt: skip
+
+FAMILIES = (_LLAVA, _VIPLLAVA)

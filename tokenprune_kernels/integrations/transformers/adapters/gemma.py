@@ -1,0 +1,63 @@
+"""PaliGemma and Gemma 3: images of one size by SigLIP; the tokens of an image, or all of a prompt, see each other."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..families import WINDOW_LAYERS, WINDOWS, Family, Inputs, Model, Saliency
+from ..layout import Layout, grid_patches
+from .images import grids_of, layout_of_images, sizes_seen, values_of_images
+from .towers import attention_of, patch_scores
+
+
+def pali_layout(core: Model, inputs: Inputs, counts: list[int]) -> Layout:
+    images = [[grid_patches(height, width, 0)] for height, width in grids_of(core, inputs)]
+    return layout_of_images({core.config.image_token_id: images}, inputs, counts)
+
+
+def pali_saliency(core: Model, inputs: Inputs, counts: list[int], seen: list[Any]) -> Tensor:
+    return values_of_images({core.config.image_token_id: list(seen[-1])}, inputs, counts)
+
+
+def pooled_layout(core: Model, inputs: Inputs, counts: list[int]) -> Layout:
+    """An image is as many tokens whatever its size, and so is each crop of pan and scan, an image of its own here."""
+    side = core.multi_modal_projector.tokens_per_side
+    images = [[grid_patches(side, side, 0)] for _ in grids_of(core, inputs)]
+    return layout_of_images({core.config.image_token_id: images}, inputs, counts)
+
+
+def pooled_scores(core: Model, query: Tensor, key: Tensor, scale: float, keywords: Inputs) -> Tensor:
+    """[images, tokens]: the mean over the patches that the projector averages to a token."""
+    side = core.multi_modal_projector.patches_per_image
+    patches = patch_scores(core, query, key, scale).unflatten(1, (1, side, side))
+    pooled: Tensor = torch.nn.functional.avg_pool2d(patches, core.multi_modal_projector.kernel_size)
+    return pooled.flatten(1)
+
+
+FAMILIES = (
+    Family(
+        name="PaliGemma",
+        model_types=("paligemma",),
+        layout=pali_layout,
+        grid="a grid per image",
+        saliency=Saliency("mean attention received in the last layer", attention_of, patch_scores, pali_saliency),
+        watched={"get_image_features": sizes_seen},
+        prefix="token_type_ids",
+        layer_types=WINDOWS,
+        cache_layers=WINDOW_LAYERS,
+    ),
+    Family(
+        name="Gemma 3",
+        model_types=("gemma3",),
+        layout=pooled_layout,
+        grid="a grid per image, of `mm_tokens_per_image`; each crop of pan and scan is an image",
+        saliency=Saliency(
+            "mean attention received in the last layer, averaged like the features",
+            attention_of, pooled_scores, pali_saliency,
+        ),
+        watched={"get_image_features": sizes_seen},
+        layer_types=WINDOWS,
+        cache_layers=WINDOW_LAYERS,
+    ),
+)  # fmt: skip

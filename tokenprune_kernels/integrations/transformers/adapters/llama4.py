@@ -1,0 +1,74 @@
+"""Llama 4: tiles of an image and a thumbnail, each pixel-shuffled; attention in chunks of the prompt in most layers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from ....ops import cross_attention_scores
+from ..attention import base_of
+from ..families import Family, Inputs, Model, Saliency
+from ..layout import Layout, grid_patches
+from .images import by_sample, encoded_with, layout_of_images
+
+
+def _side(core: Model) -> int:
+    """Patches along a side of a tile; tiles have one size."""
+    vision = core.config.vision_config
+    return int(vision.image_size // vision.patch_size)
+
+
+def _block(core: Model) -> int:
+    """Patches along a side of a token."""
+    ratio: float = core.config.vision_config.pixel_shuffle_ratio
+    return round(1 / ratio)
+
+
+def layout(core: Model, inputs: Inputs, counts: list[int]) -> Layout:
+    """Each tile is a group and an image of its own: how the processor has cut an image is not told."""
+    (tiles,) = encoded_with(inputs, "get_image_features")
+    side = _side(core) // _block(core)
+    images = [[grid_patches(side, side, 0)] for _ in range(tiles)]
+    return layout_of_images({core.config.image_token_id: images}, inputs, counts)
+
+
+def attention_of(core: Model) -> nn.Module:
+    if base_of(core.vision_model.config._attn_implementation) == "eager":
+        raise NotImplementedError("a vision tower with sdpa: Llama 4 keeps its eager attention under a name of its own")
+    attention: nn.Module = core.vision_model.model.layers[-1].self_attn
+    return attention
+
+
+def class_scores(core: Model, query: Tensor, key: Tensor, scale: float, keywords: Inputs) -> Tensor:
+    """[tokens]: the attention of the class token, which is the last, averaged over the patches of a token."""
+    with torch.no_grad():
+        scores, _, _ = cross_attention_scores(query[:, :, -1:], key, scale=scale)
+    side = _side(core)
+    return torch.nn.functional.avg_pool2d(scores[:, :-1].unflatten(1, (1, side, side)), _block(core)).flatten()
+
+
+def saliency(core: Model, inputs: Inputs, counts: list[int], seen: list[Any]) -> Tensor:
+    return by_sample(torch.cat(seen), counts)
+
+
+def counted_to(config: Any) -> int | None:
+    """Layers without rotation scale their queries by the number of tokens in their cache, from so many on."""
+    return int(config.floor_scale) if config.attn_temperature_tuning and not all(config.no_rope_layers) else None
+
+
+FAMILIES = (
+    Family(
+        name="Llama 4",
+        model_types=("llama4",),
+        layout=layout,
+        grid="a grid per tile, after the pixel shuffle; each tile is an image",
+        saliency=Saliency(
+            "class token's row in the last layer, mean of each 2 x 2 block", attention_of, class_scores, saliency
+        ),
+        watched={"get_image_features": lambda arguments: len(arguments["pixel_values"])},
+        layer_types=frozenset({"full_attention", "chunked_attention"}),
+        cache_layers=(DynamicLayer, DynamicSlidingWindowLayer),
+        counted_to=counted_to,
+    ),
+)  # fmt: skip
