@@ -10,6 +10,7 @@ from ._backend import BackendUnavailableError, use_backend  # noqa: E402
 from ._config import config, show_config  # noqa: E402
 from ._masks import indices_to_mask  # noqa: E402
 from ._version import __version__  # noqa: E402
+from ._weights import reduce_attention  # noqa: E402
 
 __all__ = [
     "BackendUnavailableError",
@@ -17,6 +18,7 @@ __all__ = [
     "config",
     "indices_to_mask",
     "methods",
+    "reduce_attention",
     "reference",
     "show_config",
     "use_backend",

@@ -36,11 +36,19 @@ AttentionReductions reductions_of(const Choices& choices) {
   return reductions;
 }
 
+// More heads than tokens, and a number of heads that no model has; ops/_attention.py has the rule.
+inline bool looks_swapped(int64_t heads, int64_t tokens) {
+  return heads > tokens && (heads > 128 || (heads > 16 && heads % 4 != 0));
+}
+
 inline void check_heads(const char* op, const Tensor& query, const Tensor& key) {
   if (query.size(3) < 1) fail(op, "query", "have a last dimension D >= 1", shape_text(query));
   const int64_t heads = query.size(1), key_heads = key.size(1);
-  if (heads != key_heads && (key_heads == 0 || heads % key_heads != 0))
-    fail(op, "query", "have a number of heads that is a multiple of Hkv = " + std::to_string(key_heads), heads);
+  if (heads == key_heads || (key_heads != 0 && heads % key_heads == 0)) return;
+  fail(op, "query", "have a number of heads that is a multiple of Hkv = " + std::to_string(key_heads), heads,
+       looks_swapped(key_heads, key.size(2))
+           ? "key looks like [B, N, Hkv, D]: pass layout=\"blhd\", or key.transpose(1, 2)"
+           : "");
 }
 
 }  // namespace tokenprune

@@ -131,8 +131,7 @@ def begin_prefill(
     if asked is not None:
         check_asked(asked)
     check_cache(cache, plan.family, plan.decoder.config, compact=plan.compact_cache)
-    cached = layer_length(cache, 0)
-    if mask is not None and not (flat and mask.shape[1] == cached + length):
+    if mask is not None and not (flat and mask.shape[1] == layer_length(cache, 0) + length):
         got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise NotImplementedError(f"prune_visual_tokens: the attention_mask must be [B, L] or absent, got {got}")
     if plan.family.prefix is not None and prompt.inputs.get(plan.family.prefix) is None:
