@@ -241,20 +241,6 @@ def test_gradients_flow_to_the_vision_tower(method: str) -> None:
     assert compared > 20
 
 
-def test_gradient_checkpointing_is_refused_in_training_only() -> None:
-    prompts = llava(2)
-    with prune_visual_tokens(prompts.model, "coast", 9, layer=LAYER):
-        want = logits_of(prompts)
-    prompts.model.gradient_checkpointing_enable()
-    with prune_visual_tokens(prompts.model, "coast", 9, layer=LAYER):
-        assert torch.equal(logits_of(prompts), want)  # eval
-        prompts.model.train()
-        with pytest.raises(NotImplementedError, match="gradient checkpointing"):
-            prompts.model(**prompts.inputs)
-        prompts.model.gradient_checkpointing_disable()
-        assert torch.equal(prompts.model(**prompts.inputs).logits, want)
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "autocast"])
 def test_half_precision_errs_at_most_twice_what_masking_errs(method: str, precision: str) -> None:

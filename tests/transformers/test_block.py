@@ -227,25 +227,57 @@ def test_decoder_layers_with_a_window_are_refused() -> None:
         assert state_of(prompts.model) == before
 
 
-def test_static_sliding_and_quantised_caches_are_refused() -> None:
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache
+def test_sliding_and_quantised_caches_are_refused() -> None:
+    from transformers.cache_utils import (
+        DynamicCache,
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+        QuantizedCache,
+        QuantoQuantizedLayer,
+    )
 
-    class QuantisedLayer(DynamicLayer):
+    class OtherLayer(DynamicLayer):
         pass
 
     prompts = llava()
     config = prompts.model.config.text_config
-    sliding, quantised = DynamicCache(config=config), DynamicCache(config=config)
+    sliding, other = DynamicCache(config=config), DynamicCache(config=config)
     sliding.layers[1] = DynamicSlidingWindowLayer(sliding_window=8)
-    quantised.layers[0] = QuantisedLayer()
-    caches = {"StaticLayer": StaticCache(config=config, max_cache_len=99), "DynamicSlidingWindowLayer": sliding,
-              "QuantisedLayer": quantised}  # fmt: skip
+    other.layers[0] = OtherLayer()
+    quantised = object.__new__(QuantizedCache)  # the packages that quantise are not installed
+    quantised.layers = [object.__new__(QuantoQuantizedLayer) for _ in range(4)]
+    caches = {"DynamicSlidingWindowLayer": sliding, "OtherLayer": other, "QuantizedCache": quantised}
     with prune_visual_tokens(prompts.model, "coast", 9, layer=LAYER):
         for name, cache in caches.items():
-            with pytest.raises(NotImplementedError, match=f"must be a DynamicCache of DynamicLayers, got {name}"):
+            with pytest.raises(NotImplementedError, match=f"must be a DynamicCache of DynamicLayers.*, got {name}"):
                 logits_of(prompts, past_key_values=cache)
-        with pytest.raises(NotImplementedError, match="DynamicCache"):
-            generate(prompts.model, prompts.inputs, 2, cache_implementation="static", disable_compile=True)
+
+
+def test_a_cache_in_eight_bits_is_refused_by_name() -> None:
+    from transformers.cache_utils import QuantizedCache
+
+    prompts = llava()
+    try:
+        cache = QuantizedCache("fp8", prompts.model.config.text_config)
+    except ValueError:
+        pytest.skip("this transformers has no cache of 8-bit floating point")
+    with (
+        prune_visual_tokens(prompts.model, "coast", 9, layer=LAYER),
+        pytest.raises(NotImplementedError, match="got QuantizedCache"),
+    ):
+        logits_of(prompts, past_key_values=cache)
+
+
+def test_data_parallel_wrappers_and_replicas_are_refused() -> None:
+    prompts = llava()
+    with pytest.raises(NotImplementedError, match=r"DataParallel wraps the model .* a process per device"):
+        prune_visual_tokens(nn.DataParallel(prompts.model))
+    with prune_visual_tokens(prompts.model, "divprune", 9):
+        for part in (prompts.model, prompts.model.model, prompts.model.model.language_model):
+            replica = part._replicate_for_data_parallel()
+            with pytest.raises(NotImplementedError, match=f"{type(part).__name__} is a replica"):
+                replica(prompts.inputs["input_ids"])
+        assert logits_of(prompts).shape[1] == prompts.inputs["input_ids"].shape[1] - 27
 
 
 def test_inputs_that_cannot_be_pruned_are_refused() -> None:
@@ -253,20 +285,11 @@ def test_inputs_that_cannot_be_pruned_are_refused() -> None:
     ids = prompts.inputs["input_ids"]
     length = ids.shape[1]
     square = torch.ones(length, length).tril().bool().expand(2, 1, -1, -1)
-    embeds = prompts.model.get_input_embeddings()(ids).detach()
     with prune_visual_tokens(prompts.model, "coast", 9, layer=LAYER) as pruning:
         with pytest.raises(NotImplementedError, match=r"attention_mask must be \[B, L\] or absent, got \[2, 1"):
             logits_of(prompts, attention_mask=square)
         with pytest.raises(NotImplementedError, match="got dict"):
             logits_of(prompts, attention_mask={"full_attention": square})
-        with pytest.raises(NotImplementedError, match="needs input_ids"):
-            logits_of(prompts, input_ids=None, inputs_embeds=embeds)
-        with pytest.raises(NotImplementedError, match="needs input_ids"):
-            logits_of(prompts, input_ids=None, inputs_embeds=embeds, pixel_values=None)
-        with pytest.raises(ValueError, match="labels belongs to columns"):
-            logits_of(prompts, labels=ids)
-        with pytest.raises(ValueError, match="logits_to_keep belongs to columns"):
-            logits_of(prompts, logits_to_keep=torch.tensor([0, 3]))
         assert pruning.kept is None
 
 

@@ -218,17 +218,6 @@ def test_padding_in_a_later_turn_is_masked() -> None:
     assert torch.equal(*results)
 
 
-def test_a_image_in_a_later_turn_is_an_error() -> None:
-    prompts = llava()
-    ids = torch.tensor([[5, 6, 7]])
-    for first in (prompts.inputs, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}):
-        with torch.no_grad(), prune_visual_tokens(prompts.model, "coast", 9, layer=LAYER):
-            cache = prompts.model(**first).past_key_values
-            mask = torch.cat([first["attention_mask"], prompts.inputs["attention_mask"]], 1)
-            with pytest.raises(NotImplementedError, match="first forward on an empty cache"):
-                prompts.model(**{**prompts.inputs, "attention_mask": mask}, past_key_values=cache)
-
-
 @over_compact
 def test_a_cache_goes_on_in_the_next_block_and_as_a_copy(compact: bool) -> None:
     prompts = llava(2, ragged=True)
@@ -271,17 +260,3 @@ def test_a_cache_whose_layers_were_cropped_to_one_length_is_an_error() -> None:
             layer.keys, layer.values = layer.keys[:, :, :10], layer.values[:, :, :10]
         with pytest.raises(RuntimeError, match="cropped"):
             prompts.model(input_ids=torch.tensor([[7]]), past_key_values=cache)
-
-
-@pytest.mark.parametrize("method", ["coast", "divprune"])
-def test_assisted_decoding_is_an_error(method: str) -> None:
-    """It puts guesses behind the prompt before the prompt is pruned, and crops the cache afterwards."""
-    prompts = llava()
-    ids = torch.tensor([text(9, torch.Generator().manual_seed(1))])
-    plain = generate(prompts.model, {"input_ids": ids}, 5, prompt_lookup_num_tokens=3, eos_token_id=2)
-    with prune_visual_tokens(prompts.model, method, 9, **options_of(method)):
-        with pytest.raises(RuntimeError, match="assisted decoding"):
-            generate(prompts.model, prompts.inputs, 12, prompt_lookup_num_tokens=3, eos_token_id=2)
-        assert generate(prompts.model, prompts.inputs, 3).sequences.shape[1] == prompts.inputs["input_ids"].shape[1] + 3
-        inside = generate(prompts.model, {"input_ids": ids}, 5, prompt_lookup_num_tokens=3, eos_token_id=2)
-        assert torch.equal(inside.sequences, plain.sequences)  # text alone

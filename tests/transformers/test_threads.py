@@ -281,3 +281,44 @@ def test_two_blocks_on_models_that_share_their_vision_tower(methods: tuple[str, 
         same_logits(generate(pair[left].model, pair[left].inputs, 4), want[left])
         blocks[left].__exit__()
         assert one.model.config.vision_config._attn_implementation == name
+
+
+def test_a_model_that_shares_its_decoder_with_a_pruned_one_is_not_pruned() -> None:
+    """At once, and inside of a forward of the pruned one: while its images are encoded, and between its layers."""
+    one, two = llava(2, ragged=True), llava(2, ragged=True)
+    two.inputs = other_prompts(two, 1)
+    with torch.no_grad():
+        for parameter in two.model.model.vision_tower.parameters():
+            parameter.mul_(1.1)
+    two.model.model.language_model = decoder = one.model.model.language_model
+    two.model.config.text_config = one.model.config.text_config
+    plain = generate(two.model, two.inputs, 4)
+
+    def forward(prompts: Prompts) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = prompts.model(**prompts.inputs).logits
+        return logits
+
+    unpruned = forward(two)
+    with prune_visual_tokens(one.model, "coast", 9, layer=LAYER) as pruning:
+        want, alone = generate(one.model, one.inputs, 4), forward(one)
+        same_logits(generate(two.model, two.inputs, 4), plain)
+        for module in (one.model.model.vision_tower, decoder.layers[1]):
+            inner: list[Tensor] = []
+
+            def again(*_: Any, inner: list[Tensor] = inner) -> None:
+                if not inner:
+                    inner.append(unpruned)
+                    inner[0] = forward(two)
+
+            handle = module.register_forward_pre_hook(again)
+            assert torch.equal(forward(one), alone)
+            handle.remove()
+            assert torch.equal(inner[0], unpruned)
+        with in_step([decoder.layers[0], decoder.layers[LAYER]], 2):
+            got = at_once([lambda p=p: generate(p.model, p.inputs, 4) for p in (one, two)])
+        same_logits(got[0], want)
+        same_logits(got[1], plain)
+        assert pruning.stats["prefills"] == 5
+        with pytest.raises(RuntimeError, match="or one that shares its config"):
+            prune_visual_tokens(two.model, "coast", 9, layer=LAYER).__enter__()

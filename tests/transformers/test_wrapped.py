@@ -94,12 +94,14 @@ def test_a_peft_model_is_pruned_as_the_model_in_it(method: str) -> None:
     assert torch.equal(wrapped(**inputs).logits, model(**inputs).logits)
 
 
-def test_labels_are_refused_whatever_is_called() -> None:
+def test_the_loss_is_the_same_whatever_is_called() -> None:
     model, wrapped, inputs = adapted()
-    with prune_visual_tokens(wrapped, "coast", 9, layer=2):
-        for called in (wrapped, model):
-            with pytest.raises(ValueError, match="labels belongs to columns that pruned logits lack"):
-                called(**inputs, labels=inputs["input_ids"])
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == 100, -100)
+    with torch.no_grad(), prune_visual_tokens(wrapped, "coast", 9, layer=2):
+        losses = [called(**inputs, labels=labels).loss for called in (wrapped, model)]
+    with torch.no_grad(), prune_visual_tokens(model, "coast", 9, layer=2):
+        losses.append(model(**inputs, labels=labels).loss)
+    assert len(set(map(float, losses))) == 1
 
 
 def test_a_wrapper_of_no_supported_model_is_refused_with_the_supported_ones() -> None:

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from .attention import Heads, ProbedAttention
-from .cache import pruned_of
+from .cache import layer_length, pruned_of
 from .calls import Calls
 from .choose import AttentionInputs
 from .decode import Decode, begin_decode, decode_layer
 from .encoding import Prompt
-from .families import Inputs
+from .families import Inputs, Model
 from .interface import Arguments
-from .prefill import IMAGES_LATER, Draws, Plan, Prefill, begin_prefill, end_prefill, prefill_layer
+from .prefill import IMAGES_LATER, Draws, Plan, Prefill, begin_prefill, columns_left, end_prefill, prefill_layer
 from .report import Report
+from .training import begin_head, check_head
 
 
 class Block:
@@ -44,18 +45,36 @@ class Block:
 
     # --- the prompt ------------------------------------------------------------------------------------------------
 
-    def before_head(self, inputs: Inputs) -> None:
-        unfit = [n for n in ("labels", "logits_to_keep") if isinstance(inputs.get(n), Tensor)]
+    def before_head(self, head: Model, inputs: Inputs) -> Inputs:
+        call, inputs = begin_head(inputs)
+        self.calls.heads.append(call)
         ids = inputs.get("input_ids")
-        if unfit and ids is not None and bool(self._is_visual(ids).any()):
-            raise ValueError(
-                f"prune_visual_tokens: {unfit[0]} belongs to columns that pruned logits lack; compute the loss "
-                "outside, or index the logits from the right end"
-            )
+        asked = inputs.get("labels") is not None or isinstance(inputs.get("logits_to_keep"), Tensor)
+        if asked and (ids is None or bool(self._is_visual(ids).any())):
+            check_head(head, inputs)
+        return inputs
+
+    def after_head(self, ended: bool) -> None:
+        if self.calls.heads:
+            self.calls.heads.pop()
 
     def _is_visual(self, ids: Tensor) -> Tensor:
         visual = self.plan.family.visual_ids(self.plan.core.config)
         return torch.stack([ids == token for token in visual]).any(0)
+
+    def _ids_of(self, embeds: Tensor) -> Tensor | None:
+        """[B, L]: the ids that generate has beside embeddings, or -1 at all but placeholders, which the model finds in
+        the same way; None when there are none."""
+        asked = self.calls.asked[-1].prompt if self.calls.asked else None
+        if asked is not None and asked.shape == embeds.shape[:2]:
+            return asked
+        core = self.plan.core
+        tokens = torch.tensor(self.plan.family.visual_ids(core.config), device=embeds.device)
+        placeholders = core.get_input_embeddings()(tokens).to(embeds)
+        ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
+        for token, placeholder in zip(tokens, placeholders, strict=True):
+            ids = torch.where((embeds == placeholder).all(-1), token, ids)
+        return ids if bool((ids >= 0).any()) else None
 
     def before_core(self, takes: Arguments, inputs: Inputs) -> None:
         call = self.calls.begin_model()
@@ -64,14 +83,16 @@ class Block:
         for encoding in self.calls.encoded_as([encoded for _, encoded in features]):
             call.encoding.add(encoding)
         call.attention_mask = inputs.get("attention_mask")
-        ids, cache = inputs.get("input_ids"), takes.cache(inputs)
-        if ids is not None:
-            if ids.shape[1] > 1:
-                call.prompt = Prompt(inputs, self._is_visual(ids))
-            return
-        embeds = inputs.get("inputs_embeds")
-        if embeds is not None and embeds.shape[1] > 1 and (cache is None or not cache.get_seq_length()):
-            raise NotImplementedError("prune_visual_tokens: needs input_ids to find the visual tokens")
+        ids, embeds, cache = inputs.get("input_ids"), inputs.get("inputs_embeds"), takes.cache(inputs)
+        if ids is None and embeds is not None and embeds.shape[1] > 1:
+            ids = self._ids_of(embeds)
+            if ids is None and not layer_length(cache, 0):
+                raise NotImplementedError(
+                    "prune_visual_tokens: inputs_embeds whose images are in place already tell no visual tokens; give "
+                    "generate the input_ids too, or embeddings of the placeholders and the images"
+                )
+        if ids is not None and ids.shape[1] > 1:
+            call.prompt = Prompt({**inputs, "input_ids": ids}, self._is_visual(ids))
 
     def after_core(self, ended: bool) -> None:
         call = self.calls.end_model()
@@ -88,6 +109,8 @@ class Block:
         calls = self.calls
         calls.decoders.append(None)
         call = calls.models[-1] if calls.models else None
+        if call is not None and calls.encoding is not call.encoding:
+            call = None  # while images are encoded: of another model, which shares this decoder
         prompt = None
         if call is not None:
             prompt, call.prompt = call.prompt, None
@@ -110,6 +133,8 @@ class Block:
         now = self.calls.decoders.pop() if self.calls.decoders else None
         if ended and isinstance(now, Prefill):
             end_prefill(self.plan, now)
+            if self.calls.heads and now.segments:
+                self.calls.heads[-1].pruned(columns_left(now), now.original.length)
             with self._reporting:
                 now.report.prefills = self.report.prefills + 1
                 self.report = now.report

@@ -12,10 +12,12 @@ from typing import Any
 from .decode import Decode
 from .encoding import Asked, Encoding, ModelCall
 from .prefill import Prefill
+from .training import HeadCall
 
 
 class Calls(threading.local):
     def __init__(self) -> None:
+        self.heads: list[HeadCall] = []
         self.models: list[ModelCall] = []
         self.decoders: list[Prefill | Decode | None] = []
         self.encodings: list[Encoding] = []  # of calls of the model, and of encodings outside or inside of one

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ... import gather_compact, indices_to_mask, mask_to_indices
 from ...methods import Selection, Stage
+from .cache import Before
 from .layout import Layout
 from .parallel import all_features
 from .saved import Told, told_by
-from .tokens import Tokens
+from .tokens import Tokens, joined
 
 _CHECK_INDICES = os.environ.get("TOKENPRUNE_CHECK_INDICES") == "1"
 
@@ -50,7 +51,7 @@ class LayerContext:
     """All that is known in front of the decoder layer where tokens are chosen. Callables: made when asked for.
 
     sample [R]: which sample a row of visual tokens belongs to, when rows are images (`of_images`): then `visual`,
-    `origin` and `counts` of the tokens have R rows.
+    `origin` and `counts` of the tokens have R rows. before: the keys that are cached in front of the columns.
     """
 
     tokens: Tokens
@@ -64,6 +65,7 @@ class LayerContext:
     generator: Callable[[], torch.Generator | None]
     causal: bool = True  # whether the text behind the images sees no token behind itself
     sample: Tensor | None = None
+    before: Before = field(default_factory=Before)
 
     def taken(self, values: Tensor, index: Tensor) -> Tensor:
         """[R, V, ...] of values [B, N, ...]: for each row, those at `index` [R, V] of its sample; 0 for -1."""
@@ -109,9 +111,21 @@ class LayerContext:
         return (column > last) & real | (column == torch.where(real, column, -1).amax(1, keepdim=True))
 
     def query_positions(self) -> Tensor:
-        """[B, T]: the columns of the text rows."""
+        """[B, T]: the keys that are the text rows' own."""
+        t, held = self.tokens, self.before.length
+        return torch.arange(held + self.first_text, held + t.length, device=t.slot.device).expand(len(t.counts), -1)
+
+    def key_indices(self) -> Tensor:
+        """[R, V]: the keys of the visual tokens."""
+        visual = self.tokens.visual
+        return torch.where(visual < 0, visual, visual + self.before.length)
+
+    def key_mask(self) -> Tensor | None:
+        """[B, L] bool, of all keys; None when there is no padding."""
         t = self.tokens
-        return torch.arange(self.first_text, t.length, device=t.slot.device).expand(len(t.counts), -1)
+        return joined(
+            [(self.before.real, self.before.length), (t.real, t.length)], len(self.hidden), self.hidden.device
+        )
 
     def unrotated_key(self) -> Tensor:
         """[B, V, Hkv * D]"""
@@ -148,7 +162,7 @@ OF_SAMPLES: dict[str, Callable[[LayerContext], Any]] = {
     "lse": LayerContext.lse,
     "causal": lambda c: c.causal,
     "layout": lambda c: "bhld",
-    "key_mask": lambda c: c.tokens.real,
+    "key_mask": LayerContext.key_mask,
     "query_positions": LayerContext.query_positions,
     "query_mask": lambda c: c.text_mask,
     "text_embeddings": lambda c: c.hidden[:, c.first_text :],
@@ -160,7 +174,7 @@ OF_SAMPLES: dict[str, Callable[[LayerContext], Any]] = {
 }
 # and of the visual tokens, with a row for each sample or image.
 OF_TOKENS: dict[str, Callable[[LayerContext], Any]] = {
-    "key_indices": lambda c: c.tokens.visual,
+    "key_indices": LayerContext.key_indices,
     "features": lambda c: c.features,
     "visual_embeddings": lambda c: c.features,
     "unrotated_key": LayerContext.unrotated_key,

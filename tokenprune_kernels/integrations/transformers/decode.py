@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cache import Pruned, Segment, layer_length
+from .cache import Pruned, Segment, layer_length, over_free_places
 from .families import Family, Inputs, Model
 from .interface import Arguments, all_rows
 from .kinds import FULL, LINEAR, check_attention, check_counts, kind_of, rotary_of, sees_of
 from .masks import at_columns, decoder_mask
+from .tokens import joined
 
 
 @dataclass
@@ -58,6 +59,7 @@ def decode_layer(family: Family, decoder: Model, now: Decode, index: int, takes:
         # Of this layer: those in front of it may have cached their new tokens already.
         keys = layer_length(cache, index) + len(now.step)
         mask = _mask(family, decoder.config, kind, now, segment, keys, hidden)
+        mask = over_free_places(mask, cache, index, len(now.step), keys, hidden.device)
         replaced = now.replaced[segment.first, kind] = {"attention_mask": mask, "position_ids": None}
         if segment.next_position is not None:
             position = segment.next_position.unsqueeze(1) + now.step
@@ -67,20 +69,13 @@ def decode_layer(family: Family, decoder: Model, now: Decode, index: int, takes:
 
 def _mask(family: Family, config: Any, kind: str, now: Decode, segment: Segment, keys: int, hidden: Tensor) -> Any:
     check_attention(config, kind)
-    tokens = segment.tokens
-    queries = len(now.step)
-    batch, given, new = hidden.shape[0], now.given_mask, keys - tokens.length
+    tokens, before, given, queries = segment.tokens, now.pruned.before, now.given_mask, len(now.step)
+    batch, new = hidden.shape[0], keys - before.length - tokens.length
     check_counts(family, config, now.pruned.length + new)
     bias = segment.bias_of_columns()
-    bias = None if bias is None else torch.nn.functional.pad(bias, (0, new))
-    real, padding = tokens.real, None
-    if real is not None or given is not None:
-        flags = hidden.new_ones((batch, keys), dtype=torch.bool)
-        parts = (
-            flags[:, : tokens.length] if real is None else real,
-            flags[:, :new] if given is None else given[:, given.shape[1] - new :].bool(),
-        )
-        padding = torch.cat(parts, 1)
+    bias = None if bias is None else torch.nn.functional.pad(bias, (before.length, new))
+    given = None if given is None else given[:, given.shape[1] - new :].bool()
+    padding = joined([(before.real, before.length), (tokens.real, tokens.length), (given, new)], batch, hidden.device)
     sees = sees_of(family, config, kind, now.pruned.padded)
     if kind != FULL:  # what is seen depends on how far apart tokens were in the prompt
         behind = torch.arange(new, device=hidden.device) + now.pruned.length

@@ -52,14 +52,20 @@ class ModelCall:
     encoding: Encoding = field(default_factory=Encoding)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Asked:
     """What generate was asked for, as far as it matters, and what it encoded first.
 
-    chunk: prefill_chunk_size. copies: how many rows each sample becomes, one after the other.
+    unfit: why images cannot be pruned under it, or None. copies: how many rows each sample becomes, one after another.
+    prompt [B, L]: the ids of what its next call of the model is given embeddings of.
     """
 
-    assisted: bool
-    chunk: int | None
+    unfit: str | None = None
     copies: int = 1
     encoding: Encoding = field(default_factory=Encoding)
+    prompt: Tensor | None = None
+
+
+def check_asked(asked: Asked) -> None:
+    if asked.unfit is not None:
+        raise NotImplementedError(f"prune_visual_tokens: {asked.unfit}")

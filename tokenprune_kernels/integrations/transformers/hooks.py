@@ -59,9 +59,11 @@ def _install(block: Block, model: nn.Module, installed: ExitStack) -> None:
     # Each may be what is called: a PEFT model skips the hooks of the model that it wraps, generate those of PEFT.
     heads = [head for head in dict.fromkeys((model, unwrapped(model))) if head is not core]
     for head in heads:
-        before(head, arguments_of(head), block.before_head)
+        before(head, arguments_of(head), partial(block.before_head, unwrapped(model)))
+        after(head, block.after_head)
     if "labels" in of_core.names:  # it has a head further down
-        before(core, of_core, block.before_head)
+        before(core, of_core, partial(block.before_head, core))
+        after(core, block.after_head)
     before(core, of_core, partial(block.before_core, of_core))
     after(core, block.after_core)
     before(decoder, of_decoder, partial(block.before_decoder, of_decoder))
@@ -80,6 +82,11 @@ def _before(installed: ExitStack, module: nn.Module, takes: Arguments, hook: Cal
     """hook(the arguments by name): those that forward gets instead, or None."""
 
     def run(m: nn.Module, args: tuple[Any, ...], kwargs: Inputs) -> Any:
+        if m is not module:
+            raise NotImplementedError(
+                f"prune_visual_tokens: this {type(m).__name__} is a replica of the pruned model, as DataParallel makes "
+                "them for each device; run a process per device, with a block each"
+            )
         inputs = hook(takes.bind(args, kwargs))
         return None if inputs is None else takes.split(inputs, len(args))
 

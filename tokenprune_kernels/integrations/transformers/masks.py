@@ -37,10 +37,15 @@ def sees_by(mask: Any, batch: int) -> Sees | None:
     return made
 
 
-def at_columns(sees: Sees, columns: Tensor) -> Sees:
-    """The same for tokens that were at these columns [B, N]; -1, padding, which is masked besides, sees what it may."""
+def at_columns(sees: Sees, columns: Tensor, held: int = 0) -> Sees:
+    """The same for tokens that were at these columns [B, N]; -1, padding, which is masked besides, sees what it may.
+
+    held: so many keys are cached in front of the columns; queries count from there on, and rows of `sees` do not.
+    """
     columns = columns.clamp_min(0)
-    return lambda sample, head, query, key: sees(sample, head, columns[sample, query], columns[sample, key])
+    cached = torch.arange(held, device=columns.device).expand(len(columns), -1)
+    keys = torch.cat([cached, columns + held], 1)
+    return lambda sample, head, query, key: sees(sample, head, columns[sample, query - held], keys[sample, key])
 
 
 def decoder_mask(

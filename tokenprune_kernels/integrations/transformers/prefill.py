@@ -1,4 +1,4 @@
-"""One prefill of a block: a call of the decoder with visual tokens and an empty cache.
+"""One prefill of a block: a call of the decoder with visual tokens, on a cache of which nothing was dropped yet.
 
 In front of a pruning layer the hidden states, the rotary embeddings and the padding lose the dropped columns; every
 later layer gets the shortened ones instead of what the model's loop hands it.
@@ -17,10 +17,21 @@ from ... import gather_compact
 from ..._backend import served_by
 from ...methods import Stage
 from .budgets import Budget
-from .cache import Pruned, Segment, check_cache, compact_layers, free_windows, layer_length, remember, take_windows_back
+from .cache import (
+    Before,
+    Pruned,
+    Segment,
+    before_prompt,
+    check_cache,
+    compact_layers,
+    free_windows,
+    layer_length,
+    remember,
+    take_windows_back,
+)
 from .choose import ON_GRID, AttentionInputs, Embedded, LayerContext, choose, not_seen
 from .deepstack import DeepStack, take_deepstack
-from .encoding import Asked, ModelCall, Prompt
+from .encoding import Asked, ModelCall, Prompt, check_asked
 from .families import Family, Inputs, Model, Saliency
 from .interface import Arguments, all_rows
 from .kinds import FULL, check_counts, kind_of
@@ -30,9 +41,11 @@ from .parallel import same_generator
 from .report import Report
 from .shortened import composed, padded, shortened
 from .tokens import Tokens, indices_at, keep, read_prompt
+from .training import check_checkpointing
 
 IMAGES_LATER = (
-    "prune_visual_tokens: images must come in the first forward on an empty cache, not in a later turn or chunk"
+    "prune_visual_tokens: images must come before anything on the cache is pruned, not in a later turn behind a pruned "
+    "prompt; put the conversation through again on an empty cache"
 )
 
 
@@ -89,6 +102,8 @@ class Prefill:
     given: list[list[int]]  # and in the prompt
     copies: int  # rows of each sample
     next_position: Tensor
+    first_number: Tensor | int  # that a column gets where columns are numbered anew
+    before: Before
     prompt: Prompt
     seen: list[Any]  # of the vision tower, for the saliency
     deepstack: DeepStack | None
@@ -108,17 +123,15 @@ def begin_prefill(
     plan: Plan, call: ModelCall, prompt: Prompt, inputs: Inputs, cache: Any, asked: Asked | None
 ) -> tuple[Prefill | None, Inputs]:
     """The prefill and the arguments that the decoder gets: without visual tokens, None and the inputs unchanged."""
-    mask = call.attention_mask
-    fits = isinstance(mask, Tensor) and mask.shape == prompt.is_visual.shape
-    tokens = read_prompt(prompt.is_visual, mask.bool() if isinstance(mask, Tensor) and fits else None)
+    mask, (batch, length) = call.attention_mask, prompt.is_visual.shape
+    flat = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == batch and mask.shape[1] >= length
+    tokens = read_prompt(prompt.is_visual, mask[:, -length:].bool() if isinstance(mask, Tensor) and flat else None)
     if not any(tokens.counts):
         return None, inputs
     if asked is not None:
-        _check_asked(asked)
-    check_cache(cache, plan.family, compact=plan.compact_cache)
-    if layer_length(cache, 0):
-        raise NotImplementedError(IMAGES_LATER)
-    if mask is not None and not fits:
+        check_asked(asked)
+    check_cache(cache, plan.family, plan.decoder.config, compact=plan.compact_cache)
+    if mask is not None and not (flat and mask.shape[1] == layer_length(cache, 0) + length):
         got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise NotImplementedError(f"prune_visual_tokens: the attention_mask must be [B, L] or absent, got {got}")
     if plan.family.prefix is not None and prompt.inputs.get(plan.family.prefix) is None:
@@ -128,19 +141,15 @@ def begin_prefill(
         )
     check_counts(plan.family, plan.decoder.config, tokens.length)
     check_one_sequence(inputs.get("position_ids"), mask)
-    modules = (plan.decoder, *plan.decoder.layers)
-    if any(getattr(m, "gradient_checkpointing", False) and m.training for m in modules):
-        raise NotImplementedError(
-            "prune_visual_tokens: gradient checkpointing is not supported; disable it, call model.eval() or leave the "
-            "block"
-        )
+    check_checkpointing(plan.decoder)
+    before = before_prompt(cache, plan.family, mask)
     family = plan.family
     prompt.inputs = {**prompt.inputs, **call.encoding.arguments}
     read = {name: prompt.inputs.get(name) for name in (*family.layout_inputs, *family.watched)}
     layout = functools.cache(lambda: family.layout(plan.core, read, tokens.counts))
     counted = prompt.inputs.get("position_ids") is not None
     report = Report(tokens.slot.device, tokens.counts, layout)
-    position = _next_position(inputs, tokens, counted)
+    position = _next_position(inputs, tokens, counted, before)
     deepstack = None
     if family.deepstack:
         deepstack, inputs = take_deepstack(inputs, tokens)
@@ -148,22 +157,13 @@ def begin_prefill(
     copies = 1 if asked is None else asked.copies
     if given != [parts for parts in given[::copies] for _ in range(copies)]:
         copies = 1  # a forward inside of generate that is none of its own
-    now = Prefill(tokens, tokens, given, given, copies, position, prompt, call.encoding.saliency, deepstack, report)
+    now = Prefill(
+        tokens, tokens, given, given, copies, position, _first_number(plan, inputs, tokens, before), before, prompt,
+        call.encoding.saliency, deepstack, report,
+    )  # fmt: skip
     if any(_budgets(planned.budget, now) != now.left for planned in plan.stages.values()):
         now.rows, inputs = all_rows(inputs)
     return now, inputs
-
-
-def _check_asked(asked: Asked) -> None:
-    if asked.assisted:
-        raise NotImplementedError(
-            "prune_visual_tokens: assisted decoding puts guesses behind the prompt before it is pruned; switch it off"
-        )
-    if asked.chunk is not None:
-        raise NotImplementedError(
-            f"prune_visual_tokens: prefill_chunk_size={asked.chunk} takes apart what has to come in one forward, the "
-            "images and the question about them; generate without prefill_chunk_size"
-        )
 
 
 def prefill_layer(plan: Plan, now: Prefill, index: int, takes: Arguments, inputs: Inputs) -> Inputs:
@@ -171,7 +171,7 @@ def prefill_layer(plan: Plan, now: Prefill, index: int, takes: Arguments, inputs
     if index == 0:
         takes.given(inputs, "hidden_states", "attention_mask", "position_embeddings", "cache")
         now.cache = takes.cache(inputs)
-        check_cache(now.cache, plan.family, compact=plan.compact_cache)  # the decoder may have made it itself
+        check_cache(now.cache, plan.family, plan.decoder.config, compact=plan.compact_cache)  # may be the decoder's own
         if plan.compact_cache and now.cache is not None:
             free_windows(now.cache, range(len(plan.decoder.layers)))
     if now.deepstack is not None:
@@ -190,16 +190,17 @@ def end_prefill(plan: Plan, now: Prefill) -> None:
         if now.cache is not None:
             take_windows_back(now.cache, filled=True)
         return
-    if now.cache is None:
-        return
     last = now.segments[-1]
+    if not layer_length(now.cache, last.first):  # none, or gradient checkpointing has kept it from the layers
+        return
     if plan.compact_cache and last.first > 0:
         with now.report.clock("compact_ms"):
             _compact_caches(now)
         own = [s for s in now.segments if s.next_position is not None or s.bias is not None]
         everywhere = Segment(0, last.tokens, last.columns)
         now.segments = [everywhere, *(replace(s, tokens=last.tokens, columns=last.columns) for s in own)]
-    remember(now.cache, Pruned(now.original.length, padded(now.original), now.segments, now.next_position))
+    length = now.before.length + now.original.length
+    remember(now.cache, Pruned(length, padded(now.original), now.segments, now.next_position, now.before))
 
 
 def _compact_caches(now: Prefill) -> None:
@@ -209,7 +210,9 @@ def _compact_caches(now: Prefill) -> None:
     for start, end, columns in reversed(list(zip(starts, starts[1:], now.columns, strict=False))):
         left = columns if left is None else indices_at(columns, left)
         if start < end:
-            compact_layers(now.cache, range(start, end), left)
+            held = torch.arange(now.before.length, device=left.device).expand(len(left), -1)
+            behind = torch.where(left < 0, left, left + now.before.length)
+            compact_layers(now.cache, range(start, end), torch.cat([held, behind], 1))
 
 
 def _prune(plan: Plan, now: Prefill, planned: PlannedStage, inputs: Inputs) -> Inputs:
@@ -228,7 +231,7 @@ def _prune(plan: Plan, now: Prefill, planned: PlannedStage, inputs: Inputs) -> I
     now.attention = None
     with now.report.clock("compact_ms"):
         bias = _bias(planned.stage, now, after, chosen.sizes) if plan.calibrate else None
-        next_position = after.numbered()[:, -1] + 1 if plan.renumber else None
+        next_position = (after.numbered() + now.first_number)[:, -1] + 1 if plan.renumber else None
         if next_position is not None and planned.layer == 0:  # the model counts on from there in all of its layers
             now.next_position, next_position = next_position, None
         now.columns.append(columns)
@@ -276,7 +279,11 @@ def _context(plan: Plan, now: Prefill, index: int, inputs: Inputs) -> LayerConte
             now.projecting = None
         if not found:
             raise not_seen()
-        return found[0]
+        made, held = found[0], now.before.length
+        if not held:
+            return made
+        cached = now.cache.layers[index].keys[:, :, :held].to(made.key.device)
+        return replace(made, key=torch.cat([cached, made.key], 2))
 
     @functools.cache
     def layout() -> Layout:
@@ -292,18 +299,28 @@ def _context(plan: Plan, now: Prefill, index: int, inputs: Inputs) -> LayerConte
     @functools.cache
     def embedded() -> Embedded:
         assert now.embedded is not None
-        column = torch.arange(now.original.length, device=hidden.device).expand(hidden.shape[0], -1)
-        return Embedded(now.embedded.to(hidden.device), now.original, composed([column, *now.columns]))
+        return Embedded(now.embedded.to(hidden.device), now.original, columns_left(now).to(hidden.device))
 
     def generator() -> torch.Generator | None:
         drawn = plan.draws.of(plan.seed, hidden.device)
         return same_generator(layer, hidden.device) if drawn is None else drawn
 
-    attention = now.attention
-    if attention is not None and kind_of(plan.decoder.config, index - 1) != FULL:
-        attention = replace(attention, lse=None)  # it is that of a window, and methods see all keys
+    seen, keys = now.attention, now.before.length + now.tokens.length
+    if seen is not None and kind_of(plan.decoder.config, index - 1) != FULL:
+        seen = replace(seen, lse=None)  # it is that of a window, and methods see all keys
+    if seen is not None and seen.key.shape[2] > keys:  # with the free places of a static cache
+        seen = replace(seen, key=seen.key[:, :, :keys])
     causal = plan.family.prefix is None
-    return LayerContext(now.tokens, hidden, layer, attention, projected, embedded, layout, saliency, generator, causal)
+    return LayerContext(
+        now.tokens, hidden, layer, seen, projected, embedded, layout, saliency, generator, causal, before=now.before
+    )
+
+
+def columns_left(now: Prefill) -> Tensor:
+    """[B, L]: which column of the prompt each of those that are left was, -1 for padding."""
+    device = now.original.slot.device
+    column = torch.arange(now.original.length, device=device).expand(len(now.original.counts), -1)
+    return composed([column, *now.columns])
 
 
 def _replace(hidden: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
@@ -345,11 +362,14 @@ def _of_what_is_left(plan: Plan, now: Prefill, index: int, inputs: Inputs) -> In
     kind = kind_of(plan.decoder.config, index)
     if kind not in now.replaced:
         with now.report.clock("compact_ms"):
-            now.replaced[kind] = shortened(plan.family, plan.decoder, kind, segment, inputs, renumber=plan.renumber)
+            now.replaced[kind] = shortened(
+                plan.family, plan.decoder, kind, segment, inputs, before=now.before, cache=now.cache,
+                number=segment.tokens.numbered() + now.first_number if plan.renumber else None,
+            )  # fmt: skip
     return now.replaced[kind] | dict(zip(own, rows, strict=True))
 
 
-def _next_position(inputs: Inputs, tokens: Tokens, counted: bool) -> Tensor:
+def _next_position(inputs: Inputs, tokens: Tokens, counted: bool, before: Before) -> Tensor:
     """The position behind the prompt, as the model counts on.
 
     generate counts positions itself (`counted`), on from the last column. Else the model adds its rope_deltas, behind
@@ -358,7 +378,7 @@ def _next_position(inputs: Inputs, tokens: Tokens, counted: bool) -> Tensor:
     positions = inputs.get("position_ids")
     batch = tokens.slot.shape[0]
     if positions is None:
-        return torch.full((batch,), tokens.length, device=tokens.slot.device)
+        return torch.full((batch,), before.length + tokens.length, device=tokens.slot.device)
     if counted:
         last: Tensor = positions[..., -1] + 1
         return last.expand(*last.shape[:-1], batch)
@@ -367,3 +387,13 @@ def _next_position(inputs: Inputs, tokens: Tokens, counted: bool) -> Tensor:
         return highest.expand(batch)
     axes = highest[-3:].amax(0, keepdim=True).expand(3, -1)
     return (torch.cat([highest[:-3], axes]) if len(highest) > 3 else axes).expand(-1, batch)
+
+
+def _first_number(plan: Plan, inputs: Inputs, tokens: Tokens, before: Before) -> Tensor | int:
+    """The number that the first column gets where columns are numbered anew: behind what is cached, the model's own."""
+    positions = inputs.get("position_ids")
+    if not plan.renumber or not before.length or positions is None:
+        return before.length
+    first = tokens.slot.new_zeros(len(tokens.counts)) if tokens.real is None else tokens.real.int().argmax(1)
+    number: Tensor = positions.expand(len(tokens.counts), -1).gather(1, first.unsqueeze(1))
+    return number

@@ -80,6 +80,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def family_of(model: nn.Module) -> Family:
     """The family of a model, or an error that names what is supported."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        instead = "run a process per device" if isinstance(model, nn.DataParallel) else "prune its module"
+        raise NotImplementedError(
+            f"prune_visual_tokens: {type(model).__name__} wraps the model and is not supported; {instead}"
+        )
     config = getattr(unwrapped(model), "config", None)
     return family_of_type(getattr(config, "model_type", None), type(model).__name__)
 

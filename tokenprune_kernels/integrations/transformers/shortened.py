@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ... import gather_compact
-from .cache import Segment
+from .cache import Before, Segment, over_free_places
 from .families import Family, Inputs, Model
 from .kinds import LINEAR, check_attention, rotary_of
 from .masks import at_columns, decoder_mask, sees_by
-from .tokens import Tokens, indices_at
+from .tokens import Tokens, indices_at, joined
 
 
 def composed(columns: Sequence[Tensor]) -> Tensor:
@@ -28,14 +28,17 @@ def padded(tokens: Tokens) -> Tensor:
 
 
 def shortened(
-    family: Family, decoder: Model, kind: str, segment: Segment, inputs: Inputs, *, renumber: bool
-) -> dict[str, Any]:
+    family: Family, decoder: Model, kind: str, segment: Segment, inputs: Inputs, *, number: Tensor | None,
+    before: Before, cache: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Rotary embeddings and mask of the layers of a kind, from `inputs`, which their loop gives one of them: those of
-    the whole prompt."""
+    the whole prompt. number [B, L]: the new positions of columns; None: they keep their own. before: what is cached."""
     after, columns = segment.tokens, segment.columns
     dtype, batch = inputs["hidden_states"].dtype, len(columns)
-    if renumber:
-        embeddings = rotary_of(decoder, kind, inputs["hidden_states"], after.numbered())
+    held = before.length
+    keys, bias = held + after.length, segment.bias_of_columns()
+    if number is not None:
+        embeddings = rotary_of(decoder, kind, inputs["hidden_states"], number)
     else:
         given = inputs["position_embeddings"]  # cosines and sines, or their complex sums
         rotary = [_with_batch(t, batch) for t in ([given] if isinstance(given, Tensor) else given)]
@@ -45,14 +48,16 @@ def shortened(
     check_attention(decoder.config, kind)
     made = sees_by(inputs["attention_mask"], batch)
     mask = after.real if kind == LINEAR else decoder_mask(
-        decoder.config, family.mask_function if made is None else at_columns(made, columns), as_it_is=made is None,
-        batch=batch, queries=after.length, keys=after.length, padding=after.real, bias=segment.bias_of_columns(),
-        dtype=dtype, device=columns.device,
+        decoder.config, family.mask_function if made is None else at_columns(made, columns, held),
+        as_it_is=made is None, batch=batch, queries=after.length, keys=keys,
+        padding=joined([(before.real, held), (after.real, after.length)], batch, columns.device),
+        bias=None if bias is None else torch.nn.functional.pad(bias, (held, 0)), dtype=dtype, device=columns.device,
     )  # fmt: skip
+    mask = over_free_places(mask, cache, segment.first, after.length, keys, columns.device)
     # FlashAttention would take gaps in the positions for borders between packed sequences.
     replaced = {"position_embeddings": embeddings, "attention_mask": mask, "position_ids": None}
     if inputs.get("cache_position") is not None:
-        replaced["cache_position"] = torch.arange(after.length, device=columns.device)
+        replaced["cache_position"] = torch.arange(held, keys, device=columns.device)
     return replaced
 
 

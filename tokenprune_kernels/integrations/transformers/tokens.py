@@ -1,5 +1,6 @@
 """The tokens in front of a decoder layer, and what is left of them after a selection."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,15 @@ def indices_at(indices: Tensor, at: Tensor) -> Tensor:
     """[B, K] of `indices` [B, N] those at `at` [B, K]; -1, no index, at -1."""
     # gather_compact gives 0 there: counted from 1, 0 is none.
     return gather_compact([indices + 1], at, dims=[1])[0] - 1
+
+
+def joined(parts: Sequence[tuple[Tensor | None, int]], batch: int, device: torch.device) -> Tensor | None:
+    """[B, N] bool: which columns are real, of parts that follow each other: each its flags [B, n] or None, all of its n
+    columns. None when all are."""
+    if all(real is None for real, _ in parts):
+        return None
+    ones = (torch.ones((batch, n), dtype=torch.bool, device=device) if real is None else real for real, n in parts)
+    return torch.cat([real.to(device) for real in ones], 1)
 
 
 def read_prompt(is_visual: Tensor, real: Tensor | None) -> Tokens:
