@@ -17,7 +17,7 @@ from tests.transformers.vlm import models_window, oracle
 from tests.transformers.vlm.checks import IN_MODEL, LAYER, RENUMBERED, drops_of
 from tests.transformers.vlm.models import Prompts
 from tests.transformers.vlm.models_window import FAMILIES, SIZES, WINDOW
-from tests.transformers.vlm.runs_crops import generate, layout_in, pruned
+from tests.transformers.vlm.runs_crops import generate, layout_in, pruned, vision_weights
 from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_tokens, registry
 from tokenprune_kernels.integrations.transformers.kinds import kind_of
 from tokenprune_kernels.integrations.transformers.masks import at_columns, sees_by
@@ -244,7 +244,7 @@ def test_saliency_and_layout_of_mistral3() -> None:
     with torch.no_grad(), prune_visual_tokens(prompts.model, spied, 5) as pruning:
         prompts.model(**prompts.inputs)
     grids = [[(size[0] // 4, size[1] // 4) for size in sample] for sample in SIZES]
-    (weights,) = tower_weights(prompts, "attention")
+    (weights,) = vision_weights(prompts, "attention", -1)
     start = 0
     for b, sample in enumerate(grids):
         expected = []
@@ -277,7 +277,7 @@ def test_saliency_and_layout_of_squares(family: str) -> None:
 
     with torch.no_grad(), prune_visual_tokens(prompts.model, spied, 5) as pruning:
         prompts.model(**prompts.inputs)
-    (weights,) = tower_weights(prompts, "self_attn")
+    (weights,) = tower_weights(prompts)
     side = 5 if family == "paligemma" else 10
     if family == "llama4":  # the row of the class token, which is the last
         weights = weights[:, :, -1:, :-1]
@@ -303,7 +303,7 @@ def test_saliency_and_layout_of_gemma4(family: str) -> None:
 
     with torch.no_grad(), prune_visual_tokens(prompts.model, spied, 5) as pruning:
         prompts.model(**prompts.inputs)
-    (weights,) = tower_weights(prompts, "self_attn")
+    (weights,) = tower_weights(prompts)
     grids = [(8, 10), (4, 6), (6, 8)]
     each = []
     for image, (height, width) in zip(weights, grids, strict=True):
@@ -318,17 +318,16 @@ def test_saliency_and_layout_of_gemma4(family: str) -> None:
     torch.testing.assert_close(layout.boxes[1, 10], torch.tensor([0.0, 1 / 3, 0.25, 2 / 3]))
 
 
-def tower_weights(prompts: Prompts, attention: str) -> list[Tensor]:
+def tower_weights(prompts: Prompts) -> list[Tensor]:
     """[images, heads, queries, keys] of the last layer of the tower in float64, by its eager attention."""
     exact = oracle.in_float64(prompts)
     exact.model.set_attn_implementation("eager")
     core = getattr(exact.model, "model", exact.model)
     tower = core.vision_model.model if hasattr(core, "vision_model") else core.vision_tower
     body = getattr(tower, "vision_model", tower)
-    layers = next(getattr(body, n) for n in ("transformer", "encoder", "layers") if hasattr(body, n))
-    layers = getattr(layers, "layers", layers)
+    layers = getattr(body, "encoder", body).layers
     seen: list[Tensor] = []
-    getattr(layers[-1], attention).register_forward_hook(lambda m, a, output: seen.append(output[1]))
+    layers[-1].self_attn.register_forward_hook(lambda m, a, output: seen.append(output[1]))
     with torch.no_grad():
         exact.model(**exact.inputs)
     return seen
@@ -422,7 +421,5 @@ def test_a_decoder_that_embeds_is_refused() -> None:
 
 
 def test_gemma3n_is_refused_by_what_is_missing() -> None:
-    with pytest.raises(
-        NotImplementedError, match=r"model_type 'gemma3n'\) is not supported: .* AltUp.*; supported are"
-    ):
+    with pytest.raises(NotImplementedError, match=r"model_type 'gemma3n'\) is not supported: .*AltUp.*; supported are"):
         registry.family_of_type("gemma3n", "Gemma3nForConditionalGeneration")
