@@ -10,6 +10,7 @@ TORCH ?= torch==2.13.0
 # The releases of everything else; empty for the newest that pyproject.toml allows.
 CONSTRAINTS ?= constraints.txt
 VENV := .venv
+DOCS := .venv-docs
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # What the demo needs is in the environment of everything else too.
@@ -25,7 +26,7 @@ CSRC = $(shell find csrc emulator tests -name '*.h' -o -name '*.cpp' -o -name '*
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo test bench bench-prefill retention hub weights readme build cuda-table triton-table lint format sanitize \
-        coverage check-abi check-triton check-transformers check-vllm check-newest lock timing wheel clean
+        docs coverage check-abi check-triton check-transformers check-vllm check-newest lock timing wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,8 +59,12 @@ hub: $(STAMP)  ## write the package in the kernel hub's form, for CPUs: build/hu
 weights: build  ## train the small model again, from nothing (70 minutes on two cores; stopped, it goes on where it was)
 	$(BIN)/python -m studies.vqa.train --out studies/models/tiny-llava-vqa $(ARGS)
 
-readme: build  ## fill the generated tables of README.md from the last `make bench`
+readme: build  ## fill the generated tables of README.md and docs, and draw docs/figures, from the last `make bench`
 	$(BIN)/python -m scripts.update_readme
+	$(BIN)/python -m scripts.figures
+
+docs: $(DOCS)/.installed  ## build the documentation site into build/site, from an environment of its own (.venv-docs)
+	$(DOCS)/bin/python -m mkdocs build $(ARGS)
 
 build: $(STAMP)  ## compile what changed in csrc/, in place
 	$(COMPILE)
@@ -124,11 +129,16 @@ timing:  ## how long `make demo` and `make test` take from nothing, part by part
 	$(PYTHON) scripts/timing.py $(ARGS)
 
 clean:  ## remove everything that was built or installed here
-	rm -rf $(VENV) .venv-newest .venv-vllm build dist *.egg-info tokenprune_kernels/*.so
+	rm -rf $(VENV) $(DOCS) .venv-newest .venv-vllm build dist *.egg-info tokenprune_kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 
 $(VENV)/.demo: EXTRAS = demo
 $(STAMP) $(VENV)/.demo: pyproject.toml setup.py scripts/setup.sh $(CONSTRAINTS)
 	PYTHON="$(PYTHON)" TORCH="$(TORCH)" CONSTRAINTS="$(CONSTRAINTS)" bash scripts/setup.sh $(VENV) $(EXTRAS)
+	@touch $@
+
+$(DOCS)/.installed: pyproject.toml scripts/extra.py $(CONSTRAINTS)
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python scripts/extra.py docs | $(DOCS)/bin/python -m pip install -q --no-compile -r /dev/stdin $(CONSTRAINTS:%=-c %)
 	@touch $@

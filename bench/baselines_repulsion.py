@@ -8,26 +8,11 @@ careful author would write; it is the stronger baseline.
 import torch
 from torch import Tensor
 
+from tokenprune_kernels.quick.loops import max_min as published
+from tokenprune_kernels.quick.loops import outlier as _outlier
+from tokenprune_kernels.quick.loops import unit as _unit
 
-def _unit(features: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(features[0].float(), dim=-1)
-
-
-def _outlier(unit: Tensor) -> Tensor:
-    return (unit @ torch.nn.functional.normalize(unit.sum(0), dim=0)).argmin()
-
-
-def published(features: Tensor, k: int) -> Tensor:
-    """arg max over the tokens left of min over the selected of (1 - cosine), from the selected rows anew each step."""
-    unit = _unit(features)
-    distance = 1 - unit @ unit.T
-    selected = torch.empty(k, dtype=torch.int64, device=features.device)
-    selected[0] = _outlier(unit)
-    for step in range(1, k):
-        nearest = distance[selected[:step]].amin(0)
-        nearest[selected[:step]] = -1
-        selected[step] = nearest.argmax()
-    return selected
+__all__ = ["energy_minimisation", "incremental", "published"]
 
 
 def incremental(features: Tensor, k: int, *, isolated: bool = False) -> Tensor:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 import tokenprune_kernels as tp
+from tokenprune_kernels.quick.images import make_features
 
 from .baselines_greedy import coverage as published
-from .images import make_features
 from .shapes import MODELS
 
 over_kinds = pytest.mark.parametrize("kind", ["image", "gaussian"])

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tokenprune_kernels.quick.report import duration
+
 
 class Row(NamedTuple):
     case: str
@@ -26,10 +28,6 @@ def rows(results: dict[str, Any]) -> list[Row]:
                 wanted = target[1] if target and target[0] == name else None
                 table.append(Row(info["case"], info["seconds"]["ours"], name, ratio, wanted, info.get("note", "")))
     return table
-
-
-def duration(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
 
 
 def cells(row: Row) -> tuple[str, str, str, str, str, str]:

@@ -33,8 +33,14 @@ print(importlib.util.module_from_spec(spec).build_info())
 
 
 def sources() -> dict[str, Path]:
-    """The Python files by their place in the variant; the references are a folder of their own in the checkout."""
-    found = {str(f.relative_to(PACKAGE)): f for f in PACKAGE.rglob("*.py") if "reference" not in f.parts}
+    """The Python files by their place in the variant, and what they read; the references are a folder of their own in
+    the checkout."""
+    found = {
+        str(f.relative_to(PACKAGE)): f
+        for kind in ("*.py", "*.jinja")
+        for f in PACKAGE.rglob(kind)
+        if "reference" not in f.parts
+    }
     return found | {f"reference/{f.name}": f for f in (ROOT / "python_ref").glob("*.py")}
 
 

@@ -3,8 +3,8 @@
 usage: python -m scripts.update_readme [--check]
 
 The ratios come from cpu.json and prefill.json of bench/results, which `make bench` and `make bench-prefill` write, the
-accuracy from studies/results/retention.json. The support table calls every op on every backend and dtype of this
-machine through the samples of testing/op_samples.py.
+accuracy from studies/results/retention.json; scripts/shown.py says which of them README has. The support table calls
+every op on every backend and dtype of this machine through the samples of testing/op_samples.py.
 """
 
 import argparse
@@ -18,33 +18,15 @@ from testing.cases import BACKENDS, dtypes_of, interpreted, lacks
 
 # isort: split
 from bench.report import HEADER, Row, cells, duration
-from studies.retention import results
-from studies.retention.measure import UNPRUNED
+from scripts.shown import SHOWN_METHODS, SHOWN_OPS, measured, retained
 from testing import ROOT, family_table, method_tables, sharding_table
 from testing.op_samples import OPS, make, run
 from testing.pages import fill
-from tokenprune_kernels.methods import get_method, method_names
+from tokenprune_kernels.methods import get_method
 
 FLOATS = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 # Each column with the test backends that can fill it: the CUDA kernels run on a GPU or on the host emulator.
 COLUMNS = {"cpu": ("cpu",), "cuda": ("gpu", "emulator"), "triton": ("triton",), "reference": ("reference",)}
-# The rows of the README's table; docs/benchmarks.md has all.
-LLAVA = "LLaVA-1.5-7B"
-SHOWN = (
-    (f"scores, {LLAVA}, M=64, float32", "reference"),
-    ("scores, Qwen2.5-VL-7B@4096, M=64, float32", "reference"),
-    ("scores, Qwen2.5-VL-7B@4096, M=64, float32", "QK^T alone"),
-    (f"max-min, {LLAVA}, image, 576x1024 -> 128", "published loop"),
-    ("max-min, LLaVA-NeXT-7B, image, 2880x4096 -> 320", "published loop"),
-    ("NMS 576x4096 K57 float32 patches", "published loop"),
-    ("28 layers of KV [B,H,T,D], Qwen2.5-VL-7B@4096, 4096 -> 910", "index_select"),
-    *(
-        (f"{stage.name}, {LLAVA}, 128 of 576", "eager reference")
-        for method in map(get_method, method_names())
-        for stage in method.stages
-        if not method.baseline
-    ),
-)
 
 
 def runs_on(op: str, backend: str, dtype: torch.dtype) -> bool:
@@ -78,37 +60,40 @@ def where(results: dict[str, Any]) -> str:
     return f"`{results['command']}` on {machine}; best of interleaved rounds, results checked for equality first."
 
 
-def retained() -> dict[str, str]:
+def kept_by_function() -> dict[str, str]:
     """By function of a method: the share of the unpruned model's accuracy that is left at 22.2% of the tokens."""
-    table = results.load(ROOT / "studies" / "results" / "retention.json")
-    full = table.right[UNPRUNED].double().mean()
-    return {
-        stage.name: f"{(table.of(method, 128).double().mean() / full).item():.1%}"
-        for method in table.methods()
-        for stage in get_method(method).stages
-    }
+    return {stage.name: f"{share:.1%}" for name, share in retained().items() for stage in get_method(name).stages}
 
 
-def bench_table(measured: dict[str, Any]) -> str:
+def bench_table(results: dict[str, Any]) -> str:
     lines = ["| shape | ours | baseline | baseline / ours | accuracy kept at 22.2% |", "|---|---|---|---|---|"]
-    rows = {(r["case"], r["baseline"]): Row(**r) for r in measured["rows"]}
-    kept = retained()
-    for case, baseline in SHOWN:
+    rows = {(r["case"], r["baseline"]): Row(**r) for r in results["rows"]}
+    kept = kept_by_function()
+    for case, baseline, _ in (*SHOWN_OPS, *SHOWN_METHODS):
         if (case, baseline) not in rows:  # a method that came after the last run
             continue
         row = rows[case, baseline]
         share = kept.get(case.split(",")[0], "")
         lines.append(f"| {case} | {duration(row.ours)} | {baseline} | **{row.ratio:.1f}x** | {share} |")
     notes = (
-        where(measured),
+        where(results),
         "All rows: [docs/benchmarks.md](docs/benchmarks.md).",
         "The last column: `make retention`, a small LLaVA on its test set ([docs/retention.md](docs/retention.md)).",
     )
     return "\n".join([*lines, "", " ".join(notes)])
 
 
+FIGURES = """\
+![How many times as long the baseline takes](figures/ratios.svg)
+
+![Times over the number of visual tokens](figures/scaling.svg)
+
+The attention scores over 576 visual tokens have 32 key heads (LLaVA-1.5-7B), the others 4 (Qwen2.5-VL-7B)."""
+
+
 def benchmarks_page(results: dict[str, Any]) -> str:
-    lines = ["# Benchmarks", "", where(results), "", "| " + " | ".join(HEADER) + " |", "|---" * len(HEADER) + "|"]
+    lines = ["# Benchmarks", "", where(results), "", FIGURES, ""]
+    lines += ["| " + " | ".join(HEADER) + " |", "|---" * len(HEADER) + "|"]
     lines += ["| " + " | ".join(cells(Row(**r))) + " |" for r in results["rows"]]
     return "\n".join(lines) + "\n"
 
@@ -139,25 +124,29 @@ def main() -> None:
     arguments = parser.parse_args()
     readme = ROOT / "README.md"
     old = readme.read_text()
-    measured = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())
-    new = fill(fill(old, "support", support_table()), "bench", bench_table(measured))
-    new = fill(new, "methods", method_tables.faithful_to())
+    results = measured()
+    new = fill(old, "bench", bench_table(results))
     page = ROOT / "docs" / "transformers.md"
     prefill = json.loads((ROOT / "bench" / "results" / "prefill.json").read_text())
     old_page = page.read_text()
     new_page = fill(old_page, "prefill", prefill_table(prefill))
     new_page = fill(fill(new_page, "where", method_tables.where_and_by_what()), "arguments", method_tables.arguments())
-    new_page = fill(new_page, "families", family_table.families())
+    new_page = fill(fill(new_page, "families", family_table.families()), "proofs", family_table.proofs())
     pages = {
         readme: (old, new),
         page: (old_page, new_page),
     }
     when_not = ROOT / "docs" / "when-not.md"
-    pages[when_not] = when_not.read_text(), fill(when_not.read_text(), "slower", slower_table(measured))
+    pages[when_not] = when_not.read_text(), fill(when_not.read_text(), "slower", slower_table(results))
+    support = ROOT / "docs" / "support.md"
+    pages[support] = support.read_text(), fill(support.read_text(), "support", support_table())
+    methods = ROOT / "docs" / "methods.md"
+    filled = fill(methods.read_text(), "methods", method_tables.faithful_to())
+    pages[methods] = methods.read_text(), fill(filled, "bibtex", method_tables.bibtex())
     distributed = ROOT / "docs" / "distributed.md"
     pages[distributed] = distributed.read_text(), fill(distributed.read_text(), "shardings", sharding_table.shardings())
     benchmarks = ROOT / "docs" / "benchmarks.md"
-    pages[benchmarks] = benchmarks.read_text(), benchmarks_page(measured)
+    pages[benchmarks] = benchmarks.read_text(), benchmarks_page(results)
     for file, (before, after) in pages.items():
         if arguments.check and before != after:
             raise SystemExit(f"{file.name} is out of date: run python -m scripts.update_readme")

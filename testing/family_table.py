@@ -1,6 +1,7 @@
-"""The table of docs/transformers.md that follows from the descriptions of the model families."""
+"""The tables of docs/transformers.md that follow from the model families: their descriptions, and their proofs."""
 
 from testing.method_tables import code, table
+from testing.proofs import EVERY, PROOFS, Proof
 from tokenprune_kernels.integrations.transformers import registry
 
 
@@ -22,3 +23,15 @@ def families() -> str:
             for family in registry.families()
         ),
     )  # fmt: skip
+
+
+def proofs() -> str:
+    """What tests/transformers/test_proofs.py proves: of each model and method, how many decoded tokens."""
+
+    def cell(proof: Proof, method: str) -> str:
+        return "refused" if method in proof.refuses else str(proof.decoded(method, proof.batches[0]))
+
+    return table(
+        ("model_type", "prompts", *(f"`{method}`" for method in EVERY)),
+        ((f"`{proof.model_type}`", proof.of, *(cell(proof, method) for method in EVERY)) for proof in PROOFS),
+    )

@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/transformers.md that follow from the descriptions of the methods."""
+"""The tables of docs/methods.md and docs/transformers.md that follow from the descriptions of the methods."""
 
 from collections.abc import Iterable
 
@@ -20,7 +20,7 @@ def code(names: Iterable[str]) -> str:
 
 
 def faithful_to() -> str:
-    """The table of README.md: which functions there are, and what each was written from."""
+    """The table of docs/methods.md: which functions there are, and what each was written from."""
     return table(
         ("function", "paper", "faithful to"),
         (
@@ -32,6 +32,25 @@ def faithful_to() -> str:
             for method in _published()
         ),
     )
+
+
+def bibtex() -> str:
+    """The entries of docs/methods.md: what the descriptions know of the papers, and nothing guessed."""
+    entries = []
+    for method in filter(lambda method: method.paper, _published()):
+        year, month = 2000 + int(method.paper[:2]), int(method.paper[2:4])
+        fields = {
+            # What is only in the style of a paper still cites the paper.
+            "title": "{" + method.title.removesuffix("-style") + "}",
+            "author": method.authors,
+            "year": str(year),
+            "month": str(month),
+            "eprint": method.paper,
+            "archivePrefix": "arXiv",
+        }
+        lines = (f"  {name} = {{{value}}}" for name, value in fields.items() if value)
+        entries.append(f"@misc{{{method.name},\n" + ",\n".join(lines) + "\n}")
+    return "```bibtex\n" + "\n\n".join(entries) + "\n```"
 
 
 def _where(method: Method) -> str:

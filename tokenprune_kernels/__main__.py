@@ -1,4 +1,4 @@
-"""The command line: `python -m tokenprune_kernels info` and `... demo`."""
+"""The command line: `python -m tokenprune_kernels info`, `... demo` and `... bench --quick`."""
 
 import argparse
 import importlib
@@ -6,6 +6,8 @@ import json
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
+
+from ._command import DEVICES, CommandError
 
 # In this order: transformers does not say plainly that one of the others is missing.
 EXTRAS = {"numpy": "numpy", "PIL": "pillow", "rich": "rich", "transformers": "transformers"}
@@ -18,7 +20,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def _info(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+def _info(options: argparse.Namespace) -> int:
     from . import config, show_config
 
     if options.json:
@@ -28,7 +30,7 @@ def _info(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     return 0
 
 
-def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+def _demo(options: argparse.Namespace) -> int:
     try:
         for module in EXTRAS:
             importlib.import_module(module)
@@ -36,14 +38,16 @@ def _demo(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         package = EXTRAS.get((error.name or "").partition(".")[0])
         if package is None:
             raise
-        parser.error(f"{package} is not installed, run: pip install 'tokenprune_kernels[demo]'")
-    from .demo import DemoError
+        raise CommandError(f"{package} is not installed, run: pip install 'tokenprune_kernels[demo]'") from None
     from .demo.run import run
 
-    try:
-        return run(options)
-    except DemoError as error:
-        parser.error(str(error))
+    return run(options)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from .quick.run import run
+
+    return run(options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = _Parser(prog="tokenprune", description="Visual-token pruning kernels.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"tokenprune_kernels {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,demo}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,demo,bench}")
 
     info = commands.add_parser("info", help="versions, hardware, which backends loaded, and which one serves each op")
     info.add_argument("--json", action="store_true", help="one JSON object, to attach to a report")
@@ -68,7 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--model",
         metavar="FOLDER",
-        help="a checkpoint of transformers on this disk, of a family in docs/transformers.md "
+        help="a checkpoint of transformers on this disk, of a family in docs/transformers.md: its folder, or its id "
+        "owner/name when it is in the local cache of the Hugging Face hub "
         "(default: studies/models/tiny-llava-vqa of the checkout)",
     )
     demo.add_argument("--image", metavar="FILE", help="any image Pillow reads (default: the example of the model)")
@@ -88,18 +93,37 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="demo.png", metavar="FILE.png", help="the panel (default: demo.png)")
     demo.add_argument("--seed", type=int, default=0, metavar="S", help="for the random baseline (default: 0)")
     demo.add_argument("--repeats", type=int, default=5, metavar="R", help="timed rounds, after a warm-up (default: 5)")
-    demo.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the model runs (default: cpu)")
+    demo.add_argument(
+        "--device", choices=DEVICES, default="auto", help="where the model runs (default: auto, a GPU if there is one)"
+    )
     demo.add_argument(
         "--max-new-tokens", type=int, default=32, metavar="N", help="the longest answer, in tokens (default: 32)"
     )
     demo.set_defaults(run=_demo, parser=demo)
+
+    bench = commands.add_parser(
+        "bench",
+        help="with --quick: what five kernels are worth on this machine, in under a minute",
+        description="Time five steps of pruning at the sizes of LLaVA-1.5-7B, ours and what they replace, after their "
+        "results were compared, and print how many times faster ours are.",
+        allow_abbrev=False,
+    )
+    bench.add_argument("--quick", action="store_true", help="needed: the whole benchmark is `make bench` in a checkout")
+    bench.add_argument(
+        "--device", choices=DEVICES, default="auto", help="where they run (default: auto, a GPU if there is one)"
+    )
+    bench.add_argument("--out", metavar="FILE.png", help="draw the bars too; needs matplotlib")
+    bench.set_defaults(run=_bench, parser=bench)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; a wrong use exits with status 2 and one line on stderr."""
     options = _parser().parse_args(arguments)
-    status: int = options.run(options.parser, options)
+    try:
+        status: int = options.run(options)
+    except CommandError as error:
+        options.parser.error(str(error))
     return status
 
 

@@ -6,9 +6,9 @@ from torch import Tensor
 
 import tokenprune_kernels as tp
 from bench import baselines_greedy as baselines
-from bench.images import make_features
 from bench.shapes import Model
 from testing.gpu_checks import Inputs
+from tokenprune_kernels.quick.images import make_features
 
 from . import Row, Scale, on
 from .repulsion import assert_all_different, replayed, unit_vectors

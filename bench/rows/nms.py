@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 import tokenprune_kernels as tp
-from bench.baselines_nms import published_loop
-from bench.images import image
 from bench.shapes import MODELS, Model
 from testing.gpu_checks import Function, Inputs
+from tokenprune_kernels.quick.images import image
+from tokenprune_kernels.quick.loops import nms as published_loop
 
 from . import Make, Row, Scale, on, same, short
 from .repulsion import assert_all_different, replayed, unit_vectors

@@ -9,9 +9,9 @@ from torch import Tensor
 
 import tokenprune_kernels as tp
 from bench import baselines_repulsion as baselines
-from bench.images import grid_positions, make_features
 from bench.shapes import MODELS, Model
 from testing.gpu_checks import Function, Inputs
+from tokenprune_kernels.quick.images import grid_positions, make_features
 
 from . import Check, Make, Row, Scale, on, same
 

@@ -5,6 +5,7 @@ import inspect
 import pkgutil
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import CodeType, FrameType
@@ -128,6 +129,18 @@ def record(target: str, shapes: dict[str, list[Call]]) -> list[Specialisation]:
                 recorder.label = f"{op}: {call.name}"
                 getattr(kernels, op)(**call.arguments)
     return list(recorder.found.values())
+
+
+def half(found: Iterable[Specialisation]) -> list[Specialisation]:
+    """The first specialisation of every kernel on every target, and every other one: odd ones on one target, even ones
+    on the next, so that what is wrong on several targets is found on one of them."""
+    chosen, seen = [], Counter[tuple[str, str]]()
+    for w in found:
+        number = seen[w.name, w.target]
+        seen[w.name, w.target] += 1
+        if not number or number % 2 == list(GPUS).index(w.target) % 2:
+            chosen.append(w)
+    return chosen
 
 
 # --- what there is to be reached ------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ class Result(NamedTuple):
     accumulated: int = 0  # the most products that one accumulator of a matrix unit takes (NVIDIA)
     error: str = ""
     seconds: float = 0.0  # of CPU time
+    compiled: bool = True  # False: it is another's turn, see record.half
 
 
 def multiplies_half_floats(ttir: str) -> bool:

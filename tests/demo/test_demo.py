@@ -239,16 +239,49 @@ def test_timed_rounds_are_interleaved(plain: Path, photo: str) -> None:
     assert steps == [(name, True) for name in order] + 2 * [(name, False) for name in order]
     for row in rows:
         assert len(row.seconds) == 2
-        assert row.median() > 0
+        for seconds, *parts in zip(row.seconds, *row.parts.values(), strict=True):
+            assert min(parts[0], seconds - sum(parts)) > 0  # the vision tower's and the language model's
+            assert (min(parts[1:]) > 0) == (row.pruning is not None)
     assert 0 < rows[1].share() < 1
 
 
 @needs_extras
-def test_table_shows_answers_as_they_are() -> None:
+def test_every_token_but_the_first_is_a_decoding_step(plain: Path, photo: str) -> None:
+    with loaded(plain, photo) as (found, inputs):
+        (full,) = answers.rows(found, [], 36, 9, 0)
+        for longest, steps in ((1, 0), (4, 3)):
+            found.model.generation_config.eos_token_id = None
+            answers.ask(full, found, inputs, longest)
+            assert len(full.steps) == steps
+            assert (full.step() is None) == (steps == 0)
+
+
+def made_rows() -> "list[answers.Row]":
+    """What three timed rounds might leave."""
     full = answers.Row(answers.ALL, None, 36, 36, "[red]7[/red]", None, [0.2, 0.4, 0.3])
-    row = answers.Row(
-        "coast", SimpleNamespace(stats={"backend": "cpu"}), 36, 9, "", None, [0.1, 0.2, 0.4], [0.01, 0.01, 0.01]
-    )  # type: ignore[arg-type]
+    row = answers.Row("coast", SimpleNamespace(stats={"backend": "cpu"}), 36, 9, "", None, [0.1, 0.2, 0.4])
+    full.parts = {answers.VISION: [0.05, 0.06, 0.07], answers.SELECTION: [0.0] * 3, answers.COMPACTION: [0.0] * 3}
+    row.parts = {answers.VISION: [0.05] * 3, answers.SELECTION: [0.007] * 3, answers.COMPACTION: [0.003] * 3}
+    full.steps = [0.004, 0.009, 0.005]
+    return [full, row]
+
+
+@needs_extras
+def test_where_the_time_went_adds_up_to_the_prefill() -> None:
+    written = io.StringIO()
+    Console(file=written, width=100).print(report.times(made_rows()))
+    cells = [
+        [cell.strip() for cell in line.split("│")[1:-1]] for line in written.getvalue().splitlines() if "│" in line
+    ]
+    assert cells == [
+        ["all tokens", "60.00", "", "", "230.00", "5.00"],
+        ["coast", "50.00", "7.00", "3.00", "140.00", ""],
+    ]
+
+
+@needs_extras
+def test_table_shows_answers_as_they_are() -> None:
+    full, row = made_rows()
     written = io.StringIO()
     console = Console(file=written, width=100)
     note = report.caption([full, row], 3, torch.device("cpu"), torch.float32, "7")
@@ -287,6 +320,33 @@ def test_transformers_speaks_again_afterwards() -> None:
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (level, bars)
 
 
+@needs_extras
+def test_a_checkpoint_of_the_hub_is_found_in_its_cache(
+    plain: Path, photo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The layout of the cache is the hub's: a reference to a commit, and a snapshot of its files."""
+    from huggingface_hub import constants, file_download
+
+    for module in (constants, file_download.constants):
+        monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path))
+    stored, commit = tmp_path / "models--owner--name", "0" * 40
+    (stored / "refs").mkdir(parents=True)
+    (stored / "refs" / "main").write_text(commit)
+    (stored / "snapshots").mkdir()
+    (stored / "snapshots" / commit).symlink_to(plain)
+    arguments = ["--image", photo, "--question", "a cat", "--method", "random", "--out", str(tmp_path / "p.png")]
+    assert "36 -> 8" in demo(capsys, Path("owner/name"), *arguments)
+    assert example.model_folder("owner/name") == stored / "snapshots" / commit
+
+
+@needs_extras
+def test_a_folder_comes_before_an_id_of_the_hub(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "name").symlink_to(plain)
+    monkeypatch.chdir(tmp_path)
+    assert example.model_folder("owner/name") == Path("owner/name")
+
+
 # --- refusals ------------------------------------------------------------------------------------------------------
 
 
@@ -319,7 +379,12 @@ def test_transformers_speaks_again_afterwards() -> None:
         (["--seed", "-1"], "--seed"),
         (["--seed", str(2**63)], "--seed"),
         (["--device", "abacus"], "--device"),
+        (
+            ["--image", "https://example.org/a.png"],
+            "takes the path of a file and loads nothing from an address",
+        ),
         (["--model", "{tmp}/none"], "--model: no such folder"),
+        (["--model", "owner/name"], "nothing is downloaded here, to do that run: hf download owner/name"),
         (["--model", "{tmp}/whole.png"], "--model: not a folder"),
         (["--model", "{tmp}"], "no config.json"),
     ],

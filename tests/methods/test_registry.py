@@ -1,6 +1,7 @@
 """The descriptions of methods: what follows from a function's signature, and methods that users register."""
 
 import functools
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,11 +66,24 @@ def test_what_functions_are_given_and_what_is_left_to_the_user() -> None:
 
 
 def test_pages_show_what_the_descriptions_say() -> None:
-    readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs" / "transformers.md").read_text()
+    papers, page = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("methods", "transformers"))
     told = "run: python -m scripts.update_readme"
-    assert section(readme, "methods") == method_tables.faithful_to(), told
+    assert section(papers, "methods") == method_tables.faithful_to(), told
+    assert section(papers, "bibtex") == method_tables.bibtex(), told
     assert section(page, "where") == method_tables.where_and_by_what(), told
     assert section(page, "arguments") == method_tables.arguments(), told
+
+
+def test_every_paper_has_an_entry_without_anything_guessed() -> None:
+    entries = re.findall(r"@misc\{(\w+),\n(.*?)\n\}", method_tables.bibtex(), re.DOTALL)
+    papers = {name: get_method(name).paper for name in method_names() if get_method(name).paper}
+    assert [name for name, _ in entries] == list(papers)
+    for name, fields in entries:
+        known = dict(re.findall(r"(\w+) = \{(.*)\}", fields))
+        assert known["eprint"] == papers[name]
+        assert known.get("author", "") == get_method(name).authors
+        assert (known["year"][2:], known["month"].zfill(2)) == (papers[name][:2], papers[name][2:4])
+        assert set(known) <= {"title", "author", "year", "month", "eprint", "archivePrefix"}
 
 
 # --- a user's -----------------------------------------------------------------------------------------------------

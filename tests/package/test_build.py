@@ -45,8 +45,9 @@ def build_wheel(folder: Path, **switches: str) -> Path:
 
 
 def python_files() -> set[str]:
-    """Where the sources of this checkout belong in a wheel."""
-    files = {str(f.relative_to(ROOT)) for f in (ROOT / "tokenprune_kernels").rglob("*.py")}
+    """Where the sources of this checkout and their templates belong in a wheel."""
+    package = ROOT / "tokenprune_kernels"
+    files = {str(f.relative_to(ROOT)) for kind in ("*.py", "*.jinja") for f in package.rglob(kind)}
     return files | {f"tokenprune_kernels/reference/{f.name}" for f in (ROOT / "python_ref").glob("*.py")}
 
 

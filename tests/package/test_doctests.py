@@ -14,6 +14,7 @@ import torch
 
 import tokenprune_kernels as tp
 from testing import ROOT
+from testing.docstrings import as_markdown
 
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
@@ -54,14 +55,14 @@ def test_examples_of_the_readme_run() -> None:
     for example in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
         exec(example, names)
     assert names["kept"].shape == (1, 910, 3584)
-    assert names["selection"].counts.tolist() == [910]
     assert names["pruning"].stats["prefills"] == 1
     assert names["out"].shape[1] > prompts.inputs["input_ids"].shape[1]
 
 
-def test_examples_of_when_not_to_use_us_run() -> None:
-    """They stand in a list, hence indented."""
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "when-not.md").read_text(), re.DOTALL)
+@pytest.mark.parametrize("page", ["methods.md", "when-not.md"])
+def test_examples_of_pages_run(page: str) -> None:
+    """They may stand in a list, hence indented."""
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
     assert examples
     for example in examples:
         exec(textwrap.dedent(example), {})
@@ -90,3 +91,21 @@ def test_every_reference_says_what_it_computes(name: str) -> None:
 def test_all_names_everything_public() -> None:
     public = {n for n, v in vars(tp).items() if not n.startswith("_") and not isinstance(v, ModuleType)}
     assert public | {"__version__", "methods", "reference"} == set(tp.__all__)
+
+
+@pytest.mark.parametrize("qualified", PUBLIC)
+def test_the_site_shows_sections_and_examples(qualified: str) -> None:
+    """What testing/docstrings.py makes of a docstring: lists of arguments, and examples in blocks of code."""
+    module, name = qualified.rsplit(".", 1)
+    function = getattr(importlib.import_module(module), name)
+    shown = as_markdown(inspect.getdoc(function) or "", inspect.signature(function).parameters)
+    blocks = re.findall(r"^```pycon\n(.*?)^```$", shown, re.MULTILINE | re.DOTALL)
+    assert sum(block.count(">>>") for block in blocks) == shown.count(">>>") > 0
+    assert not re.search(r"^(Args|Returns|Raises|Examples?):", shown, re.MULTILINE)
+    listed = re.search(r"^\*\*Args\*\*\n\n(.*?)\n\n", shown, re.MULTILINE | re.DOTALL)
+    if listed:
+        entries = re.findall(r"^- ((?:`\w+`(?:, )?)+):", listed[1], re.MULTILINE)
+        assert {word for entry in entries for word in re.findall(r"\w+", entry)} <= set(
+            inspect.signature(function).parameters
+        )
+        assert len(entries) == len(re.findall(r"^\S", listed[1], re.MULTILINE))

@@ -30,8 +30,11 @@ def variant(repository: Path) -> Path:
 def test_a_variant_has_every_module_and_the_references(repository: Path) -> None:
     folder = variant(repository)
     assert folder.name.startswith("torch-stable-abi210-cpu-")
-    here = {str(f.relative_to(ROOT / "tokenprune_kernels")) for f in (ROOT / "tokenprune_kernels").rglob("*.py")}
-    there = {str(f.relative_to(folder)) for f in folder.rglob("*.py")}
+
+    def files(root: Path) -> set[str]:
+        return {str(f.relative_to(root)) for kind in ("*.py", "*.jinja") for f in root.rglob(kind)}
+
+    here, there = files(ROOT / "tokenprune_kernels"), files(folder)
     assert {name for name in here if not name.startswith("reference/")} <= there
     assert {f"reference/{f.name}" for f in (ROOT / "python_ref").glob("*.py")} <= there
 

@@ -6,35 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.transformers.vlm.models import Prompts
-from tests.transformers.vlm.runs_crops import FAMILIES, generate, layout_in, prompts_of, pruned
-
-
-def layout_for(prompts: Prompts) -> Any:
-    with pruned(prompts, "random", 3) as pruning:
-        generate(prompts, 1)
-    return layout_in(pruning)
-
-
-def check_layout(layout: Any, b: int, expected: list[tuple[Any, ...]]) -> None:
-    """expected: (row, column, grid, group, image, box) of each token of sample b."""
-    names = ("positions", "grids", "groups", "images", "boxes")
-    found = [getattr(layout, name)[b][: len(expected)].double() for name in names]
-    rows = [((r, c), grid, group, image, box) for r, c, grid, group, image, box in expected]
-    for name, value, wanted in zip(names, found, zip(*rows, strict=True), strict=True):
-        torch.testing.assert_close(
-            value, torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
-        )
-
-
-def whole(grid: int | tuple[int, int], group: int, image: int) -> list[tuple[Any, ...]]:
-    """A grid that sees all of an image; a number is the side of a square."""
-    rows, columns = (grid, grid) if isinstance(grid, int) else grid
-    return [
-        (r, c, (rows, columns), group, image, (c / columns, r / rows, (c + 1) / columns, (r + 1) / rows))
-        for r in range(rows)
-        for c in range(columns)
-    ]
+from tests.transformers.vlm.layouts import check_layout, layout_for, tiles, whole, wide_crops
+from tests.transformers.vlm.runs_crops import FAMILIES, generate, prompts_of, pruned
 
 
 def inside(value: float) -> float:
@@ -102,24 +75,11 @@ def test_layout_of_a_image_and_a_video_in_llava_onevision() -> None:
         return [*frames, (2, 3, (3, 3), group + 2, image + 2, (1.0, 2 / 3, 1.0, 1.0))]
 
     check_layout(layout, 0, video(0, 0))
-    # 5 x 15 patches; the image is 11 wide, of 2 to 13.
-    tokens = whole(5, 0, 0)
-    for r in range(5):
-        for x in range(2, 13):
-            box = ((x - 2) / 11, r / 5, (x - 1) / 11, (r + 1) / 5)
-            tokens.append((r, x % 5, (5, 5), 1 + x // 5, 0, box))
-        tokens.append((r, 3, (5, 5), 3, 0, (1.0, r / 5, 1.0, (r + 1) / 5)))
-    check_layout(layout, 1, tokens + video(4, 1))
+    check_layout(layout, 1, wide_crops(0, 0) + video(4, 1))
 
 
 def internvl_tiles(rows: int, columns: int, group: int, image: int) -> list[tuple[Any, ...]]:
-    tokens: list[tuple[Any, ...]] = []
-    for i in range(rows):
-        for j in range(columns):
-            for r, c, grid, _, _, (left, top, right, bottom) in whole(4, 0, 0):
-                box = ((j + left) / columns, (i + top) / rows, (j + right) / columns, (i + bottom) / rows)
-                tokens.append((r, c, grid, group + i * columns + j, image, box))
-    return tokens + whole(4, group + rows * columns, image)
+    return tiles(rows, columns, group, image) + whole(4, group + rows * columns, image)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 6), (2, 3), (3, 2), (6, 1)])

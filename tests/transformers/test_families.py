@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from graphlib import TopologicalSorter
@@ -130,6 +131,17 @@ def test_masks_of_the_prefill_and_of_decoding_are_made_from_the_familys(monkeypa
     with prune_visual_tokens(prompts.model, "coast", 9, layer=LAYER):
         prompts.model.generate(**prompts.inputs, max_new_tokens=2, do_sample=False)
     assert made == [visible, visible]  # with padding the prefill takes what the model made, which has it
+
+
+def test_a_type_that_is_not_served_names_what_to_load_or_what_is_missing() -> None:
+    load = r"internvl_chat.\) is not supported: load the checkpoint .* -hf \(model_type internvl\); supported are"
+    with pytest.raises(NotImplementedError, match=load):
+        registry.family_of_type("internvl_chat", "InternVLChatModel")
+    with pytest.raises(NotImplementedError, match="not supported: its images are seen through cross-attention"):
+        registry.family_of_type("mllama", "MllamaForConditionalGeneration")
+    named = {name for hint in registry.UNSERVED.values() for name in re.findall(r"model_type (\w+)", hint)}
+    assert {"internvl", "llava"} <= named <= set(registry._FAMILIES)
+    assert not set(registry.UNSERVED) & set(registry._FAMILIES)
 
 
 # --- the table and the imports ----------------------------------------------------------------------------------------

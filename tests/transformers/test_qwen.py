@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 import torch
@@ -14,46 +13,16 @@ pytest.importorskip("transformers")
 
 from tests.transformers.vlm import models_qwen as qwen
 from tests.transformers.vlm import oracle
-from tests.transformers.vlm.checks import WITHOUT_MERGING
 from tests.transformers.vlm.models import Prompts
-from tests.transformers.vlm.runs_qwen import KEEP, batch, model
-from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_tokens
+from tests.transformers.vlm.runs_qwen import CLOSE, KEEP, batch, exact, generate, model
+from tokenprune_kernels.integrations.transformers import prune_visual_tokens
 
 IMAGES = [[3, (1, 8, 12), 2, (1, 4, 8), 5], [2, (1, 8, 8), 4]]
-# float32 against float64 through ten layers, logits up to 5: seen 2e-5.
-CLOSE = {"rtol": 0.0, "atol": 4e-5}
 
 
 @functools.cache
 def images(name: str) -> Prompts:
     return qwen.prompts(model(name), IMAGES)
-
-
-def generate(prompts: Prompts, new: int, **more: Any) -> tuple[Any, Tensor]:
-    """What generate returns, and the new tokens."""
-    given = {
-        "max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "return_dict_in_generate": True,
-        "output_logits": True, "suppress_tokens": qwen.SPECIAL, **more,
-    }  # fmt: skip
-    with torch.no_grad():
-        out = prompts.model.generate(**prompts.inputs, **given)
-    return out, out.sequences[:, prompts.inputs["input_ids"].shape[1] :]
-
-
-def exact(prompts: Prompts, pruning: Any, new: Tensor, compacted: bool = False, **more: Any) -> Tensor:
-    """[B, steps, vocabulary]: the float64 logits each of the new tokens was chosen by."""
-    start = prompts.inputs["input_ids"].shape[1]
-    drops = [
-        oracle.Drop(layer, oracle.dropped_columns(prompts, kept), compacted) for layer, kept in pruning.kept_at.items()
-    ]
-    return oracle.logits(prompts, drops, new[:, :-1], **more)[:, start - 1 :]
-
-
-def greedy(logits: Tensor) -> Tensor:
-    logits = logits.clone()
-    logits[..., qwen.SPECIAL] = -torch.inf
-    logits[..., 1] = -torch.inf  # the end of the text, kept out by min_new_tokens
-    return logits.argmax(-1)
 
 
 @contextmanager
@@ -67,34 +36,12 @@ def tower_calls(prompts: Prompts) -> Iterator[list[int]]:
 # --- logits -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", qwen.NAMES)
-def test_32_greedy_tokens_equal_the_exact_path(name: str, method: str) -> None:
-    prompts, options = batch(name), WITHOUT_MERGING.get(method, {})
-    with prune_visual_tokens(prompts.model, method, KEEP, seed=1, **options) as pruning, tower_calls(prompts) as calls:
-        out, new = generate(prompts, 32)
-    assert pruning.stats["before"] == [44, 16]
-    assert pruning.kept is not None
-    assert pruning.stats["after"] == (pruning.kept >= 0).sum(1).tolist() == [18, 6]
-    assert len(calls) == 2  # the images, and the video
-    want = exact(prompts, pruning, new)
-    torch.testing.assert_close(torch.stack(out.logits, 1).double(), want, **CLOSE)
-    assert torch.equal(new, greedy(want))
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", qwen.NAMES)
-def test_all_kept_is_the_model_itself(name: str, method: str) -> None:
+def test_the_tower_runs_over_the_images_and_over_the_video_once(name: str) -> None:
     prompts = batch(name)
-    with torch.no_grad():
-        before = prompts.model(**prompts.inputs).logits
-        with prune_visual_tokens(prompts.model, method, 1.0) as pruning:
-            inside = prompts.model(**prompts.inputs).logits
-        after = prompts.model(**prompts.inputs).logits
-    assert torch.equal(inside, before)
-    assert torch.equal(after, before)
-    assert pruning.kept is not None
-    assert (pruning.kept >= 0).sum(1).tolist() == [44, 16]
+    with prune_visual_tokens(prompts.model, "adafv", KEEP), tower_calls(prompts) as calls:
+        generate(prompts, 3)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("name", qwen.NAMES)

@@ -19,7 +19,7 @@ from tests.transformers.vlm.models import Prompts
 from tests.transformers.vlm.runs_qwen import KEEP, batch, model
 from tokenprune_kernels import methods
 from tokenprune_kernels.integrations.transformers import prune_visual_tokens
-from tokenprune_kernels.integrations.transformers.adapters.qwen_vl import frames_of
+from tokenprune_kernels.integrations.transformers.adapters.frames import frames_of
 from tokenprune_kernels.integrations.transformers.registry import family_of
 
 # --- the layout -------------------------------------------------------------------------------------------------------

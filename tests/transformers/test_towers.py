@@ -1,18 +1,16 @@
 """Vision towers other than CLIP, and decoders with other projections, in the LLaVA families."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tests.transformers.vlm import models_towers, oracle
-from tests.transformers.vlm.checks import IN_MODEL, ON_LAYOUT, RENUMBERED, drops_of, spy_on
+from tests.transformers.vlm.checks import IN_MODEL, ON_LAYOUT, RENUMBERED, drops_of
 from tests.transformers.vlm.models import Prompts, llava
 from tests.transformers.vlm.models_crops import RAGGED
-from tests.transformers.vlm.runs_crops import generate, layout_in, pruned, vision_weights
-from tokenprune_kernels import methods
+from tests.transformers.vlm.runs_crops import generate, layout_in, pruned, saliency_given, vision_weights
 from tokenprune_kernels.integrations.transformers import METHODS, prune_visual_tokens
 
 
@@ -36,20 +34,6 @@ def assert_pruned_logits(prompts: Prompts, method: str, steps: int) -> None:
     more = {"renumber": method in RENUMBERED}
     expected = oracle.logits(prompts, drops, new[:, :-1], **more)[:, -steps:]
     assert (logits - expected).abs().max() < 2 * rounding < 1e-5  # of logits below 1
-
-
-def saliency_given(prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    given = []
-
-    def spy(**arguments: Any) -> methods.Selection:
-        given.append(arguments["saliency"])
-        return methods.adafv(**arguments)
-
-    spy_on(monkeypatch, "adafv", "adafv", spy)
-    with pruned(prompts, "adafv", 7):
-        generate(prompts, 1)
-    (saliency,) = given
-    return saliency.double()
 
 
 # --- without a class token --------------------------------------------------------------------------------------------

@@ -44,7 +44,10 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "adapters" / "trial.py").write_text(ADAPTER)
     scratch.edit(
         folder / "registry.py",
-        ((", qwen_vl\n", ", qwen_vl, trial\n"), ("):\n    for _family", ", trial):\n    for _family")),
+        (
+            ("from .adapters import (\n", "from .adapters import (\n    trial,\n"),
+            ("_ADAPTERS = (\n", "_ADAPTERS = (\n    trial,\n"),
+        ),
     )
     return root
 

@@ -47,10 +47,13 @@ def _compiled(*arguments: str) -> Any:
 
 @pytest.fixture
 def compiled(pytestconfig: pytest.Config) -> Any:
-    """All kernels for all targets. Takes minutes the first time: its progress goes to the terminal."""
+    """All kernels for all targets, half of their specialisations each: `make triton-table` compiles the rest.
+
+    Takes minutes the first time: its progress goes to the terminal.
+    """
     with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print(flush=True)
-        return _compiled()
+        return _compiled("--half")
 
 
 # --- the kernels ----------------------------------------------------------------------------------------------------
@@ -69,7 +72,7 @@ def test_every_specialisation_compiles_and_fits_the_target(compiled: Any, target
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_is_compiled_for_every_target(compiled: Any, target: str) -> None:
     kernels = {name for name in compiled.report["functions"] if name.endswith("_kernel")}
-    reached = {r.kernel for r in compiled.results if r.target == target}
+    reached = {r.kernel for r in compiled.results if r.target == target and r.compiled}
     assert reached == kernels, "kernels are named *_kernel, and testing/triton_compile/shapes.py launches each"
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import tokenprune_kernels
 
-from . import DemoError
+from . import DemoError, hub
 
 NAME = "tiny-llava-vqa"
 CHECKOUT = Path(tokenprune_kernels.__file__).resolve().parent.parent
@@ -34,7 +34,7 @@ WORLD = (
 
 
 def model_folder(path: str | None) -> Path:
-    """Where the checkpoint is; without a path, the small model of this checkout."""
+    """Where the checkpoint is: a folder, or an id of the hub; without a path, the small model of this checkout."""
     if path is None:
         if not FOLDER.is_dir():
             raise DemoError(
@@ -42,7 +42,9 @@ def model_folder(path: str | None) -> Path:
                 "installed package: run the demo there, or name a checkpoint on this disk"
             )
         return FOLDER
-    folder = Path(path)
+    folder = Path(path).expanduser()
+    if not folder.exists() and (snapshot := hub.cached(path)) is not None:
+        return snapshot
     if not folder.is_dir():
         raise DemoError(f"--model: {'not a folder' if folder.exists() else 'no such folder'}: {path}")
     if not (folder / "config.json").is_file():

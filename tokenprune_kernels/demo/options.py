@@ -1,12 +1,12 @@
 """What the options of the command mean, and which values are refused."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from .._command import device_of, file_to_write
 from ..integrations.transformers.budgets import budget_of
 from ..methods import method_names
 from . import DemoError
@@ -55,24 +55,6 @@ def parse_methods(text: str) -> list[str]:
     return names
 
 
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise DemoError("--device: this PyTorch finds no CUDA device")
-    return torch.device(name)
-
-
-def _out(text: str) -> Path:
-    path = Path(text)
-    folder = path.resolve().parent
-    if path.suffix.lower() != ".png":
-        raise DemoError(f"--out: the panel is a PNG file, give a name that ends in .png, got {path}")
-    if not folder.is_dir():
-        raise DemoError(f"--out: no such folder: {path.parent}")
-    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-        raise DemoError(f"--out: cannot write {path}")
-    return path
-
-
 def check(options: argparse.Namespace) -> Options:
     for name in ("repeats", "max_new_tokens"):
         if getattr(options, name) < 1:
@@ -82,6 +64,6 @@ def check(options: argparse.Namespace) -> Options:
     if options.question is not None and not options.question.strip():
         raise DemoError("--question: it is empty")
     return Options(
-        parse_keep(options.keep), parse_methods(options.method), _out(options.out), options.seed, options.repeats,
-        options.max_new_tokens, _device(options.device),
+        parse_keep(options.keep), parse_methods(options.method), file_to_write("--out", options.out, ".png"),
+        options.seed, options.repeats, options.max_new_tokens, device_of(options.device),
     )  # fmt: skip

@@ -20,6 +20,8 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 def load(path: Path) -> Image.Image:
     """The image in RGB, upright."""
+    if (scheme := str(path).partition(":/")[0]) in ("http", "https", "file"):
+        raise DemoError(f"--image: takes the path of a file and loads nothing from an address, got {scheme}:")
     if not path.is_file():
         raise DemoError(f"--image: {'not a file' if path.exists() else 'no such file'}: {path}")
     try:

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from .answers import Row
+from .answers import COMPACTION, SELECTION, VISION, Row
 
 
 @contextmanager
@@ -67,5 +67,24 @@ def table(question: str, rows: Sequence[Row], note: str) -> Table:
             faster, share = f"{full.median() / row.median():.2f}x", f"{row.share():.1%}"
         answer = row.answer or "(nothing)"
         cells = (row.name, tokens, answer, same, f"{row.median() * 1e3:.1f} ms", faster, share)
+        out.add_row(*map(Text, cells))
+    return out
+
+
+def times(rows: Sequence[Row]) -> Table:
+    """Where the time went, a line per row, in milliseconds."""
+    note = (
+        f"ms, of the same prefills; {VISION}: all in front of the decoder, projector included; prefill: the language "
+        "model's; decode: a further token of the answer, one run"
+    )
+    out = Table(title="where the time went", caption=Text(note), caption_justify="left")
+    out.add_column("method", no_wrap=True)
+    for heading in (VISION, SELECTION, COMPACTION, "prefill", "decode"):
+        out.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        pruned = [f"{row.part(name) * 1e3:.2f}" if row.pruning is not None else "" for name in (SELECTION, COMPACTION)]
+        step = row.step()
+        decode = "" if step is None else f"{step * 1e3:.2f}"
+        cells = (row.name, f"{row.part(VISION) * 1e3:.2f}", *pruned, f"{row.language() * 1e3:.2f}", decode)
         out.add_row(*map(Text, cells))
     return out

@@ -14,7 +14,7 @@ from .checkpoint import load as load_checkpoint
 from .checkpoint import quiet
 from .options import check, kept_of
 from .photo import load as load_image
-from .report import caption, progress, table
+from .report import caption, progress, table, times
 
 
 def tiles(results: Sequence[Row]) -> list[panel.Tile]:
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     """The command `demo`; raises DemoError with one line when it cannot do what was asked."""
     options = check(arguments)
     folder = example.model_folder(arguments.model)
-    image = load_image(Path(arguments.image) if arguments.image else example.image_path(folder))
+    image = load_image(Path(arguments.image).expanduser() if arguments.image else example.image_path(folder))
     question = " ".join((arguments.question or example.QUESTION).split())
     own = arguments.image is not None or question != example.QUESTION
     correct = None if own else example.ANSWER
@@ -67,6 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console(markup=False, highlight=False, emoji=False)
     note = caption(results, options.repeats, options.device, checkpoint.model.dtype, correct)
     console.print(table(question, results, note))
+    console.print(times(results))
     for line in example.notes(folder, checkpoint.tokenizer, question, own=own):
         console.print(line, soft_wrap=True)
     console.print(f"panel: {options.out}", soft_wrap=True)

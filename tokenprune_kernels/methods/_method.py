@@ -165,7 +165,8 @@ class Method:
 
     stages: in the order of the model; several when tokens are dropped at several depths.
     title, summary: the name in its paper, and one line that says by what it chooses.
-    paper: arXiv id. source: what this implementation is faithful to. baseline: papers compare themselves with it.
+    paper, authors: arXiv id, and who wrote it, in the form of BibTeX, where that is known.
+    source, baseline: what this implementation is faithful to; whether papers compare themselves with it.
     layer, layers: the decoder layer in front of which the paper prunes, and that of families where it is another one.
     schedule: the paper's shares by decoder layer, of a model with `depth` layers, when it prunes several times inside.
     positions: the paper's handling of the rotary positions of what stays, "original" or "renumber".
@@ -177,6 +178,7 @@ class Method:
     title: str = ""
     summary: str = ""
     paper: str = ""
+    authors: str = ""
     source: str = ""
     baseline: bool = False
     layer: int = 2

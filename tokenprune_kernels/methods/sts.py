@@ -126,5 +126,6 @@ STS = Method(
     title="STS-style",
     summary="spread over the image, then by attention",
     paper="2606.03569",
+    authors="Wang, Jiahui and Zhang, Kai and Han, Mai and Zhang, Huanghe",
     source="the idea only: the potential, the split and the layers are ours",
 )

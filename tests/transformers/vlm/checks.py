@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from testing.proofs import FOUR as FOUR
 from tokenprune_kernels.integrations.transformers.pruning import IN_MODEL, METHODS
 from tokenprune_kernels.methods import _registry, get_method
 
@@ -19,8 +20,6 @@ LAYER = 2  # of 4
 ON_LAYOUT = [name for name in METHODS if get_method(name).uses & {"positions", "grid", "groups", "stacked_positions"}]
 # Whose positions are numbered anew, of models whose positions are no grid's.
 RENUMBERED = [name for name in METHODS if get_method(name).positions == "renumber"]
-# In the model, twice, before it with renumbered positions, and before it with the original ones.
-FOUR = ("coast", "sts", "adafv", "divprune")
 over_four = pytest.mark.parametrize("method", FOUR)
 # Before the model there is nothing to compact.
 over_four_and_compact = pytest.mark.parametrize(

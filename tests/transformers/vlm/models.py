@@ -21,6 +21,7 @@ class Prompts:
     inputs: dict[str, Tensor]
     visual: int | tuple[int, ...]  # the ids that stand for visual tokens
     new_type: int = 0  # the token_type_ids of tokens that are decoded
+    special: tuple[int, ...] = ()  # other ids that no text may have
 
 
 def text(count: int, generator: torch.Generator) -> list[int]:
@@ -34,6 +35,10 @@ def left_padded(samples: list[list[int]]) -> dict[str, Tensor]:
         "input_ids": ids,
         "attention_mask": torch.tensor([[0] * (longest - len(s)) + [1] * len(s) for s in samples]),
     }
+
+
+def llava_padded() -> Prompts:
+    return llava(3, ragged=True)
 
 
 def llava(batch: int = 1, *, ragged: bool = False, images: int = 1, attention: str = "sdpa") -> Prompts:

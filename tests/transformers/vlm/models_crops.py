@@ -33,7 +33,7 @@ def random_model(kind: type, config: Any, attention: str) -> Any:
     return model
 
 
-def _prompts(batch: Sequence[Sequence[int]], visual: Sequence[int], draw: torch.Generator) -> dict[str, Tensor]:
+def placeholders(batch: Sequence[Sequence[int]], visual: Sequence[int], draw: torch.Generator) -> dict[str, Tensor]:
     """Samples from the number of placeholders of each image, whose ids are `visual`, in turn."""
     ids = iter(visual)
     samples = []
@@ -45,17 +45,17 @@ def _prompts(batch: Sequence[Sequence[int]], visual: Sequence[int], draw: torch.
     return left_padded(samples)
 
 
-def _pixels(crops: int, side: int, draw: torch.Generator) -> Tensor:
+def noise(crops: int, side: int, draw: torch.Generator) -> Tensor:
     return torch.randn(crops, 3, side, side, generator=draw)
 
 
-def _stacked(images: list[Tensor]) -> Tensor:
+def stacked(images: list[Tensor]) -> Tensor:
     """[images, crops, 3, h, w], zeros for the missing crops, as the image processors pad them."""
     most = max(map(len, images))
     return torch.stack([torch.cat([p, p.new_zeros(most - len(p), *p.shape[1:])]) for p in images])
 
 
-def _crops(size: tuple[int, int], pinpoints: list[list[int]], side: int) -> int:
+def crops_of(size: tuple[int, int], pinpoints: list[list[int]], side: int) -> int:
     from transformers.image_processing_utils import select_best_resolution
 
     height, width = select_best_resolution(size, pinpoints)
@@ -78,7 +78,7 @@ def llava_next(
     model = random_model(LlavaNextForConditionalGeneration, config, attention)
     draw = torch.Generator().manual_seed(3)
     sizes = [size for sample in images for size in sample]
-    pixels = _stacked([_pixels(_crops(size, pinpoints, side), side, draw) for size in sizes])
+    pixels = stacked([noise(crops_of(size, pinpoints, side), side, draw) for size in sizes])
     inputs = {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
     with torch.no_grad():
         encoded = model.model.get_image_features(**inputs, return_dict=True).pooler_output
@@ -88,7 +88,7 @@ def llava_next(
 def _grouped(images: Images, encoded: Sequence[Tensor], draw: torch.Generator) -> dict[str, Tensor]:
     counts = iter(len(features) for features in encoded)
     batch = [[next(counts) for _ in sample] for sample in images]
-    return _prompts(batch, [IMAGE] * len(encoded), draw)
+    return placeholders(batch, [IMAGE] * len(encoded), draw)
 
 
 def _onevision(attention: str) -> Any:
@@ -117,12 +117,12 @@ def llava_onevision(images: Images = SINGLE, *, attention: str = "sdpa") -> Prom
     sizes = [size for sample in images for size in sample]
     # A sample with several images has no crops of them.
     crops = [
-        _crops(size, model.config.image_grid_pinpoints, 20) if len(sample) == 1 else 1
+        crops_of(size, model.config.image_grid_pinpoints, 20) if len(sample) == 1 else 1
         for sample in images
         for size in sample
     ]
     inputs = {
-        "pixel_values": _stacked([_pixels(n, 20, draw) for n in crops]),
+        "pixel_values": stacked([noise(n, 20, draw) for n in crops]),
         "image_sizes": torch.tensor(sizes),
         "batch_num_images": torch.tensor([len(sample) for sample in images]),
     }
@@ -136,9 +136,9 @@ def llava_onevision_video(*, attention: str = "sdpa") -> Prompts:
     model = _onevision(attention)
     draw = torch.Generator().manual_seed(3)
     size = (20, 44)
-    crops = _crops(size, model.config.image_grid_pinpoints, 20)
+    crops = crops_of(size, model.config.image_grid_pinpoints, 20)
     inputs = {
-        "pixel_values": _stacked([_pixels(crops, 20, draw)]),
+        "pixel_values": stacked([noise(crops, 20, draw)]),
         "image_sizes": torch.tensor([size]),
         "pixel_values_videos": torch.randn(2, 3, 3, 20, 20, generator=draw),
     }
@@ -146,7 +146,7 @@ def llava_onevision_video(*, attention: str = "sdpa") -> Prompts:
         names = ("pixel_values", "image_sizes")
         image = model.model.get_image_features(**{n: inputs[n] for n in names}, return_dict=True).pooler_output[0]
     video = 3 * 9 + 1
-    ids = _prompts([[video], [len(image), video]], [VIDEO, IMAGE, VIDEO], draw)
+    ids = placeholders([[video], [len(image), video]], [VIDEO, IMAGE, VIDEO], draw)
     return Prompts(model, {**ids, **inputs}, (IMAGE, VIDEO))
 
 
@@ -187,7 +187,7 @@ def internvl(images: Images = SINGLE, *, attention: str = "sdpa") -> Prompts:
             tiles.append(tiled(image, max(1, round(height / 16)), max(1, round(width / 16))))
             counts.append(len(tiles[-1]) * 16)
         batch.append(counts)
-    ids = _prompts(batch, [IMAGE] * len(tiles), draw)
+    ids = placeholders(batch, [IMAGE] * len(tiles), draw)
     return Prompts(model, {**ids, "pixel_values": torch.cat(tiles)}, IMAGE)
 
 
@@ -196,6 +196,6 @@ def internvl_video(*, attention: str = "sdpa") -> Prompts:
     model = _internvl(attention)
     draw = torch.Generator().manual_seed(3)
     image = tiled(torch.randn(3, 32, 16, generator=draw), 2, 1)
-    ids = _prompts([[16] * 3, [48, 16, 16]], [IMAGE] * 6, draw)
-    pixels = torch.cat([_pixels(3, 16, draw), image, _pixels(2, 16, draw)])
+    ids = placeholders([[16] * 3, [48, 16, 16]], [IMAGE] * 6, draw)
+    pixels = torch.cat([noise(3, 16, draw), image, noise(2, 16, draw)])
     return Prompts(model, {**ids, "pixel_values": pixels}, IMAGE)

@@ -9,6 +9,10 @@ from .models import TEXT, Prompts, left_padded, text
 IMAGE, VIDEO, VISION_START, VISION_END = 100, 101, 102, 103
 SPECIAL = [IMAGE, VIDEO, VISION_START, VISION_END]
 NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+# Whose prompts have the time beside every frame, and vision tokens around each.
+STAMPED = (
+    "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr",
+)  # fmt: skip
 MERGE, PATCH, CHANNELS, TIMES = 2, 4, 3, 2
 
 # Weights of the usual 0.02 make such small layers nearly constant: attention uniform, logits of all tokens alike.
@@ -73,19 +77,22 @@ def _knows_frames(made: Any) -> bool:
 
 
 Grid = tuple[int, int, int]  # frames, patches down, patches across, as in image_grid_thw
-Part = int | Grid | tuple[str, Grid]  # text tokens, an image, or ("video", grid)
+Part = int | Grid | tuple[str, Grid] | list[int]  # text tokens, an image, ("video", grid), or ids as they are
 
 
 def prompts(made: Any, samples: list[list[Part]], seed: int = 3) -> Prompts:
-    """A batch from its parts: an int is that much text, a grid an image, ("video", grid) a video."""
+    """A batch from its parts: an int is that much text, a grid an image, ("video", grid) a video, a list these ids."""
     draw = torch.Generator().manual_seed(seed)
-    stamps = made.config.model_type == "qwen3_vl"
+    stamps = made.config.model_type in STAMPED
     images, videos, ids = [], [], []
     for sample in samples:
         tokens: list[int] = []
         for part in sample:
             if isinstance(part, int):
                 tokens += text(part, draw)
+                continue
+            if isinstance(part, list):
+                tokens += part
                 continue
             grid = part[1] if part[0] == "video" else part
             frame = grid[1] * grid[2] // MERGE**2
@@ -109,4 +116,4 @@ def prompts(made: Any, samples: list[list[Part]], seed: int = 3) -> Prompts:
             inputs[key] = torch.tensor(grids)
             patches = sum(t * h * w for t, h, w in grids)
             inputs[pixels] = torch.randn(patches, CHANNELS * TIMES * PATCH**2, generator=draw)
-    return Prompts(made, inputs, (IMAGE, VIDEO))
+    return Prompts(made, inputs, (IMAGE, VIDEO), (VISION_START, VISION_END))

@@ -40,11 +40,14 @@ def pixtral(images: Images = SINGLE, *, attention: str = "sdpa") -> Prompts:
 
 
 def _llava(vision: Any, language: Any, tokens: int, **more: Any) -> Prompts:
-    """Two samples with an image of 20 x 20 pixels each."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     config = LlavaConfig(vision_config=vision, text_config=language, image_token_id=IMAGE, **more)
-    model = random_model(LlavaForConditionalGeneration, config, "sdpa")
+    return _an_image_each(random_model(LlavaForConditionalGeneration, config, "sdpa"), tokens)
+
+
+def _an_image_each(model: Any, tokens: int) -> Prompts:
+    """Two samples with an image of 20 x 20 pixels each."""
     draw = torch.Generator().manual_seed(3)
     samples = [[*text(3, draw), *[IMAGE] * tokens, *text(count, draw)] for count in (4, 6)]
     return Prompts(model, {**left_padded(samples), "pixel_values": torch.randn(2, 3, 20, 20, generator=draw)}, IMAGE)
@@ -57,6 +60,17 @@ def siglip(layer: int | Sequence[int] = -2) -> Prompts:
     vision = SiglipVisionConfig(**VISION, image_size=20, vision_use_head=False)
     full = {"vision_feature_layer": layer, "vision_feature_select_strategy": "full"}
     return _llava(vision, LlamaConfig(**TEXT), 25, **full)
+
+
+def vipllava() -> Prompts:
+    """The features of two layers; 5 x 5 patches, and a class token that is left out."""
+    from transformers import CLIPVisionConfig, LlamaConfig, VipLlavaConfig, VipLlavaForConditionalGeneration
+
+    config = VipLlavaConfig(
+        vision_config=CLIPVisionConfig(**VISION, image_size=20), text_config=LlamaConfig(**TEXT),
+        image_token_index=IMAGE, vision_feature_layers=[-2, 1],
+    )  # fmt: skip
+    return _an_image_each(random_model(VipLlavaForConditionalGeneration, config, "sdpa"), 25)
 
 
 def clip_with_its_class_token() -> Prompts:

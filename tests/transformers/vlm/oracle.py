@@ -105,13 +105,17 @@ def _renumbering(decoder: Any, drops: Sequence[Drop], real: Tensor) -> Iterator[
             handle.remove()
 
 
-def _decoder(model: Any) -> Any:
-    decoder = getattr(model, "model", model).language_model
-    return getattr(decoder, "model", decoder)  # Llama 4 has its head there
+def decoder_of(model: Any) -> Any:
+    """Idefics3 and SmolVLM call it their text model; Llama 4 has its head inside."""
+    core = getattr(model, "model", model)
+    decoder = core.language_model if hasattr(core, "language_model") else core.text_model
+    return getattr(decoder, "model", decoder)
 
 
 def in_float64(prompts: Prompts) -> Prompts:
     model = copy.deepcopy(prompts.model).double()
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # products of groups, the default, have no float64
     inputs = {n: t.double() if t.is_floating_point() else t for n, t in prompts.inputs.items()}
     return replace(prompts, model=model, inputs=inputs)
 
@@ -127,6 +131,18 @@ def dropped_columns(prompts: Prompts, kept: Tensor) -> Tensor:
     return gone
 
 
+def extended(exact: Prompts, new: Tensor | None) -> dict[str, Tensor]:
+    """The arguments of a forward over the prompt and the tokens behind it."""
+    inputs = dict(exact.inputs)
+    if new is not None:
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], new], 1)
+        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(new)], 1)
+        for name, kind in (("mm_token_type_ids", 0), ("token_type_ids", exact.new_type)):
+            if name in inputs:
+                inputs[name] = torch.nn.functional.pad(inputs[name], (0, new.shape[1]), value=kind)
+    return inputs
+
+
 def logits(
     prompts: Prompts, drops: Sequence[Drop], new: Tensor | None = None, *, renumber: bool = False, **more: Any
 ) -> Tensor:
@@ -135,17 +151,10 @@ def logits(
     renumber: in the layers behind a drop, positions count what is left there.
     """
     exact = in_float64(prompts)
-    ids, mask = exact.inputs["input_ids"], exact.inputs["attention_mask"]
-    inputs = dict(exact.inputs)
-    if new is not None:
-        inputs["input_ids"] = torch.cat([ids, new], 1)
-        inputs["attention_mask"] = torch.cat([mask, torch.ones_like(new)], 1)
-        for name, kind in (("mm_token_type_ids", 0), ("token_type_ids", prompts.new_type)):
-            if name in inputs:
-                inputs[name] = torch.nn.functional.pad(inputs[name], (0, new.shape[1]), value=kind)
-    decoder, real = _decoder(exact.model), inputs["attention_mask"].bool()
+    inputs, length = extended(exact, new), exact.inputs["input_ids"].shape[1]
+    decoder, real = decoder_of(exact.model), inputs["attention_mask"].bool()
     numbering = _renumbering(decoder, drops, real) if renumber else nullcontext()
-    with torch.no_grad(), numbering, _masking(decoder, drops, ids.shape[1]):
+    with torch.no_grad(), numbering, _masking(decoder, drops, length):
         result: Tensor = exact.model(**inputs, use_cache=False, **more).logits
     return result
 

@@ -4,15 +4,18 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from tokenprune_kernels import methods
 from tokenprune_kernels.integrations.transformers import prune_visual_tokens
 
 from . import oracle
-from .checks import options_of
+from .checks import options_of, spy_on
 from .models import Prompts
 from .models_crops import (
     RAGGED,
@@ -43,13 +46,22 @@ def pruned(prompts: Prompts, method: str, keep: int | float, **more: Any) -> Any
     return prune_visual_tokens(prompts.model, method, keep, seed=5, **options_of(method), **more)
 
 
-def generate(prompts: Prompts, steps: int) -> tuple[Tensor, Tensor]:
+def banned(prompts: Prompts) -> list[int]:
+    """What is never decoded: ids that stand for no text, and the end of the text."""
+    end = torch.tensor(prompts.model.generation_config.eos_token_id or []).flatten().long()
+    return [*torch.tensor(prompts.visual).flatten().tolist(), *prompts.special, *end.tolist()]
+
+
+def beams_are_repeated_after_encoding(prompts: Prompts) -> bool:
+    return "mm_encoder_outputs" in inspect.signature(prompts.model.forward).parameters
+
+
+def generate(prompts: Prompts, steps: int, **more: Any) -> tuple[Tensor, Tensor]:
     """The new tokens [B, steps] of greedy decoding, and the logits of every step [B, steps, vocabulary]."""
-    visual = torch.tensor(prompts.visual).flatten().tolist()
     with torch.no_grad():
         out = prompts.model.generate(
-            **prompts.inputs, max_new_tokens=steps, min_new_tokens=steps, do_sample=False, suppress_tokens=visual,
-            return_dict_in_generate=True, output_logits=True,
+            **prompts.inputs, max_new_tokens=steps, do_sample=False, suppress_tokens=banned(prompts),
+            return_dict_in_generate=True, output_logits=True, **more,
         )  # fmt: skip
     return out.sequences[:, prompts.inputs["input_ids"].shape[1] :], torch.stack(out.logits, 1)
 
@@ -58,12 +70,36 @@ def layout_in(pruning: Any) -> Any:
     return pruning._block.report.layout()
 
 
-def vision_weights(prompts: Prompts, attention: str, layer: int) -> list[Tensor]:
-    """[crops, heads, queries, keys] in float64, of each run of the tower, from its eager attention."""
+def saliency_given(prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """[B, V] float64: what adafv gets."""
+    given = []
+
+    def spy(**arguments: Any) -> methods.Selection:
+        given.append(arguments["saliency"])
+        return methods.adafv(**arguments)
+
+    spy_on(monkeypatch, "adafv", "adafv", spy)
+    with pruned(prompts, "adafv", 7):  # one number for all samples: one call
+        generate(prompts, 1)
+    (saliency,) = given
+    found: Tensor = saliency.double()
+    return found
+
+
+def assert_saliency(prompts: Prompts, expected: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the samples, which is not the same for all tokens, and 0 in the padding."""
+    for row, exact in zip(saliency_given(prompts, monkeypatch), expected, strict=True):
+        torch.testing.assert_close(row[: len(exact)], exact, rtol=1e-4, atol=1e-7)
+        assert (row[len(exact) :] == 0).all()
+        assert exact.max() > 1.05 * exact[exact > 0].min()
+
+
+def vision_weights(prompts: Prompts, attention: str, layer: int, tower: str = "vision_tower") -> list[Tensor]:
+    """[crops, heads, queries, keys] in float64, of each run of a tower of the core, from its eager attention."""
     exact = oracle.in_float64(prompts)
     exact.model.set_attn_implementation("eager")
-    tower = exact.model.model.vision_tower
-    body = getattr(tower, "vision_model", tower)
+    found = attrgetter(tower)(exact.model.model)
+    body = getattr(found, "vision_model", found)
     encoder = body.transformer if hasattr(body, "transformer") else body.encoder
     seen: list[Tensor] = []
     module = getattr(list(getattr(encoder, "layers", None) or encoder.layer)[layer], attention)

@@ -7,14 +7,19 @@ how many stay of the visual tokens that the samples or images of its call have.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 Share = int | float
 Keep = Share | Sequence[Share] | Tensor
-# Of so many visual tokens in each sample or image of a call, how many stay.
-Budget = Callable[[Sequence[int]], list[int]]
+
+
+class Budget(Protocol):
+    """Of so many visual tokens in each sample or image of a call, how many stay. further: how many other tokens the
+    prompt of each has, which some budgets have to know (targets.py)."""
+
+    def __call__(self, tokens: Sequence[int], further: Sequence[int] = ..., /) -> list[int]: ...
 
 
 def as_python(number: Any) -> Any:
@@ -54,7 +59,7 @@ def budget_of(
     numbers = numbers_of(keep, per)
     one_for_all = not isinstance(as_python(keep), (list, tuple))
 
-    def budget(tokens: Sequence[int]) -> list[int]:
+    def budget(tokens: Sequence[int], further: Sequence[int] = ()) -> list[int]:
         if not one_for_all and len(numbers) != len(tokens):
             raise ValueError(
                 f"prune_visual_tokens: keep must have a number per {per} of the call, {len(tokens)}, got {numbers}"
@@ -123,7 +128,11 @@ def check_layer(layer: Any, depth: int) -> int:
 
 def times(share: Share | Fraction, budget: Budget) -> Budget:
     """So many times the budget, rounded down."""
-    return lambda tokens: [min(n, int(share * kept)) for n, kept in zip(tokens, budget(tokens), strict=True)]
+
+    def several(tokens: Sequence[int], further: Sequence[int] = ()) -> list[int]:
+        return [min(n, int(share * kept)) for n, kept in zip(tokens, budget(tokens, further), strict=True)]
+
+    return several
 
 
 def ending_with(budget: Budget, shares: Mapping[int, float]) -> dict[int, Budget]:

@@ -50,11 +50,16 @@ class Pruned:
     def segment_of(self, layer: int) -> Segment | None:
         return next((s for s in reversed(self.segments) if s.first <= layer), None)
 
+    def length_at(self, layer: int) -> int:
+        """Columns of the prompt in the cache of a layer."""
+        segment = self.segment_of(layer)
+        return self.length if segment is None else segment.tokens.length
+
     def since(self, cache: Any) -> int:
         """Tokens that came after the prompt, whatever the layers' lengths are."""
-        first, last = self.segments[0], self.segments[-1]
-        since = layer_length(cache, last.first) - last.tokens.length
-        if since < 0 or layer_length(cache, 0) - (self.length if first.first else first.tokens.length) != since:
+        counting = [index for index, layer in enumerate(cache.layers) if counts(layer)]
+        since, *others = {layer_length(cache, i) - self.length_at(i) for i in (counting[0], counting[-1])}
+        if since < 0 or others:
             raise RuntimeError(
                 "prune_visual_tokens: this cache was cropped, into its pruned prompt or its layers by different "
                 "numbers of tokens; assisted decoding does so and is not supported"
@@ -146,16 +151,22 @@ def take_windows_back(cache: Any, *, filled: bool) -> None:
         cache.layers[index] = layer
 
 
+def counts(layer: Any) -> bool:
+    """Whether a layer of a cache counts its tokens; linear attention has a state in their place."""
+    return hasattr(layer, "get_seq_length")
+
+
 def layer_length(cache: Any, layer: int) -> int:
-    """Tokens in the cache of a layer."""
-    if cache is None or layer >= len(cache.layers):
-        return 0
-    return int(cache.layers[layer].get_seq_length())
+    """Tokens in the cache of a layer, or of the next one that counts them."""
+    there = [] if cache is None else cache.layers[layer:]
+    return int(next((each.get_seq_length() for each in there if counts(each)), 0))
 
 
 def compact_layers(cache: Any, layers: Iterable[int], columns: Tensor) -> None:
     """Keep only these columns [B, L'] of the keys and values of these layers: one launch for all of them."""
-    chosen = [cache.layers[index] for index in layers]
+    chosen = [cache.layers[index] for index in layers if counts(cache.layers[index])]
+    if not chosen:
+        return
     tensors = [t for layer in chosen for t in (layer.keys, layer.values)]
     kept = gather_compact(tensors, columns, dims=[2] * len(tensors))
     for layer, keys, values in zip(chosen, kept[::2], kept[1::2], strict=True):

@@ -13,6 +13,7 @@ from ... import gather_compact, indices_to_mask, mask_to_indices
 from ...methods import Selection, Stage
 from .layout import Layout
 from .parallel import all_features
+from .saved import Told, told_by
 from .tokens import Tokens
 
 _CHECK_INDICES = os.environ.get("TOKENPRUNE_CHECK_INDICES") == "1"
@@ -173,6 +174,8 @@ OF_TOKENS: dict[str, Callable[[LayerContext], Any]] = {
     "count": lambda c: max(c.tokens.counts),
 }
 SOURCES = OF_SAMPLES | OF_TOKENS
+# Those of tokens that are on a grid.
+ON_GRID = frozenset({"positions", "grid", "stacked_positions"})
 
 
 def check_stage(method: str, stage: Stage, layer: Any) -> None:
@@ -193,12 +196,13 @@ class Chosen(NamedTuple):
     """indices [B, K] among the visual tokens, ascending, -1 after the last; K is the largest budget of a sample.
 
     Of a method that merges what it drops, else None: merged [B, K, C] are the rows that take the place of the kept
-    tokens' own, sizes [B, K] how many tokens each of them stands for, if the method says so.
+    tokens' own, sizes [B, K] how many tokens each of them stands for, if the method says so. told: by each call.
     """
 
     indices: Tensor
     merged: Tensor | None
     sizes: Tensor | None
+    told: list[Told]
 
 
 def choose(
@@ -229,9 +233,10 @@ def choose(
         result = stage.function(k=k, **given, **options)
         indices = _indices(stage.name, result, k, _rows(present, at))
         merged, sizes = _merged(stage.name, result, (len(at), k, context.hidden.shape[2]), present.device)
+        told = told_by(result, k, _rows(rows.tokens.origin, at), of_at)
+        found.append((at, Chosen(indices, merged, sizes, told)))
         if len(at) == len(left) and not by_image:
-            return Chosen(indices, merged, sizes)
-        found.append((at, Chosen(indices, merged, sizes)))
+            return found[-1][1]
     batch, most = context.tokens.visual.shape
     first = torch.tensor([b * most + s for b, s in zip(sample, start, strict=True)], device=present.device)
     # Tokens are counted through all samples, and a row behind the last takes what has no place.
@@ -247,7 +252,9 @@ def choose(
         values[token] = torch.cat(given)
         return gather_compact([values[:-1].unflatten(0, (batch, most))], indices, dims=[1])[0]
 
-    return Chosen(indices, *(by_sample([getattr(chosen, n) for _, chosen in found]) for n in ("merged", "sizes")))
+    told = [one for _, chosen in found for one in chosen.told]
+    merged, sizes = (by_sample([getattr(chosen, n) for _, chosen in found]) for n in ("merged", "sizes"))
+    return Chosen(indices, merged, sizes, told)
 
 
 def at_rows(index: Tensor, start: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from .cache import Pruned, Segment, layer_length
 from .families import Family, Inputs, Model
 from .interface import Arguments, all_rows
-from .kinds import FULL, check_attention, check_counts, kind_of, rotary_of, sees_of
+from .kinds import FULL, LINEAR, check_attention, check_counts, kind_of, rotary_of, sees_of
 from .masks import at_columns, decoder_mask
 
 
@@ -49,9 +49,9 @@ def begin_decode(pruned: Pruned, inputs: Inputs, cache: Any, mask: Any) -> tuple
 def decode_layer(family: Family, decoder: Model, now: Decode, index: int, takes: Arguments, inputs: Inputs) -> Inputs:
     """The arguments that a decoder layer gets."""
     segment = now.pruned.segment_of(index)
-    if segment is None:
-        return inputs
     kind = kind_of(decoder.config, index)
+    if segment is None or kind == LINEAR:  # the model looks at the mask of the new tokens alone
+        return inputs
     if (segment.first, kind) not in now.replaced:
         takes.given(inputs, "hidden_states", "attention_mask", "position_embeddings", "cache")
         cache, hidden = takes.cache(inputs), inputs["hidden_states"]

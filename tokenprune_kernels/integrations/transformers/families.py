@@ -34,9 +34,10 @@ class Saliency:
 
     # A sentence for the table in docs/transformers.md.
     kind: str
-    # core -> the probed attention, which has a config and calls the attention function that is named there. Raises
-    # NotImplementedError that says what is needed, for a tower that lacks it.
-    attention: Callable[[Model], Model]
+    # core -> the probed attention, or a tuple of them where there are several towers. It has a config and calls the
+    # attention function that is named there. Raises NotImplementedError that says what is needed, for a tower that
+    # lacks it.
+    attention: Callable[[Model], Model | tuple[Model, ...]]
     # (core, query [N, H, M, D], key [N, H, M, D], scale, keyword arguments of the attention) -> what `read` needs of
     # one call.
     see: Callable[[Model, Tensor, Tensor, float, Inputs], Any]

@@ -45,11 +45,12 @@ def _install(block: Block, model: nn.Module, installed: ExitStack) -> None:
     )]  # fmt: skip
     if plan.saliency is not None:
         try:
-            attention = plan.saliency.attention(core)
+            found = plan.saliency.attention(core)
         except NotImplementedError as lacking:
             raise NotImplementedError(f"prune_visual_tokens: {plan.method} needs {lacking}") from None
-        probes = {attention: _uncompiled(block.see_tower)}
-        block.attention.append(ProbedAttention(attention.config, probes, {}, shared=True))
+        see_tower = _uncompiled(block.see_tower)
+        for attention in found if isinstance(found, tuple) else (found,):
+            block.attention.append(ProbedAttention(attention.config, {attention: see_tower}, {}, shared=True))
     for probe in block.attention:
         installed.callback(probe.remove)
         probe.install()

@@ -14,7 +14,7 @@ from transformers.masking_utils import (
 from .attention import base_of
 from .families import Family, Model
 
-FULL = "full_attention"
+FULL, LINEAR = "full_attention", "linear_attention"
 
 # sees(sample, head, query, key): which keys a query sees, as transformers' mask functions take it.
 Sees = Callable[..., Any]
@@ -76,7 +76,7 @@ def check_counts(family: Family, config: Any, tokens: int) -> None:
 def check_attention(config: Any, kind: str) -> None:
     """A window that the attention function counts by itself is one of tokens, and some of them are gone."""
     name = base_of(config._attn_implementation)
-    if kind != FULL and ("flash" in name or name not in ALL_MASK_ATTENTION_FUNCTIONS):
+    if kind not in (FULL, LINEAR) and ("flash" in name or name not in ALL_MASK_ATTENTION_FUNCTIONS):
         raise NotImplementedError(
             f"prune_visual_tokens: layers with {kind} need an attention function that takes any mask (sdpa, eager or "
             f"flex_attention), got {name!r}, which counts a window by tokens"

@@ -11,7 +11,8 @@ from torch import Tensor
 class Layout:
     """Where the visual tokens of a batch lie, on the host. V is the largest number of a sample; the rest is padding.
 
-    positions [B, V, 2]: row and column on the token's own grid. grids [B, V, 2]: that grid's height and width.
+    positions [B, V, 2]: row and column on the token's own grid, NaN if it is on none. grids [B, V, 2]: that grid's
+    height and width.
     groups [B, V] int64: crop or frame of a token, numbered through the sample. images [B, V] int64: which image of
     the sample. boxes [B, V, 4]: left, top, right, bottom of what the token sees, in parts of its image.
     """
@@ -21,6 +22,15 @@ class Layout:
     groups: Tensor
     images: Tensor
     boxes: Tensor
+
+
+def check_on_grid(layout: Layout, method: str) -> None:
+    """Whether every token has a position for a method that asks for them."""
+    if bool(layout.positions.isnan().any()):
+        raise NotImplementedError(
+            f"prune_visual_tokens: {method} needs the position of every visual token on a grid, and the class tokens "
+            "among them are on none"
+        )
 
 
 def images_of(layout: Layout, counts: list[int]) -> list[list[int]]:

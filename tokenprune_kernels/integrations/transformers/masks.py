@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from .attention import base_of
-from .kinds import Sees
+from .kinds import LINEAR, Sees
 
 
 def check_one_sequence(positions: Any, mask: Any) -> None:
@@ -101,6 +101,10 @@ def decoder_mask(
 def check_takes_bias(config: Any) -> None:
     """Whether the attention adds its mask to the logits."""
     name = base_of(config._attn_implementation)
+    if LINEAR in (getattr(config, "layer_types", None) or ()):
+        raise NotImplementedError(
+            "prune_visual_tokens: calibrate=True adds to logits, and linear attention has no logits"
+        )
     if name not in ("sdpa", "eager"):
         raise NotImplementedError(
             "prune_visual_tokens: calibrate=True adds to the logits of the attention by its mask, which sdpa and eager "

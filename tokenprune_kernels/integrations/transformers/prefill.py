@@ -18,13 +18,13 @@ from ..._backend import served_by
 from ...methods import Stage
 from .budgets import Budget
 from .cache import Pruned, Segment, check_cache, compact_layers, free_windows, layer_length, remember, take_windows_back
-from .choose import AttentionInputs, Embedded, LayerContext, choose, not_seen
+from .choose import ON_GRID, AttentionInputs, Embedded, LayerContext, choose, not_seen
 from .deepstack import DeepStack, take_deepstack
 from .encoding import Asked, ModelCall, Prompt
 from .families import Family, Inputs, Model, Saliency
 from .interface import Arguments, all_rows
 from .kinds import FULL, check_counts, kind_of
-from .layout import Layout, images_of
+from .layout import Layout, check_on_grid, images_of
 from .masks import check_one_sequence
 from .parallel import same_generator
 from .report import Report
@@ -218,6 +218,9 @@ def _prune(plan: Plan, now: Prefill, planned: PlannedStage, inputs: Inputs) -> I
     if budgets == now.left:
         return inputs
     hidden: Tensor = inputs["hidden_states"]
+    if planned.stage.uses & ON_GRID:
+        assert now.report.layout is not None
+        check_on_grid(now.report.layout(), planned.stage.name)
     with torch.no_grad(), now.report.clock("select_ms"):
         with plan.draws.lock if "generator" in planned.stage.uses else nullcontext():
             chosen = choose(planned.stage, _context(plan, now, planned.layer, inputs), now.left, budgets, plan.options)
@@ -237,14 +240,16 @@ def _prune(plan: Plan, now: Prefill, planned: PlannedStage, inputs: Inputs) -> I
         if now.cache is not None:
             free_windows(now.cache, range(planned.layer, len(plan.decoder.layers)))
     now.tokens, now.left = after, budgets
-    now.report.pruned(planned.layer, after.counts, after.origin, served_by("gather_compact", hidden))
+    now.report.pruned(planned.layer, after.counts, after.origin, served_by("gather_compact", hidden), chosen.told)
     return {**inputs, "hidden_states": hidden}
 
 
 def _budgets(budget: Budget, now: Prefill) -> list[list[int]]:
     """How many stay of what is left, of each sample or of each of its images. generate's copies of a sample are one."""
     once = now.given[:: now.copies]
-    due = iter(budget([n for parts in once for n in parts]))
+    others = [n - c for n, c in zip(now.original.lengths, now.original.counts, strict=True)][:: now.copies]
+    further = [n for n, parts in zip(others, once, strict=True) for _ in parts]
+    due = iter(budget([n for parts in once for n in parts], further))
     kept = [[next(due) for _ in parts] for parts in once]
     repeated = [parts for parts in kept for _ in range(now.copies)]
     return [[min(pair) for pair in zip(*pairs, strict=True)] for pairs in zip(repeated, now.left, strict=True)]

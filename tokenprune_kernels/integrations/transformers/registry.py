@@ -2,15 +2,27 @@
 
 from torch import nn
 
-from .adapters import gemma, gemma4, internvl, llama4, llava, llava_next, llava_onevision, mistral3, qwen_vl
+from .adapters import (
+    gemma,
+    gemma4,
+    glm_vl,
+    idefics3,
+    internvl,
+    llama4,
+    llava,
+    llava_next,
+    llava_next_video,
+    llava_onevision,
+    mistral3,
+    ovis2,
+    qwen3_5,
+    qwen_omni,
+    qwen_vl,
+    video_llava,
+)
 from .families import Family
 
 _FAMILIES: dict[str, Family] = {}
-
-# What is missing for types that are asked for and not served.
-_LACKING = {
-    "gemma3n": "its hidden states are stacks of several a token (AltUp), and its vision tower is one of timm",
-}
 
 
 def register_family(family: Family) -> None:
@@ -18,9 +30,40 @@ def register_family(family: Family) -> None:
     _FAMILIES.update(dict.fromkeys(family.model_types, family))
 
 
-for _adapter in (llava, llava_next, llava_onevision, qwen_vl, internvl, mistral3, gemma, gemma4, llama4):
+_ADAPTERS = (
+    llava, llava_next, llava_next_video, llava_onevision, video_llava,
+    qwen_vl, qwen3_5, qwen_omni,
+    glm_vl,
+    internvl,
+    idefics3,
+    ovis2,
+    mistral3,
+    gemma, gemma4,
+    llama4,
+)  # fmt: skip
+
+for _adapter in _ADAPTERS:
     for _family in _adapter.FAMILIES:
         register_family(_family)
+
+# Of types that are not served: what to load instead, or what is missing.
+UNSERVED = {
+    "aya_vision": "its decoder, Cohere2, has layers with windows, which are not proven",
+    "cohere2_vision": "its decoder, Cohere2, has layers with windows, which are not proven",
+    "gemma3n": "its hidden states are stacks of several a token (AltUp), and its vision tower is one of timm",
+    "internvl_chat": "load the checkpoint of the same name that ends in -hf (model_type internvl)",
+    "llava_llama": "load the checkpoint of llava-hf (model_type llava, or llava_next for 1.6)",
+    "llava_mistral": "load the checkpoint of llava-hf (model_type llava_next)",
+    "llava_qwen": "load the checkpoint of llava-hf (model_type llava_onevision)",
+    "minicpmv": "its code comes with the checkpoint, and transformers has no form of it that is served",
+    "minicpmv4_6": "its decoder has layers without attention, which have no cache of keys to prune",
+    "mllama": "its images are seen through cross-attention: the prompt has no visual tokens to drop",
+    "molmo": "its code comes with the checkpoint, and molmo2 is not served",
+    "molmo2": "its visual tokens see each other both ways, by a mask that the model makes from mm_token_type_ids",
+    "qwen2_5_omni": "pass model.thinker, and generate without speech, whose talker reads all hidden states",
+    "qwen3_omni_moe": "pass model.thinker, and generate without speech, whose talker reads all hidden states",
+    "ovis": "load the checkpoint that ends in -hf (model_type ovis2)",
+}
 
 
 def families() -> list[Family]:
@@ -45,9 +88,9 @@ def family_of_type(model_type: str | None, called: str) -> Family:
     """The family of a model_type, known before the weights are loaded. called: the model's name in the error."""
     family = _FAMILIES.get(str(model_type))
     if family is None:
-        why = f": {_LACKING[str(model_type)]}" if str(model_type) in _LACKING else ""
+        hint = f": {UNSERVED[str(model_type)]}" if str(model_type) in UNSERVED else ""
         raise NotImplementedError(
-            f"prune_visual_tokens: {called} (model_type {model_type!r}) is not supported{why}; supported are "
+            f"prune_visual_tokens: {called} (model_type {model_type!r}) is not supported{hint}; supported are "
             f"{', '.join(sorted(_FAMILIES))}"
         )
     return family

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .layout import Layout
+from .saved import Told
 
 
 class Clock:
@@ -49,6 +50,8 @@ class Report:
     ) -> None:
         self.kept: Tensor | None = None
         self.kept_at: dict[int, Tensor] = {}
+        self.told_at: dict[int, list[Told]] = {}
+        self.before = tokens or []  # visual tokens of each sample
         self.layout = layout  # made when it is asked for
         self.prefills = 0  # of the block, with this one
         self._facts: dict[str, Any] = {}
@@ -57,11 +60,18 @@ class Report:
             self._facts = {"before": tokens, "after": tokens, "layers": [], "backend": None}
             self._clocks = {"select_ms": Clock(device), "compact_ms": Clock(device)}
 
-    def pruned(self, layer: int, after: list[int], kept: Tensor, backend: str) -> None:
+    def pruned(self, layer: int, after: list[int], kept: Tensor, backend: str, told: list[Told]) -> None:
         self.kept = self.kept_at[layer] = kept
+        self.told_at[layer] = told
         self._facts["after"] = after
         self._facts["layers"] = [*self._facts["layers"], layer]
         self._facts["backend"] = backend
+
+    def shown(self) -> tuple[Layout, Tensor]:
+        """Where the visual tokens lie, and which were kept."""
+        if self.kept is None or self.layout is None:
+            raise RuntimeError("prune_visual_tokens: nothing was pruned yet")
+        return self.layout(), self.kept
 
     def untouched(self, kept: Tensor) -> None:
         self.kept = kept

@@ -10,6 +10,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from ..families import Family, Inputs, Model, Saliency
 from ..layout import Layout, Patches, grid_patches, layout_of
 from .images import beam_copies, by_sample, encoded_with
+from .tiles import tile_patches
 from .towers import attention_of, patch_scores
 
 
@@ -66,11 +67,7 @@ def layout(core: Model, inputs: Inputs, counts: list[int]) -> Layout:
 
 def _tiles(arrangement: tuple[int, int] | None, count: int, side: int, image: int) -> list[Patches]:
     rows, columns = arrangement or (1, count)
-    patches = [
-        grid_patches(side, side, image, (c / columns, r / rows, (c + 1) / columns, (r + 1) / rows))
-        for r in range(rows)
-        for c in range(columns)
-    ]
+    patches = tile_patches(rows, columns, side, image)
     return patches if arrangement else [replace(p, boxes=torch.full_like(p.boxes, torch.nan)) for p in patches]
 
 

@@ -1,13 +1,17 @@
-"""LLaVA-1.5: a grid of patches per image. The tower is CLIP or SigLIP, for images of one size, or Pixtral, for any."""
+"""LLaVA-1.5 and VipLLaVA: a grid of patches per image.
 
+The tower is CLIP or SigLIP, for images of one size, or Pixtral, for any.
+"""
+
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..families import Family, Inputs, Model, Saliency
 from ..layout import Layout, grid_patches
 from .images import grids_of, layout_of_images, sizes_seen, values_of_images
-from .towers import attended, attention_of, check_grid, patch_scores, received_attention
+from .towers import attended, attention_in, attention_of, check_grid, patch_scores, received_attention
 
 
 def layout(core: Model, inputs: Inputs, counts: list[int]) -> Layout:
@@ -27,17 +31,28 @@ def saliency(core: Model, inputs: Inputs, counts: list[int], seen: list[Any]) ->
     return values_of_images({core.config.image_token_id: values}, inputs, counts)
 
 
-FAMILIES = (
-    Family(
-        name="LLaVA-1.5",
-        model_types=("llava",),
-        layout=layout,
-        grid="a grid per image, from the size of what the tower was given (`image_sizes` with Pixtral)",
-        saliency=Saliency(
-            "class token's row, layer `vision_feature_layer`; SigLIP, Pixtral: mean attention received from the same "
-            "image",
-            attention_of, attended, saliency,
-        ),
-        watched={"get_image_features": sizes_seen},
+_LLAVA = Family(
+    name="LLaVA-1.5",
+    model_types=("llava",),
+    layout=layout,
+    grid="a grid per image, from the size of what the tower was given (`image_sizes` with Pixtral)",
+    saliency=Saliency(
+        "class token's row, layer `vision_feature_layer`; SigLIP, Pixtral: mean attention received from the same "
+        "image",
+        attention_of, attended, saliency,
     ),
+    watched={"get_image_features": sizes_seen},
 )  # fmt: skip
+
+
+def deepest(core: Model) -> nn.Module:
+    return attention_in(core.vision_tower, core.config.vision_feature_layers)
+
+
+# Its features are those of several layers.
+_VIPLLAVA = replace(
+    _LLAVA, name="VipLLaVA", model_types=("vipllava",), grid="a grid per image",
+    saliency=Saliency("class token's row, the deepest of `vision_feature_layers`", deepest, attended, saliency),
+)  # fmt: skip
+
+FAMILIES = (_LLAVA, _VIPLLAVA)

@@ -1,5 +1,6 @@
 """Vision towers: their attention in the layer whose features the model takes, and how salient it makes each patch."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,13 +15,18 @@ def _body(tower: Model) -> Any:
 
 
 def attention_of(core: Model) -> nn.Module:
-    """The attention of the layer whose features the model takes; of several layers, of the last."""
-    body = _body(core.vision_tower)
+    """The attention of the layer whose features the model takes."""
+    return attention_in(core.vision_tower, core.config.vision_feature_layer)
+
+
+def attention_in(tower: Model, chosen: int | Sequence[int]) -> nn.Module:
+    """The attention of the layer that gives hidden_states[chosen] of a tower; of several, of the deepest."""
+    body = _body(tower)
     stack = getattr(body, "encoder", None) or getattr(body, "transformer", None)
     layers: Any = getattr(stack, "layers", None) or getattr(stack, "layer", None)
-    chosen = getattr(core.config, "vision_feature_layer", -1)
-    last = chosen if isinstance(chosen, int) else chosen[-1]
     if layers is not None:
+        depth = len(layers)
+        last = max([chosen] if isinstance(chosen, int) else chosen, key=lambda index: index % (depth + 1))
         # hidden_states[i] is what layer i - 1 gives; the attention of that layer is meant, as hidden_states[-2] is
         # named together with attentions[-2].
         layer = layers[last if last < 0 else last - 1]
@@ -30,19 +36,26 @@ def attention_of(core: Model) -> nn.Module:
             if attention is not None and hasattr(attention, "q_proj") and hasattr(attention, "k_proj"):
                 return attention
     raise NotImplementedError(
-        f"the attention of the vision tower, and {type(core.vision_tower).__name__} has no layers with self_attn or "
-        "attention that has q_proj and k_proj"
+        f"the attention of the vision tower, and {type(tower).__name__} has no layers with self_attn or attention that "
+        "has q_proj and k_proj"
     )
 
 
 def has_class_token(core: Model) -> bool:
-    embeddings = getattr(_body(core.vision_tower), "embeddings", None)
+    """Of the tower of images, where there is one for videos too: they are of one kind."""
+    tower = core.vision_tower if hasattr(core, "vision_tower") else core.image_tower
+    embeddings = getattr(_body(tower), "embeddings", None)
     return any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token"))
+
+
+def _strategy(core: Model) -> str:
+    # VipLLaVA has no choice.
+    return str(getattr(core.config, "vision_feature_select_strategy", "default"))
 
 
 def cut_in_front(core: Model) -> int:
     """How many of the tower's tokens of an image the model leaves out, in front."""
-    return int(getattr(core.config, "vision_feature_select_strategy", "full") == "default")
+    return int(_strategy(core) == "default")
 
 
 def check_grid(core: Model) -> None:
@@ -50,8 +63,8 @@ def check_grid(core: Model) -> None:
     if has_class_token(core) != bool(cut_in_front(core)):
         whether = "with" if has_class_token(core) else "without"
         raise NotImplementedError(
-            f"prune_visual_tokens: vision_feature_select_strategy {core.config.vision_feature_select_strategy!r} and a "
-            f"vision tower {whether} a class token: the visual tokens are no grid of patches"
+            f"prune_visual_tokens: vision_feature_select_strategy {_strategy(core)!r} and a vision tower {whether} a "
+            "class token: the visual tokens are no grid of patches"
         )
 
 
@@ -69,15 +82,27 @@ def received_attention(query: Tensor, key: Tensor, scale: float, lengths: list[i
         chunks = [tuple(t.squeeze(0).unflatten(1, (len(lengths), -1)).transpose(0, 1) for t in (query, key))]
     else:
         chunks = list(zip(query.split(lengths, 2), key.split(lengths, 2), strict=True))
+    return torch.cat([mean_attention(q, k, scale).flatten() for q, k in chunks])
+
+
+def mean_attention(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """[images, keys]: the attention that each receives, the mean over heads and queries."""
     with torch.no_grad():
-        return torch.cat([cross_attention_scores(q, k, scale=scale)[0].flatten() for q, k in chunks])
+        return cross_attention_scores(query, key, scale=scale)[0]
+
+
+def tower_scores(core: Model, query: Tensor, key: Tensor, scale: float, keywords: Inputs | None = None) -> Tensor:
+    """[images or crops, tokens of the tower]: the class token's attention, averaged over heads (AdaFV); in a tower
+    without one, the attention that a patch receives, averaged over heads and queries."""
+    return mean_attention(query[:, :, :1] if has_class_token(core) else query, key, scale)
 
 
 def patch_scores(core: Model, query: Tensor, key: Tensor, scale: float, keywords: Inputs | None = None) -> Tensor:
-    """[images or crops, tokens that the model takes of each]: the class token's attention, averaged over heads (AdaFV);
-    in a tower without one, the attention that a patch receives, averaged over heads and queries."""
-    if has_class_token(core):
-        query = query[:, :, :1]
-    with torch.no_grad():
-        scores, _, _ = cross_attention_scores(query, key, scale=scale)
-    return scores[:, cut_in_front(core) :]
+    """`tower_scores` of the tokens that the model takes."""
+    return tower_scores(core, query, key, scale)[:, cut_in_front(core) :]
+
+
+def window_means(scores: Tensor, side: int, window: int) -> Tensor:
+    """[images, tokens] float32 from [images, side * side] patches: the mean over the window of each token."""
+    squares = scores.float().unflatten(1, (1, side, side))
+    return torch.nn.functional.avg_pool2d(squares, window).flatten(1)

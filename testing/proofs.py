@@ -1,0 +1,72 @@
+"""What is proven of each family of models: the list that tests/transformers/test_proofs.py runs, and that the table of
+docs/transformers.md shows.
+
+A family is proven by batches of prompts for a small random model of its real classes: with every method nothing dropped
+changes no bit, and what some dropped gives are the logits of the float64 path that masks dropped tokens instead, in the
+prefill and in decoding, and its greedy tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from tokenprune_kernels.methods import method_names
+
+# In the model, twice, before it with renumbered positions, and before it with the original ones.
+FOUR = ("coast", "sts", "adafv", "divprune")
+EVERY = method_names()
+LONG, SHORT = 32, 5  # tokens that are decoded
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A line of the table.
+
+    batches: functions of tests/transformers/vlm that make a model and prompts for it, as "module.function", or
+    "module.function:batch" for one that takes a batch: a name, of `runs_crops.BATCHES` or its own. The first is padded
+    on the left, and has images of different sizes where the family takes them.
+    """
+
+    model_type: str
+    batches: tuple[str, ...]
+    # What is in the prompts, for the table.
+    of: str
+    # Methods that decode 32 tokens on the first batch; 5 otherwise.
+    long: tuple[str, ...] = FOUR
+    # Methods that are refused, with a part of the message.
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    # The float64 path, a function of tests/transformers/vlm that is called as `oracle.logits`.
+    path: str = "oracle.logits"
+
+    def decoded(self, method: str, batch: str) -> int:
+        return LONG if method in self.long and batch == self.batches[0] else SHORT
+
+
+def _sizes(function: str, *more: str) -> tuple[str, ...]:
+    return *(f"{function}:{batch}" for batch in ("ragged", "single", "several", "beside text alone")), *more
+
+
+_CLASS_TOKENS = "needs the position of every visual token on a grid, and the class tokens among them are on none"
+
+PROOFS = (
+    Proof("llava", ("models.llava_padded",), "an image each", EVERY),
+    Proof("llava", _sizes("models_towers.pixtral"), "Pixtral: images of any size", EVERY),
+    Proof("vipllava", ("models_towers.vipllava",), "an image each"),
+    Proof("llava_next", _sizes("models_crops.llava_next"), "images in crops", EVERY),
+    Proof("llava_next_video", ("models_video.llava_next_video",), "videos, an image in crops"),
+    Proof(
+        "llava_onevision", _sizes("models_crops.llava_onevision", "models_crops.llava_onevision_video"),
+        "images in crops, videos", EVERY,
+    ),
+    Proof("video_llava", ("models_video.video_llava_images",), "images"),
+    Proof(
+        "video_llava", ("models_video.video_llava_videos",), "videos, an image",
+        refuses=dict.fromkeys(("sts", "adaptprune", "evs"), _CLASS_TOKENS),
+    ),
+    Proof("qwen2_vl", ("runs_qwen.batch:qwen2_vl",), "images of any size, a video", EVERY),
+    Proof("qwen2_5_vl", ("runs_qwen.batch:qwen2_5_vl",), "images of any size, a video", EVERY),
+    Proof("qwen3_vl", ("runs_qwen.batch:qwen3_vl",), "images of any size, a video", EVERY),
+    Proof("internvl", _sizes("models_crops.internvl", "models_crops.internvl_video"), "images in tiles, frames", EVERY),
+    Proof("idefics3", ("models_tiles.idefics3", "models_tiles.idefics3_frames"), "images in tiles, frames"),
+    Proof("smolvlm", ("models_tiles.smolvlm", "models_tiles.smolvlm_frames"), "images in tiles, frames"),
+    Proof("ovis2", ("models_tiles.ovis2",), "images in tiles"),
+)  # fmt: skip

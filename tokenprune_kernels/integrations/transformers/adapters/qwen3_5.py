@@ -1,0 +1,21 @@
+"""Qwen3.5: images and frames as in Qwen3-VL, in front of a decoder most of whose layers have linear attention.
+
+Caches of older versions of transformers hold no states of such layers; there full attention is all that is served.
+"""
+
+from transformers import cache_utils
+from transformers.cache_utils import DynamicLayer
+
+from .frames import RECEIVED, merged_family
+
+_STATES: type | None = getattr(cache_utils, "LinearAttentionLayer", None)
+
+FAMILIES = (
+    merged_family(
+        "Qwen3.5",
+        ("qwen3_5", "qwen3_5_moe"),
+        saliency=RECEIVED,
+        layer_types=frozenset({"full_attention", *["linear_attention"] * (_STATES is not None)}),
+        cache_layers=(DynamicLayer, *[_STATES] * (_STATES is not None)),
+    ),
+)
