@@ -53,12 +53,55 @@ inline void check_defined(const char* op, const char* name, const Tensor& t) {
   if (!t.defined()) fail(op, name, "be a tensor", "None");
 }
 
+// What to type instead of a wrong tensor, in the words of tokenprune_kernels/_advice.py.
+constexpr const char* kMaskOfTokens =
+    "pass the mask of the tokens alone, as attention_mask.bool() is before a model makes four dimensions of it, and "
+    "causal=True for the rest";
+
+// `wanted`: none for any floating one.
+inline std::string instead_of_dtype(const std::string& name, std::optional<ScalarType> wanted, const Tensor& t) {
+  const ScalarType got = t.scalar_type();
+  const bool integer = got == ScalarType::Long || got == ScalarType::Int || got == ScalarType::Short ||
+                       got == ScalarType::Char || got == ScalarType::Byte;
+  const bool number = is_floating(got), flag = got == ScalarType::Bool;
+  if (!wanted) return integer || flag ? "type " + name + ".float()" : "";
+  if (*wanted == ScalarType::Bool) {
+    if (number && t.dim() == 4) return kMaskOfTokens;
+    if (integer) return "type " + name + ".bool()";
+    return number ? "type " + name + " > 0, or " + name + " == 0 where -inf hides" : "";
+  }
+  if (flag) return "type mask_to_indices(" + name + ")[0] for the indices of True";
+  return integer || number ? "type " + name + ".long()" : "";
+}
+
+// `sizes`: those wanted, -1 for any; `first`: no tensor before this one has said how many samples there are.
+template <class Sizes>
+std::string instead_of_shape(const std::string& name, const Sizes& sizes, const Tensor& t, bool first) {
+  const int64_t rank = sizes.size(), batch = rank > 0 ? *sizes.begin() : 0;
+  if (rank == 2 && t.dim() == 4 && t.scalar_type() == ScalarType::Bool) return kMaskOfTokens;
+  if (t.dim() != rank - 1) return "";
+  if (rank == 4)
+    return "type " + name + ".unflatten(-1, (heads, -1)).transpose(1, 2) to split heads, or " + name +
+           ".unsqueeze(0) for a batch of one";
+  if (first || batch == 1) return "type " + name + ".unsqueeze(0) for a batch of one";
+  std::string same;
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    const int64_t want = sizes.begin()[d + 1];
+    if (want != -1 && want != t.size(d)) return "";
+    same += ", -1";
+  }
+  return "type " + name + ".expand(" + std::to_string(batch) + same + ") to share it";
+}
+
 // A required floating-point tensor of the given rank; `layout` is its shape in words, as [B, N, C].
 inline void check_floating(const char* op, const char* name, const Tensor& t, const char* layout, int64_t rank) {
   check_defined(op, name, t);
   if (!is_floating(t.scalar_type()))
-    fail(op, name, "be float16, bfloat16, float32 or float64", dtype_name(t.scalar_type()));
-  if (t.dim() != rank) fail(op, name, std::string("have shape ") + layout, shape_text(t));
+    fail(op, name, "be float16, bfloat16, float32 or float64", dtype_name(t.scalar_type()),
+         instead_of_dtype(name, std::nullopt, t));
+  if (t.dim() != rank)
+    fail(op, name, std::string("have shape ") + layout, shape_text(t),
+         instead_of_shape(name, Shape(rank, -1), t, true));
   check_size(op, name, t);
   check_memory(op, name, t);
 }
@@ -71,10 +114,11 @@ inline void check_beside(const char* op, const char* name, const Tensor& t, cons
   check_defined(op, name, t);
   const ScalarType got = t.scalar_type();
   if (dtype ? got != *dtype : !is_floating(got))
-    fail(op, name, "be " + (dtype ? dtype_name(*dtype) : "float16, bfloat16, float32 or float64"), dtype_name(got));
+    fail(op, name, "be " + (dtype ? dtype_name(*dtype) : "float16, bfloat16, float32 or float64"), dtype_name(got),
+         instead_of_dtype(name, dtype, t));
   if (like != nullptr && got != first.scalar_type())
     fail(op, name, std::string("have the dtype of ") + like + " (" + dtype_name(first.scalar_type()) + ")",
-         dtype_name(got));
+         dtype_name(got), std::string("type ") + name + ".to(" + like + ".dtype)");
   bool fits = t.dim() == static_cast<int64_t>(shape.size());
   int64_t d = 0;
   for (int64_t want : shape) {
@@ -93,10 +137,12 @@ inline void check_beside(const char* op, const char* name, const Tensor& t, cons
       }
       text << "]";
     }
-    fail(op, name, text.str(), shape_text(t));
+    fail(op, name, text.str(), shape_text(t), instead_of_shape(name, shape, t, &t == &first));
   }
   check_size(op, name, t);
-  if (device_text(t) != device_text(first)) fail(op, name, "be on " + device_text(first), device_text(t));
+  if (device_text(t) != device_text(first))
+    fail(op, name, "be on " + device_text(first), device_text(t),
+         std::string("type ") + name + ".to('" + device_text(first) + "')");
   check_memory(op, name, t);
 }
 
@@ -148,14 +194,18 @@ inline int check_choice(const char* op, const char* name, std::string_view value
   return index;
 }
 
-// Of several words joined by "+", in the order asked for.
+// Of several words joined by "+", in the order asked for; or of `alone`, a word behind them that joins no other.
 inline std::vector<int> check_choices(const char* op, const char* name, std::string_view value,
-                                      std::initializer_list<const char*> words) {
+                                      std::initializer_list<const char*> words, const char* alone = nullptr) {
+  if (alone != nullptr && value == alone) return {static_cast<int>(words.size())};
   std::vector<int> indices;
   for (size_t begin = 0; begin <= value.size();) {
     const size_t end = std::min(value.find('+', begin), value.size());
     indices.push_back(index_of_word(value.substr(begin, end - begin), words));
-    if (indices.back() < 0) fail(op, name, one_of(words) + ", or several joined by +", "'" + std::string(value) + "'");
+    if (indices.back() < 0) {
+      const std::string or_alone = alone != nullptr ? std::string(", or ") + alone + " alone" : "";
+      fail(op, name, one_of(words) + ", or several joined by +" + or_alone, "'" + std::string(value) + "'");
+    }
     begin = end + 1;
   }
   return indices;

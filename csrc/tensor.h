@@ -58,9 +58,11 @@ std::string shape_text(const Tensor& t);
 std::string device_text(const Tensor& t);
 
 template <class Got>
-[[noreturn]] void fail(const char* op, const char* argument, const std::string& expected, const Got& got) {
+[[noreturn]] void fail(const char* op, const char* argument, const std::string& expected, const Got& got,
+                       const std::string& instead = "") {
   std::ostringstream text;
   text << "tokenprune::" << op << ": " << argument << " must " << expected << ", got " << got;
+  if (!instead.empty()) text << "; " << instead;  // what to type
   throw std::runtime_error(text.str());
 }
 

@@ -36,8 +36,9 @@ def ones_like_mask(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def entries(indices: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """A -1 padded index list as (indices safe to gather with, True where there is an entry)."""
-    if not torch.compiler.is_compiling() and bool(((indices < -1) | (indices >= size)).any()):
-        raise IndexError(f"indices must lie in [-1, {size}), got values outside")
+    outside = (indices < -1) | (indices >= size)
+    if not torch.compiler.is_compiling() and bool(outside.any()):
+        raise IndexError(f"indices must lie in [-1, {size}), got {indices[outside][0].item()}")
     return indices.clamp(min=0), indices >= 0
 
 

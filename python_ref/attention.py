@@ -51,13 +51,15 @@ def _reduce_heads(p: Tensor, reduction: str) -> Tensor:
 
 
 def _reduce_rows(p: Tensor, query_mask: Tensor | None, reduction: str) -> Tensor:
-    """[B, H', M, V] -> [B, H', V] over the rows with query_mask True; no such row gives 0."""
+    """[B, H', M, V] -> [B, H', V] over the rows with query_mask True; no such row gives 0. None: 0 in other rows."""
     batch, _, rows, _ = p.shape
     valid = p.new_ones(batch, rows, dtype=torch.bool) if query_mask is None else query_mask
     if reduction == "last":
         row = torch.arange(rows, device=p.device)
         valid = valid & (row == torch.where(valid, row, -1).amax(-1, keepdim=True)) if rows else valid
     p = torch.where(valid[:, None, :, None], p, 0.0)
+    if reduction == "none":
+        return p
     if reduction == "max" and rows:
         return p.amax(2)
     total = p.sum(2)
@@ -82,10 +84,11 @@ def attention_scores(
     """Scores of the keys from a given lse [B, Hq, M]: heads are reduced first, then rows; row reductions join by +."""
     logits = _hide(_logits(query, key, scale, cosine), key_mask, query_positions, causal)
     p = _reduce_heads(_probabilities(logits, lse), head_reduction)
-    scores = torch.stack([_reduce_rows(p, query_mask, r) for r in query_reduction.split("+")], dim=1)  # [B, R, H', N]
+    # [B, R, H', N]; without a reduction [B, 1, H', M, N]
+    scores = torch.stack([_reduce_rows(p, query_mask, r) for r in query_reduction.split("+")], dim=1)
     if key_indices is not None:
-        index, valid = entries(key_indices, key.shape[2])
-        index, valid = index[:, None, None, :], valid[:, None, None, :]
+        beside = (slice(None), *[None] * (scores.dim() - 2))
+        index, valid = (t[beside] for t in entries(key_indices, key.shape[2]))
         shape = (*scores.shape[:-1], key_indices.shape[1])
         scores = torch.where(valid, scores.take_along_dim(index, -1), 0.0) if key.shape[2] else scores.new_zeros(shape)
     scores = scores if head_reduction == "none" else scores.squeeze(2)

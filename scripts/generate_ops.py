@@ -49,7 +49,8 @@ def quoted(text: str) -> str:
 
 
 def words(choice: Choice) -> str:
-    return "{" + ", ".join(map(quoted, choice.words)) + "}"
+    listed = "{" + ", ".join(map(quoted, choice.words)) + "}"
+    return f"{listed}, {quoted(choice.alone)}" if choice.alone else listed
 
 
 def number(value: float) -> str:

@@ -151,6 +151,7 @@ FACTORIES: dict[str, dict[str, Factory]] = {
         },
         "cosine": lambda s, t: {**_attention(s, t), "cosine": True, "query_reduction": "sum", "head_reduction": "sum"},
         "per_head": lambda s, t: {**_attention(s, t), "head_reduction": "none", "query_reduction": "last"},
+        "every_row": lambda s, t: {**_attention(s, t), **_reduced(s), "query_reduction": "none"},
         "one_row_causal": lambda s, t: {**_attention(replace(s, rows=min(s.rows, 1)), t), "causal": True},
     },
     "attention_entropy": {
@@ -160,6 +161,10 @@ FACTORIES: dict[str, dict[str, Factory]] = {
     },
     "attention_scores": {
         "plain": lambda s, t: {**_attention(s, t), **_lse(s, t)},
+        "every_row": lambda s, t: {
+            **_attention(s, t), **_lse(s, t), "head_reduction": "none", "query_reduction": "none",
+            "query_mask": flags(s.batch, s.rows, seed=6),
+        },
         "everything": lambda s, t: {
             **_attention(s, t), **_lse(s, t), **_reduced(s), "scale": 0.25, "head_reduction": "none",
             "query_reduction": "max+last",

@@ -175,7 +175,8 @@ def promised(call: Call) -> list[tuple[tuple[int, ...], torch.dtype]]:
     if call.op == "attention_entropy":
         return [(rows, wide), (rows, wide)]
     reductions = a.get("query_reduction", "mean").split("+")
-    heads = (rows[1],) if a.get("head_reduction") == "none" else ()
+    kept = (rows[1],) if a.get("head_reduction") == "none" else ()
+    kept += (rows[2],) if reductions == ["none"] else ()
     width = a["key_indices"].shape[1] if "key_indices" in a else a["key"].shape[2]
-    scores = ((batch, *((len(reductions),) if len(reductions) > 1 else ()), *heads, width), wide)
+    scores = ((batch, *((len(reductions),) if len(reductions) > 1 else ()), *kept, width), wide)
     return [scores, (rows, wide), (rows, wide)] if call.op == "cross_attention_scores" else [scores]

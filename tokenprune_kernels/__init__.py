@@ -5,11 +5,12 @@ from .ops import *  # noqa: F403
 
 _registry.load()  # the ops are described, so that they can be registered
 
-from . import methods, reference  # noqa: E402
+from . import methods, reference, varlen  # noqa: E402
 from ._backend import BackendUnavailableError, use_backend  # noqa: E402
 from ._config import config, show_config  # noqa: E402
 from ._masks import indices_to_mask  # noqa: E402
 from ._version import __version__  # noqa: E402
+from ._weights import reduce_attention  # noqa: E402
 
 __all__ = [
     "BackendUnavailableError",
@@ -17,8 +18,10 @@ __all__ = [
     "config",
     "indices_to_mask",
     "methods",
+    "reduce_attention",
     "reference",
     "show_config",
     "use_backend",
+    "varlen",
 ]
 __all__ += ops.__all__

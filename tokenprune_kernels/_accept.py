@@ -18,6 +18,8 @@ from ._op import Argument, AtLeast, Choice, Count, Number, Op, TensorKind
 
 # Subclasses go through the description: sizes of fake tensors are symbolic, and comparing them would leave guards.
 _PLAIN = frozenset({Tensor, Parameter})
+# Of arguments that may have any value of their type; the dispatcher would take None for False.
+_TYPES = {"bool": frozenset({bool}), "float?": frozenset({float, int, type(None)})}
 
 
 def _tensor(a: Argument, kind: TensorKind, first: str | None, known: set[str]) -> str:
@@ -39,7 +41,8 @@ def _tensor(a: Argument, kind: TensorKind, first: str | None, known: set[str]) -
 
 def _accepted(choice: Choice) -> frozenset[str]:
     lengths = (1, 2, 3) if choice.joined else (1,)
-    return frozenset("+".join(words) for n in lengths for words in itertools.product(choice.words, repeat=n))
+    lists = (words for n in lengths for words in itertools.product(choice.words, repeat=n))
+    return frozenset(filter(None, (*map("+".join, lists), choice.alone)))
 
 
 @functools.cache
@@ -65,6 +68,9 @@ def acceptance(op: Op) -> Callable[..., Sizes | None]:
         elif isinstance(a.kind, Choice):
             names[f"{a.name}_words"] = _accepted(a.kind)
             terms.append(f"{a.name} in {a.name}_words")
+        elif a.type in _TYPES:
+            names[f"{a.name}_types"] = _TYPES[a.type]
+            terms.append(f"type({a.name}) in {a.name}_types")
     arguments = [a.name for a in op.arguments]
     sizes = ", ".join(f"'{size}': {size}" for size in op.sizes)
     if op.rule is not None:

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from . import _registry, _triton
-from ._accept import checked_sizes
-from ._op import OPS
+from ._accept import good_sizes
+from ._checks import check, fail
+from ._convert import by_budget, converted
+from ._op import OPS, Count, Op
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
@@ -135,8 +137,52 @@ def lacks(backend: str, op: str) -> str | None:
     return None if backend in OPS[op].backends else f"{op} has no {backend} kernel yet"
 
 
+def checked(op: Op, values: Sequence[Any]) -> Sequence[Any]:
+    """The arguments in the order of the schema, as the op takes them; raises where one is wrong."""
+    if good_sizes(op, values) is None:
+        values = converted(op, values)
+        check(op, values)
+    return values
+
+
 def call(name: str, backend: str | None, *args: Any, **kwargs: Any) -> Any:
     """Check the arguments of an op, all of them and in the order of its schema, and make one call of the backend."""
-    checked_sizes(OPS[name], (*args, *kwargs.values()))
+    op = OPS[name]
+    if good_sizes(op, (*args, *kwargs.values())) is None:
+        return _call_as_written(op, backend, (*args, *kwargs.values()))
     first = args[0] if isinstance(args[0], Tensor) else args[1]
     return getattr(implementation(backend, first, name), name)(*args, **kwargs)
+
+
+def _call_as_written(op: Op, backend: str | None, given: Sequence[Any]) -> Any:
+    """The same with what callers may write instead of what the op takes."""
+    values = converted(op, given)
+    at = next((i for i, a in enumerate(op.arguments) if isinstance(a.kind, Count)), None)
+    if at is None or not isinstance(values[at], list):
+        check(op, values)
+        return _serve(op, backend, values)
+    numbers, values[at] = values[at], max(values[at])
+    own = next((i for i, a in enumerate(op.arguments) if a.name == "budgets" and not a.required), None)
+    if own is not None:
+        if values[own] is not None:
+            fail(
+                ValueError, op.name, "budgets", f"be None where {op.arguments[at].name} has a number per sample", "both"
+            )
+        values[own] = torch.tensor(numbers, device=given[0].device)
+    check(op, values)
+    if own is not None:
+        return _serve(op, backend, values)
+
+    def of_samples(k: int, samples: list[int]) -> Any:
+        part = [value[samples] if isinstance(value, Tensor) else value for value in values]
+        return _serve(op, backend, [*part[:at], k, *part[at + 1 :]])
+
+    return by_budget(numbers, of_samples)
+
+
+def _serve(op: Op, backend: str | None, values: Sequence[Any]) -> Any:
+    """One call of the backend, with checked arguments in the order of the schema."""
+    first = values[0] if isinstance(values[0], Tensor) else values[1]
+    positional = sum(not a.keyword_only for a in op.arguments)
+    keywords = {a.name: value for a, value in zip(op.arguments[positional:], values[positional:], strict=True)}
+    return getattr(implementation(backend, first, op.name), op.name)(*values[:positional], **keywords)

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from . import _advice
 from ._op import FLOATS, OPS, Argument, AtLeast, Choice, Count, Number, Op, TensorKind
 
 QUANTIZED = frozenset(
@@ -27,8 +28,15 @@ _is_compiling = torch.compiler.is_compiling
 Sizes = dict[str, Any]  # by letter
 
 
-def fail(error: type[Exception], op: str, argument: str, expected: str, got: object) -> NoReturn:
-    raise error(f"tokenprune::{op}: {argument} must {expected}, got {got}")
+def complain(
+    error: type[Exception], who: str, argument: str, expected: str, got: object, instead: str = ""
+) -> NoReturn:
+    """What was expected, what was received, and, where that can be said, what to type instead."""
+    raise error(f"{who}: {argument} must {expected}, got {got}{instead and f'; {instead}'}")
+
+
+def fail(error: type[Exception], op: str, argument: str, expected: str, got: object, instead: str = "") -> NoReturn:
+    complain(error, f"tokenprune::{op}", argument, expected, got, instead)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -63,6 +71,11 @@ def check(op: Op, values: Sequence[Any]) -> Sizes:
             _number(op.name, argument.name, kind, value)
         elif isinstance(kind, Choice):
             _choice(op.name, argument.name, kind, value)
+        elif argument.type == "bool":
+            if not isinstance(value, (bool, torch.SymBool)):
+                fail(TypeError, op.name, argument.name, "be True or False", repr(value))
+        elif argument.type == "float?" and isinstance(value, (bool, str, list, tuple)):
+            fail(TypeError, op.name, argument.name, "be a number or None", repr(value))
     if op.rule is not None:
         op.rule.check(op.name, sizes, *values)
     _check_bounds(op, sizes, values)
@@ -70,16 +83,19 @@ def check(op: Op, values: Sequence[Any]) -> Sizes:
     return sizes
 
 
-def _tensor(op: str, a: Argument, kind: TensorKind, t: Tensor, sizes: Sizes, first: Tensor | None) -> None:
+def _tensor(op: str, a: Argument, kind: TensorKind, t: Any, sizes: Sizes, first: Tensor | None) -> None:
     if not isinstance(t, Tensor):
-        fail(TypeError, op, a.name, "be a tensor" if a.required else "be a tensor or None", _what_else(t))
+        expected = "be a tensor" if a.required else "be a tensor or None"
+        fail(TypeError, op, a.name, expected, _what_else(t), _advice.of_value(a.name, t))
     if t.is_nested:  # it has no shape to look at; other layouts are left to the dispatcher and to `on_dense`
         refuse_not_dense(op, a.name, t)
     if t.dtype not in kind.dtypes:
-        expected = "float16, bfloat16, float32 or float64" if kind.dtypes is FLOATS else dtype_name(kind.dtypes[0])
-        fail(TypeError, op, a.name, f"be {expected}", dtype_name(t.dtype))
+        wanted = None if kind.dtypes is FLOATS else kind.dtypes[0]
+        expected = "float16, bfloat16, float32 or float64" if wanted is None else dtype_name(wanted)
+        fail(TypeError, op, a.name, f"be {expected}", dtype_name(t.dtype), _advice.of_dtype(a.name, wanted, t))
     if kind.like and first is not None and t.dtype != first.dtype:
-        fail(TypeError, op, a.name, f"have the dtype of {kind.like} ({dtype_name(first.dtype)})", dtype_name(t.dtype))
+        expected = f"have the dtype of {kind.like} ({dtype_name(first.dtype)})"
+        fail(TypeError, op, a.name, expected, dtype_name(t.dtype), f"type {a.name}.to({kind.like}.dtype)")
     shape = t.shape
     known = [sizes.get(letter, int(letter) if letter.isdigit() else -1) for letter in kind.shape]
     fits = len(shape) == len(known)
@@ -88,29 +104,32 @@ def _tensor(op: str, a: Argument, kind: TensorKind, t: Tensor, sizes: Sizes, fir
     if not fits:
         numbers = ", ".join("any" if size == -1 else str(size) for size in known)
         expected = f"have shape {kind.text}" + ("" if first is None else f" = [{numbers}]")
-        fail(ValueError, op, a.name, expected, shape_text(t))
+        fail(ValueError, op, a.name, expected, shape_text(t), _advice.of_shape(a.name, known, t, first is None))
     if first is not None and t.device != first.device:
-        fail(ValueError, op, a.name, f"be on {first.device}", t.device)
+        fail(ValueError, op, a.name, f"be on {first.device}", t.device, f"type {a.name}.to('{first.device}')")
     sizes.update(zip(kind.shape, shape, strict=True))
 
 
 def _count(op: str, name: str, k: int) -> None:
-    if not isinstance(k, (int, torch.SymInt)):
-        fail(TypeError, op, name, "be an int", _what_else(k))
+    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
+        fail(
+            TypeError, op, name, "be an int, a share of the tokens (a float) or a list of one per sample", _what_else(k)
+        )
     if k < 0:
         fail(ValueError, op, name, "be non-negative", k)
 
 
 def _at_least(op: str, name: str, kind: AtLeast, value: int) -> None:
-    if not isinstance(value, (int, torch.SymInt)):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         fail(TypeError, op, name, "be an int", _what_else(value))
     if value < kind.low:
         fail(ValueError, op, name, f"be >= {kind.low}", value)
 
 
-def _number(op: str, name: str, kind: Number, value: float) -> None:
-    if not isinstance(value, (int, float)):
-        fail(TypeError, op, name, "be a number", _what_else(value))
+def _number(op: str, name: str, kind: Number, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        instead = f"type {name}.item(), which waits for the device" if isinstance(value, Tensor) else ""
+        fail(TypeError, op, name, "be a number", _what_else(value), instead)
     if not ((value > kind.low if kind.above else value >= kind.low) and value <= kind.high):
         expected = f"be {'>' if kind.above else '>='} {kind.low:g} and <= {kind.high:g}"
         fail(ValueError, op, name, expected, f"{value:g}")
@@ -119,10 +138,9 @@ def _number(op: str, name: str, kind: Number, value: float) -> None:
 def _choice(op: str, name: str, kind: Choice, value: str) -> None:
     if not isinstance(value, str):
         fail(TypeError, op, name, "be a string", _what_else(value))
-    for word in value.split("+") if kind.joined else (value,):
-        if word not in kind.words:
-            expected = f"be one of {', '.join(kind.words)}" + (", or several joined by +" if kind.joined else "")
-            fail(ValueError, op, name, expected, f"'{value}'")
+    words = value.split("+") if kind.joined else (value,)
+    if not (all(word in kind.words for word in words) or (kind.alone and value == kind.alone)):
+        fail(ValueError, op, name, kind.text, f"'{value}'")
 
 
 def _check_bounds(op: Op, sizes: Sizes, values: Sequence[Any]) -> None:
@@ -180,7 +198,7 @@ def refuse_not_dense(op: str, name: str, t: Tensor) -> None:
     quantized = t.dtype in QUANTIZED  # under vmap is_quantized is False, and torch ends the process
     if t.layout != torch.strided or t.is_nested or quantized:
         got = "a nested one" if t.is_nested else "a quantized one" if quantized else f"one of {t.layout}"
-        fail(TypeError, op, name, "be a dense tensor", got)
+        fail(TypeError, op, name, "be a dense tensor", got, _advice.of_layout(name, t))
     # The dispatcher makes zeros in memory out of a tensor without any, unless the caller has turned that off.
     if t._is_zerotensor() and torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.ZeroTensor):
         fail(TypeError, op, name, "have memory", "a tensor without")

@@ -6,7 +6,7 @@ the contract, ranges, options, outputs and backends. scripts/generate_ops.py mak
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
@@ -15,23 +15,38 @@ import torch
 from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Any])
+# How many tokens to keep, as a caller may write it: a number of them, a share of all, or one of these per sample.
+Budget = int | float | Sequence[int | float] | Tensor
+# What gather_compact takes, and one number for all tensors or one for each.
+Tensors = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+PerTensor = int | Sequence[int] | Mapping[str, int]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INDEX_DTYPES = (
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+)  # of indices to a Python function; uint8 may be a mask
 COMPILED = ("cpu", "cuda")  # backends of the compiled library
 KERNELS = (*COMPILED, "triton")  # every backend but the reference, which all ops have
 
 _SCHEMA_TYPES: dict[Any, str] = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
-    Sequence[Tensor]: "Tensor[]",
+    Tensors: "Tensor[]",
     int: "SymInt",
-    Sequence[int]: "int[]",
-    Sequence[int] | None: "int[]?",
+    Budget: "SymInt",
+    Budget | None: "SymInt",
+    PerTensor: "int[]",
+    PerTensor | None: "int[]?",
     float: "float",
     float | None: "float?",
     bool: "bool",
     str: "str",
 }
+# Keywords of the Python functions that the ops lack.
+PYTHON_ONLY = ("layout", "backend")
 
 
 class TensorKind(NamedTuple):
@@ -41,6 +56,7 @@ class TensorKind(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
     like: str = ""  # the first tensor, whose dtype it has
     listed: str = ""  # the letter of what its values are indices into, -1 for none
+    coordinates: bool = False  # of tokens: Python functions take integers too, and [N, P] for all samples alike
 
     @property
     def text(self) -> str:
@@ -48,7 +64,7 @@ class TensorKind(NamedTuple):
 
 
 class Count(NamedTuple):
-    """An integer >= 0: how many entries each sample of the result has."""
+    """An integer >= 0: how many entries each sample of the result has. Python functions take a Budget."""
 
 
 class AtLeast(NamedTuple):
@@ -66,10 +82,18 @@ class Number(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """One of some words, or with `joined` several of them joined by "+"."""
+    """One of some words, or with `joined` several of them joined by "+"; or one that is joined to no other."""
 
     words: tuple[str, ...]
     joined: bool = False
+    alone: str = ""
+
+    @property
+    def text(self) -> str:
+        expected = f"be one of {', '.join(self.words)}"
+        if self.joined:
+            expected += ", or several joined by +"
+        return f"{expected}, or {self.alone} alone" if self.alone else expected
 
 
 Kind = TensorKind | Count | AtLeast | Number | Choice
@@ -77,6 +101,10 @@ Kind = TensorKind | Count | AtLeast | Number | Choice
 
 def floats(shape: str, like: str = "") -> TensorKind:
     return TensorKind(tuple(shape.split()), FLOATS, like)
+
+
+def coordinates(shape: str) -> TensorKind:
+    return floats(shape)._replace(coordinates=True)
 
 
 def integers(shape: str) -> TensorKind:
@@ -215,7 +243,18 @@ def compiled_ops() -> tuple[str, ...]:
     return tuple(name for name, op in OPS.items() if set(COMPILED) & set(op.backends))
 
 
-def op(
+def op(**description: Any) -> Callable[[F], F]:
+    """Describe the op that the function below calls; the keywords are those of `describe`."""
+
+    def register(function: F) -> F:
+        OPS[function.__name__] = describe(function, **description)
+        return function
+
+    return register
+
+
+def describe(
+    function: Callable[..., Any],
     *,
     returns: Output | dict[str, Output],
     backends: tuple[str, ...] = (),
@@ -224,31 +263,29 @@ def op(
     fake: Callable[..., Any] | None = None,
     shardings: tuple[Sharding, ...] = (),
     **kinds: Kind,
-) -> Callable[[F], F]:
-    """Describe the op that the function below calls; the keywords are its arguments' kinds.
+) -> Op:
+    """The description of a function; the keywords are its arguments' kinds.
 
     shardings: besides the batch, along which every op may be split.
     """
+    name = function.__name__
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.name not in PYTHON_ONLY]
+    unknown = kinds.keys() - {p.name for p in parameters}
+    if unknown:
+        raise TypeError(f"@op: {name} has no argument {', '.join(sorted(unknown))}")
 
-    def describe(function: F) -> F:
-        name = function.__name__
-        parameters = [p for p in inspect.signature(function).parameters.values() if p.name != "backend"]
-        unknown = kinds.keys() - {p.name for p in parameters}
-        if unknown:
-            raise TypeError(f"@op: {name} has no argument {', '.join(sorted(unknown))}")
-        OPS[name] = Op(
-            name,
-            tuple(
-                Argument(p.name, _SCHEMA_TYPES[p.annotation], p.default, p.kind is p.KEYWORD_ONLY, kinds.get(p.name))
-                for p in parameters
-            ),
-            {name: returns} if isinstance(returns, Output) else returns,
-            backends,
-            work,
-            rule,
-            fake,
-            (along("B"), *shardings),
-        )
-        return function
+    def argument(p: inspect.Parameter) -> Argument:
+        kind = kinds.get(p.name)
+        default = inspect.Parameter.empty if isinstance(kind, Count) else p.default  # an op has to be told the count
+        return Argument(p.name, _SCHEMA_TYPES[p.annotation], default, p.kind is p.KEYWORD_ONLY, kind)
 
-    return describe
+    return Op(
+        name,
+        tuple(map(argument, parameters)),
+        {name: returns} if isinstance(returns, Output) else returns,
+        backends,
+        work,
+        rule,
+        fake,
+        (along("B"), *shardings),
+    )

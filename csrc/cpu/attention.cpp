@@ -51,9 +51,7 @@ void compute(AttentionCall& call, bool scores) {
   }
   if (scores) {
     const int64_t columns = call.key_indices ? call.key_indices->size(1) : shape.keys;
-    const int64_t kinds = static_cast<int64_t>(call.reductions.rows.size());
-    call.scores = shape.per_head ? new_empty(call.query, {shape.batch, kinds, shape.query_heads, columns}, wide)
-                                 : new_empty(call.query, {shape.batch, kinds, columns}, wide);
+    call.scores = new_empty(call.query, scores_shape(call.query, call.reductions, columns), wide);
   }
   dispatch_floating(call.query.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;

@@ -63,6 +63,10 @@ class AttentionRun {
     const int64_t width = kernels_.width, total = plan_.rows * group(), chunks = ceil_div(keys(), kAttentionChunk);
     padded_rows_ = round_up(plan_.rows, width);
     kinds_ = static_cast<int64_t>(call.reductions.rows.size());
+    every_row_ = call.reductions.every_row();
+    indices_ = call.key_indices ? call.key_indices->template const_data_ptr<int64_t>() : nullptr;
+    index_stride_ = indices_ ? call.key_indices->stride(0) : 0;
+    columns_ = call.key_indices ? call.key_indices->size(1) : keys();
     out_heads_ = shape.per_head ? shape.query_heads : 1;
     // What all threads share.
     norms_ = shared_.reserve<A>(call.cosine ? shape.batch * shape.key_heads * keys() : 0);
@@ -71,7 +75,7 @@ class AttentionRun {
     groups_ = plan_.combine_later ? 1 : plan_.groups;
     partial_in_place_ = shape.scores && groups_ == 1 && !call.key_indices;
     partial_ = shared_.reserve<A>(
-        shape.scores && !partial_in_place_ ? shape.batch * groups_ * kinds_ * out_heads_ * keys() : 0);
+        shape.scores && !partial_in_place_ && !every_row_ ? shape.batch * groups_ * kinds_ * out_heads_ * keys() : 0);
     valid_ = shared_.reserve<A>(shape.scores ? shape.batch * plan_.blocks * padded_rows_ : 0);
     counts_ = shared_.reserve<int64_t>(2 * shape.batch);
     // What each thread has for itself.
@@ -107,11 +111,12 @@ class AttentionRun {
     });
     if (!shape_.scores) return;
     if (plan_.combine_later) combine();
-    write_scores();
+    if (!every_row_) write_scores();
   }
 
  private:
   int64_t keys() const { return shape_.keys; }
+  int64_t scored() const { return every_row_ ? columns_ : keys(); }  // keys are reduced, columns written
   int64_t group() const { return shape_.query_heads / shape_.key_heads; }
   int64_t blocks_per_group() const { return ceil_div(plan_.blocks, plan_.groups); }
   A* partial(int64_t sample, int64_t part) const {
@@ -171,8 +176,40 @@ class AttentionRun {
     return reduce;
   }
 
-  void reduce_rows(const AttentionReduce<A>& reduce, int64_t begin, int64_t end) const {
-    (plan_.few ? kernels_.reduce_few : kernels_.reduce_lanes)(reduce, begin, end);
+  // Reduces the rows of a block for the keys [begin, end) or, with query_reduction none, writes them at these columns.
+  void score_rows(AttentionReduce<A>& rows, int64_t sample, int64_t part, int64_t block, int64_t head, int64_t begin,
+                  int64_t end) const {
+    if (every_row_) return write_rows(rows, sample, block, head, begin, end);
+    rows.out = partial(sample, part) + head * keys();
+    (plan_.few ? kernels_.reduce_few : kernels_.reduce_lanes)(rows, begin, end);
+  }
+
+  void write_rows(const AttentionReduce<A>& rows, int64_t sample, int64_t block, int64_t head, int64_t begin,
+                  int64_t end) const {
+    const int64_t key_stride = plan_.few ? 1 : rows.stride, row_stride = plan_.few ? rows.stride : 1;
+    const int64_t line = (sample * out_heads_ + head) * shape_.rows + block * plan_.rows;
+    A* out = static_cast<A*>(call_.scores->mutable_data_ptr()) + line * columns_;
+    constexpr int64_t kPiece = 16;  // columns: whether rows or keys are neighbours, the first-level cache holds them
+    for (int64_t first = begin; first < end; first += kPiece)
+      for (int64_t row = 0; row < rows.rows; ++row)
+        for (int64_t column = first; column < std::min(first + kPiece, end); ++column) {
+          const int64_t key = key_of(sample, column);
+          A value = 0;
+          if (key >= 0 && rows.row_valid[row] != 0) {
+            const A* from = rows.from + key * key_stride + row * row_stride;
+            value = from[0];
+            for (int64_t part = 1; part < rows.parts; ++part) {
+              const A more = from[part * rows.part_stride];
+              value = rows.max_heads ? nan_max(value, more) : value + more;
+            }
+            value /= rows.head_divisor;
+          }
+          out[row * columns_ + column] = value;
+        }
+  }
+
+  int64_t key_of(int64_t sample, int64_t column) const {
+    return indices_ == nullptr ? column : indices_[sample * index_stride_ + column];
   }
 
   void run_item(int64_t item, int64_t slot) const {
@@ -211,13 +248,11 @@ class AttentionRun {
           gather.head_end = q + 1;
           gather.first = true;
           gather_rows(gather, sized);
-          reduce.out = partial(sample, part) + (h * group() + q) * keys();
-          reduce_rows(reduce, 0, keys());
+          score_rows(reduce, sample, part, block, h * group() + q, 0, scored());
         }
       }
       if (!shape_.scores || shape_.per_head || plan_.combine_later) continue;
-      reduce.out = partial(sample, part);
-      reduce_rows(reduce, 0, keys());
+      score_rows(reduce, sample, part, block, 0, 0, scored());
     }
   }
 
@@ -268,9 +303,9 @@ class AttentionRun {
     }
   }
 
-  // Second phase: combines the heads that several work items gathered, in order, then reduces the rows.
+  // Second phase: combines the heads that several work items gathered, in order, then reduces or writes the rows.
   void combine() const {
-    const int64_t piece = 8 * kernels_.width, pieces = ceil_div(keys(), piece);
+    const int64_t piece = 8 * kernels_.width, pieces = ceil_div(scored(), piece);
     const int64_t grain = 1 + (1 << 16) / (piece * plan_.splits * shape_.rows);
     parallel_for(shape_.batch * pieces, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
@@ -280,9 +315,8 @@ class AttentionRun {
           reduce.from = gathered_of(sample, block, 0);
           reduce.parts = plan_.splits;
           reduce.part_stride = plan_.gathered;
-          reduce.out = partial(sample, 0);
           reduce.first = block == 0;
-          reduce_rows(reduce, first, std::min(first + piece, keys()));
+          score_rows(reduce, sample, 0, block, 0, first, std::min(first + piece, scored()));
         }
       }
     });
@@ -293,15 +327,12 @@ class AttentionRun {
     const bool any_mean =
         std::count(call_.reductions.rows.begin(), call_.reductions.rows.end(), QueryReduction::kMean) > 0;
     if (partial_in_place_ && !any_mean) return;
-    const int64_t* indices = call_.key_indices ? call_.key_indices->template const_data_ptr<int64_t>() : nullptr;
-    const int64_t index_stride = indices ? call_.key_indices->stride(0) : 0;
-    const int64_t columns = call_.key_indices ? call_.key_indices->size(1) : keys();
     const int64_t lines = kinds_ * out_heads_, next = lines * keys();
     A* out = static_cast<A*>(call_.scores->mutable_data_ptr());
-    parallel_for(shape_.batch * lines * columns, 1 + 65536 / groups_, [&](int64_t begin, int64_t end) {
+    parallel_for(shape_.batch * lines * columns_, 1 + 65536 / groups_, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t column = i % columns, line = i / columns % lines, sample = i / columns / lines;
-        const int64_t key = indices ? indices[sample * index_stride + column] : column;
+        const int64_t column = i % columns_, line = i / columns_ % lines, sample = i / columns_ / lines;
+        const int64_t key = key_of(sample, column);
         if (key < 0) {
           out[i] = 0;
           continue;
@@ -327,9 +358,11 @@ class AttentionRun {
   const AttentionPlan plan_;
   Workspace shared_;
   Own own_;
-  int64_t padded_rows_, kinds_, out_heads_, groups_, slots_, own_size_;
+  int64_t padded_rows_, kinds_, columns_, out_heads_, groups_, slots_, own_size_;
   int64_t norms_, gathered_, partial_, valid_, counts_, own_begin_;
-  bool partial_in_place_;
+  const int64_t* indices_;
+  int64_t index_stride_;
+  bool partial_in_place_, every_row_;
 };
 
 }  // namespace tokenprune

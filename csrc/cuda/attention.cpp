@@ -19,16 +19,15 @@ Tensor run_attention_columns(const char* op, const AttentionInputs& inputs, cons
   const bool last_only = std::all_of(reductions.rows.begin(), reductions.rows.end(),
                                      [](QueryReduction rows) { return rows == QueryReduction::kLast; });
   const int64_t columns = key_indices ? key_indices->size(1) : p.keys;
-  const bool per_head = heads == ColumnHeads::kNone;
-  const Shape shape = per_head ? Shape{p.batch, kinds, p.query_heads, columns} : Shape{p.batch, kinds, columns};
-  Tensor scores = new_empty(inputs.query, shape, ScalarType::Float);
+  const bool per_head = heads == ColumnHeads::kNone, every_row = reductions.every_row();
+  Tensor scores = new_empty(inputs.query, scores_shape(inputs.query, reductions, columns), ScalarType::Float);
   const bool one_launch = rows != nullptr && rows->plan.launches() > 1;  // three launches in all
-  const ColumnPlan plan =
-      plan_attention_columns({p.batch, p.query_heads, p.key_heads, p.rows, p.dim, columns,
-                              static_cast<int>(inputs.query.element_size()), per_head, last_only, one_launch},
-                             cuda.limits());
+  const ColumnPlan plan = plan_attention_columns(
+      {p.batch, p.query_heads, p.key_heads, p.rows, p.dim, columns, static_cast<int>(inputs.query.element_size()),
+       per_head, every_row, last_only, one_launch},
+      cuda.limits());
   OptionalTensor partial;
-  if (plan.row_parts > 1)
+  if (plan.combine)
     partial = new_empty(inputs.query, {plan.partial_elements(p.batch, per_head ? p.query_heads : 1, columns)},
                         ScalarType::Float);
   ColumnProblem c{p,
@@ -39,6 +38,7 @@ Tensor run_attention_columns(const char* op, const AttentionInputs& inputs, cons
                   query_mask.data(),
                   query_mask.stride(),
                   heads,
+                  every_row,
                   last_only,
                   !(p.cosine && p.vectors() > 0) && (rows == nullptr || rows->plan.blocks == 0),
                   0,
@@ -50,6 +50,7 @@ Tensor run_attention_columns(const char* op, const AttentionInputs& inputs, cons
   const cudaError_t status = dispatch_storage(inputs.query, [&](auto tag) {
     using T = typename decltype(tag)::type;
     cudaError_t status = rows != nullptr ? rows->status : launch_norms_of<T>(inputs, cuda);
+    if (every_row) return status != cudaSuccess ? status : launch_attention_every_row<T>(c, plan, cuda.stream());
     for (; status == cudaSuccess && c.first_kind < kinds; c.first_kind += kMaxKinds) {
       c.kind_count = static_cast<int>(std::min<int64_t>(kMaxKinds, kinds - c.first_kind));
       c.kinds = 0;

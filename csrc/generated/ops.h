@@ -78,7 +78,7 @@ inline AttentionScoresChoices check_attention_scores(const Tensor& query, const 
   check_beside(op, "query_positions", query_positions, query, "[B, M]", {B, M}, ScalarType::Long);
   check_heads(op, query, key);
   check_work(op, "key", "B * Hq * M * max(N, V) * D", {B, Hq, M, std::max(N, V), D});
-  return {check_choice(op, "head_reduction", head_reduction, {"mean", "sum", "max", "none"}), check_choices(op, "query_reduction", query_reduction, {"mean", "sum", "max", "last"})};
+  return {check_choice(op, "head_reduction", head_reduction, {"mean", "sum", "max", "none"}), check_choices(op, "query_reduction", query_reduction, {"mean", "sum", "max", "last"}, "none")};
 }
 
 inline void check_contrastive_scores(const Tensor& features, const Tensor& anchor_indices, const Tensor& reference_indices) {
@@ -149,7 +149,7 @@ inline CrossAttentionScoresChoices check_cross_attention_scores(const Tensor& qu
   check_beside(op, "query_positions", query_positions, query, "[B, M]", {B, M}, ScalarType::Long);
   check_heads(op, query, key);
   check_work(op, "key", "B * Hq * M * max(N, V) * D", {B, Hq, M, std::max(N, V), D});
-  return {check_choice(op, "head_reduction", head_reduction, {"mean", "sum", "max", "none"}), check_choices(op, "query_reduction", query_reduction, {"mean", "sum", "max", "last"})};
+  return {check_choice(op, "head_reduction", head_reduction, {"mean", "sum", "max", "none"}), check_choices(op, "query_reduction", query_reduction, {"mean", "sum", "max", "last"}, "none")};
 }
 
 inline void check_density_peaks(const Tensor& features, int64_t k, int64_t neighbors, const OptionalTensor& mask) {

@@ -24,13 +24,14 @@ void bind_attention_columns_planner(py::module_& m) {
   m.def(
       "plan_attention_columns",
       [](int64_t batch, int64_t query_heads, int64_t key_heads, int64_t rows, int64_t dim, int64_t columns,
-         int element_size, bool per_head, bool last_only, bool one_launch, const DeviceLimits& limits) {
-        return plan_attention_columns(
-            {batch, query_heads, key_heads, rows, dim, columns, element_size, per_head, last_only, one_launch}, limits);
+         int element_size, bool per_head, bool every_row, bool last_only, bool one_launch, const DeviceLimits& limits) {
+        return plan_attention_columns({batch, query_heads, key_heads, rows, dim, columns, element_size, per_head,
+                                       every_row, last_only, one_launch},
+                                      limits);
       },
       py::arg("batch"), py::arg("query_heads"), py::arg("key_heads"), py::arg("rows"), py::arg("dim"),
-      py::arg("columns"), py::arg("element_size"), py::arg("per_head"), py::arg("last_only"), py::arg("one_launch"),
-      py::arg("limits"));
+      py::arg("columns"), py::arg("element_size"), py::arg("per_head"), py::arg("every_row"), py::arg("last_only"),
+      py::arg("one_launch"), py::arg("limits"));
   m.attr("column_tile") = kTileVectors;
   m.attr("column_team_threads") = kTileThreads;
   m.attr("column_static_shared") = kColumnStaticBytes;

@@ -93,7 +93,7 @@ def reduced() -> Iterator[Call]:
     yield Call("query_mask", {**LLAVA, "query_mask": LISTED["query_mask"]})
     for head in ("sum", "max", "none"):
         yield Call(f"heads {head}", {**LLAVA, "head_reduction": head})
-    for rows in ("sum", "max", "last", "mean+sum+max+last"):
+    for rows in ("sum", "max", "last", "mean+sum+max+last", "none"):
         yield Call(f"rows {rows}", {**LLAVA, "query_reduction": rows})
     everything = {**VISIBLE, **LISTED, "query_reduction": "mean+max+last", "head_reduction": "max"}
     for dtype in (HALF, SINGLE):

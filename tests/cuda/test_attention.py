@@ -312,10 +312,11 @@ def limits_of(name: str) -> Any:
 
 
 def plan(name: str, batch: int, heads: int, key_heads: int, rows: int, columns: int, dim: int, element: int = 2,
-         per_head: bool = False, last_only: bool = False, one_launch: bool = False) -> Any:  # fmt: skip
+         per_head: bool = False, every_row: bool = False, last_only: bool = False, one_launch: bool = False
+         ) -> Any:  # fmt: skip
     return module.plan_attention_columns(
         batch=batch, query_heads=heads, key_heads=key_heads, rows=rows, dim=dim, columns=columns, element_size=element,
-        per_head=per_head, last_only=last_only, one_launch=one_launch, limits=limits_of(name),
+        per_head=per_head, every_row=every_row, last_only=last_only, one_launch=one_launch, limits=limits_of(name),
     )  # fmt: skip
 
 
@@ -331,9 +332,9 @@ def test_plans_cover_all_work_once_within_the_limits(data: st.DataObject) -> Non
     key_heads, group = draw(st.integers(0, 40)), draw(st.sampled_from((1, 4, 7, 32)))
     heads, batch, rows, columns = key_heads * group, draw(sizes), draw(sizes), draw(sizes)
     dim, element = draw(st.sampled_from((1, 64, 72, 128, 256, 257, 8192))), draw(st.sampled_from((2, 4)))
-    flags = [draw(st.booleans()) for _ in range(3)]
+    flags = [draw(st.booleans()) for _ in range(4)]
     p = plan(name, batch, heads, key_heads, rows, columns, dim, element, *flags)
-    per_head, last_only, one_launch = flags
+    per_head, every_row, last_only, one_launch = flags
     tile = module.column_tile
 
     assert p.key_tiles * tile >= columns > (p.key_tiles - 1) * tile or columns == p.key_tiles == 0
@@ -345,7 +346,8 @@ def test_plans_cover_all_work_once_within_the_limits(data: st.DataObject) -> Non
     assert 1 <= parts <= max(heads, 1)
     assert 1 <= p.head_ranges <= max(heads, 1)
     assert parts == 1 if per_head else p.head_ranges == 1
-    assert p.items == batch * p.key_tiles * p.head_ranges * p.row_parts
+    samples = 0 if every_row and rows == 0 else batch  # no row, no score
+    assert p.items == samples * p.key_tiles * p.head_ranges * p.row_parts
 
     assert p.cluster in ((1, 2, 4, 8) if architecture >= 90 else (1,))
     assert p.teams * module.column_team_threads <= 384
@@ -356,7 +358,7 @@ def test_plans_cover_all_work_once_within_the_limits(data: st.DataObject) -> Non
     if p.resident and not per_head:
         assert p.teams == 1  # teams must pass the same barriers
 
-    assert p.launches() == (0 if p.items == 0 else 1 if one_launch or p.row_parts == 1 else 2)
+    assert p.launches() == (0 if p.items == 0 else 1 if one_launch or every_row or p.row_parts == 1 else 2)
     out_heads = heads if per_head else 1
     partial = 4 * p.partial_elements(batch, out_heads, columns)
     assert partial <= max(1 << 20, 0.01 * batch * heads * rows * columns * 4)

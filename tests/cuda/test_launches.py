@@ -49,7 +49,8 @@ def attention_calls(which: str) -> Iterator[Call]:
         for reduction in ("sum", "max", "none"):
             yield attention(which, 4, 2, 70, 200, head_reduction=reduction)
         yield attention(which, 4, 2, 70, 200, query_reduction="+".join(["max"] * 32))
-        yield attention(which, 4, 2, 70, 200, query_reduction="last")
+        for reduction in ("last", "none"):
+            yield attention(which, 4, 2, 70, 200, query_reduction=reduction)
 
 
 def similarity_calls() -> Iterator[Call]:

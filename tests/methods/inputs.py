@@ -135,7 +135,8 @@ def arguments(b: Batch) -> dict[str, Any]:
     """Everything that a method may ask for, with stand-ins for what only a decoder layer or several crops have."""
     return {
         "next_query": b.query, "next_key": b.key, "next_scale": None,
-        "query": b.query, "key": b.key, "scale": None, "lse": None, "causal": True, **b.attention,
+        "query": b.query, "key": b.key, "scale": None, "lse": None, "causal": True, "layout": "bhld",
+        **b.attention,
         "features": b.features, "visual_embeddings": b.features, "unrotated_key": b.features,
         "text_embeddings": b.text, "text_mask": b.text_mask, "saliency": b.saliency,
         "positions": b.positions, "stacked_positions": b.positions, "grid": b.grid, "groups": b.groups,

@@ -161,8 +161,10 @@ def test_rejects_bad_arguments():
         coast(query, key, features, 4)
     with pytest.raises(ValueError, match="coast: k must be non-negative"):
         coast(query, key, features, -1, key_indices=p.indices[None])
-    with pytest.raises(TypeError, match="coast: k must be an int"):
+    with pytest.raises(ValueError, match=r"coast: k must lie in \(0, 1\] where it is a float"):
         coast(query, key, features, 2.5, key_indices=p.indices[None])
+    with pytest.raises(TypeError, match="coast: context_ratio must be two ratios"):
+        coast(query, key, features, 4, key_indices=p.indices[None], context_ratio=0.1)
     with pytest.raises(ValueError, match="coast: entropy must be global or rows, got 'columns'"):
         coast(query, key, features, 4, key_indices=p.indices[None], entropy="columns")
     with pytest.raises(ValueError, match="coast: anchor_ratio must lie in"):

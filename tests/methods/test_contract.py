@@ -162,5 +162,5 @@ def test_rejects_bad_budgets(name):
     b = batch([prompt(0, torch.float32)])
     with pytest.raises(ValueError, match="k must be non-negative"):
         METHODS[name](b, -1, None)
-    with pytest.raises(TypeError, match="k must be an int"):
+    with pytest.raises(ValueError, match=r"k must lie in \(0, 1\] where it is a float"):
         METHODS[name](b, 2.0, None)

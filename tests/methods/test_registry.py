@@ -106,6 +106,12 @@ def test_a_registered_method_is_found_by_its_name_until_it_is_forgotten() -> Non
         unregister_method("first")
 
 
+def test_a_name_that_is_almost_right_is_told() -> None:
+    for name, meant in (("CoAST", "coast"), ("div_prune", "divprune"), ("SparseVLM", "sparsevlm")):
+        with pytest.raises(ValueError, match=rf"got '{name}'; type '{meant}'$"):
+            get_method(name)
+
+
 def test_a_published_method_is_not_replaced_by_chance() -> None:
     with pytest.raises(ValueError, match="there is a method 'coast' already"):
         register_method("coast", first)

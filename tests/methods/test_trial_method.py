@@ -11,12 +11,15 @@ TRIAL = '''"""A method that came later."""
 
 from torch import Tensor
 
+from .._op import Budget
 from ..ops import select_topk
+from ._calls import called_like_ops
 from ._common import Selection, check_count
 from ._method import Method, Stage
 
 
-def trial(features: Tensor, k: int, *, mask: Tensor | None = None, backend: str | None = None) -> Selection:
+@called_like_ops
+def trial(features: Tensor, k: Budget, *, mask: Tensor | None = None, backend: str | None = None) -> Selection:
     """The longest.
 
     >>> import torch
@@ -24,7 +27,7 @@ def trial(features: Tensor, k: int, *, mask: Tensor | None = None, backend: str 
     >>> trial(torch.tensor([[[1.0], [3.0], [2.0]]]), 2).indices
     tensor([[1, 2]])
     """
-    check_count("trial", k)
+    k = check_count("trial", k)
     length = features.detach().float().square().sum(-1)
     indices, counts = select_topk(length, k, mask=mask, backend=backend)
     return Selection(indices, counts, {"length": length})

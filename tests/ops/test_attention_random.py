@@ -21,7 +21,7 @@ def test_random_calls(backend: str, data: st.DataObject) -> None:
     dtype = draw(st.sampled_from(dtypes_of(backend)))
     torch.manual_seed(draw(st.integers(0, 1000)))
     query, key = inputs(batch, key_heads * group, key_heads, rows, keys, dim, dtype)
-    kinds = st.lists(st.sampled_from(("mean", "sum", "max", "last")), min_size=1, max_size=4)
+    kinds = st.lists(st.sampled_from(("mean", "sum", "max", "last")), min_size=1, max_size=4) | st.just(["none"])
     options: dict[str, Any] = {
         "causal": draw(st.booleans()),
         "cosine": draw(st.booleans()),

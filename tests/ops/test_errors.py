@@ -69,12 +69,13 @@ def too_much_work(op: str) -> Call:
 def wrong_calls(op: str) -> Iterator[tuple[str, str, Call]]:
     """(what is wrong, the argument that the message must name, the call), one fault at a time."""
     call = _rich(op)
+    points = {name for name, kind in _of_kind(op, TensorKind) if kind.coordinates}  # integers are taken
     first = True
     for name, t, _ in list(samples.tensors(call)):
         if name.startswith("tensors["):
             continue  # any dtype and rank is legal; see test_gather_compact_names_what_does_not_fit
         yield "rank", name, with_arguments(call, **{name: t.unsqueeze(0)})
-        wrong = torch.float32 if t.dtype in (torch.bool, torch.int64) else torch.int32
+        wrong = torch.float32 if t.dtype in (torch.bool, torch.int64) else torch.bool if name in points else torch.int32
         yield "dtype", name, with_arguments(call, **{name: t.to(wrong)})
         yield "complex", name, with_arguments(call, **{name: t.to(torch.complex64)})
         if not first:
@@ -155,7 +156,7 @@ def test_missing_tensors_are_named(op: str, backend: str) -> None:
 @pytest.mark.parametrize("op", samples.SELECTING)
 def test_k_must_be_an_integer(op: str, backend: str) -> None:
     name = str(samples.count_of(op))
-    for value in (2.5, "3", None, torch.ones(2)):
+    for value in ("3", True, {}, torch.ones(2, 2), *([None] if op != "mask_to_indices" else [])):  # None: N
         with pytest.raises(TypeError, match=rf"tokenprune::{op}: {name} must be an int"):
             run(with_arguments(make(op), **{name: value}), backend)
 

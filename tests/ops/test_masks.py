@@ -56,7 +56,7 @@ def test_no_value_is_read_on_the_host() -> None:
 
 def test_wrong_arguments_are_named() -> None:
     good = torch.tensor([[0]])
-    for wrong in (good.int(), good.float(), [[0]]):
+    for wrong in (good.bool(), good.byte(), good.float(), [[0]]):
         with pytest.raises(TypeError, match="indices_to_mask: indices must be an int64 tensor, got"):
             tp.indices_to_mask(wrong, 3)
     for wrong in (good[0], good.unsqueeze(0)):

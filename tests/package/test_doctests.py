@@ -69,9 +69,10 @@ def test_examples_of_pages_run(page: str) -> None:
 
 
 PUBLIC = [f"tokenprune_kernels.{name}" for name in tp.__all__ if inspect.isfunction(getattr(tp, name))] + [
-    f"tokenprune_kernels.methods.{name}"
-    for name in getattr(tp.methods, "__all__", ())
-    if inspect.isfunction(getattr(tp.methods, name))
+    f"{module.__name__}.{name}"
+    for module in (tp.methods, tp.varlen)
+    for name in module.__all__
+    if inspect.isfunction(getattr(module, name))
 ]
 
 
@@ -90,7 +91,7 @@ def test_every_reference_says_what_it_computes(name: str) -> None:
 
 def test_all_names_everything_public() -> None:
     public = {n for n, v in vars(tp).items() if not n.startswith("_") and not isinstance(v, ModuleType)}
-    assert public | {"__version__", "methods", "reference"} == set(tp.__all__)
+    assert public | {"__version__", "methods", "reference", "varlen"} == set(tp.__all__)
 
 
 @pytest.mark.parametrize("qualified", PUBLIC)

@@ -396,5 +396,7 @@ def test_a_decoder_that_embeds_is_refused() -> None:
 
 
 def test_gemma3n_is_refused_by_what_is_missing() -> None:
-    with pytest.raises(NotImplementedError, match=r"model_type 'gemma3n'\) is not supported: .*AltUp.*; supported are"):
+    with pytest.raises(
+        NotImplementedError, match=r"model_type 'gemma3n'\) is not supported: .*\(AltUp.*; supported are"
+    ):
         registry.family_of_type("gemma3n", "Gemma3nForConditionalGeneration")

@@ -119,6 +119,8 @@ def test_row_parts(heads: str, masked: bool) -> None:
             query, key, head_reduction=heads, query_reduction=name, backend="triton", **options
         )[0]
         assert torch.equal(alone, together[:, i])
+    if masked:
+        check(query, key, head_reduction=heads, query_reduction="none", **options)
 
 
 @pytest.mark.parametrize("heads", ["mean", "max", "none"])
@@ -158,6 +160,7 @@ def test_nan_is_the_maximum_of_heads_and_of_rows() -> None:
         ((1, 28, 4, 64, 16384, 128), {"cosine": True}, [(ROWS, 4 * 4 * 32), (COMBINE, 56), (COLUMNS, 256)]),
         ((2, 32, 32, 4096, 4096, 128), {}, [(ROWS, 2 * 32 * 32), (COLUMNS, 2 * 16 * 64), (PARTS, 2 * 32)]),
         ((2, 32, 32, 4096, 4096, 128), {"query_reduction": "last"}, [(ROWS, 2 * 32 * 32), (COLUMNS, 2 * 64)]),
+        ((2, 32, 32, 4096, 4096, 128), {"query_reduction": "none"}, [(ROWS, 2 * 32 * 32), (COLUMNS, 2 * 16 * 64)]),
         ((1, 16, 4, 64, 60, 64), {}, [(ROWS, 4 * 2), (COLUMNS, 4)]),
         ((1, 16, 4, 64, 60, 64), {"head_reduction": "none"}, [(ROWS, 4 * 2), (COLUMNS, 4 * 4)]),
         ((0, 16, 4, 64, 60, 64), {}, []),

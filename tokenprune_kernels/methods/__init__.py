@@ -1,4 +1,8 @@
-"""Published token-pruning methods and baselines as functions from tensors to a `Selection`, and their descriptions."""
+"""Published token-pruning methods and baselines as functions from tensors to a `Selection`, and their descriptions.
+
+The functions take `k` as `select_topk` does: a number of tokens, a share of all (a float in (0, 1]), or one of these
+for each sample. Those that read attention take `layout` as `cross_attention_scores` does.
+"""
 
 from ._common import Selection
 from ._method import ARGUMENTS, Method, Stage

@@ -1,11 +1,13 @@
 """What the methods share: the result type, the attention of visual tokens, their padding, and raster order."""
 
-from typing import NamedTuple
+import numbers
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._masks import indices_to_mask
+from .._op import Budget
 from ..ops import attention_entropy, attention_scores, cross_attention_scores, gather_compact, mask_to_indices
 
 Grid = tuple[int, int] | Tensor
@@ -161,17 +163,20 @@ def merge_into(
     }
 
 
-def check_count(method: str, k: int, name: str = "k") -> None:
-    """A budget is a host integer and not negative."""
-    if not isinstance(k, (int, torch.SymInt)):
+def check_count(method: str, k: Budget, name: str = "k") -> int:
+    """A number that is known to the host and not negative."""
+    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
         raise TypeError(f"{method}: {name} must be an int, got {type(k).__name__}")
     if k < 0:
         raise ValueError(f"{method}: {name} must be non-negative, got {k}")
+    return k
 
 
-def check_ratio(method: str, name: str, value: float) -> None:
+def check_ratio(method: str, name: str, value: Any) -> None:
     """A share of a budget lies in [0, 1]."""
-    if not 0 <= value <= 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{method}: {name} must be a number in [0, 1], got {type(value).__name__}")
+    if not 0 <= float(value) <= 1:
         raise ValueError(f"{method}: {name} must lie in [0, 1], got {value}")
 
 
@@ -184,9 +189,19 @@ def check_visual(method: str, name: str, t: Tensor, batch: int, tokens: int) -> 
         )
 
 
+def coordinates_of(method: str, positions: Tensor, sizes: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Positions [B, V, P], of any number type, in this dtype; [V, P] are those of every sample. sizes: B, V, ..."""
+    if positions.dim() == 2:
+        positions = positions.expand(sizes[0], *positions.shape)
+    check_visual(method, "positions", positions, sizes[0], sizes[1])
+    return positions.to(dtype)
+
+
 def grid_sides(method: str, grid: Grid, batch: int, tokens: int) -> tuple[int | Tensor, int | Tensor]:
     """Height and width of the grid: (h, w), or [B, 2] or [B, V, 2] as tensors that broadcast over [B, V]."""
     if not isinstance(grid, Tensor):
+        if not isinstance(grid, (tuple, list)) or len(grid) != 2:
+            raise TypeError(f"{method}: grid must be (height, width) or a tensor, got {grid!r}")
         return grid
     if grid.shape not in ((batch, 2), (batch, tokens, 2)):
         expected = f"[B, 2] or [B, V, 2], B = {batch} and V = {tokens}"

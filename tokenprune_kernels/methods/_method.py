@@ -45,6 +45,7 @@ EXTENT = {
     "query_mask": "[B, T] bool: `text_mask`",
     "key_mask": "[B, L] bool: False for padding; None when there is none",
     "causal": "bool: whether a query row sees no token behind its own; False where a prompt is a prefix (PaliGemma)",
+    "layout": 'str: "bhld", the order of dimensions of `query` and `key`',
     "scale": "float: what the attention multiplies its products by",
     "next_scale": "float: `scale` of the attention in the layer that comes",
     "lse": "[B, Hq, T] log-sum-exp of the query rows; None unless the attention gives it",

@@ -1,5 +1,6 @@
 """The methods by name: those of this package, in a fixed order, and then those that users register."""
 
+import difflib
 from collections.abc import Collection, Mapping, Sequence
 
 from ._method import Choose, Method, Stage, name_of
@@ -119,5 +120,7 @@ def get_method(method: str | Method | Choose, *, caller: str = "get_method") -> 
     if callable(method):
         return Method(name_of(method), (Stage(method),))
     if not isinstance(method, str) or method not in _METHODS:
-        raise ValueError(f"{caller}: method must be one of {', '.join(_METHODS)}, got {method!r}")
+        alike = difflib.get_close_matches(str(method).lower(), _METHODS, 1, 0.75)
+        instead = f"; type {alike[0]!r}" if alike else ""
+        raise ValueError(f"{caller}: method must be one of {', '.join(_METHODS)}, got {method!r}{instead}")
     return _METHODS[method]

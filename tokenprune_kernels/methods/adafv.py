@@ -1,19 +1,20 @@
 """AdaFV (arXiv 2501.09532): share the budget between the text's and the vision encoder's ranking."""
 
-import torch
 from torch import Tensor
 
+from .._op import Budget
 from ..ops import cross_attention_scores, select_mixture
-from ._common import Selection, check_visual
+from ._calls import called_like_ops
+from ._common import Selection, check_count, check_visual
 from ._method import Method, Stage
 
 
-@torch.no_grad()
+@called_like_ops
 def adafv(
     text_embeddings: Tensor,
     visual_embeddings: Tensor,
     saliency: Tensor,
-    k: int,
+    k: Budget,
     *,
     text_mask: Tensor | None = None,
     mask: Tensor | None = None,
@@ -51,6 +52,7 @@ def adafv(
     >>> kept.indices, kept.details["num_text"]
     (tensor([[0, 3]]), tensor([1]))
     """
+    k = check_count("adafv", k)
     check_visual("adafv", "saliency", saliency, *visual_embeddings.shape[:2])
     text, _, _ = cross_attention_scores(
         text_embeddings.unsqueeze(1), visual_embeddings.unsqueeze(1), query_mask=text_mask, key_mask=mask,

@@ -3,18 +3,21 @@
 import torch
 from torch import Tensor
 
+from .._op import Budget
 from ..ops import spatial_semantic_nms
-from ._common import Grid, Selection, ascending, check_count, check_visual, grid_sides, visual_attention, visual_mask
+from ..ops._attention import heads_first
+from ._calls import called_like_ops
+from ._common import Grid, Selection, ascending, check_count, coordinates_of, grid_sides, visual_attention, visual_mask
 from ._method import Method, Stage
 
 
-@torch.no_grad()
+@called_like_ops
 def adaptprune(
     query: Tensor,
     key: Tensor,
     features: Tensor,
     positions: Tensor,
-    k: int,
+    k: Budget,
     *,
     grid: Grid,
     groups: Tensor | None = None,
@@ -28,6 +31,7 @@ def adaptprune(
     radius: float = 5.0,
     sigma_spatial: float = 1.5,
     sigma_semantic: float = 0.05,
+    layout: str = "bhld",
     backend: str | None = None,
 ) -> Selection:
     """AdaptPrune (arXiv 2503.08019), as in the authors' code for LLaVA-1.5; inside the language model.
@@ -63,13 +67,13 @@ def adaptprune(
     >>> kept.indices
     tensor([[0, 2]])
     """
-    check_count("adaptprune", k)
+    k = check_count("adaptprune", k)
+    query, key = heads_first("adaptprune", layout, query=query, key=key)
     attention = visual_attention(
         query, key, lse, key_indices=key_indices, query_mask=query_mask, key_mask=key_mask,
         query_positions=query_positions, scale=scale, causal=causal, query_reduction="last", backend=backend,
     )  # fmt: skip
-    check_visual("adaptprune", "positions", positions, *attention.shape)
-    positions = positions.to(attention.dtype)
+    positions = coordinates_of("adaptprune", positions, attention.shape, attention.dtype)
 
     corrected = attention * _centre_prior(positions, grid)
     order, selected_scores, _ = spatial_semantic_nms(

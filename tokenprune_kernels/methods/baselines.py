@@ -3,16 +3,19 @@
 import torch
 from torch import Tensor
 
+from .._op import Budget
 from ..ops import repulsion_sample, select_topk
+from ..ops._attention import heads_first
+from ._calls import called_like_ops
 from ._common import Selection, ascending, check_count, visual_attention, visual_mask
 from ._method import Method, Stage
 
 
-@torch.no_grad()
+@called_like_ops
 def fastv(
     query: Tensor,
     key: Tensor,
-    k: int,
+    k: Budget,
     *,
     key_indices: Tensor | None = None,
     query_positions: Tensor | None = None,
@@ -21,6 +24,7 @@ def fastv(
     causal: bool = True,
     lse: Tensor | None = None,
     scale: float | None = None,
+    layout: str = "bhld",
     backend: str | None = None,
 ) -> Selection:
     """FastV (arXiv 2403.06764): the K visual tokens that the last prompt token attends to most, mean over heads.
@@ -35,7 +39,8 @@ def fastv(
     >>> fastv(torch.ones(1, 1, 1, 1), key, 2).indices
     tensor([[0, 2]])
     """
-    check_count("fastv", k)
+    k = check_count("fastv", k)
+    query, key = heads_first("fastv", layout, query=query, key=key)
     attention = visual_attention(
         query, key, lse, key_indices=key_indices, query_mask=query_mask, key_mask=key_mask,
         query_positions=query_positions, scale=scale, causal=causal, query_reduction="last", backend=backend,
@@ -44,9 +49,9 @@ def fastv(
     return Selection(indices, counts, {"attention": attention})
 
 
-@torch.no_grad()
+@called_like_ops
 def divprune(
-    features: Tensor, k: int, *, mask: Tensor | None = None, first: str = "isolated", backend: str | None = None
+    features: Tensor, k: Budget, *, mask: Tensor | None = None, first: str = "isolated", backend: str | None = None
 ) -> Selection:
     """DivPrune (arXiv 2503.02175): the subset whose smallest pairwise cosine distance is largest, greedily.
 
@@ -61,6 +66,7 @@ def divprune(
     >>> kept.indices, kept.details["order"]
     (tensor([[0, 3, 5]]), tensor([[3, 0, 5]]))
     """
+    k = check_count("divprune", k)
     order, _ = repulsion_sample(features, k, mask=mask, first=first, backend=backend)
     indices, counts = ascending(order, features.shape[1], k, backend)
     return Selection(indices, counts, {"order": order})
@@ -69,7 +75,7 @@ def divprune(
 @torch.no_grad()
 def random(
     n: int,
-    k: int,
+    k: Budget,
     generator: torch.Generator | None = None,
     *,
     batch: int = 1,
@@ -90,7 +96,7 @@ def random(
     >>> first.indices.shape, bool((first.indices == again.indices).all())
     (torch.Size([1, 128]), True)
     """
-    check_count("random", k)
+    n = check_count("random", n, "n")
     if mask is not None:
         if mask.dim() != 2 or mask.shape[1] != n:
             raise ValueError(f"random: mask must have shape [B, n] with n = {n}, got {list(mask.shape)}")

@@ -3,16 +3,18 @@
 import torch
 from torch import Tensor
 
+from .._op import Budget
 from ..ops import cosine_scores, dpp_sample
+from ._calls import called_like_ops
 from ._common import Selection, ascending, check_count, check_visual, number_range
 from ._method import Method, Stage
 
 
-@torch.no_grad()
+@called_like_ops
 def cdpruner(
     features: Tensor,
     text_embeddings: Tensor,
-    k: int,
+    k: Budget,
     *,
     image_embeddings: Tensor | None = None,
     text_mask: Tensor | None = None,
@@ -50,7 +52,7 @@ def cdpruner(
     >>> kept.indices, kept.details["order"]
     (tensor([[1, 2]]), tensor([[1, 2]]))
     """
-    check_count("cdpruner", k)
+    k = check_count("cdpruner", k)
     batch, tokens = features.shape[:2]
     if image_embeddings is None:
         relevance = cosine_scores(features, text_embeddings, query_mask=text_mask, reduction="mean", backend=backend)

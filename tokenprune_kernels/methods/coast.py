@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .._op import Budget
 from ..ops import contrastive_scores, score_entropy, select_topk, select_two_tailed
+from ..ops._attention import heads_first
+from ._calls import called_like_ops
 from ._common import (
     Selection,
     check_count,
@@ -20,12 +23,12 @@ from ._common import (
 from ._method import Method, Stage
 
 
-@torch.no_grad()
+@called_like_ops
 def coast(
     query: Tensor,
     key: Tensor,
     features: Tensor,
-    k: int,
+    k: Budget,
     *,
     key_indices: Tensor | None = None,
     query_positions: Tensor | None = None,
@@ -38,6 +41,7 @@ def coast(
     reference_ratio: float = 0.1,
     entropy: str = "global",
     scale: float | None = None,
+    layout: str = "bhld",
     backend: str | None = None,
 ) -> Selection:
     """COAST (arXiv 2605.09429), re-implemented from public descriptions; no code of the authors was found.
@@ -80,9 +84,12 @@ def coast(
     >>> kept.indices, kept.details["anchors"]  # the anchors, their neighbour 1, and the opposite token 4
     (tensor([[0, 1, 2, 4]]), tensor([[0, 2]]))
     """
-    check_count("coast", k)
+    k = check_count("coast", k)
+    query, key = heads_first("coast", layout, query=query, key=key)
     check_ratio("coast", "anchor_ratio", anchor_ratio)
     check_ratio("coast", "reference_ratio", reference_ratio)
+    if not isinstance(context_ratio, (tuple, list)) or len(context_ratio) != 2:
+        raise TypeError(f"coast: context_ratio must be two ratios, as (0.05, 0.15), got {context_ratio!r}")
     low, high = context_ratio
     check_ratio("coast", "context_ratio[0]", low)
     check_ratio("coast", "context_ratio[1]", high)

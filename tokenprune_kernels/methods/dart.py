@@ -4,17 +4,20 @@ import torch
 from torch import Tensor
 
 from .._masks import indices_to_mask
+from .._op import Budget
 from ..ops import cosine_scores, gather_compact, mask_to_indices, select_topk
+from ..ops._attention import heads_first
+from ._calls import called_like_ops
 from ._common import Selection, check_count, check_visual, visual_mask
 from ._method import Method, Stage
 
 
-@torch.no_grad()
+@called_like_ops
 def dart(
     key: Tensor,
     features: Tensor,
     text_embeddings: Tensor,
-    k: int,
+    k: Budget,
     *,
     key_indices: Tensor,
     query_positions: Tensor,
@@ -22,6 +25,7 @@ def dart(
     key_mask: Tensor | None = None,
     image_pivots: int = 4,
     text_pivots: int = 4,
+    layout: str = "bhld",
     backend: str | None = None,
 ) -> Selection:
     """DART (arXiv 2502.11494), duplication-aware reduction of tokens; inside the language model.
@@ -54,7 +58,8 @@ def dart(
     >>> kept.indices, kept.details["pivots"]
     (tensor([[0, 2]]), tensor([[ 0,  0, -1, -1, -1]]))
     """
-    check_count("dart", k)
+    k = check_count("dart", k)
+    (key,) = heads_first("dart", layout, key=key)
     batch, tokens, _ = features.shape
     check_visual("dart", "key_indices", key_indices, batch, tokens)
     norms = key.abs().sum(dim=(1, 3), dtype=torch.float64 if key.dtype == torch.float64 else torch.float32)
@@ -89,7 +94,7 @@ def _largest(norms: Tensor, positions: Tensor, real: Tensor, count: int) -> tupl
 
     As (indices [B, count] into the list, True [B, count] where there is one).
     """
-    listed = norms.gather(1, positions.clamp_min(0)) if norms.shape[1] else norms.new_zeros(positions.shape)
+    listed = norms.gather(1, positions.clamp_min(0).long()) if norms.shape[1] else norms.new_zeros(positions.shape)
     # A stable sort keeps the lower index first; no norm is negative.
     padded = torch.nn.functional.pad(torch.where(real, listed, -1.0), (0, count), value=-1.0)
     order = padded.sort(dim=1, descending=True, stable=True).indices[:, :count]

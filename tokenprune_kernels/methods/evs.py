@@ -3,18 +3,20 @@
 import torch
 from torch import Tensor
 
+from .._op import Budget
 from ..ops import gather_compact, paired_cosine, select_topk
+from ._calls import called_like_ops
 from ._common import Grid, Selection, check_count, check_visual, grid_sides
 from ._method import Method, Stage
 
 FIRST_FRAME = 255.0  # above every dissimilarity: a first frame is kept before anything else
 
 
-@torch.no_grad()
+@called_like_ops
 def evs(
     features: Tensor,
     groups: Tensor,
-    k: int,
+    k: Budget,
     *,
     grid: Grid,
     mask: Tensor | None = None,
@@ -45,7 +47,7 @@ def evs(
     >>> evs(video[None], torch.tensor([[0, 0, 1, 1]]), 3, grid=(1, 2)).indices
     tensor([[0, 1, 3]])
     """
-    check_count("evs", k)
+    k = check_count("evs", k)
     batch, tokens, _ = features.shape
     check_visual("evs", "groups", groups, batch, tokens)
     height, width = grid_sides("evs", grid, batch, tokens)

@@ -3,16 +3,18 @@
 import torch
 from torch import Tensor
 
+from .._op import Budget
 from ..ops import repulsion_sample
+from ._calls import called_like_ops
 from ._common import Selection, ascending, check_count, check_visual, number_range
 from ._method import Method, Stage
 
 
-@torch.no_grad()
+@called_like_ops
 def idpruner(
     features: Tensor,
     importance: Tensor,
-    k: int,
+    k: Budget,
     *,
     mask: Tensor | None = None,
     weight: float = 0.5,
@@ -42,7 +44,7 @@ def idpruner(
     >>> kept.indices
     tensor([[0, 2]])
     """
-    check_count("idpruner", k)
+    k = check_count("idpruner", k)
     if not 0 < weight < 1:
         raise ValueError(f"idpruner: weight must lie between 0 and 1, got {weight}")
     batch, tokens = features.shape[:2]

@@ -3,16 +3,18 @@
 import torch
 from torch import Tensor
 
+from .._op import Budget
 from ..ops import coverage_sample
+from ._calls import called_like_ops
 from ._common import Selection, ascending, check_count, check_visual
 from ._method import Method, Stage
 
 
-@torch.no_grad()
+@called_like_ops
 def mmtok(
     features: Tensor,
     text_embeddings: Tensor,
-    k: int,
+    k: Budget,
     *,
     image_embeddings: Tensor | None = None,
     text_mask: Tensor | None = None,
@@ -46,7 +48,7 @@ def mmtok(
     >>> mmtok(visual, torch.tensor([[[0.0, 0.0, 2.0]]]), 2).details["order"]  # the question, then the larger part
     tensor([[3, 1]])
     """
-    check_count("mmtok", k)
+    k = check_count("mmtok", k)
     batch, tokens = features.shape[:2]
     seen = features if image_embeddings is None else image_embeddings
     check_visual("mmtok", "image_embeddings", seen, batch, tokens)

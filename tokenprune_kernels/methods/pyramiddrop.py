@@ -1,18 +1,20 @@
 """PyramidDrop (arXiv 2410.17247): fewer visual tokens at each quarter of the model, by its own next projections."""
 
-import torch
 from torch import Tensor
 
+from .._op import Budget
 from ..ops import select_topk
+from ..ops._attention import heads_first
+from ._calls import called_like_ops
 from ._common import Selection, check_count, visual_attention, visual_mask
 from ._method import Method, Stage
 
 
-@torch.no_grad()
+@called_like_ops
 def pyramiddrop(
     query: Tensor,
     key: Tensor,
-    k: int,
+    k: Budget,
     *,
     key_indices: Tensor | None = None,
     query_positions: Tensor | None = None,
@@ -21,6 +23,7 @@ def pyramiddrop(
     causal: bool = True,
     lse: Tensor | None = None,
     scale: float | None = None,
+    layout: str = "bhld",
     backend: str | None = None,
 ) -> Selection:
     """PyramidDrop (arXiv 2410.17247), one of its stages: what the last prompt token is about to attend to.
@@ -46,7 +49,8 @@ def pyramiddrop(
     >>> get_method("pyramiddrop").scheduled(28)
     {7: 0.5, 14: 0.25, 21: 0.125}
     """
-    check_count("pyramiddrop", k)
+    k = check_count("pyramiddrop", k)
+    query, key = heads_first("pyramiddrop", layout, query=query, key=key)
     attention = visual_attention(
         query, key, lse, key_indices=key_indices, query_mask=query_mask, key_mask=key_mask,
         query_positions=query_positions, scale=scale, causal=causal, query_reduction="last", backend=backend,

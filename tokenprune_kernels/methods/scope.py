@@ -3,16 +3,18 @@
 import torch
 from torch import Tensor
 
+from .._op import Budget
 from ..ops import coverage_sample
+from ._calls import called_like_ops
 from ._common import Selection, ascending, check_count, check_visual
 from ._method import Method, Stage
 
 
-@torch.no_grad()
+@called_like_ops
 def scope(
     features: Tensor,
     saliency: Tensor,
-    k: int,
+    k: Budget,
     *,
     mask: Tensor | None = None,
     alpha: float = 1.0,
@@ -42,7 +44,7 @@ def scope(
     >>> kept.indices, kept.details["order"]
     (tensor([[0, 3]]), tensor([[0, 3]]))
     """
-    check_count("scope", k)
+    k = check_count("scope", k)
     batch, tokens = features.shape[:2]
     check_visual("scope", "saliency", saliency, batch, tokens)
     wide = features.to(torch.promote_types(features.dtype, torch.float32))

@@ -7,7 +7,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .._masks import indices_to_mask
+from .._op import Budget
 from ..ops import cross_attention_scores, density_peaks, gather_compact, mask_to_indices, merge_tokens, select_topk
+from ..ops._attention import heads_first
+from ._calls import called_like_ops
 from ._common import (
     Selection,
     check_count,
@@ -23,14 +26,14 @@ from ._method import Method, Stage
 CLUSTER = 10  # recycled tokens per cluster
 
 
-@torch.no_grad()
+@called_like_ops
 def sparsevlm(
     query: Tensor,
     key: Tensor,
     features: Tensor,
     input_features: Tensor,
     input_text: Tensor,
-    k: int,
+    k: Budget,
     *,
     count: int | None = None,
     input_mask: Tensor | None = None,
@@ -44,6 +47,7 @@ def sparsevlm(
     rank_scale: float | None = None,
     rank_bias: float = 0.0,
     scale: float | None = None,
+    layout: str = "bhld",
     backend: str | None = None,
 ) -> Selection:
     """SparseVLM (arXiv 2410.04417), one of its stages inside the language model.
@@ -89,7 +93,8 @@ def sparsevlm(
     >>> kept.merged.flatten(), kept.sizes
     (tensor([4., 3., 7.]), tensor([[1., 1., 2.]]))
     """
-    check_count("sparsevlm", k)
+    k = check_count("sparsevlm", k)
+    query, key = heads_first("sparsevlm", layout, query=query, key=key)
     if recycle_ratio is not None:
         check_ratio("sparsevlm", "recycle_ratio", recycle_ratio)
         if rank_scale is not None:

@@ -3,15 +3,18 @@
 import torch
 from torch import Tensor
 
+from .._op import Budget
 from ..ops import repulsion_sample, select_topk
-from ._common import Selection, ascending, check_count, check_visual, visual_attention, visual_mask
+from ..ops._attention import heads_first
+from ._calls import called_like_ops
+from ._common import Selection, ascending, check_count, coordinates_of, visual_attention, visual_mask
 from ._method import Method, Stage
 
 
-@torch.no_grad()
+@called_like_ops
 def sts_structure(
     features: Tensor,
-    k: int,
+    k: Budget,
     *,
     positions: Tensor | None = None,
     mask: Tensor | None = None,
@@ -49,9 +52,10 @@ def sts_structure(
     >>> kept.indices, kept.details["order"]
     (tensor([[0, 4]]), tensor([[4, 0]]))
     """
+    k = check_count("sts_structure", k)
     if positions is not None:
-        check_visual("sts_structure", "positions", positions, *features.shape[:2])
-        positions = _by_diagonal(positions.to(torch.promote_types(features.dtype, torch.float32)), mask)
+        wide = torch.promote_types(features.dtype, torch.float32)
+        positions = _by_diagonal(coordinates_of("sts_structure", positions, features.shape, wide), mask)
     order, _ = repulsion_sample(
         features, k, positions=positions, energy=energy, mask=mask, potential="riesz", aggregate="sum",
         feature_weight=feature_weight, position_weight=position_weight, exponent=exponent, epsilon=epsilon,
@@ -74,11 +78,11 @@ def _by_diagonal(positions: Tensor, mask: Tensor | None) -> Tensor:
     return positions / torch.where(diagonal > 0, diagonal, 1)
 
 
-@torch.no_grad()
+@called_like_ops
 def sts_semantics(
     query: Tensor,
     key: Tensor,
-    k: int,
+    k: Budget,
     *,
     key_indices: Tensor | None = None,
     query_positions: Tensor | None = None,
@@ -87,6 +91,7 @@ def sts_semantics(
     causal: bool = True,
     lse: Tensor | None = None,
     scale: float | None = None,
+    layout: str = "bhld",
     backend: str | None = None,
 ) -> Selection:
     """STS-style stage 2, inside the language model: keep what the instruction attends to.
@@ -107,7 +112,8 @@ def sts_semantics(
     >>> sts_semantics(torch.ones(1, 1, 2, 1), key, 2, causal=False).indices
     tensor([[0, 2]])
     """
-    check_count("sts_semantics", k)
+    k = check_count("sts_semantics", k)
+    query, key = heads_first("sts_semantics", layout, query=query, key=key)
     attention = visual_attention(
         query, key, lse, key_indices=key_indices, query_mask=query_mask, key_mask=key_mask,
         query_positions=query_positions, scale=scale, causal=causal, query_reduction="mean", backend=backend,

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from .._masks import indices_to_mask
+from .._op import Budget
 from ..ops import gather_compact, mask_to_indices, merge_tokens, select_grouped_topk, select_topk
+from ._calls import called_like_ops
 from ._common import Selection, check_count, check_ratio, check_visual
 from ._method import Method, Stage
 
@@ -12,11 +14,11 @@ TEMPERATURE = 0.01  # of the softmax over frames
 WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)  # of the Gaussians
 
 
-@torch.no_grad()
+@called_like_ops
 def vidcom2(
     features: Tensor,
     groups: Tensor,
-    k: int,
+    k: Budget,
     *,
     rate: float | None = None,
     frames: int | None = None,
@@ -53,7 +55,7 @@ def vidcom2(
     >>> vidcom2(video[None], torch.tensor([[0, 0, 0, 1, 1, 1]]), 1).indices
     tensor([[2]])
     """
-    check_count("vidcom2", k)
+    k = check_count("vidcom2", k)
     check_count("vidcom2", 0 if frames is None else frames, "frames")
     check_ratio("vidcom2", "rate", 1.0 if rate is None else rate)
     batch, tokens, channels = features.shape

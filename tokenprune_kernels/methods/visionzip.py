@@ -4,16 +4,18 @@ import torch
 from torch import Tensor
 
 from .._masks import indices_to_mask
+from .._op import Budget
 from ..ops import gather_compact, mask_to_indices, merge_tokens, select_topk
+from ._calls import called_like_ops
 from ._common import Selection, check_count, check_ratio, check_visual, merge_into
 from ._method import Method, Stage
 
 
-@torch.no_grad()
+@called_like_ops
 def visionzip(
     features: Tensor,
     saliency: Tensor,
-    k: int,
+    k: Budget,
     *,
     keys: Tensor | None = None,
     mask: Tensor | None = None,
@@ -52,7 +54,7 @@ def visionzip(
              [2.0000, 1.6667],
              [0.0000, 2.0000]]])
     """
-    check_count("visionzip", k)
+    k = check_count("visionzip", k)
     check_ratio("visionzip", "contextual_ratio", contextual_ratio)
     batch, tokens = features.shape[:2]
     check_visual("visionzip", "saliency", saliency, batch, tokens)

@@ -6,18 +6,20 @@ import torch
 from torch import Tensor
 
 from .._masks import indices_to_mask
+from .._op import Budget
 from ..ops import mask_to_indices, select_topk
+from ._calls import called_like_ops
 from ._common import Selection, check_count, check_ratio, check_visual
 from ._method import Method, Stage
 
 AT_ONCE = 8  # tokens that a round removes at most
 
 
-@torch.no_grad()
+@called_like_ops
 def vispruner(
     features: Tensor,
     saliency: Tensor,
-    k: int,
+    k: Budget,
     *,
     mask: Tensor | None = None,
     important_ratio: float = 0.5,
@@ -52,7 +54,7 @@ def vispruner(
     >>> kept.indices, kept.details["important"]  # of 1, 2 and 3 the first is like the second
     (tensor([[0, 2, 3]]), tensor([[0]]))
     """
-    check_count("vispruner", k)
+    k = check_count("vispruner", k)
     check_ratio("vispruner", "important_ratio", important_ratio)
     batch, tokens = features.shape[:2]
     check_visual("vispruner", "saliency", saliency, batch, tokens)

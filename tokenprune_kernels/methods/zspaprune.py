@@ -5,16 +5,18 @@ import math
 import torch
 from torch import Tensor
 
+from .._op import Budget
 from ..ops import cosine_scores, repulsion_sample, select_topk
+from ._calls import called_like_ops
 from ._common import Selection, ascending, check_count, check_ratio
 from ._method import Method, Stage
 
 
-@torch.no_grad()
+@called_like_ops
 def zspaprune(
     text_embeddings: Tensor,
     visual_embeddings: Tensor,
-    k: int,
+    k: Budget,
     *,
     text_mask: Tensor | None = None,
     mask: Tensor | None = None,
@@ -47,7 +49,7 @@ def zspaprune(
     >>> kept.indices, kept.details["core"], kept.details["diverse"]  # floor(0.6 * 3) = 1 from the prompt
     (tensor([[0, 3, 4]]), tensor([[0]]), tensor([[4, 3]]))
     """
-    check_count("zspaprune", k)
+    k = check_count("zspaprune", k)
     check_ratio("zspaprune", "core_ratio", core_ratio)
     prompt = _mean(text_embeddings, text_mask).to(visual_embeddings.dtype)
 

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .._backend import call
 from .._op import KERNELS, along, op, scores
-from ._attention import ATTENTION, HEADS
+from ._attention import ATTENTION, HEADS, heads_first
 
 
 @op(
@@ -24,6 +24,7 @@ def attention_entropy(
     scale: float | None = None,
     causal: bool = False,
     cosine: bool = False,
+    layout: str = "bhld",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Entropy and log-sum-exp of every query row over its visible keys: (entropy, lse), both [B, Hq, M].
@@ -34,7 +35,7 @@ def attention_entropy(
     Args:
         query: [B, Hq, M, D] float16, bfloat16, float32 or float64.
         key: [B, Hkv, N, D], the dtype of `query`.
-        key_mask, query_positions, scale, causal, cosine, backend: as in `cross_attention_scores`.
+        key_mask, query_positions, scale, causal, cosine, layout, backend: as in `cross_attention_scores`.
 
     Returns:
         entropy (nats) and lse, float32 (float64 for float64 inputs), without gradient. A row that sees nothing has
@@ -51,6 +52,8 @@ def attention_entropy(
         tensor([[[1.3863],
                  [1.3863]]])
     """
+    if layout != "bhld":
+        query, key = heads_first("tokenprune::attention_entropy", layout, query=query, key=key)
     return call(
         "attention_entropy",
         backend,

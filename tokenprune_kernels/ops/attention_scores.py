@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .._backend import call
 from .._op import KERNELS, along, floats, op, scores
-from ._attention import ATTENTION, BY_HEADS, HEADS, REDUCED, reduced_shape
+from ._attention import ATTENTION, BY_HEADS, BY_ROWS, HEADS, REDUCED, heads_first, reduced_shape
 
 
 @op(
@@ -15,7 +15,7 @@ from ._attention import ATTENTION, BY_HEADS, HEADS, REDUCED, reduced_shape
     work=("key", "B * Hq * M * max(N, V) * D"),
     rule=HEADS,
     # With the lse known, each key has its score by itself; a causal row ends at a key that others may have.
-    shardings=(*BY_HEADS, along("N", causal=(False,), key_indices=(None,))),
+    shardings=(*BY_HEADS, BY_ROWS, along("N", causal=(False,), key_indices=(None,))),
     backends=KERNELS,
 )
 def attention_scores(
@@ -32,6 +32,7 @@ def attention_scores(
     cosine: bool = False,
     head_reduction: str = "mean",
     query_reduction: str = "mean",
+    layout: str = "bhld",
     backend: str | None = None,
 ) -> Tensor:
     """Scores from a log-sum-exp that is already known, for instance from the FlashAttention call that ran.
@@ -44,7 +45,7 @@ def attention_scores(
         key: [B, Hkv, N, D], the dtype of `query`.
         lse: [B, Hq, M] of any floating dtype, natural logarithm. A row with lse = -inf has P = 0.
         key_indices, query_mask, key_mask, query_positions, scale, causal, cosine, head_reduction, query_reduction,
-            backend: as in `cross_attention_scores`.
+            layout, backend: as in `cross_attention_scores`.
 
     Returns:
         The scores alone, shaped as those of `cross_attention_scores`.
@@ -62,6 +63,8 @@ def attention_scores(
         >>> tp.attention_scores(query, image, lse)
         tensor([[0.2500, 0.2500]])
     """
+    if layout != "bhld":
+        query, key = heads_first("tokenprune::attention_scores", layout, query=query, key=key)
     scores: Tensor = call(
         "attention_scores",
         backend,

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .._backend import call
-from .._op import KERNELS, Count, counts, flags, floats, op, picks, scores
+from .._op import KERNELS, Budget, Count, counts, flags, floats, op, picks, scores
 
 
 @op(
@@ -19,7 +19,7 @@ from .._op import KERNELS, Count, counts, flags, floats, op, picks, scores
 )
 def coverage_sample(
     similarity: Tensor,
-    k: int,
+    k: Budget,
     *,
     row_weights: Tensor | None = None,
     quality: Tensor | None = None,
@@ -36,7 +36,7 @@ def coverage_sample(
     Args:
         similarity: how well token n covers row r, [B, R, N], float16, bfloat16, float32 or float64. Values are finite;
             negative and NaN count as 0.
-        k: how many to pick, >= 0; may exceed N.
+        k: how many to pick, >= 0; may exceed N. Or as in `select_topk` a share of N, or a number for each sample.
         row_weights: [B, R], any floating dtype; default 1. Negative and NaN count as 0.
         quality: [B, N], any floating dtype; default 1. Negative and NaN count as 0.
         row_mask: [B, R] bool, True for the rows that count; default all.

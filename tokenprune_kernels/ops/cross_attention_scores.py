@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .._backend import call
 from .._op import KERNELS, op, scores
-from ._attention import ATTENTION, BY_HEADS, HEADS, REDUCED, reduced_shape
+from ._attention import ATTENTION, BY_HEADS, BY_ROWS, HEADS, REDUCED, heads_first, reduced_shape
 
 
 @op(
@@ -13,7 +13,7 @@ from ._attention import ATTENTION, BY_HEADS, HEADS, REDUCED, reduced_shape
     returns={"scores": scores(reduced_shape), "entropy": scores("B Hq M"), "lse": scores("B Hq M")},
     work=("key", "B * Hq * M * max(N, V) * D"),
     rule=HEADS,
-    shardings=BY_HEADS,
+    shardings=(*BY_HEADS, BY_ROWS),
     backends=KERNELS,
 )
 def cross_attention_scores(
@@ -29,6 +29,7 @@ def cross_attention_scores(
     cosine: bool = False,
     head_reduction: str = "mean",
     query_reduction: str = "mean",
+    layout: str = "bhld",
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Score every key by the attention it receives: (scores, entropy, lse).
@@ -49,15 +50,23 @@ def cross_attention_scores(
         cosine: the logits are scale * cos(q, k); a zero vector has cosine 0.
         head_reduction: "mean", "sum", "max" or "none".
         query_reduction: "mean", "sum", "max", "last" (the last row of `query_mask`), or several joined by "+" and
-            computed in one pass. Without any row in `query_mask` the scores are 0.
+            computed in one pass. Without any row in `query_mask` the scores are 0. Or "none", alone: every row keeps
+            its scores, and those of rows outside `query_mask` are 0.
+        layout: "blhd" when query and key are [B, M, Hq, D] and [B, N, Hkv, D], as FlashAttention has them; nothing is
+            copied. All else is as with "bhld".
         backend: which implementation serves the call; see `use_backend`.
 
     Returns:
         scores: [B, V], or [B, R, V] when R > 1 reductions are joined by "+"; with head_reduction="none" [B, Hq, V] or
-            [B, R, Hq, V]. V is N without `key_indices`.
+            [B, R, Hq, V]. With query_reduction="none" [B, M, V], or [B, Hq, M, V] if head_reduction is "none" too.
+            V is N without `key_indices`.
         entropy: [B, Hq, M], -sum P log P of every row in nats; 0 for a row that sees nothing.
         lse: [B, Hq, M], the log-sum-exp of every row; -inf for a row that sees nothing.
         All are float32 (float64 for float64 inputs) and carry no gradient.
+
+    Warns:
+        UserWarning: the key has more heads than tokens, and more than 128, or more than 16 that are no multiple of 4:
+            no model has, and `layout="blhd"` is probably meant.
 
     Raises:
         TypeError: an argument has the wrong dtype or is no tensor.
@@ -78,7 +87,15 @@ def cross_attention_scores(
         tensor([[0.5000, 0.0000, 0.5000]])
         >>> entropy, lse  # log 2, and 2 + log 2
         (tensor([[[0.6931]]]), tensor([[[2.6931]]]))
+
+        The same from FlashAttention's layout:
+
+        >>> rows, keys = query.transpose(1, 2), key.transpose(1, 2)  # [1, 1, 1, 4] and [1, 3, 1, 4]
+        >>> tp.cross_attention_scores(rows, keys, key_mask=mask, layout="blhd")[0]
+        tensor([[0.5000, 0.0000, 0.5000]])
     """
+    if layout != "bhld":
+        query, key = heads_first("tokenprune::cross_attention_scores", layout, query=query, key=key)
     scores, entropy, lse = call(
         "cross_attention_scores",
         backend,

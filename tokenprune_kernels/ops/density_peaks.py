@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .._backend import call
-from .._op import KERNELS, AtLeast, Count, counts, flags, floats, op, picks, scores
+from .._op import KERNELS, AtLeast, Budget, Count, counts, flags, floats, op, picks, scores
 
 
 @op(
@@ -16,7 +16,7 @@ from .._op import KERNELS, AtLeast, Count, counts, flags, floats, op, picks, sco
     backends=KERNELS,
 )
 def density_peaks(
-    features: Tensor, k: int, *, neighbors: int = 5, mask: Tensor | None = None, backend: str | None = None
+    features: Tensor, k: Budget, *, neighbors: int = 5, mask: Tensor | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cluster centres by density peaks (DPC-kNN): tokens that are dense and far from every denser token.
 
@@ -28,7 +28,7 @@ def density_peaks(
 
     Args:
         features: [B, N, C], float16, bfloat16, float32 or float64, in any strides.
-        k: how many centres, >= 0; may exceed N.
+        k: how many centres, >= 0; may exceed N. Or as in `select_topk` a share of N, or a number for each sample.
         neighbors: >= 1; where fewer tokens are valid, the mean is over what there is.
         mask: [B, N] bool, True for the tokens that take part; default all.
         backend: which implementation serves the call; see `use_backend`.

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .._backend import call
-from .._op import KERNELS, Count, Number, counts, flags, floats, op, picks, scores
+from .._op import KERNELS, Budget, Count, Number, counts, flags, floats, op, picks, scores
 
 
 @op(
@@ -18,7 +18,7 @@ from .._op import KERNELS, Count, Number, counts, flags, floats, op, picks, scor
 )
 def dpp_sample(
     features: Tensor,
-    k: int,
+    k: Budget,
     *,
     quality: Tensor | None = None,
     mask: Tensor | None = None,
@@ -33,7 +33,8 @@ def dpp_sample(
 
     Args:
         features: [B, N, C], float16, bfloat16, float32 or float64, in any strides.
-        k: how many to pick, >= 0; may exceed N and the rank of the features.
+        k: how many to pick, >= 0; may exceed N and the rank of the features. Or as in `select_topk` a share of N, or a
+            number for each sample.
         quality: q, [B, N], any floating dtype; default 1.
         mask: [B, N] bool, True for the tokens that may be picked; default all.
         epsilon: a gain of at most epsilon * q_j^2 counts as a rounding error: beyond the rank of the kernel, picks go

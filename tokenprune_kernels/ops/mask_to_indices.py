@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .._backend import call
-from .._op import KERNELS, Count, counts, flags, op, picks
+from .._op import KERNELS, Budget, Count, counts, flags, op, picks
 
 
 @op(
@@ -12,14 +12,17 @@ from .._op import KERNELS, Count, counts, flags, op, picks
     returns={"indices": picks("B capacity"), "counts": counts("B")},
     backends=KERNELS,
 )
-def mask_to_indices(mask: Tensor, capacity: int, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+def mask_to_indices(
+    mask: Tensor, capacity: Budget | None = None, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
     """Positions of True in ascending order, cut at `capacity`.
 
     A nonzero() whose result has a fixed shape, so that nothing waits for the device.
 
     Args:
         mask: [B, N] bool.
-        capacity: length of the lists, >= 0; may exceed N.
+        capacity: length of the lists, >= 0; may exceed N. Default: N, which all of them fit into. Or as k of
+            `select_topk` a share of N, or a number for each sample.
         backend: which implementation serves the call; see `use_backend`.
 
     Returns:
@@ -29,7 +32,11 @@ def mask_to_indices(mask: Tensor, capacity: int, *, backend: str | None = None) 
         ValueError, TypeError: an argument has the wrong shape, dtype or value.
 
     >>> import torch, tokenprune_kernels as tp
-    >>> tp.mask_to_indices(torch.tensor([[True, False, True]]), 4)
-    (tensor([[ 0,  2, -1, -1]]), tensor([2]))
+    >>> tp.mask_to_indices(torch.tensor([[True, False, True]]), 2)
+    (tensor([[0, 2]]), tensor([2]))
+    >>> tp.mask_to_indices(torch.tensor([[True, False, True]]))
+    (tensor([[ 0,  2, -1]]), tensor([2]))
     """
+    if capacity is None:  # of a mask that is none, the check says so
+        capacity = mask.shape[-1] if isinstance(mask, Tensor) and not mask.is_nested and mask.dim() else 0
     return call("mask_to_indices", backend, mask, capacity)

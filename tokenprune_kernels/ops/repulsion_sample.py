@@ -3,13 +3,13 @@
 from torch import Tensor
 
 from .._backend import call
-from .._op import KERNELS, Choice, Count, Number, counts, flags, floats, indices, op, picks
+from .._op import KERNELS, Budget, Choice, Count, Number, coordinates, counts, flags, floats, indices, op, picks
 
 
 @op(
     features=floats("B N C"),
     k=Count(),
-    positions=floats("B N P"),
+    positions=coordinates("B N P"),
     seed_indices=indices("B S"),
     energy=floats("B N"),
     mask=flags("B N"),
@@ -27,7 +27,7 @@ from .._op import KERNELS, Choice, Count, Number, counts, flags, floats, indices
 )
 def repulsion_sample(
     features: Tensor,
-    k: int,
+    k: Budget,
     *,
     positions: Tensor | None = None,
     seed_indices: Tensor | None = None,
@@ -63,8 +63,8 @@ def repulsion_sample(
 
     Args:
         features: [B, N, C], float16, bfloat16, float32 or float64, C >= 1. A zero vector has cosine 0 with everything.
-        k: how many to pick, >= 0; may exceed N.
-        positions: [B, N, P], any floating dtype.
+        k: how many to pick, >= 0; may exceed N. Or as in `select_topk` a share of N, or a number for each sample.
+        positions: [B, N, P], or [N, P] for all samples alike; any floating dtype, or integers, which become float32.
         seed_indices: [B, S] int64, tokens that count as selected from the start and are never returned; -1 means no
             entry, repetitions count once, a False mask does not matter.
         energy: [B, N], any floating dtype, added to U.

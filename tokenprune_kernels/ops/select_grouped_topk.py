@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .._backend import call
-from .._op import KERNELS, Count, counts, flags, floats, integers, op, picks
+from .._op import KERNELS, Budget, Count, counts, flags, floats, integers, op, picks
 
 
 @op(
@@ -19,7 +19,7 @@ def select_grouped_topk(
     scores: Tensor,
     groups: Tensor,
     budgets: Tensor,
-    k: int,
+    k: Budget,
     *,
     mask: Tensor | None = None,
     largest: bool = True,
@@ -31,7 +31,8 @@ def select_grouped_topk(
         scores: [B, N], float16, bfloat16, float32 or float64.
         groups: [B, N] int64, the group of each token; tokens of a group outside [0, G) are never selected.
         budgets: [B, G] int64, how many tokens each group keeps; they stay on the device. Negative counts as 0.
-        k: the capacity of the result, >= 0. When the budgets allow more tokens, the first k of them are returned.
+        k: the capacity of the result, >= 0. When the budgets allow more tokens, the first k of them are returned. Or as
+            in `select_topk` a share of N, or a number for each sample.
         mask: [B, N] bool, True for the tokens that may be selected; default all.
         largest: False selects the smallest of each group instead. NaN stays last.
         backend: which implementation serves the call; see `use_backend`.

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .._backend import call
-from .._op import KERNELS, Count, Number, counts, flags, floats, op, picks
+from .._op import KERNELS, Budget, Count, Number, counts, flags, floats, op, picks
 
 
 @op(
@@ -18,7 +18,7 @@ from .._op import KERNELS, Count, Number, counts, flags, floats, op, picks
 def select_mixture(
     text_scores: Tensor,
     visual_scores: Tensor,
-    k: int,
+    k: Budget,
     *,
     floor: float = 0.25,
     mask: Tensor | None = None,
@@ -34,7 +34,7 @@ def select_mixture(
     Args:
         text_scores: [B, N], float16, bfloat16, float32 or float64; negative and NaN count as 0.
         visual_scores: [B, N], likewise; the two dtypes may differ.
-        k: how many to keep, >= 0; may exceed N.
+        k: how many to keep, >= 0; may exceed N. Or as in `select_topk` a share of N, or a number for each sample.
         floor: the part of k that each ranking is sure of, in [0, 0.5].
         mask: [B, N] bool, True for the tokens that may be selected; default all.
         backend: which implementation serves the call; see `use_backend`.

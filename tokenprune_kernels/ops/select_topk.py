@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .._backend import call
-from .._op import KERNELS, Count, counts, flags, floats, integers, op, picks
+from .._op import KERNELS, Budget, Count, counts, flags, floats, integers, op, picks
 
 
 @op(
@@ -16,7 +16,7 @@ from .._op import KERNELS, Count, counts, flags, floats, integers, op, picks
 )
 def select_topk(
     scores: Tensor,
-    k: int,
+    k: Budget,
     *,
     mask: Tensor | None = None,
     largest: bool = True,
@@ -29,7 +29,8 @@ def select_topk(
 
     Args:
         scores: [B, N], float16, bfloat16, float32 or float64.
-        k: how many to keep, >= 0; may exceed N.
+        k: how many to keep, >= 0; may exceed N. A float in (0, 1] is the share of the N tokens, rounded, 1 at least. A
+            list (or a [B] tensor in CPU memory) has a number for each sample, and the largest is the k of the result.
         mask: [B, N] bool, True for the tokens that may be selected; default all.
         largest: False selects the k smallest instead. NaN stays last.
         budgets: [B] int64, how many each sample keeps of at most k; they stay on the device. Negative counts as 0.
@@ -49,6 +50,9 @@ def select_topk(
     >>> tp.select_topk(scores, 3, mask=torch.tensor([[True, False, False, True]]))
     (tensor([[ 0,  3, -1]]), tensor([2]))
     >>> tp.select_topk(scores.expand(2, 4), 3, budgets=torch.tensor([3, 1]))
+    (tensor([[ 1,  2,  3],
+            [ 1, -1, -1]]), tensor([3, 1]))
+    >>> tp.select_topk(scores.expand(2, 4), [0.75, 1])  # the same: three quarters of the tokens, and one
     (tensor([[ 1,  2,  3],
             [ 1, -1, -1]]), tensor([3, 1]))
     """

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .._backend import call
-from .._op import KERNELS, Count, counts, flags, floats, integers, op, picks
+from .._op import KERNELS, Budget, Count, counts, flags, floats, integers, op, picks
 
 
 @op(
@@ -15,7 +15,7 @@ from .._op import KERNELS, Count, counts, flags, floats, integers, op, picks
     backends=KERNELS,
 )
 def select_two_tailed(
-    scores: Tensor, num_low: Tensor, k: int, *, mask: Tensor | None = None, backend: str | None = None
+    scores: Tensor, num_low: Tensor, k: Budget, *, mask: Tensor | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """The k - n highest tokens and the n lowest of what is left, n = clamp(num_low, 0, k).
 
@@ -25,7 +25,7 @@ def select_two_tailed(
     Args:
         scores: [B, N], float16, bfloat16, float32 or float64.
         num_low: [B] int64, how many of the k go to the lowest scores; values outside [0, k] are clamped.
-        k: how many to keep in all, >= 0; may exceed N.
+        k: how many to keep in all, >= 0; may exceed N. Or as in `select_topk` a share of N, or a number per sample.
         mask: [B, N] bool, True for the tokens that may be selected; default all.
         backend: which implementation serves the call; see `use_backend`.
 

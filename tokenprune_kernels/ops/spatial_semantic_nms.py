@@ -3,13 +3,27 @@
 from torch import Tensor
 
 from .._backend import call
-from .._op import KERNELS, Choice, Count, Number, counts, flags, floats, integers, op, picks, scores
+from .._op import (
+    KERNELS,
+    Budget,
+    Choice,
+    Count,
+    Number,
+    coordinates,
+    counts,
+    flags,
+    floats,
+    integers,
+    op,
+    picks,
+    scores,
+)
 
 
 @op(
     scores=floats("B N"),
     features=floats("B N C"),
-    positions=floats("B N 2"),
+    positions=coordinates("B N 2"),
     k=Count(),
     groups=integers("B N"),
     mask=flags("B N"),
@@ -26,7 +40,7 @@ def spatial_semantic_nms(
     scores: Tensor,
     features: Tensor,
     positions: Tensor,
-    k: int,
+    k: Budget,
     *,
     groups: Tensor | None = None,
     mask: Tensor | None = None,
@@ -46,8 +60,9 @@ def spatial_semantic_nms(
     Args:
         scores: what a token is worth at the start, [B, N], any floating dtype.
         features: [B, N, C], any floating dtype; what cosines are taken of (AdaptPrune: keys before the rotation).
-        positions: [B, N, 2], any floating dtype; usually row and column on the patch grid.
-        k: number of tokens to select.
+        positions: [B, N, 2], or [N, 2] for all samples alike; any floating dtype, or integers, which become float32;
+            usually row and column on the patch grid.
+        k: number of tokens to select. Or as in `select_topk` a share of N, or a number for each sample.
         groups: [B, N] int64, the crop or frame of each token; tokens of different groups never interact. One group by
             default.
         mask: [B, N] bool, True where a token may be selected; all of them by default.

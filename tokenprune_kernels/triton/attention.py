@@ -84,22 +84,23 @@ def _column_pass(
     vectors = (s // unit for s in (*strides(query), *strides(key)))
     group = heads // max(key_heads, 1)
     config = columns_config(where, query.dtype, dim, unit, m, group, v)
-    kinds = query_reduction.split("+")
+    each = query_reduction == "none"
+    kinds = [] if each else query_reduction.split("+")
     wanted = {
         "HEADS": head_reduction, "KINDS": kinds_code(kinds), "R": len(kinds),
         "SUM": "sum" in kinds or "mean" in kinds, "MAX": "max" in kinds, "LAST": "last" in kinds,
     }  # fmt: skip
     out_heads = heads if head_reduction == "none" else 1
     items = key_heads * cdiv(group, config.blocks["GROUP"]) if head_reduction == "none" else 1
-    parts = row_parts(m) if wanted["SUM"] or wanted["MAX"] else 1
-    partial = workspace(scores, (batch, parts, 3, out_heads, v)) if parts > 1 else None
+    parts = row_parts(m) if wanted["SUM"] or wanted["MAX"] or each else 1
+    partial = workspace(scores, (batch, parts, 3, out_heads, v)) if parts > 1 and not each else None
     launch(
         attention_columns_kernel, (batch * items * parts * cdiv(v, config.blocks["BLOCK_N"]),), query,
         query, key, lse, key_indices, query_mask, key_mask, positions, scores, partial,
         key_heads, group, m, n, v, dim // unit, _scale(scale, cosine, dim), parts,
         *vectors, *lse.stride(),
         _stride(key_indices), _stride(query_mask), _stride(key_mask), _stride(positions),
-        config=config, CAUSAL=causal, COSINE=cosine, UNIT=unit, **wanted,
+        config=config, CAUSAL=causal, COSINE=cosine, UNIT=unit, EACH=each, **wanted,
     )  # fmt: skip
     if partial is not None:
         launch(

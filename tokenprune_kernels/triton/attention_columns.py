@@ -8,6 +8,7 @@ heads, and nothing of size rows x keys leaves the registers.
         for every key head, and GROUP of its query heads at a time:     GROUP: Hq / Hkv, padded to a power of two
             tile of logits [BLOCK_M, BLOCK_N], row = (query row, head of the group);  P;  heads += or max= P
         sum, maximum, last row of the heads' result over these rows     all that are asked for, in registers
+        or, with query_reduction="none" (EACH), the heads' result of every row is written
 
 Rows that do not count (query_mask) or see none of the columns cost neither loads nor products. `last` alone computes
 one block of rows, the same one as among other reductions, so that its bits are the same. With head_reduction="none" no
@@ -97,6 +98,37 @@ def counted_rows(mask_ptr, m, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _heads_of_scores(head_group, chunks, group, HEADS: tl.constexpr, GROUP: tl.constexpr):
+    """The heads of the scores that a program writes, and which of them exist: with "none" those of its head group."""
+    if HEADS == "none":
+        g = head_group % chunks * GROUP + tl.arange(0, GROUP)
+        heads, exist = head_group // chunks * group + g, g < group
+    else:
+        heads = tl.zeros((1,), tl.int32)
+        exist = heads == 0
+    return heads.to(tl.int64), exist
+
+
+@triton.jit
+def _write_rows(
+    scores_ptr, values, start, m, v, sample, first, chunks, group, key_heads, column, inside,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Write the heads' results [ROWS, heads, columns] of the rows from `start` on, which are not reduced."""
+    out_head, exist = _heads_of_scores(first, chunks, group, HEADS, GROUP)
+    out_heads, over = 1, 1.0
+    if HEADS == "none":
+        out_heads = key_heads * group
+    if HEADS == "mean":
+        over = tl.maximum(key_heads * group, 1).to(tl.float32)
+    i = start + tl.arange(0, ROWS)
+    line = (sample * out_heads + out_head)[None, :] * m + i[:, None]
+    at = line[:, :, None] * v + column[None, None, :]
+    mask = (i < m)[:, None, None] & exist[None, :, None] & inside[None, None, :]
+    tl.store(scores_ptr + at, values / over, mask=mask)
+
+
+@triton.jit
 def _write_scores(
     scores_ptr, at, stride, inside, total, best, final, heads, count,
     HEADS: tl.constexpr, KINDS: tl.constexpr, R: tl.constexpr,
@@ -126,7 +158,7 @@ def attention_columns_kernel(
     lse_batch_stride, lse_head_stride, lse_row_stride,
     indices_stride, query_mask_stride, key_mask_stride, positions_stride,
     HEADS: tl.constexpr, KINDS: tl.constexpr, R: tl.constexpr,
-    SUM: tl.constexpr, MAX: tl.constexpr, LAST: tl.constexpr,
+    SUM: tl.constexpr, MAX: tl.constexpr, LAST: tl.constexpr, EACH: tl.constexpr,
     CAUSAL: tl.constexpr, COSINE: tl.constexpr, STREAMED: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_TAIL: tl.constexpr,
     GROUP: tl.constexpr,
@@ -172,7 +204,7 @@ def attention_columns_kernel(
     lowest = tl.min(j, 0)
 
     count, final_row = counted_rows(query_mask_ptr, m, 1024)
-    if SUM or MAX:
+    if SUM or MAX or EACH:
         length = tl.cdiv(tl.cdiv(m, ROWS), parts) * ROWS
         begin, end = part * length, tl.minimum((part + 1) * length, m)
     else:
@@ -233,18 +265,24 @@ def attention_columns_kernel(
             if LAST:
                 is_last = start + tl.arange(0, ROWS) == final_row
                 final += tl.sum(tl.where(is_last[:, None, None], heads, 0.0), 0)
+            if EACH:
+                _write_rows(scores_ptr, heads, start, m, v, sample, first, chunks, group, key_heads, column, inside,
+                            HEADS, ROWS, GROUP)  # fmt: skip
+        elif EACH:
+            nothing = tl.zeros((ROWS, OUT, BLOCK_N), tl.float32)
+            _write_rows(scores_ptr, nothing, start, m, v, sample, first, chunks, group, key_heads, column, inside,
+                        HEADS, ROWS, GROUP)  # fmt: skip
 
     out_heads = 1
-    out_head = tl.zeros((1,), tl.int32)
-    exists = inside[None, :]
     if HEADS == "none":
         out_heads = key_heads * group
-        g = first % chunks * GROUP + tl.arange(0, GROUP)
-        out_head = first // chunks * group + g
-        exists = (g < group)[:, None] & exists
+    out_head, exist = _heads_of_scores(first, chunks, group, HEADS, GROUP)
+    exists = exist[:, None] & inside[None, :]
     size = tl.cast(out_heads, tl.int64) * v
-    at = out_head.to(tl.int64)[:, None] * v + column[None, :]
-    if partial_ptr is not None:
+    at = out_head[:, None] * v + column[None, :]
+    if EACH:
+        pass
+    elif partial_ptr is not None:
         at += (sample * parts + part) * 3 * size
         if SUM:
             tl.store(partial_ptr + at, total, mask=exists)

@@ -7,7 +7,8 @@
 //       rows are reduced: sum, maximum and last row of every column           per thread, for its columns
 //   the sums of lanes, then of parts are combined in a fixed order; 64 columns are written
 //
-// With head_reduction none no heads are combined, and the rows are the inner loop. A thread has what belongs to one
+// With head_reduction none no heads are combined, and the rows are the inner loop. With query_reduction none (every_row)
+// the combined heads of a tile are written in place of the reduction of its rows. A thread has what belongs to one
 // column in 4 (float32: 8) neighbouring lanes, so rows are reduced in registers. Row tiles of which no row counts
 // or sees any of these keys (query_mask, causality) are skipped at both ends.
 //
@@ -18,38 +19,32 @@
 // Launch 2 (several row parts only): attention_column_rows.cuh.
 #pragma once
 
-#include "tokenprune/attention_column_item.cuh"
+#include "tokenprune/attention_column_scores.cuh"
 #include "tokenprune/attention_state.cuh"
 
 namespace tokenprune {
 
-enum class HeadOp { kSum, kMax, kNone };
-
 template <class T, HeadOp op>
-struct ColumnPass : ColumnMemory {
-  using Tile = DotTile<T>;
-  static constexpr int kA = Tile::kThreadA, kB = Tile::kThreadB;
-  // b(j) is in 8 unit(j) .. 8 unit(j) + 7, for all lanes.
-  __device__ __forceinline__ static constexpr int unit(int j) { return j * 8 / kB; }
+struct ColumnPass : ColumnScores<T, op> {
+  using Scores = ColumnScores<T, op>;
+  using Scores::add_rows, Scores::combine_parts, Scores::divide_by_heads, Scores::write_rows, Scores::write_zeros;
+  using Scores::c, Scores::p, Scores::plan, Scores::present, Scores::mass, Scores::kA, Scores::kB, Scores::kReduced;
+  using Scores::item, Scores::head_begin, Scores::head_end, Scores::ring_of, Scores::statistics;
+  using Scores::part, Scores::team, Scores::sync, Scores::clear, Scores::finish, Scores::joined, Scores::per_head;
+  using typename Scores::Tile;
 
-  const ColumnProblem& c;
-  const AttentionProblem& p;
-  // Of the rows at work: how many; bit i * kB + j: row b(j) sees column a(i).
-  int present;
-  uint32_t visible;
-  float sum[kA], max[kA];
-  Tile mass;  // P, or what the heads so far make of it
+  uint32_t visible;  // bit i * kB + j: row b(j) of those at work sees column a(i)
 
   __device__ __forceinline__ ColumnPass(const ColumnProblem& problem, const ColumnPlan& plan_in)
-      : ColumnMemory{plan_in}, c(problem), p(problem.attention) {}
+      : Scores(problem, plan_in) {}
 
   __device__ __forceinline__ void begin(int64_t number) {
     sync();  // the last item's reads of shared memory
     if (threadIdx.x == 0) item().number = number;
     const int64_t first_column = number % plan.key_tiles * kTileVectors;
     number /= plan.key_tiles;
-    const int64_t range = op == HeadOp::kNone ? number % plan.head_ranges : part();
-    const int64_t ranges = op == HeadOp::kNone ? plan.head_ranges : plan.parts();
+    const int64_t range = per_head() ? number % plan.head_ranges : part();
+    const int64_t ranges = per_head() ? plan.head_ranges : plan.parts();
     number /= plan.head_ranges;
     const int64_t row_part = number % plan.row_parts, sample = number / plan.row_parts;
     if (tile_thread() == 0) {
@@ -87,11 +82,11 @@ struct ColumnPass : ColumnMemory {
     for (int i = 0; i < kA; ++i)
       if (item().keys[Tile::a(i)] >= 0) visible |= ((uint64_t(1) << kB) - 1) << i * kB;
     clear();
-  }
-
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int i = 0; i < kA; ++i) sum[i] = max[i] = 0;  // P is not negative, and no row gives 0
+    if constexpr (!kReduced) {
+      if (p.query_heads == 0) rows.end = rows.first;
+      write_zeros(from, rows.first);
+      write_zeros(rows.end, to < p.rows ? to : p.rows);
+    }
   }
 
   // The rows from `row` on are the next ones at work.
@@ -147,12 +142,7 @@ struct ColumnPass : ColumnMemory {
       for (int i = 0; i < kA; ++i) {
         float probability = exp2_approx(__fmaf_rn(dots.at(i, j), row.x, -row.y) * kUnfolded);
         if (!kEvery && (seen >> (i * kB + j) & 1) == 0) probability = 0.0f;
-        if constexpr (op == HeadOp::kNone)
-          into.at(i, j) = probability;
-        else if constexpr (op == HeadOp::kMax)
-          into.at(i, j) = nan_max(into.at(i, j), probability);
-        else
-          into.at(i, j) += probability;
+        into.at(i, j) = op == HeadOp::kNone ? probability : joined(into.at(i, j), probability);
       }
     }
   }
@@ -187,103 +177,6 @@ struct ColumnPass : ColumnMemory {
       add_probabilities<false>(dots, of_row, seen);
   }
 
-  // Rows 8 n .. 8 n + 7 of a tile are unit n, which one part reduces.
-  __device__ __forceinline__ bool is_mine(int n, int mine) const {
-    return plan.parts() == 1 || n * plan.parts() / 8 == mine;
-  }
-
-  // Combines the parts' heads: each part reads the values of its rows from all parts, in order. A thread's values go to
-  // the thread of the same number. The ring is free between tiles.
-  __device__ __forceinline__ void combine_parts() {
-    float4* const values_of = reinterpret_cast<float4*>(ring_of(team()));
-    const int mine = part();
-    __syncthreads();
-#pragma unroll
-    for (int n = 0; n < 8; ++n)
-      if (8 * n < present)
-        values_of[n * kTileThreads + tile_thread()] =
-            make_float4(mass.sums[n][0], mass.sums[n][1], mass.sums[n][2], mass.sums[n][3]);
-    sync();
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      if (8 * n >= present || !is_mine(n, mine)) continue;
-      const int at = n * kTileThreads + tile_thread();
-      for (int rank = 0; rank < plan.cluster; ++rank) {
-        for (int t = 0; t < plan.teams; ++t) {
-          const float4 x = reinterpret_cast<const float4*>(cluster_shared(ring_of(t), rank))[at];
-          const float values[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            float& total = mass.sums[n][e];
-            if (rank + t == 0)
-              total = values[e];
-            else if constexpr (op == HeadOp::kMax)
-              total = nan_max(total, values[e]);
-            else
-              total += values[e];
-          }
-        }
-      }
-    }
-    sync();
-  }
-
-  __device__ __forceinline__ bool row_counts(int64_t row) const {
-    return c.query_mask == nullptr || c.query_mask[item().sample * c.query_mask_stride + row];
-  }
-
-  // Adds the rows at work, from `row` on, to the columns' sums. The rows of a tile are added up first: fewer roundings
-  // than one long sum.
-  __device__ __forceinline__ void add_rows(Tile& from, int64_t row) {
-    const int mine = part();
-    float of_tile[kA] = {};
-#pragma unroll
-    for (int j = 0; j < kB; ++j) {
-      if (8 * unit(j) >= present) break;
-      const int64_t r = row + Tile::b(j);
-      if (!is_mine(unit(j), mine) || Tile::b(j) >= present || !row_counts(r)) continue;
-#pragma unroll
-      for (int i = 0; i < kA; ++i) {
-        of_tile[i] += from.at(i, j);
-        max[i] = nan_max(max[i], from.at(i, j));
-        if (r == item().rows.last) cluster_shared(last_values(), 0)[Tile::a(i)] = from.at(i, j);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kA; ++i) sum[i] += of_tile[i];
-  }
-
-  // Combines the lanes' and the parts' sums in the first block, which writes them.
-  __device__ __forceinline__ void finish(int head) {
-    float* const to = cluster_shared(results_of(part()), 0);
-#pragma unroll
-    for (int i = 0; i < kA; ++i) {
-      const float s = warp_reduce(sum[i], Sum(), Tile::kLanesPerA), m = warp_reduce(max[i], NanMax(), Tile::kLanesPerA);
-      if (lane_id() % Tile::kLanesPerA != 0) continue;
-      to[Tile::a(i)] = s;
-      to[kTileVectors + Tile::a(i)] = m;
-    }
-    clear();
-    sync();
-    const int64_t column = item().first_column + threadIdx.x;
-    if (cluster_rank() != 0 || threadIdx.x >= kTileVectors || column >= c.columns) return;
-    const CountedRows& rows = item().rows;
-    const int64_t sample = item().sample, row_part = item().row_part;
-    ColumnSums sums{0, 0, 0};
-    for (int q = 0; q < plan.parts(); ++q) {
-      sums.sum += results_of(q)[threadIdx.x];
-      sums.max = nan_max(sums.max, results_of(q)[kTileVectors + threadIdx.x]);
-    }
-    if (rows.last >= rows.first && rows.last < rows.end) sums.last = last_values()[threadIdx.x];
-    const bool alone = plan.row_parts == 1;
-    const bool has_last = alone || row_part == (rows.last < 0 ? 0 : rows.last / plan.rows_per_part);
-    write_scores(c, sample, head, column, rows.count, sums, alone, has_last);
-    if (alone) return;
-    float* partial = c.partial + ((sample * plan.row_parts + row_part) * 2 * c.out_heads() + head) * c.columns + column;
-    partial[0] = sums.sum;
-    partial[c.out_heads() * c.columns] = sums.max;
-  }
-
   __device__ __forceinline__ int64_t row_of_tile(int tile) const {
     return item().rows.first + int64_t(tile) * kTileVectors;
   }
@@ -308,13 +201,15 @@ struct ColumnPass : ColumnMemory {
       // Read before the work and stored after it: the store waits for nothing, and no register holds the values while a
       // tile is multiplied.
       const float2 after_next = statistics_of(head_of(t + 2), row_of(t + 2));
-      if (op == HeadOp::kNone && over_rows) take_rows(row_of(t));
+      if (per_head() && over_rows) take_rows(row_of(t));
+      if (!kReduced && per_head()) mass.clear();
       add_head(dots, head_of(t), t);
       put_statistics(t + 2, after_next);
       if constexpr (op == HeadOp::kNone) {
         add_rows(dots, row_of(t));
         if (!over_rows || t == tiles - 1) finish(head_of(t));
       }
+      if (!kReduced && per_head()) write_rows(mass, head_of(t), row_of(t));
     };
     for_each_tile<T>(ring_of(team()), static_cast<int>(p.dim), plan.resident, tiles, keys_of, queries_of, visit);
   }
@@ -327,7 +222,7 @@ struct ColumnPass : ColumnMemory {
     // Teams pass the same barriers, so they go through the same number of tiles.
     const int heads = plan.teams > 1 ? static_cast<int>((p.query_heads + plan.parts() - 1) / plan.parts())
                                      : head_end() - head_begin();
-    const bool over_rows = op == HeadOp::kNone && rows_after(1) > 0;
+    const bool over_rows = per_head() && rows_after(1) > 0;
     int row_tile = 0, done = 0;
     while (rows_after(row_tile) > 0 && done < heads) {
       const int64_t row = row_of_tile(row_tile);
@@ -345,18 +240,25 @@ struct ColumnPass : ColumnMemory {
       run_tiles(head_begin() + done, row_tile, tiles, over_rows);
       done += over_rows ? 1 : tiles;
       if (over_rows || done < heads) continue;
-      if constexpr (op != HeadOp::kNone) {
+      if (!per_head()) {
         if (plan.parts() > 1) combine_parts();
-        add_rows(mass, row);
+        if constexpr (kReduced) {
+          add_rows(mass, row);
+        } else {
+          if (c.heads == ColumnHeads::kMean) divide_by_heads();
+          write_rows(mass, 0, row);
+        }
         done = 0;
       }
       ++row_tile;
     }
-    const int from = op == HeadOp::kNone ? head_begin() : 0;
-    const int to = op != HeadOp::kNone ? 1 : rows_after(0) > 0 ? from : head_end();  // with rows, heads are finished
-    for (int head = from; head < to; ++head) {
-      __syncthreads();
-      finish(head);
+    if constexpr (kReduced) {
+      const int from = op == HeadOp::kNone ? head_begin() : 0;
+      const int to = op != HeadOp::kNone ? 1 : rows_after(0) > 0 ? from : head_end();  // with rows, heads are finished
+      for (int head = from; head < to; ++head) {
+        __syncthreads();
+        finish(head);
+      }
     }
   }
 };
@@ -374,18 +276,26 @@ __global__ void __launch_bounds__(kTileThreads* kMaxTeams, 1)
   }
 }
 
+inline Launch column_launch(const ColumnProblem& c, const ColumnPlan& plan, cudaStream_t stream) {
+  return {dim3(static_cast<unsigned>(plan.blocks)), dim3(kTileThreads * plan.teams),
+          static_cast<size_t>(plan.shared),         stream,
+          static_cast<unsigned>(plan.cluster),      false,
+          plan.overlap && !c.first_launch};
+}
+
 template <class T>
 cudaError_t launch_attention_columns(const ColumnProblem& c, const ColumnPlan& plan, cudaStream_t stream) {
-  const Launch where{dim3(static_cast<unsigned>(plan.blocks)), dim3(kTileThreads * plan.teams),
-                     static_cast<size_t>(plan.shared),         stream,
-                     static_cast<unsigned>(plan.cluster),      false,
-                     plan.overlap && !c.first_launch};
   const auto kernel = c.per_head()                   ? attention_columns_kernel<T, HeadOp::kNone>
                       : c.heads == ColumnHeads::kMax ? attention_columns_kernel<T, HeadOp::kMax>
                                                      : attention_columns_kernel<T, HeadOp::kSum>;
-  const cudaError_t status = launch(where, kernel, c, plan);
+  const cudaError_t status = launch(column_launch(c, plan, stream), kernel, c, plan);
   if (status != cudaSuccess || plan.launches() < 2) return status;
   return launch_attention_columns_combine(c, plan, stream);
+}
+
+template <class T>
+cudaError_t launch_attention_every_row(const ColumnProblem& c, const ColumnPlan& plan, cudaStream_t stream) {
+  return launch(column_launch(c, plan, stream), attention_columns_kernel<T, HeadOp::kEveryRow>, c, plan);
 }
 
 }  // namespace tokenprune

@@ -24,6 +24,7 @@ struct ColumnProblem {
   const uint8_t* query_mask;  // bytes [batch, rows] with last stride 1, or null: every row counts
   int64_t query_mask_stride;
   ColumnHeads heads;
+  bool every_row;       // rows are not reduced: scores [batch, out_heads, rows, columns], and no kinds
   bool last_only;       // no row reduction but kLast: one row is computed
   bool first_launch;    // of the call: lse and the inverse norms are there
   uint64_t kinds;       // kind r in bits 2 r and 2 r + 1
@@ -42,19 +43,20 @@ struct ColumnProblem {
 struct ColumnPlan {
   int64_t key_tiles;      // per sample
   int64_t head_ranges;    // per_head: ranges of query heads, an item each; otherwise 1
-  int64_t row_parts;      // ranges of rows, an item each; above 1 a second launch combines them
+  int64_t row_parts;      // ranges of rows, an item each
   int64_t rows_per_part;  // a multiple of the tile
   int cluster, teams;     // blocks of an item, teams of kTileThreads threads of a block: heads are split over both
   int group;              // query heads of a key head
   bool resident;          // the key tile of a key head stays in shared memory
+  bool combine;           // a second launch combines the row parts
   bool overlap;           // a launch starts while the one in front of it ends
   int64_t items, blocks;  // blocks is the grid; they loop over the items
   int ring, shared;       // bytes of a team's tiles and of the whole block
 
   TOKENPRUNE_HD int parts() const { return cluster * teams; }
-  int launches() const { return blocks == 0 ? 0 : row_parts > 1 ? 2 : 1; }
+  int launches() const { return blocks == 0 ? 0 : combine ? 2 : 1; }
   int64_t partial_elements(int64_t batch, int64_t out_heads, int64_t columns) const {
-    return row_parts > 1 ? batch * row_parts * 2 * out_heads * columns : 0;
+    return combine ? batch * row_parts * 2 * out_heads * columns : 0;
   }
 };
 
@@ -80,7 +82,7 @@ inline int column_shared_bytes(int64_t dim, int element_size, bool resident, int
 struct ColumnShape {
   int64_t batch, query_heads, key_heads, rows, dim, columns;
   int element_size;
-  bool per_head, last_only;
+  bool per_head, every_row, last_only;
   bool one_launch;  // a second launch is not wanted, however long the first one takes
 };
 
@@ -95,7 +97,7 @@ inline ColumnPlan plan_attention_columns(const ColumnShape& s, const DeviceLimit
   plan.overlap = limits.has_clusters();
   plan.head_ranges = plan.row_parts = 1;
   const int64_t rows = s.last_only ? std::min<int64_t>(s.rows, 1) : s.rows;
-  const int64_t tiles = s.batch * plan.key_tiles, wanted = 2 * int64_t(limits.sm_count);
+  const int64_t tiles = s.every_row && rows == 0 ? 0 : s.batch * plan.key_tiles, wanted = 2 * int64_t(limits.sm_count);
   const int64_t row_tiles = ceil_div<int64_t>(rows, kTileVectors);
   const bool fits = tile_resident(s.dim, s.element_size);
   const bool grouped = s.key_heads > 0 && s.query_heads > s.key_heads;
@@ -122,18 +124,19 @@ inline ColumnPlan plan_attention_columns(const ColumnShape& s, const DeviceLimit
     plan.resident = fits && grouped && plan.teams == 1;
   }
   const int64_t units = tiles * plan.head_ranges * plan.parts();
-  if (!s.one_launch && units > 0 && row_tiles > 1) {
+  if ((s.every_row || !s.one_launch) && units > 0 && row_tiles > 1) {
     const int64_t slots = 3 * int64_t(limits.sm_count);  // teams that run at once, by registers
     constexpr int64_t kSteps = 8;  // tiles a block should have to compute: below, a second launch costs more
     const int64_t heads = ceil_div(s.query_heads, plan.head_ranges * plan.parts());
     const int64_t bytes = 2 * s.batch * (s.per_head ? s.query_heads : 1) * s.columns * int64_t(sizeof(float));
-    const int64_t small =
-        std::max(row_tiles / 4, kPartialFloor / std::max<int64_t>(1, bytes));  // 1% of the rows x columns matrices
+    const int64_t small =  // 1% of the rows x columns matrices
+        s.every_row ? row_tiles : std::max(row_tiles / 4, kPartialFloor / std::max<int64_t>(1, bytes));
     plan.row_parts = std::max<int64_t>(1, std::min({slots / units, row_tiles, row_tiles * heads / kSteps, small}));
     plan.row_parts = limits.planned(Planned::kAttentionRowParts, plan.row_parts, 1, row_tiles);
   }
   plan.rows_per_part = std::max<int64_t>(1, ceil_div(row_tiles, plan.row_parts)) * kTileVectors;
   plan.row_parts = std::max<int64_t>(1, ceil_div<int64_t>(rows, plan.rows_per_part));
+  plan.combine = plan.row_parts > 1 && !s.every_row;
   plan.items = tiles * plan.head_ranges * plan.row_parts;
   plan.blocks = std::min(plan.items, int64_t(kBlocksPerSm) * limits.sm_count) * plan.cluster;
   plan.ring = tile_shared_bytes(s.dim, s.element_size, plan.resident);
@@ -144,6 +147,10 @@ inline ColumnPlan plan_attention_columns(const ColumnShape& s, const DeviceLimit
 // Launches the column pass, and the combination of row parts when there are several.
 template <class T>
 cudaError_t launch_attention_columns(const ColumnProblem& problem, const ColumnPlan& plan, cudaStream_t stream);
+
+// The column pass of a problem with every_row: one launch.
+template <class T>
+cudaError_t launch_attention_every_row(const ColumnProblem& problem, const ColumnPlan& plan, cudaStream_t stream);
 
 // Its second launch.
 cudaError_t launch_attention_columns_combine(const ColumnProblem& problem, const ColumnPlan& plan, cudaStream_t stream);

@@ -20,8 +20,8 @@ class Prompts:
     model: Any
     inputs: dict[str, Tensor]
     visual: int | tuple[int, ...]  # the ids that stand for visual tokens
-    new_type: int = 0  # the token_type_ids of tokens that are decoded
     special: tuple[int, ...] = ()  # other ids that no text may have
+    new_type: int = 0  # the token_type_ids of tokens that are decoded
 
 
 def text(count: int, generator: torch.Generator) -> list[int]:

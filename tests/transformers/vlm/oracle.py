@@ -106,10 +106,9 @@ def _renumbering(decoder: Any, drops: Sequence[Drop], real: Tensor) -> Iterator[
 
 
 def decoder_of(model: Any) -> Any:
-    """Idefics3 and SmolVLM call it their text model; Llama 4 has its head inside."""
     core = getattr(model, "model", model)
-    decoder = core.language_model if hasattr(core, "language_model") else core.text_model
-    return getattr(decoder, "model", decoder)
+    decoder = core.language_model if hasattr(core, "language_model") else core.text_model  # Idefics3, SmolVLM
+    return getattr(decoder, "model", decoder)  # Llama 4 has its head there
 
 
 def in_float64(prompts: Prompts) -> Prompts:

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from ..._convert import as_python, share_of
+
 Share = int | float
 Keep = Share | Sequence[Share] | Tensor
 
@@ -20,11 +22,6 @@ class Budget(Protocol):
     prompt of each has, which some budgets have to know (targets.py)."""
 
     def __call__(self, tokens: Sequence[int], further: Sequence[int] = ..., /) -> list[int]: ...
-
-
-def as_python(number: Any) -> Any:
-    """The scalars of NumPy and torch as Python's numbers, their vectors as lists; anything else as it is."""
-    return number.tolist() if len(getattr(number, "shape", (1, 1))) < 2 else number
 
 
 def numbers_of(keep: Any, per: str | None = None) -> list[Share]:
@@ -73,7 +70,7 @@ def budget_of(
 def _kept(number: Share, tokens: int, least: int, rounding: Callable[[Fraction], int]) -> int:
     if isinstance(number, int):
         return min(number, tokens)
-    return min(tokens, max(least, rounding(Fraction(str(number)) * tokens)))  # as it was written: 0.29 of 100 are 29
+    return share_of(number, tokens, least=least, rounding=rounding)
 
 
 def schedule_of(keep: Mapping[int, Keep], depth: int, per: str | None = None, *, least: int = 1) -> dict[int, Budget]:

@@ -132,6 +132,11 @@ def check_cache(cache: Any, family: Family, *, compact: bool) -> None:
         raise NotImplementedError("prune_visual_tokens: compact_cache=True does not go with an offloaded cache")
 
 
+def counts(layer: Any) -> bool:
+    """Whether a layer of a cache counts its tokens; linear attention has a state in their place."""
+    return hasattr(layer, "get_seq_length")
+
+
 def free_windows(cache: Any, layers: Iterable[int]) -> None:
     """Empty layers that keep a number of tokens as wide as a window get one that keeps all in their place.
 
@@ -149,11 +154,6 @@ def take_windows_back(cache: Any, *, filled: bool) -> None:
         if filled and layer_length(cache, index):
             layer.update(cache.layers[index].keys, cache.layers[index].values)
         cache.layers[index] = layer
-
-
-def counts(layer: Any) -> bool:
-    """Whether a layer of a cache counts its tokens; linear attention has a state in their place."""
-    return hasattr(layer, "get_seq_length")
 
 
 def layer_length(cache: Any, layer: int) -> int:

@@ -147,6 +147,7 @@ OF_SAMPLES: dict[str, Callable[[LayerContext], Any]] = {
     "next_scale": lambda c: c.projected().scale,
     "lse": LayerContext.lse,
     "causal": lambda c: c.causal,
+    "layout": lambda c: "bhld",
     "key_mask": lambda c: c.tokens.real,
     "query_positions": LayerContext.query_positions,
     "query_mask": lambda c: c.text_mask,

@@ -14,7 +14,8 @@ from transformers.masking_utils import (
 from .attention import base_of
 from .families import Family, Model
 
-FULL, LINEAR = "full_attention", "linear_attention"
+FULL = "full_attention"
+LINEAR = "linear_attention"  # a state in place of keys: its mask is of the padding alone, [B, L] or None
 
 # sees(sample, head, query, key): which keys a query sees, as transformers' mask functions take it.
 Sees = Callable[..., Any]

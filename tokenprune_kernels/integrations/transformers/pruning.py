@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..._convert import as_python
 from ...methods import ARGUMENTS, Method, Stage, get_method, method_names
 from ...methods._method import Choose
 from .block import Block
-from .budgets import Budget, Keep, as_python, budget_of, check_layer, ending_with, least_of, schedule_of, times
+from .budgets import Budget, Keep, budget_of, check_layer, ending_with, least_of, schedule_of, times
 from .choose import check_stage
 from .families import Family
 from .hooks import install

@@ -60,9 +60,9 @@ UNSERVED = {
     "mllama": "its images are seen through cross-attention: the prompt has no visual tokens to drop",
     "molmo": "its code comes with the checkpoint, and molmo2 is not served",
     "molmo2": "its visual tokens see each other both ways, by a mask that the model makes from mm_token_type_ids",
+    "ovis": "load the checkpoint that ends in -hf (model_type ovis2)",
     "qwen2_5_omni": "pass model.thinker, and generate without speech, whose talker reads all hidden states",
     "qwen3_omni_moe": "pass model.thinker, and generate without speech, whose talker reads all hidden states",
-    "ovis": "load the checkpoint that ends in -hf (model_type ovis2)",
 }
 
 

@@ -43,14 +43,12 @@ def shortened(
         rotary = gather_compact(rotary, columns, dims=[d + 1 for d in batch_dims], batch_dims=batch_dims)
         embeddings = rotary[0] if isinstance(given, Tensor) else tuple(rotary)
     check_attention(decoder.config, kind)
-    mask: Any = after.real  # linear attention has a state in place of keys, and looks at the padding alone
-    if kind != LINEAR:
-        made = sees_by(inputs["attention_mask"], batch)
-        mask = decoder_mask(
-            decoder.config, family.mask_function if made is None else at_columns(made, columns), as_it_is=made is None,
-            batch=batch, queries=after.length, keys=after.length, padding=after.real, bias=segment.bias_of_columns(),
-            dtype=dtype, device=columns.device,
-        )  # fmt: skip
+    made = sees_by(inputs["attention_mask"], batch)
+    mask = after.real if kind == LINEAR else decoder_mask(
+        decoder.config, family.mask_function if made is None else at_columns(made, columns), as_it_is=made is None,
+        batch=batch, queries=after.length, keys=after.length, padding=after.real, bias=segment.bias_of_columns(),
+        dtype=dtype, device=columns.device,
+    )  # fmt: skip
     # FlashAttention would take gaps in the positions for borders between packed sequences.
     replaced = {"position_embeddings": embeddings, "attention_mask": mask, "position_ids": None}
     if inputs.get("cache_position") is not None:

@@ -8,14 +8,14 @@ from transformers.cache_utils import DynamicLayer
 
 from .frames import RECEIVED, merged_family
 
-_STATES: type | None = getattr(cache_utils, "LinearAttentionLayer", None)
+_STATES: list[type] = [cache_utils.LinearAttentionLayer] if hasattr(cache_utils, "LinearAttentionLayer") else []
 
 FAMILIES = (
     merged_family(
         "Qwen3.5",
         ("qwen3_5", "qwen3_5_moe"),
         saliency=RECEIVED,
-        layer_types=frozenset({"full_attention", *["linear_attention"] * (_STATES is not None)}),
-        cache_layers=(DynamicLayer, *[_STATES] * (_STATES is not None)),
+        layer_types=frozenset({"full_attention", *(["linear_attention"] if _STATES else [])}),
+        cache_layers=(DynamicLayer, *_STATES),
     ),
 )

@@ -16,7 +16,7 @@ def _body(tower: Model) -> Any:
 
 def attention_of(core: Model) -> nn.Module:
     """The attention of the layer whose features the model takes."""
-    return attention_in(core.vision_tower, core.config.vision_feature_layer)
+    return attention_in(core.vision_tower, getattr(core.config, "vision_feature_layer", -1))
 
 
 def attention_in(tower: Model, chosen: int | Sequence[int]) -> nn.Module:
@@ -49,8 +49,8 @@ def has_class_token(core: Model) -> bool:
 
 
 def _strategy(core: Model) -> str:
-    # VipLLaVA has no choice.
-    return str(getattr(core.config, "vision_feature_select_strategy", "default"))
+    """Without one in the config, as in VipLLaVA and PaliGemma, all patches and nothing else are visual tokens."""
+    return str(getattr(core.config, "vision_feature_select_strategy", "default" if has_class_token(core) else "full"))
 
 
 def cut_in_front(core: Model) -> int:
