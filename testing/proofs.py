@@ -89,9 +89,11 @@ PROOFS = (
     Proof("idefics3", ("models_tiles.idefics3", "models_tiles.idefics3_frames"), "images in tiles, frames"),
     Proof("smolvlm", ("models_tiles.smolvlm", "models_tiles.smolvlm_frames"), "images in tiles, frames"),
     Proof("ovis2", ("models_tiles.ovis2",), "images in tiles"),
-    Proof("mistral3", ("models_window.mistral3",), "images of any size"),
-    Proof("paligemma", ("models_window.paligemma", "models_window.paligemma2"), "an image or two"),
-    Proof("gemma3", ("models_window.gemma3",), "an image or two"),
-    Proof("gemma4", ("models_window.gemma4", "models_window.gemma4_shared"), "images of any size"),
-    Proof("llama4", ("models_window.llama4",), "a tile or two"),
+    Proof("mistral3", ("models_window.mistral3",), "images of any size; windows"),
+    Proof("paligemma", ("models_window.paligemma", "models_window.paligemma2"), "images; Gemma 2 with windows"),
+    Proof("gemma3", ("models_window.gemma3",), "images; windows"),
+    Proof(
+        "gemma4", ("models_window.gemma4", "models_window.gemma4_shared"), "images of any size; windows, shared keys",
+    ),
+    Proof("llama4", ("models_window.llama4",), "tiles; chunks"),
 )  # fmt: skip

@@ -146,7 +146,7 @@ def gemma4(images: Images = FLAT, *, attention: str = "sdpa", shared: bool = Fal
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
     inputs["image_position_ids"] = torch.stack(places)
     inputs["pixel_values"] = torch.rand(len(places), most, 3 * VISION["patch_size"] ** 2, generator=draw)
-    return Prompts(model, inputs, IMAGE)
+    return Prompts(model, inputs, IMAGE, special=(VIDEO, 103))
 
 
 def gemma4_shared(images: Images = FLAT, *, attention: str = "sdpa") -> Prompts:

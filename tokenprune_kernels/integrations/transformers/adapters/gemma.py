@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..families import WINDOW_LAYERS, WINDOWS, Family, Inputs, Model, Saliency
 from ..layout import Layout, grid_patches
 from .images import grids_of, layout_of_images, sizes_seen, values_of_images
-from .towers import attention_of, patch_scores
+from .towers import attention_in, tower_scores, window_means
 
 
 def pali_layout(core: Model, inputs: Inputs, counts: list[int]) -> Layout:
@@ -30,9 +29,11 @@ def pooled_layout(core: Model, inputs: Inputs, counts: list[int]) -> Layout:
 def pooled_scores(core: Model, query: Tensor, key: Tensor, scale: float, keywords: Inputs) -> Tensor:
     """[images, tokens]: the mean over the patches that the projector averages to a token."""
     side = core.multi_modal_projector.patches_per_image
-    patches = patch_scores(core, query, key, scale).unflatten(1, (1, side, side))
-    pooled: Tensor = torch.nn.functional.avg_pool2d(patches, core.multi_modal_projector.kernel_size)
-    return pooled.flatten(1)
+    return window_means(tower_scores(core, query, key, scale), side, core.multi_modal_projector.kernel_size)
+
+
+def last_attention(core: Model) -> nn.Module:
+    return attention_in(core.vision_tower, -1)
 
 
 FAMILIES = (
@@ -41,7 +42,7 @@ FAMILIES = (
         model_types=("paligemma",),
         layout=pali_layout,
         grid="a grid per image",
-        saliency=Saliency("mean attention received in the last layer", attention_of, patch_scores, pali_saliency),
+        saliency=Saliency("mean attention received in the last layer", last_attention, tower_scores, pali_saliency),
         watched={"get_image_features": sizes_seen},
         prefix="token_type_ids",
         layer_types=WINDOWS,
@@ -54,7 +55,7 @@ FAMILIES = (
         grid="a grid per image, of `mm_tokens_per_image`; each crop of pan and scan is an image",
         saliency=Saliency(
             "mean attention received in the last layer, averaged like the features",
-            attention_of, pooled_scores, pali_saliency,
+            last_attention, pooled_scores, pali_saliency,
         ),
         watched={"get_image_features": sizes_seen},
         layer_types=WINDOWS,

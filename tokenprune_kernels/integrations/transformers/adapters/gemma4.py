@@ -9,7 +9,7 @@ from transformers import cache_utils
 from ..families import WINDOW_LAYERS, WINDOWS, Family, Inputs, Model, Saliency
 from ..layout import Layout, grid_patches
 from .images import encoded_with, layout_of_images, values_of_images
-from .towers import attended, attention_of, received_attention
+from .towers import attended, attention_in, received_attention
 
 IMAGES, VIDEOS = "get_image_features", "get_video_features"
 
@@ -72,7 +72,8 @@ FAMILIES = (
         layout=layout,
         grid="a grid per image or frame, of `image_position_ids`, `video_position_ids`, after the pooling",
         saliency=Saliency(
-            "mean attention received in the last layer, averaged like the features", attention_of, attended, saliency
+            "mean attention received in the last layer, averaged like the features",
+            lambda core: attention_in(core.vision_tower, -1), attended, saliency,
         ),
         visual_tokens=("image_token_id", "video_token_id"),
         encoders=(IMAGES, VIDEOS),

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ....ops import cross_attention_scores
 from ..attention import base_of
 from ..families import Family, Inputs, Model, Saliency
 from ..layout import Layout, grid_patches
 from .images import by_sample, encoded_with, layout_of_images
+from .towers import mean_attention, window_means
 
 
 def _side(core: Model) -> int:
@@ -42,10 +42,7 @@ def attention_of(core: Model) -> nn.Module:
 
 def class_scores(core: Model, query: Tensor, key: Tensor, scale: float, keywords: Inputs) -> Tensor:
     """[tokens]: the attention of the class token, which is the last, averaged over the patches of a token."""
-    with torch.no_grad():
-        scores, _, _ = cross_attention_scores(query[:, :, -1:], key, scale=scale)
-    side = _side(core)
-    return torch.nn.functional.avg_pool2d(scores[:, :-1].unflatten(1, (1, side, side)), _block(core)).flatten()
+    return window_means(mean_attention(query[:, :, -1:], key, scale)[:, :-1], _side(core), _block(core)).flatten()
 
 
 def saliency(core: Model, inputs: Inputs, counts: list[int], seen: list[Any]) -> Tensor:
