@@ -18,7 +18,7 @@ from testing.cases import BACKENDS, dtypes_of, interpreted, lacks
 
 # isort: split
 from bench.report import HEADER, Row, cells, duration
-from scripts.shown import SHOWN_METHODS, SHOWN_OPS, measured, retained
+from scripts.shown import IN_TABLE, SHOWN_METHODS, SHOWN_OPS, measured, retained
 from testing import ROOT, family_table, method_tables, sharding_table
 from testing.op_samples import OPS, make, run
 from testing.pages import fill
@@ -69,7 +69,7 @@ def bench_table(results: dict[str, Any]) -> str:
     lines = ["| shape | ours | baseline | baseline / ours | accuracy kept at 22.2% |", "|---|---|---|---|---|"]
     rows = {(r["case"], r["baseline"]): Row(**r) for r in results["rows"]}
     kept = kept_by_function()
-    for case, baseline, _ in (*SHOWN_OPS, *SHOWN_METHODS):
+    for case, baseline, _ in (*SHOWN_OPS, *(shown for shown in SHOWN_METHODS if shown.name in IN_TABLE)):
         if (case, baseline) not in rows:  # a method that came after the last run
             continue
         row = rows[case, baseline]
