@@ -208,8 +208,8 @@ def test_methods_are_told_whether_a_prompt_sees_all_of_itself(family: str) -> No
     assert given == [not family.startswith("paligemma")]
 
 
-def test_saliency_and_layout_of_mistral3() -> None:
-    prompts = prompts_of("mistral3")
+def seen_by_methods(prompts: Prompts) -> tuple[Tensor, Any]:
+    """The saliency that a method in front of the language model gets, and the layout."""
     given: list[Tensor] = []
 
     def spied(saliency: Tensor, positions: Tensor, k: int) -> Tensor:
@@ -218,6 +218,12 @@ def test_saliency_and_layout_of_mistral3() -> None:
 
     with torch.no_grad(), prune_visual_tokens(prompts.model, spied, 5) as pruning:
         prompts.model(**prompts.inputs)
+    return given[0], layout_in(pruning)
+
+
+def test_saliency_and_layout_of_mistral3() -> None:
+    prompts = prompts_of("mistral3")
+    salient, layout = seen_by_methods(prompts)
     grids = [[(size[0] // 4, size[1] // 4) for size in sample] for sample in SIZES]
     (weights,) = vision_weights(prompts, "attention", -1)
     start = 0
@@ -232,8 +238,7 @@ def test_saliency_and_layout_of_mistral3() -> None:
                 for r in range(0, height - 1, 2)
                 for c in range(0, width - 1, 2)
             ]
-        assert_salient(given[0][b], torch.tensor(expected))
-    layout = layout_in(pruning)
+        assert_salient(salient[b], torch.tensor(expected))
     assert layout.grids[0, 0].tolist() == [4, 5]
     assert layout.positions[0, 19].tolist() == [3, 4]
     torch.testing.assert_close(layout.boxes[0, 19], torch.tensor([8 / 11, 6 / 9, 10 / 11, 8 / 9]))
@@ -244,14 +249,7 @@ def test_saliency_and_layout_of_mistral3() -> None:
 @pytest.mark.parametrize("family", ["paligemma", "gemma3", "llama4"])
 def test_saliency_and_layout_of_squares(family: str) -> None:
     prompts = prompts_of(family)
-    given: list[Tensor] = []
-
-    def spied(saliency: Tensor, positions: Tensor, k: int) -> Tensor:
-        given.append(saliency)
-        return torch.arange(k).expand(len(saliency), -1)
-
-    with torch.no_grad(), prune_visual_tokens(prompts.model, spied, 5) as pruning:
-        prompts.model(**prompts.inputs)
+    salient, layout = seen_by_methods(prompts)
     (weights,) = tower_weights(prompts)
     side = 5 if family == "paligemma" else 10
     if family == "llama4":  # the row of the class token, which is the last
@@ -259,9 +257,8 @@ def test_saliency_and_layout_of_squares(family: str) -> None:
     images = weights.mean((1, 2)).view(-1, side, side)
     if side == 10:
         images = torch.stack([images[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]).mean(0)
-    assert_salient(given[0][0], images[0].flatten())
-    assert_salient(given[0][1], images[1:].flatten())
-    layout = layout_in(pruning)
+    assert_salient(salient[0], images[0].flatten())
+    assert_salient(salient[1], images[1:].flatten())
     assert layout.grids.unique().tolist() == [1.0, 5.0]  # 1 in the padding
     assert layout.images[1].tolist() == [0] * 25 + [1] * 25
     torch.testing.assert_close(layout.boxes[1, 26], torch.tensor([0.2, 0.0, 0.4, 0.2]))
@@ -270,14 +267,7 @@ def test_saliency_and_layout_of_squares(family: str) -> None:
 @pytest.mark.parametrize("family", ["gemma4"])
 def test_saliency_and_layout_of_gemma4(family: str) -> None:
     prompts = prompts_of(family)
-    given: list[Tensor] = []
-
-    def spied(saliency: Tensor, positions: Tensor, k: int) -> Tensor:
-        given.append(saliency)
-        return torch.arange(k).expand(len(saliency), -1)
-
-    with torch.no_grad(), prune_visual_tokens(prompts.model, spied, 5) as pruning:
-        prompts.model(**prompts.inputs)
+    salient, layout = seen_by_methods(prompts)
     (weights,) = tower_weights(prompts)
     grids = [(8, 10), (4, 6), (6, 8)]
     each = []
@@ -285,9 +275,8 @@ def test_saliency_and_layout_of_gemma4(family: str) -> None:
         n = height * width
         patches = image[:, :n, :n].mean((0, 1)).view(height, width)
         each.append(torch.stack([patches[i::2, j::2] for i in (0, 1) for j in (0, 1)]).mean(0).flatten())
-    assert_salient(given[0][0], each[0])
-    assert_salient(given[0][1], torch.cat(each[1:]))
-    layout = layout_in(pruning)
+    assert_salient(salient[0], each[0])
+    assert_salient(salient[1], torch.cat(each[1:]))
     assert layout.images[1, :18].tolist() == [0] * 6 + [1] * 12
     assert layout.grids[1, [0, 6]].tolist() == [[2, 3], [3, 4]]
     torch.testing.assert_close(layout.boxes[1, 10], torch.tensor([0.0, 1 / 3, 0.25, 2 / 3]))
