@@ -368,13 +368,17 @@ def test_a_prompt_that_llama4_counts_is_refused() -> None:
             prompts.model(input_ids=more, attention_mask=mask, past_key_values=out.past_key_values)
 
 
-def test_labels_are_refused_where_the_head_is_further_down() -> None:
+def test_labels_reach_a_head_that_is_further_down() -> None:
     prompts = prompts_of("llama4")
-    with (
-        prune_visual_tokens(prompts.model, "divprune", 5),
-        pytest.raises(ValueError, match="labels belongs to columns"),
-    ):
-        prompts.model(**prompts.inputs, labels=prompts.inputs["input_ids"])
+    ids, real = prompts.inputs["input_ids"], prompts.inputs["attention_mask"].bool()
+    labels = ids.masked_fill(~real | torch.isin(ids, torch.tensor(prompts.visual)), -100)
+    with torch.no_grad(), prune_visual_tokens(prompts.model, "divprune", 5) as pruning:
+        loss = prompts.model(**prompts.inputs, labels=labels).loss
+    (drop,) = drops_of(prompts, pruning, 0)
+    following = labels[:, 1:].masked_fill((drop.columns | ~real)[:, :-1], -100)
+    logits = oracle.logits(prompts, [drop])[:, :-1]
+    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), following.flatten())
+    torch.testing.assert_close(loss.double(), want, rtol=0, atol=1e-6)
 
 
 def test_a_decoder_that_embeds_is_refused() -> None:

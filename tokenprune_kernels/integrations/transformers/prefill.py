@@ -191,7 +191,7 @@ def end_prefill(plan: Plan, now: Prefill) -> None:
             take_windows_back(now.cache, filled=True)
         return
     last = now.segments[-1]
-    if not layer_length(now.cache, last.first):  # none, or gradient checkpointing has kept it from the layers
+    if not layer_length(now.cache, 0):  # none, or gradient checkpointing has kept it from the layers
         return
     if plan.compact_cache and last.first > 0:
         with now.report.clock("compact_ms"):
