@@ -12,6 +12,7 @@ import sysconfig
 from pathlib import Path
 
 import pybind11
+from ninja.ninja_syntax import escape_path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -56,8 +57,8 @@ def ninja_file(target: Path, sources: list[Path], instrument: list[str], link: l
     for source in sources:
         objects.append(f"{source.relative_to(ROOT)}.o".replace("/", "-"))
         counts = objects[-1].removesuffix("o") + "gcda"  # the counts of the code that was there before
-        lines.append(f"build {objects[-1]}: cxx {source}\n  counts = {counts}")
-    lines.append(f"build {target}: link {' '.join(objects)}")
+        lines.append(f"build {objects[-1]}: cxx {escape_path(str(source))}\n  counts = {counts}")
+    lines.append(f"build {escape_path(str(target))}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
 
