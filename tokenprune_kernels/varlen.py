@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._checks import fail
-from ._packed import attend, check_beside, check_count, check_packed, cut, sequences
+from ._checks import check_count, fail
+from ._packed import attend, check_beside, check_packed, cut, sequences
 
 __all__ = ["attention_entropy", "attention_scores", "cross_attention_scores", "gather_compact", "select_topk"]
 
@@ -60,7 +60,7 @@ def select_topk(
     """
     op = "varlen.select_topk"
     check_packed(op, "scores", scores, "T")
-    check_count(op, "k", k)
+    check_count(f"tokenprune::{op}", "k", k)
     c = cut(op, "cu_seqlens", cu_seqlens, scores)
     if mask is not None:
         check_beside(op, "mask", mask, torch.bool, c.tokens, scores)
@@ -104,6 +104,8 @@ def gather_compact(
     """
     op = "varlen.gather_compact"
     check_packed(op, "indices", indices, "P")
+    if not isinstance(tensors, (list, tuple)):
+        fail(TypeError, op, "tensors", "be a list of tensors", type(tensors).__name__)
     for i, t in enumerate(tensors):
         if not isinstance(t, Tensor):
             fail(TypeError, op, f"tensors[{i}]", "be a tensor", type(t).__name__)

@@ -281,3 +281,5 @@ def test_bad_packed_attention_is_refused_by_name() -> None:
         tp.varlen.attention_scores(query, key, torch.zeros(4, 4), cu_q, cu_k, most_q, most_k)
     with pytest.raises(TypeError, match=r"tensors\[1\] must be a tensor, got int"):
         tp.varlen.gather_compact([query, 3], torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"varlen.gather_compact: tensors must be a list of tensors, got Tensor"):
+        tp.varlen.gather_compact(torch.rand(5, 8), torch.zeros(1, dtype=torch.int64))  # its rows would be five tensors
