@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _registry, _triton
 from ._accept import good_sizes
 from ._checks import check, fail
-from ._convert import by_budget, converted
+from ._convert import by_budget, converted, samples_of
 from ._op import OPS, Count, Op
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
@@ -169,13 +169,13 @@ def _call_as_written(op: Op, backend: str | None, given: Sequence[Any]) -> Any:
             fail(
                 ValueError, op.name, "budgets", f"be None where {op.arguments[at].name} has a number per sample", "both"
             )
-        values[own] = torch.tensor(numbers, device=given[0].device)
+        values[own] = torch.tensor(numbers).to(given[0].device, non_blocking=True)
     check(op, values)
     if own is not None:
         return _serve(op, backend, values)
 
     def of_samples(k: int, samples: list[int]) -> Any:
-        part = [value[samples] if isinstance(value, Tensor) else value for value in values]
+        part = [samples_of(value, samples) if isinstance(value, Tensor) else value for value in values]
         return _serve(op, backend, [*part[:at], k, *part[at + 1 :]])
 
     return by_budget(numbers, of_samples)
