@@ -79,14 +79,14 @@ def select_topk(
 
 
 def gather_compact(
-    tensors: Sequence[Tensor], indices: Tensor, *, dims: Sequence[int] | None = None, backend: str | None = None
+    tensors: Sequence[Tensor], indices: Tensor, *, dims: int | Sequence[int] = 0, backend: str | None = None
 ) -> list[Tensor]:
     """Keep the selected tokens of packed tensors, in one launch: out[..., n, ...] = t[..., indices[n], ...].
 
     Args:
         tensors: packed tensors of any dtypes: hidden states [T, C], positions [3, T], keys and values [T, H, D].
         indices: [P] int64, positions in the packed batch, as `select_topk` returns them; -1 gives zeros.
-        dims: for each tensor its token dimension; default 0 for all.
+        dims: for each tensor its token dimension; one integer holds for all.
         backend: which implementation serves the call; see `use_backend`.
 
     Returns:
@@ -109,7 +109,7 @@ def gather_compact(
     for i, t in enumerate(tensors):
         if not isinstance(t, Tensor):
             fail(TypeError, op, f"tensors[{i}]", "be a tensor", type(t).__name__)
-    dims = [0] * len(tensors) if dims is None else dims
+    dims = [dims] * len(tensors) if isinstance(dims, int) else dims
     kept = ops.gather_compact(
         [t[None] for t in tensors], indices[None], dims=[d if d < 0 else d + 1 for d in dims], backend=backend
     )

@@ -157,7 +157,7 @@ def test_selection_and_compaction_are_one_call_each_on_the_tensors_themselves() 
     scores, hidden = torch.rand(9), torch.randn(9, 4)
     with _Calls() as calls:
         indices, _ = tp.varlen.select_topk(scores, 2, cu(4, 5))
-        tp.varlen.gather_compact([hidden, scores], indices)
+        tp.varlen.gather_compact([hidden, scores], indices, dims=0)
     (selecting, selected), (gathering, gathered) = calls.made
     assert (selecting, gathering) == ("select_grouped_topk", "gather_compact")
     assert selected.data_ptr() == scores.data_ptr()
