@@ -16,7 +16,7 @@ def test_a_failure_says_what_was_asked_and_what_pip_complains_of(tmp_path: Path)
 
 
 def test_variables_reach_pip() -> None:
-    with pytest.raises(RuntimeError, match="/nonexistent/pins.txt"):
+    with pytest.raises(RuntimeError, match=r"/nonexistent/pins\.txt"):
         packages.pip("install", "--no-index", "--dry-run", "nothing", PIP_CONSTRAINT="/nonexistent/pins.txt")
 
 
