@@ -81,8 +81,12 @@ def sanitizing() -> bool:
     return os.environ.get("TOKENPRUNE_EMULATOR_SANITIZE") == "1"
 
 
-# Instrumented code confuses the compiler's own search for uninitialised values.
-ADDRESSES = ["-fsanitize=address", "-fno-omit-frame-pointer", "-Wno-maybe-uninitialized"]
+# Addresses outside of what is there, and those that are no multiple of what is loaded at once, where a GPU stops and
+# the host does not. Instrumented code confuses the compiler's own search for uninitialised values.
+ADDRESSES = [
+    "-fsanitize=address,alignment", "-fno-sanitize-recover=alignment", "-fno-omit-frame-pointer",
+    "-Wno-maybe-uninitialized",
+]  # fmt: skip
 
 
 def build() -> Path:

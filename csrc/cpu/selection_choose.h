@@ -20,8 +20,8 @@ struct Workspace {
   std::unique_ptr<uint8_t[]> chosen;
 };
 
-// f(sample, workspace) for every sample. Workspaces, made from n and `sizes`, are made here, because f runs where nothing
-// may throw: one for each piece of the batch that can run at the same time.
+// f(sample, workspace) for every sample. Workspaces, made from n and `sizes`, are made here: one for each piece of the batch
+// that can run at the same time, and not one for each sample.
 template <class Space, class F, class... Sizes>
 void over_samples(int64_t batch, int64_t n, const F& f, Sizes... sizes) {
   constexpr int64_t kWorthAThread = 32768;  // elements; below this, waking a thread costs more than it saves

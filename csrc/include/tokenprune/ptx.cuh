@@ -41,8 +41,7 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
-// --- arithmetic
-// -------------------------------------------------------------------------------------------------------
+// --- arithmetic -----------------------------------------------------------------------------------------------------
 
 // 2^x within a relative error of 2^-22; below 2^-126 it is 0.
 __device__ __forceinline__ float exp2_approx(float x) {
