@@ -62,6 +62,8 @@ Threshold<Key> threshold_of_best(const Key* keys, int64_t size, int64_t count, K
     for (int64_t i = 0; i < size; ++i) ++bins[(keys[i] - low) >> shift];
     Key bin = (high - low) >> shift;
     for (; count > bins[bin]; --bin) count -= bins[bin];
+    // The whole bin: no further round, and no ties to search for.
+    if (count == bins[bin]) return {static_cast<Key>(low + (bin << shift) - 1), 0};
     if (shift == 0) return {static_cast<Key>(low + bin), count};
     int64_t kept = 0;
     for (int64_t i = 0; i < size; ++i) {
