@@ -14,6 +14,12 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// x, in a register from here on: what is cheap to work out is otherwise worked out again by every iteration of a loop.
+__device__ __forceinline__ int in_register(int x) {
+  asm("" : "+r"(x));
+  return x;
+}
+
 // --- tensor cores ----------------------------------------------------------------------------------------------------
 
 // d += a * b for one m16n8k16 tile; T is __half or __nv_bfloat16, two of them per register. With group = lane / 4 and
