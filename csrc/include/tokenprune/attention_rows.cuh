@@ -140,9 +140,10 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks_per_sm(sizeof(T)))
         if (first + Tile::b(j) >= block.range) continue;
         const int64_t key = block.begin + first + Tile::b(j);
         if (!key_is_unmasked(p, block.sample, key)) unmasked &= ~(1u << j);
+        if (!p.cosine) continue;
         const float by = key_factor(p, block.sample, block.key_head, key);
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) logits.at(i, j) *= by;
+        for (int i = 0; i < kRows; ++i) logits.at(i, j) = by_key_norm(logits.at(i, j), by);
       }
     }
     // All rows at once, where nothing is hidden and their sums do not grow much. In float32 products take the time, and
@@ -220,9 +221,10 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks_per_sm(sizeof(T)))
       if (!unmasked[i]) continue;
       const int64_t key = block.begin + first + Tile::a(i);
       unmasked[i] = key_is_unmasked(p, block.sample, key);
+      if (!p.cosine) continue;
       const float by = key_factor(p, block.sample, block.key_head, key);
 #pragma unroll
-      for (int j = 0; j < kRows; ++j) logits.at(i, j) *= by;
+      for (int j = 0; j < kRows; ++j) logits.at(i, j) = by_key_norm(logits.at(i, j), by);
     }
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {

@@ -15,6 +15,8 @@
 // 50 KiB with both operands streamed, 26 KiB + 8 KiB per chunk with one resident.
 #pragma once
 
+#include <cfloat>
+
 #include "tokenprune/attention.h"
 #include "tokenprune/ptx.cuh"
 #include "tokenprune/warp.cuh"
@@ -106,8 +108,14 @@ __device__ __forceinline__ bool key_is_unmasked(const AttentionProblem& p, int64
 __device__ __forceinline__ float row_factor(const AttentionProblem& p, int64_t sample, int64_t head, int64_t row) {
   return p.cosine ? p.query_inverse_norms[(sample * p.query_heads + head) * p.rows + row] : 1.0f;
 }
+// Of cosines alone; by_key_norm applies it.
 __device__ __forceinline__ float key_factor(const AttentionProblem& p, int64_t sample, int64_t key_head, int64_t key) {
-  return p.cosine ? p.key_inverse_norms[(sample * p.key_heads + key_head) * p.keys + key] : 1.0f;
+  return p.key_inverse_norms[(sample * p.key_heads + key_head) * p.keys + key];
+}
+// Where the squares of finite elements overflow, a factor is 0, and the dot product may be infinite or inf - inf: a
+// finite one instead makes 0 of it, or the other vector's NaN.
+__device__ __forceinline__ float by_key_norm(float dot, float factor) {
+  return fminf(fmaxf(dot, -FLT_MAX), FLT_MAX) * factor;
 }
 
 // A block may be several teams of kTileThreads threads, with a tile each, that pass the same barriers.
