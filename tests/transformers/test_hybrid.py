@@ -1,4 +1,4 @@
-"""Qwen3.5 and LFM2-VL under `prune_visual_tokens`: what has a state has seen a token, so dropped ones never come to it."""
+"""Qwen3.5 and LFM2-VL under `prune_visual_tokens`: a state has seen a token, so dropped ones never come to a layer."""
 
 import functools
 from dataclasses import replace

@@ -1,5 +1,5 @@
-"""Small random models with linear attention in most decoder layers, full attention in some: Qwen3.5, dense and mixed, and
-MiniCPM-V 4.6."""
+"""Small random models with linear attention in most decoder layers, full attention in some: Qwen3.5, dense and mixed,
+and MiniCPM-V 4.6."""
 
 import functools
 from typing import Any

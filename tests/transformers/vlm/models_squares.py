@@ -28,7 +28,7 @@ def deepseek_vl() -> Prompts:
 
 
 def deepseek_vl_hybrid() -> Prompts:
-    """A tower as SAM's beside SigLIP, for larger pictures of the same images; its features are brought to the same grid."""
+    """A tower as SAM's beside SigLIP, for larger pictures of the same images; both give one grid."""
     from transformers import (
         DeepseekVLHybridConfig,
         DeepseekVLHybridForConditionalGeneration,

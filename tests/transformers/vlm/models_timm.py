@@ -1,4 +1,4 @@
-"""Small random models whose vision tower is one of timm: Gemma 3n and Perception LM. A convolution stands in its place."""
+"""Small random models whose vision tower is one of timm, Gemma 3n and Perception LM: a convolution is in its place."""
 
 import inspect
 from collections.abc import Iterator, Sequence
@@ -71,7 +71,8 @@ def _gemma3n_config(shared: int) -> Any:
     # The last layers reuse the keys and values of the two before them.
     language = Gemma3nTextConfig(
         **{**TEXT, "num_hidden_layers": 6}, **IDS, head_dim=16, sliding_window=WINDOW,
-        layer_types=["sliding_attention", "full_attention"] * 3, num_kv_shared_layers=shared, hidden_size_per_layer_input=8,
+        layer_types=["sliding_attention", "full_attention"] * 3, num_kv_shared_layers=shared,
+        hidden_size_per_layer_input=8,
         vocab_size_per_layer_input=98, altup_num_inputs=3, altup_active_idx=1, laurel_rank=8,
         activation_sparsity_pattern=[0.0] * 6,
     )  # fmt: skip

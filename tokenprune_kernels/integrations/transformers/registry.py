@@ -66,7 +66,7 @@ UNSERVED = {
     "emu3": "its images are codes of the vocabulary, in place of features",
     "ernie4_5_vl_moe": "its experts are chosen by mm_token_type_ids of the whole prompt: not proven",
     "fast_vlm": "its vision tower is one of timm that tells no grid",
-    "florence2": "its images go to an encoder, and its decoder attends to that: the prompt has no visual tokens to drop",
+    "florence2": "its images go to an encoder, which its decoder attends to: its prompt has no visual tokens to drop",
     "idefics2": "learned queries make 64 tokens of an image, which lie on no grid: not proven",
     "instructblip": "learned queries make 32 tokens of an image: little is left to drop",
     "internvl_chat": "load the checkpoint of the same name that ends in -hf (model_type internvl)",

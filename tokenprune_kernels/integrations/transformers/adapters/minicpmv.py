@@ -72,7 +72,7 @@ FAMILIES = (
         name="MiniCPM-V 4.6",
         model_types=("minicpmv4_6",),
         layout=layout,
-        grid="a grid per slice or frame, of `target_sizes`, `target_sizes_videos`, after both mergers; each is an image",
+        grid="a grid per slice or frame, of `target_sizes`, `target_sizes_videos`, after both mergers; each an image",
         saliency=Saliency(
             "mean attention received from the same slice in the last layer, its mean over what a token is merged of",
             lambda core: attention_in(core.vision_tower, -1), received, saliency,

@@ -1,4 +1,4 @@
-"""Molmo 2: a view of all of an image and one of its crops put together, pooled to tokens that see each other; frames."""
+"""Molmo 2: a view of all of an image and one of its crops together, pooled to tokens that see each other; frames."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -1,5 +1,5 @@
-"""Perception LM: tiles of an image or frames, all of one size, whose patches are pooled; its tower is one of timm, whose
-attention is not read."""
+"""Perception LM: tiles of an image or frames, all of one size, whose patches are pooled; its tower is one of timm,
+whose attention is not read."""
 
 from ..families import Family, Inputs, Model
 from ..layout import Layout

@@ -1,5 +1,5 @@
-"""VideoLLaMA 3: images and frames of any size, merged behind the tower; of a video, tokens that change little from frame to
-frame are left out of the prompt by the processor."""
+"""VideoLLaMA 3: images and frames of any size, merged behind the tower; of a video, the processor leaves tokens out of
+the prompt that change little from frame to frame."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -87,7 +87,7 @@ FAMILIES = (
         grid="the merged grid of `image_grid_thw`, `video_grid_thw`, of which `video_compression_mask` leaves some; a "
         "group per frame",
         saliency=Saliency(
-            "mean attention received from the same image or frame in the last layer, its mean over the patches of a token",
+            "mean attention received from the same image or frame in the last layer, per token",
             lambda core: attention_in(core.vision_model, -1), received, saliency,
         ),
         visual_tokens=("image_token_id", "video_token_id"),
