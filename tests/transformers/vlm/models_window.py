@@ -178,10 +178,15 @@ BEFORE_VIDEO: Images = [[(16, 24)], [(16, 16)]]
 FRAMES: Images = [[(16, 32)] * 2, [(24, 16)] * 3]
 
 
+def _takes_videos(kind: type) -> bool:
+    """Of several lengths; older versions take them all of one."""
+    return "num_frames_per_video" in inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
+
+
 def gemma4_video() -> Prompts:
     from transformers import Gemma4ForConditionalGeneration
 
-    if "num_frames_per_video" not in inspect.signature(Gemma4ForConditionalGeneration.forward).parameters:
+    if not _takes_videos(Gemma4ForConditionalGeneration):
         raise ImportError("whose Gemma 4 takes videos of one length")
     return gemma4(BEFORE_VIDEO, videos=FRAMES)
 
@@ -204,7 +209,8 @@ def gemma4_unified() -> Prompts:
         image_token_id=IMAGE, video_token_id=VIDEO, audio_token_id=103, boi_token_id=104, eoi_token_id=105,
         boa_token_id=106, eoa_token_index=107,
     )  # fmt: skip
-    return _of_gemma4(random_model(Gemma4UnifiedForConditionalGeneration, config, "sdpa"), 8, BEFORE_VIDEO, FRAMES)
+    model = random_model(Gemma4UnifiedForConditionalGeneration, config, "sdpa")
+    return _of_gemma4(model, 8, BEFORE_VIDEO, FRAMES if _takes_videos(type(model)) else None)
 
 
 def cohere2_vision(tiles: Sequence[int] = (1, 2), *, attention: str = "sdpa", aya: bool = False) -> Prompts:

@@ -151,13 +151,20 @@ def extended(exact: Prompts, new: Tensor | None) -> dict[str, Tensor]:
 
 
 def logits(
-    prompts: Prompts, drops: Sequence[Drop], new: Tensor | None = None, *, renumber: bool = False, **more: Any
+    prompts: Prompts,
+    drops: Sequence[Drop],
+    new: Tensor | None = None,
+    *,
+    renumber: bool = False,
+    exact: Prompts | None = None,
+    **more: Any,
 ) -> Tensor:
     """[B, L + new, vocabulary] in float64 of the prompt and of tokens decoded after it, every step from scratch.
 
-    renumber: in the layers behind a drop, positions count what is left there.
+    renumber: in the layers behind a drop, positions count what is left there. exact: the prompts `in_float64`, for who
+    asks several times.
     """
-    exact = in_float64(prompts)
+    exact = exact or in_float64(prompts)
     inputs, length = extended(exact, new), exact.inputs["input_ids"].shape[1]
     decoder, real = decoder_of(exact.model), inputs["attention_mask"].bool()
     numbering = _renumbering(decoder, drops, real) if renumber else nullcontext()

@@ -88,10 +88,16 @@ def _given_to_decoder(exact: Prompts, inputs: Any, more: Any) -> tuple[Tensor, T
 
 
 def logits(
-    prompts: Prompts, drops: Sequence[Drop], new: Tensor | None = None, *, renumber: bool = False, **more: Any
+    prompts: Prompts,
+    drops: Sequence[Drop],
+    new: Tensor | None = None,
+    *,
+    renumber: bool = False,
+    exact: Prompts | None = None,
+    **more: Any,
 ) -> Tensor:
     """As `oracle.logits`: [B, L + new, vocabulary] in float64, 0 where a column is dropped or padding."""
-    exact = in_float64(prompts)
+    exact = exact or in_float64(prompts)
     inputs, length = extended(exact, new), exact.inputs["input_ids"].shape[1]
     decoder = exact.model.model.language_model
     here: dict[str, Any] = {}
