@@ -19,7 +19,7 @@ WINDOWS = frozenset({"full_attention", "sliding_attention"})
 WINDOW_LAYERS: tuple[type, ...] = (DynamicLayer, DynamicSlidingWindowLayer)
 # Layers that reuse keys and values of others have none of their own.
 SHARING_LAYERS: tuple[type, ...] = (*WINDOW_LAYERS, getattr(cache_utils, "DummyLayer", DynamicLayer))
-# Of decoder layers that have a state in place of keys. Caches of older versions of transformers have no such layers, and
+# Of decoder layers with a state in place of keys. Caches of older versions of transformers have no such layers, and
 # full attention is all that is served there.
 STATE_LAYERS: tuple[type, ...] = (
     (cache_utils.LinearAttentionLayer,) if hasattr(cache_utils, "LinearAttentionLayer") else ()
