@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import gather_compact, indices_to_mask, mask_to_indices
+from ..._convert import samples_of
 from ...methods import Selection, Stage
 from .cache import Before
 from .families import Family, input_norm
@@ -254,9 +255,10 @@ def choose(
         if len(at) == len(left) and not by_image:
             return found[-1][1]
     batch, most = context.tokens.visual.shape
-    first = torch.tensor([b * most + s for b, s in zip(sample, start, strict=True)], device=present.device)
+    first = torch.tensor([b * most + s for b, s in zip(sample, start, strict=True)])
+    first = first.to(present.device, non_blocking=True)
     # Tokens are counted through all samples, and a row behind the last takes what has no place.
-    token = torch.cat([at_rows(chosen.indices, first[at]).flatten() for at, chosen in found])
+    token = torch.cat([at_rows(chosen.indices, samples_of(first, at)).flatten() for at, chosen in found])
     stays = indices_to_mask(token.unsqueeze(0), batch * most).view(batch, most)
     indices, _ = mask_to_indices(stays, max(map(sum, budgets)))
 
@@ -281,7 +283,7 @@ def at_rows(index: Tensor, start: Tensor) -> Tensor:
 def of_images(context: LayerContext, sample: list[int], start: list[int], counts: list[int]) -> LayerContext:
     """The context with a row for each image: of which sample, which of its visual tokens is the first, and how many."""
     tokens = context.tokens
-    of_sample, first, count = torch.tensor([sample, start, counts], device=context.hidden.device)
+    of_sample, first, count = torch.tensor([sample, start, counts]).to(context.hidden.device, non_blocking=True)
     slot = torch.arange(max(counts), device=count.device)
     index = torch.where(slot < count.unsqueeze(1), first.unsqueeze(1) + slot, -1)
     rows = replace(context, sample=of_sample)
@@ -295,7 +297,7 @@ def _rows(value: Any, rows: list[int]) -> Any:
         return value
     if len(set(rows)) == 1:
         return value[rows[0]].expand(len(rows), *value.shape[1:])
-    return value[rows]
+    return samples_of(value, rows)
 
 
 def _merged(

@@ -149,7 +149,7 @@ def begin_prefill(
     read = {name: prompt.inputs.get(name) for name in (*family.layout_inputs, *family.watched)}
     layout = functools.cache(lambda: family.layout(plan.core, read, tokens.counts))
     counted = prompt.inputs.get("position_ids") is not None
-    report = Report(tokens.slot.device, tokens.counts, layout)
+    report = Report(tokens.counts, layout)
     position = _next_position(inputs, tokens, counted, before)
     deepstack = None
     if family.deepstack:
@@ -195,7 +195,7 @@ def end_prefill(plan: Plan, now: Prefill) -> None:
     if not layer_length(now.cache, 0):  # none, or gradient checkpointing has kept it from the layers
         return
     if plan.compact_cache and last.first > 0:
-        with now.report.clock("compact_ms"):
+        with now.report.clock("compact_ms", now.original.slot.device):
             _compact_caches(now)
         own = [s for s in now.segments if s.next_position is not None or s.bias is not None]
         everywhere = Segment(0, last.tokens, last.columns)
@@ -225,12 +225,12 @@ def _prune(plan: Plan, now: Prefill, planned: PlannedStage, inputs: Inputs) -> I
     if planned.stage.uses & ON_GRID:
         assert now.report.layout is not None
         check_on_grid(now.report.layout(), planned.stage.name)
-    with torch.no_grad(), now.report.clock("select_ms"):
+    with torch.no_grad(), now.report.clock("select_ms", hidden.device):
         with plan.draws.lock if "generator" in planned.stage.uses else nullcontext():
             chosen = choose(planned.stage, _context(plan, now, planned.layer, inputs), now.left, budgets, plan.options)
         after, columns = keep(tokens, chosen.indices, [sum(parts) for parts in budgets])
     now.attention = None
-    with now.report.clock("compact_ms"):
+    with now.report.clock("compact_ms", hidden.device):
         held = now.segments[-1].bias if now.segments else None
         name, sizes = planned.stage.name, chosen.sizes
         bias = bias_of(name, now.original, after, sizes, held) if plan.calibrate else None
@@ -342,7 +342,7 @@ def _of_what_is_left(plan: Plan, now: Prefill, index: int, inputs: Inputs) -> In
     rows = gather_compact(list(own.values()), segment.columns, dims=[1] * len(own)) if own else []
     kind = alike(plan.family, plan.decoder, index)
     if kind not in now.replaced:
-        with now.report.clock("compact_ms"):
+        with now.report.clock("compact_ms", inputs["hidden_states"].device):
             now.replaced[kind] = shortened(
                 plan.family, plan.decoder, index, segment, inputs, before=now.before, cache=now.cache,
                 number=segment.tokens.numbered() + now.first_number if plan.renumber else None,
