@@ -13,6 +13,7 @@ from ... import gather_compact, indices_to_mask, mask_to_indices
 from ..._convert import samples_of
 from ...methods import Selection, Stage
 from .cache import Before
+from .families import Family, input_norm
 from .layout import Layout
 from .parallel import all_features
 from .saved import Told, told_by
@@ -194,14 +195,14 @@ SOURCES = OF_SAMPLES | OF_TOKENS
 ON_GRID = frozenset({"positions", "grid", "stacked_positions"})
 
 
-def check_stage(method: str, stage: Stage, layer: Any) -> None:
+def check_stage(method: str, stage: Stage, layer: Any, family: Family) -> None:
     """Whether a decoder layer has what a function asks of it."""
     if "unrotated_key" in stage.uses and not hasattr(layer.self_attn, "k_proj"):
         raise NotImplementedError(
             f"prune_visual_tokens: {method} compares keys before RoPE, and {type(layer.self_attn).__name__} has no "
             "k_proj that makes them alone"
         )
-    if stage.projects and not hasattr(layer, "input_layernorm"):
+    if stage.projects and family.normed is input_norm and not hasattr(layer, "input_layernorm"):
         raise NotImplementedError(
             f"prune_visual_tokens: {method} reads queries and keys of the layer that comes, and {type(layer).__name__} "
             "has no input_layernorm in front of its attention"
