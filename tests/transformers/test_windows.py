@@ -4,6 +4,7 @@ With every method they are proven in test_proofs.py.
 """
 
 import functools
+import inspect
 import itertools
 from types import SimpleNamespace
 from typing import Any
@@ -353,6 +354,8 @@ def test_a_prompt_that_llama4_counts_is_refused() -> None:
 
 def test_labels_reach_a_head_that_is_further_down() -> None:
     prompts = prompts_of("llama4")
+    if "loss_function" not in inspect.unwrap(type(prompts.model).forward).__code__.co_names:
+        pytest.skip("this version of transformers computes the loss in the forward: refused")
     ids, real = prompts.inputs["input_ids"], prompts.inputs["attention_mask"].bool()
     labels = ids.masked_fill(~real | torch.isin(ids, torch.tensor(prompts.visual)), -100)
     with torch.no_grad(), prune_visual_tokens(prompts.model, "divprune", 5) as pruning:

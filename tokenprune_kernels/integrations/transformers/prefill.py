@@ -276,14 +276,15 @@ def _context(plan: Plan, now: Prefill, index: int, inputs: Inputs) -> LayerConte
     def projected() -> AttentionInputs:
         # The attention is called as the layer does, whatever norms, rotations and offloaded weights are in it, without
         # a cache; `Block.projecting` takes what it would attend with, and it attends to nothing.
-        embeddings = {**inputs, **_of_what_is_left(plan, now, index, inputs)}["position_embeddings"]
+        left = {**inputs, **_of_what_is_left(plan, now, index, inputs)}
+        where = {name: left[name] for name in ("position_embeddings", "cache_position") if left.get(name) is not None}
         found: list[AttentionInputs] = []
         shared: Inputs = {"shared_kv_states": {}} if "shared_kv_states" in inputs else {}
         now.projecting = found
         try:
             layer.self_attn(
                 hidden_states=plan.family.normed(layer, inputs["hidden_states"].detach()), attention_mask=None,
-                position_embeddings=embeddings, **shared,
+                **where, **shared,
             )  # fmt: skip
         finally:
             now.projecting = None
