@@ -5,6 +5,8 @@ from there.
 """
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 
 import torch
@@ -82,8 +84,9 @@ def main() -> None:
     outcomes = measure(model, options.split, asked, table, parts=parts)
     example = next(batches(options.split, asked[:1], 1))
     seconds = prefill_seconds(model, table, example.inputs, options.rounds)
+    given = f' ARGS="{shlex.join(sys.argv[1:])}"' if sys.argv[1:] else ""
     facts = {
-        "command": "make retention", "commit": at, "cpu": processor(), "threads": torch.get_num_threads(),
+        "command": f"make retention{given}", "commit": at, "cpu": processor(), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "transformers": transformers.__version__, "split": options.split,
     }  # fmt: skip
     results.save(options.out, facts, asked, outcomes, seconds)

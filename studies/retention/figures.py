@@ -38,15 +38,17 @@ class Failure(NamedTuple):
 
 def plot(table: Table, path: Path) -> None:
     """Accuracy of every method over the share of tokens kept, with 95% intervals."""
-    figure, axes = plt.subplots(figsize=(8, 5), dpi=110)
+    figure, axes = plt.subplots(figsize=(9, 5.5), dpi=110)
     colours = plt.get_cmap("tab20")
     shares = [keep / TOKENS for keep in keeps(table)]
-    for number, method in enumerate(table.methods()):
+    best_first = sorted(table.methods(), key=lambda method: -mean_share(table.of(method, keeps(table)[-1])).value)
+    for number, method in enumerate(best_first):
         values = [mean_share(table.of(method, keep)) for keep in keeps(table)]
         middle = np.array([v.value for v in values]) * 100
         error = np.array([[v.value - v.low, v.high - v.value] for v in values]).T * 100
         style = {"color": "0.45", "linestyle": "--"} if method == "random" else {"color": colours(number)}
-        axes.errorbar(np.array(shares) * 100, middle, yerr=error, label=method, marker="o", ms=4, capsize=2, **style)
+        marker = "os"[number % 2]  # beside the lighter tone of the same colour
+        axes.errorbar(np.array(shares) * 100, middle, yerr=error, label=method, marker=marker, ms=4, capsize=2, **style)
     full = share(table.right[UNPRUNED]).value * 100
     axes.axhline(full, color="black", linewidth=1, label="all tokens")
     axes.set_xscale("log")
@@ -55,7 +57,7 @@ def plot(table: Table, path: Path) -> None:
     axes.set_xlabel("visual tokens kept")
     axes.set_ylabel("accuracy, %")
     axes.grid(alpha=0.3)
-    axes.legend(ncols=2, fontsize=8)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
