@@ -43,7 +43,6 @@ __device__ __forceinline__ float squared_quality(const DppProblem& p, int64_t at
 template <class T>
 __global__ void __launch_bounds__(kDppRowThreads)
     dpp_prepare_kernel(const DppProblem p, const DppRows w, int64_t blocks) {
-  let_next_launch_start();
   wait_for_launch_before();
   const int64_t sample = blockIdx.x / blocks, block = blockIdx.x % blocks;
   const int64_t i = block * (kDppRowThreads / kWarp) + warp_id(), at = sample * p.n + i;

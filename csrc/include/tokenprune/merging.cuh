@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kMergeThreads, MergeTile::kBlocks) merge_assig
     __syncthreads();
     float* dots = gram_tile<T, kMergeTile, kMergeThreads>(rows, s.tokens, s.targets, columns, dynamic_shared());
     add_up_parts<kMergeTile>(dots);
-    wait_for_launch_before();  // for the norms: keys and targets are there before the first launch
+    wait_for_launch_before();                     // for the norms: keys and targets are there before the first launch
     constexpr int kTargets = kMergeTile / kWarp;  // of a lane
     float of_target[kTargets];
 #pragma unroll

@@ -205,7 +205,7 @@ cudaError_t launch_spatial_semantic_nms(const NmsProblem& p, const NmsPlan& plan
   }
   if (status != cudaSuccess) return status;
   const Launch third{dim3(p.batch * plan.cluster), dim3(plan.select_threads), static_cast<size_t>(plan.shared), stream,
-               static_cast<unsigned>(plan.cluster)};
+                     static_cast<unsigned>(plan.cluster)};
   return launch(third, nms_select_kernel<T>, p, plan.capacity, plan.steps, plan.owned, plan.keys_in_shared,
                 plan.weight_blocks > 0);
 }

@@ -144,12 +144,12 @@ __global__ void __launch_bounds__(kGreedyThreads)
     gram_greedy_kernel(const RepulsionProblem p, const float* gram, const float* inverse, const float* start) {
   TOKENPRUNE_SHARED(CandidateSlots, slots);
   TOKENPRUNE_SHARED(uint32_t[kOwnTokens * kGreedyThreads / 32], seeds);
+  wait_for_launch_before();
   const int64_t sample = blockIdx.x, at = sample * p.n;
   int64_t* indices = p.indices + sample * p.k;
   GramRule rule{gram, inverse, indices, static_cast<uint32_t>(at), static_cast<int>(p.n), p.sum};
-  const bool seeded = p.k > 0 && mark_seeds(p.seeds + sample * p.n_seeds, p.n_seeds, rule.n, seeds);
-  wait_for_launch_before();
   if (p.k > 0) {
+    const bool seeded = mark_seeds(p.seeds + sample * p.n_seeds, p.n_seeds, rule.n, seeds);
     rule.for_own([&](int e, int i) {
       if (i >= rule.n) return;
       rule.state[e] = p.sum ? 0 : -INFINITY;
