@@ -74,7 +74,7 @@ cuda-table: export TORCH_CUDA_ARCH_LIST = 8.0;8.6;8.9;9.0a;10.0;12.0+PTX
 cuda-table: build  ## write what the CUDA kernels take and cost: tests/cuda/*.csv, and the predictions of docs/kernels.md
 	$(BIN)/python -m scripts.cuda_resources --write
 	$(BIN)/python -m scripts.cuda_costs --write
-	$(BIN)/python -m bench.gpu_suite.floors --write
+	$(BIN)/python -m bench.gpu_suite.predictions --write
 
 triton-table: build  ## write tests/triton/resources.csv: what the Triton kernels take on GPUs that are not here
 	$(BIN)/python -m scripts.triton_resources --write

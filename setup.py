@@ -14,7 +14,7 @@ Switches, read here and printed in the build log:
 from __future__ import annotations
 
 import atexit
-import importlib.metadata
+import importlib.machinery
 import importlib.util
 import os
 import platform
@@ -22,18 +22,20 @@ import re
 import runpy
 import shlex
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-TORCH_FLOOR = (2, 10)
+TORCH_FLOOR = "2.10"
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]  # torch 2.10, CPython 3.10
 DEFAULT_ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 # torch's names of the architectures that the kernels run on. "a" is for instructions of Hopper alone.
@@ -80,7 +82,7 @@ def find_nvcc() -> str | None:
 
 def asks_for_cuda() -> bool:
     """Kernels that nobody can launch would be most of the build: torch has CUDA, or somebody named architectures."""
-    return bool(os.environ.get("TORCH_CUDA_ARCH_LIST") or runpy.run_path(str(torch_folder() / "version.py"))["cuda"])
+    return bool(os.environ.get("TORCH_CUDA_ARCH_LIST") or torch_says(torch_folder())["cuda"])
 
 
 def cuda_compiler(sources: list[Path]) -> str | None:
@@ -160,15 +162,39 @@ def nvcc_architectures(entries: list[str]) -> list[str]:
     return flags
 
 
+def installed_torch() -> Path | None:
+    """Where torch lies; where a build is isolated from the environment that it is for, the torch of that environment.
+
+    Isolation by pip takes the environment's packages off the search path alone; isolation by a virtual environment of
+    its own leaves VIRTUAL_ENV, where the other one is activated.
+    """
+    prefixes = [*site.PREFIXES, *filter(None, [os.environ.get("VIRTUAL_ENV")])]
+    spec = importlib.util.find_spec("torch") or importlib.machinery.PathFinder.find_spec(
+        "torch", site.getsitepackages(prefixes)
+    )
+    return Path(spec.origin).parent if spec is not None and spec.origin else None
+
+
+def torch_says(folder: Path) -> dict[str, Any]:
+    """`torch.version`; torch is not imported, only its headers and libtorch_cpu are needed."""
+    return runpy.run_path(str(folder / "version.py"))
+
+
+def new_enough(torch: Path) -> bool:
+    found, floor = ([int(part) for part in v.split(".")[:2]] for v in (torch_says(torch)["__version__"], TORCH_FLOOR))
+    return found >= floor
+
+
 def torch_folder() -> Path:
-    """Where the torch to build against lies; it is not imported, only its headers and libtorch_cpu are needed."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        raise SystemExit("building needs torch in this environment: install it, or build without --no-build-isolation")
-    version = importlib.metadata.version("torch")
-    if tuple(int(part) for part in version.split(".")[:2]) < TORCH_FLOOR:
-        raise SystemExit(f"building needs torch >= {'.'.join(map(str, TORCH_FLOOR))}, found {version}")
-    return Path(spec.origin).parent
+    """Where the torch to build against lies."""
+    torch = installed_torch()
+    if torch is None or not new_enough(torch):
+        found = torch_says(torch)["__version__"] if torch else "none"
+        raise SystemExit(
+            f"building needs torch >= {TORCH_FLOOR} in this environment, found {found}: install it, or build without"
+            " --no-build-isolation"
+        )
+    return torch
 
 
 def ninja_command() -> list[str]:

@@ -18,34 +18,14 @@ from pathlib import Path
 
 from testing import ROOT
 
+from .packages import newest, pip
+
 GIGABYTES_FREE = 15
 ABI_AUDIT = [sys.executable, "-c", "import sys; from torch_abi_audit.cli import main; sys.exit(main())"]
 
 
-def newest_torch() -> str:
-    told = subprocess.run(
-        [sys.executable, "-m", "pip", "index", "versions", "torch"], capture_output=True, text=True, check=True
-    )
-    match = re.match(r"torch \(([\d.]+)", told.stdout)
-    if match is None:
-        raise SystemExit(f"pip index versions torch answered {told.stdout!r}")
-    return match.group(1)
-
-
 def build_wheel(folder: Path) -> Path:
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-build-isolation",
-        "--no-deps",
-        "-w",
-        str(folder),
-        str(ROOT),
-    ]
-    subprocess.run(pip, check=True)
+    pip("wheel", "--no-build-isolation", "--no-deps", "-w", folder, ROOT)
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -70,13 +50,12 @@ def check_torch(version: str, python: str, wheel: Path) -> bool:
     with tempfile.TemporaryDirectory(prefix="tokenprune-abi-") as folder:
         subprocess.run([python, "-m", "venv", folder], check=True)
         inside = str(Path(folder, "bin", "python"))
-        pip = [inside, "-m", "pip", "install", "-q", "--no-cache-dir", "--disable-pip-version-check"]
-        installs = [[f"torch=={version}", "numpy"], ["--no-deps", str(wheel)]]
-        for arguments in installs:
-            done = subprocess.run([*pip, *arguments], capture_output=True, text=True)
-            if done.returncode:
-                print(f"torch {version}: pip install {' '.join(arguments)} failed\n{done.stderr}")
-                return False
+        try:
+            pip("install", "--no-cache-dir", f"torch=={version}", "numpy", python=inside)
+            pip("install", "--no-deps", wheel, python=inside)
+        except RuntimeError as error:
+            print(f"torch {version}: {error}")
+            return False
         # -I: neither this checkout nor the caller's PYTHON* variables are visible.
         ran = subprocess.run([inside, "-I", str(ROOT / "scripts" / "abi_smoke.py")], cwd=folder, text=True)
     print(
@@ -97,7 +76,7 @@ def main() -> int:
             library = Path(archive.extract("tokenprune_kernels/_C.abi3.so", folder))
         print(f"needs {symbol_floors(library)}", flush=True)
         good = subprocess.run([*ABI_AUDIT, "--check", "both", str(library)]).returncode == 0
-        for version in dict.fromkeys(newest_torch() if v == "newest" else v for v in arguments.torch):
+        for version in dict.fromkeys(newest("torch") if v == "newest" else v for v in arguments.torch):
             good = check_torch(version, arguments.python, wheel) and good
     print("the ABI holds" if good else "the ABI check FAILED")
     return 0 if good else 1

@@ -14,6 +14,8 @@ from packaging.utils import canonicalize_name
 
 from testing import ROOT
 
+from .packages import pip
+
 # The integration, Triton, packaging, and the pages that users follow.
 TESTS = (
     "tests/transformers", "tests/triton", "tests/demo", "tests/package/test_build.py", "tests/package/test_binary.py",
@@ -31,9 +33,7 @@ def bounded() -> list[Requirement]:
 
 def main() -> int:
     ranges = bounded()
-    names = [r.name for r in ranges]
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--upgrade", "--upgrade-strategy", "eager", *names]
-    subprocess.run(pip, check=True)
+    pip("install", "--upgrade", "--upgrade-strategy", "eager", *(r.name for r in ranges))
     print(f"{'package':24}{'newest':14}{'range of pyproject.toml':28}")
     for requirement in ranges:
         version = importlib.metadata.version(requirement.name)

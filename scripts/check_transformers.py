@@ -17,18 +17,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from testing import ROOT
+from testing.process import search_path
+
+from .packages import install_into, newest
 
 # The oldest, two between (5.23 is the last that calls the cache past_key_values), and the newest.
 VERSIONS = ("5.3.0", "5.12.1", "5.23.0", "newest")
-
-
-def newest(bound: str) -> str:
-    """The newest version that pip finds below a bound."""
-    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-cache-dir", "--only-binary=:all:"]
-    with tempfile.TemporaryDirectory(prefix="tokenprune-transformers-") as folder:
-        subprocess.run([*pip, "-d", folder, f"transformers{bound}"], check=True)
-        (wheel,) = Path(folder).glob("transformers-*.whl")
-        return wheel.name.split("-")[1]
 
 
 def supported_below() -> str:
@@ -47,20 +41,17 @@ def kernels_of(folder: Path) -> list[str]:
 def check(version: str, arguments: list[str], keep: Path | None) -> tuple[str, str, float]:
     """(transformers and its companions, what pytest said, seconds)."""
     began = time.monotonic()
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-cache-dir", "--disable-pip-version-check"]
     throw_away = tempfile.TemporaryDirectory(prefix="tokenprune-transformers-")
     with throw_away if keep is None else nullcontext(str(keep / version)) as folder:
         # with its dependencies: hub and tokenizers of another version do not import
         if not (Path(folder) / "transformers").is_dir():
-            command = [*pip, "--target", folder, f"transformers=={version}"]
-            done = subprocess.run(command, capture_output=True, text=True)
-            wanted = [] if done.returncode else kernels_of(Path(folder))
-            if wanted:
-                done = subprocess.run([*pip, "--target", folder, "--no-deps", *wanted], capture_output=True, text=True)
-            if done.returncode:
-                return version, f"FAILED: pip install: {done.stderr.strip()[-300:]}", time.monotonic() - began
-        path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
-        environment = {**os.environ, "PYTHONPATH": path}
+            try:
+                install_into(Path(folder), f"transformers=={version}")
+                if wanted := kernels_of(Path(folder)):
+                    install_into(Path(folder), "--no-deps", *wanted)
+            except RuntimeError as error:
+                return version, f"FAILED: {str(error)[-300:]}", time.monotonic() - began
+        environment = {**os.environ, "PYTHONPATH": search_path(Path(folder))}
         asked = "import transformers as t, huggingface_hub as h; print(t.__version__, 'hub', h.__version__)"
         named = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, env=environment)
         found = named.stdout.strip() or named.stderr.strip()[-300:]
@@ -79,8 +70,9 @@ def main() -> int:
     parser.add_argument("versions", nargs="*", default=VERSIONS, help="versions to try")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where installed versions stay, one folder each")
     arguments, further = parser.parse_known_args()
-    bound = supported_below()
-    rows = [check(newest(bound) if v == "newest" else v, further, arguments.keep) for v in arguments.versions]
+    supported = f"transformers{supported_below()}"
+    versions = [newest(supported) if version == "newest" else version for version in arguments.versions]
+    rows = [check(version, further, arguments.keep) for version in versions]
     width = max(len(found) for found, _, _ in rows)
     print(f"{'transformers':{width}}  seconds  tests")
     for found, told, seconds in rows:

@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from testing import ROOT
+from testing.process import search_path
+
+from .packages import install_into
 
 # Release of Triton: the torch that asks for it.
 PAIRS = {"3.6.0": "2.10, 2.11", "3.7.0": "2.12", "3.7.1": "2.13", "3.8.0": "2.14", "3.9.0": "2.15"}
@@ -48,13 +51,11 @@ def timed(command: list[str], environment: dict[str, str], last_line: str) -> Ou
 
 
 def check(version: str, folder: Path, chosen: str, compiled: list[str]) -> dict[str, Outcome]:
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--no-cache-dir"]
-    command = [*pip, "--target", str(folder), f"triton=={version}", *BESIDE.get(version, [])]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        return {"installed": Outcome(False, done.stderr.strip()[-300:], 0.0)}
-    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": str(folder / "cache")}
+    try:
+        install_into(folder, "--no-deps", f"triton=={version}", *BESIDE.get(version, []))
+    except RuntimeError as error:
+        return {"installed": Outcome(False, str(error)[-300:], 0.0)}
+    environment = {**os.environ, "PYTHONPATH": search_path(folder), "TRITON_CACHE_DIR": str(folder / "cache")}
     environment.pop("TRITON_INTERPRET", None)
     told = subprocess.run(
         [sys.executable, "-c", VERSION], env=environment, capture_output=True, text=True, check=True

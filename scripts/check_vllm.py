@@ -16,6 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from testing import ROOT
+from testing.pages import fill
+
+from .packages import pip
 
 ENVIRONMENT = ROOT / ".venv-vllm"
 CONSTRAINTS = ROOT / "scripts" / "vllm-constraints.txt"
@@ -61,15 +64,14 @@ def python() -> str:
 def set_up() -> None:
     """Installs the engine, and this checkout beside it."""
     stamp = ENVIRONMENT / ".installed"
-    pip = [python(), "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", str(CONSTRAINTS)]
     if not stamp.exists() or stamp.read_text() != CONSTRAINTS.read_text():
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(ENVIRONMENT)], check=True)
-        subprocess.run([*pip, *PACKAGES], check=True)
+        pip("install", "-c", CONSTRAINTS, *PACKAGES, python=python())
         without_cuda()
         stamp.write_text(CONSTRAINTS.read_text())
-    checkout = ["-e", str(ROOT), "--no-deps", "--no-build-isolation"]
-    quick = {**os.environ, "TOKENPRUNE_CPU": "0", "TOKENPRUNE_CUDA": "0"}  # the library of `make build` is what runs
-    subprocess.run([*pip, *checkout], env=quick, check=True)
+    # The library of `make build` is what runs.
+    checkout = ("-e", ROOT, "--no-deps", "--no-build-isolation")
+    pip("install", "-c", CONSTRAINTS, *checkout, python=python(), TOKENPRUNE_CPU="0", TOKENPRUNE_CUDA="0")
 
 
 def without_cuda() -> None:
@@ -80,7 +82,7 @@ def without_cuda() -> None:
     """
     for package in ("torchaudio", "torchcodec"):
         if subprocess.run([python(), "-c", f"import {package}"], capture_output=True).returncode:
-            subprocess.run([python(), "-m", "pip", "uninstall", "-q", "-y", package], check=True)
+            pip("uninstall", "-y", package, python=python())
     if subprocess.run([python(), "-c", "import torchvision"], capture_output=True).returncode:
         (extension,) = (ENVIRONMENT / "lib").glob("python*/site-packages/torchvision/extension.py")
         with extension.open("a") as file:
@@ -186,9 +188,7 @@ def main() -> int:
     MODELS.mkdir(parents=True, exist_ok=True)
     table, good = tables(arguments.only)
     if arguments.write and not arguments.only:
-        begin, end = "<!-- begin check-vllm -->\n", "\n<!-- end check-vllm -->"
-        before, _, rest = PAGE.read_text().partition(begin)
-        PAGE.write_text(before + begin + table + end + rest.partition(end)[2])
+        PAGE.write_text(fill(PAGE.read_text(), "check-vllm", table))
     if not arguments.only:
         print(run("-m", "scripts.check_vllm_video"))  # docs/vllm-video.md
     print("passed" if good else "FAILED")

@@ -56,9 +56,12 @@ def timed(command: list[str], folder: Path) -> tuple[float, float]:
 
 
 def main() -> None:
+    goals = sys.argv[1:] or [*PARTS]
+    if not {*goals} <= {*PARTS}:
+        raise SystemExit(f"scripts/timing.py times {' and '.join(PARTS)}, got {' '.join(goals)}")
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     print(f"{cores} cores, {load:.1f} programs running on them before this began")
-    for goal in sys.argv[1:] or PARTS:
+    for goal in goals:
         aim, parts = PARTS[goal]
         print(f"make {goal:22}{'seconds':>10}{'CPU seconds':>14}", flush=True)
         clocks, cpus = 0.0, 0.0

@@ -36,15 +36,22 @@ def tensors(inputs: Inputs) -> list[Tensor]:
     return [t for value in inputs.values() for t in flat(value)]
 
 
+def _each(change: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
+    """The inputs with other tensors, those in lists too."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return change(value)
+        return (
+            [change(t) for t in value] if isinstance(value, list) and value and isinstance(value[0], Tensor) else value
+        )
+
+    return {name: of(value) for name, value in inputs.items()}
+
+
 def copied(inputs: Inputs) -> Inputs:
     """The same inputs in memory of their own, with the same strides."""
-
-    def copy(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.clone(memory_format=torch.preserve_format)
-        return [copy(v) for v in value] if isinstance(value, list) and value and isinstance(value[0], Tensor) else value
-
-    return {name: copy(value) for name, value in inputs.items()}
+    return _each(lambda t: t.clone(memory_format=torch.preserve_format), inputs)
 
 
 def overwrite(inputs: Inputs, others: Inputs) -> None:
@@ -55,15 +62,7 @@ def overwrite(inputs: Inputs, others: Inputs) -> None:
 
 def changed(inputs: Inputs) -> Inputs:
     """Other values of the same kind: floats, masks and positions rolled along the tokens, index lists as they are."""
-
-    def change(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.roll(1, -1) if value.is_floating_point() or value.dtype == torch.bool else value.clone()
-        return (
-            [change(v) for v in value] if isinstance(value, list) and value and isinstance(value[0], Tensor) else value
-        )
-
-    return {name: change(value) for name, value in inputs.items()}
+    return _each(lambda t: t.roll(1, -1) if t.is_floating_point() or t.dtype == torch.bool else t.clone(), inputs)
 
 
 def determinism(device: Device, f: Function, inputs: Inputs, repeats: int = 50) -> None:

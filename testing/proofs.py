@@ -9,7 +9,7 @@ prefill and in decoding, and its greedy tokens.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from tokenprune_kernels.methods import method_names
+from tokenprune_kernels.methods import get_method, method_names
 
 # In the model, twice, before it with renumbered positions, and before it with the original ones.
 FOUR = ("coast", "sts", "adafv", "divprune")
@@ -48,6 +48,8 @@ def _sizes(function: str, *more: str) -> tuple[str, ...]:
 _CLASS_TOKENS = "needs the position of every visual token on a grid, and the class tokens among them are on none"
 # It reads the attention of the layer before and the keys of its own.
 _LINEAR = {"adaptprune": "it can choose in front of no layer"}
+# Towers whose attention is not called through transformers' registry, and images without one.
+_NO_SALIENCY = {name: "has no saliency for" for name in EVERY if "saliency" in get_method(name).uses}
 
 PROOFS = (
     Proof("llava", ("models.llava_padded",), "an image each", EVERY),
@@ -93,7 +95,35 @@ PROOFS = (
     Proof("paligemma", ("models_window.paligemma", "models_window.paligemma2"), "images; Gemma 2 with windows"),
     Proof("gemma3", ("models_window.gemma3",), "images; windows"),
     Proof(
-        "gemma4", ("models_window.gemma4", "models_window.gemma4_shared"), "images of any size; windows, shared keys",
+        "gemma3n", ("models_timm.gemma3n", "models_timm.gemma3n_shared"), "images; windows, shared keys",
+        refuses=_NO_SALIENCY,
+    ),
+    Proof(
+        "gemma4", ("models_window.gemma4", "models_window.gemma4_shared", "models_window.gemma4_video"),
+        "images of any size, videos; windows, shared keys",
+    ),
+    Proof(
+        "gemma4_unified", ("models_window.gemma4_unified",), "images of any size, videos; windows", ("coast",),
+        refuses=_NO_SALIENCY,
     ),
     Proof("llama4", ("models_window.llama4",), "tiles; chunks"),
+    Proof("aya_vision", ("models_window.aya_vision",), "tiles; windows"),
+    Proof("cohere2_vision", ("models_window.cohere2_vision",), "tiles; windows", ("coast",)),
+    Proof("molmo2", ("models_molmo2.images", "models_molmo2.olmo", "models_molmo2.videos"), "images in views, videos"),
+    Proof(
+        "lfm2_vl", ("models_merged.lfm2_vl",), "images of any size", refuses=_LINEAR, path="oracle_removing.logits",
+    ),
+    Proof(
+        "minicpmv4_6", ("models_hybrid.minicpmv",), "images and frames of any size", refuses=_LINEAR,
+        path="oracle_removing.logits",
+    ),
+    Proof("paddleocr_vl", ("models_merged.paddleocr_vl",), "images of any size"),
+    Proof("video_llama_3", ("models_merged.video_llama_3",), "images and frames of any size", ("coast",)),
+    Proof("lighton_ocr", ("models_merged.lighton_ocr",), "images of any size", ("coast",)),
+    Proof("qianfan_ocr", ("models_crops.qianfan_ocr:ragged",), "images in tiles", ("coast",)),
+    Proof("perception_lm", ("models_timm.perception_lm",), "tiles, frames", ("coast",), refuses=_NO_SALIENCY),
+    Proof("got_ocr2", ("models_squares.got_ocr2",), "images", ("coast",), refuses=_NO_SALIENCY),
+    Proof("deepseek_vl", ("models_squares.deepseek_vl",), "images", ("coast",)),
+    Proof("deepseek_vl_hybrid", ("models_squares.deepseek_vl_hybrid",), "images", ("coast",)),
+    Proof("janus", ("models_squares.janus",), "images", ("coast",)),
 )  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _registry, _triton
 from ._accept import good_sizes
 from ._checks import check, fail
-from ._convert import by_budget, converted
+from ._convert import by_budget, converted, samples_of
 from ._op import OPS, Count, Op
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
@@ -66,12 +66,13 @@ def use_backend(name: str) -> Iterator[None]:
         _requested.name = before
 
 
-def unavailable(name: str, device: str) -> str | None:
-    """Why backend `name` cannot serve tensors on `device`, or None when it can."""
+def unavailable(name: str, device: torch.device | str) -> str | None:
+    """Why backend `name` cannot serve tensors on a device, or None when it can. "cuda" is the current GPU."""
+    device = torch.device(device)
     if name == "cpu":
         if not _registry.compiled():
             return f"the compiled library is not loaded ({_registry.load_error()})"
-        return None if device == "cpu" else f"the inputs are on {device}"
+        return None if device.type == "cpu" else f"the inputs are on {device.type}"
     if name == "cuda":
         if not _registry.compiled():
             return f"the compiled library is not loaded ({_registry.load_error()})"
@@ -79,15 +80,15 @@ def unavailable(name: str, device: str) -> str | None:
             return "this build has no CUDA kernels"
         if not torch.cuda.is_available():
             return "torch finds no CUDA device"
-        if device != "cuda":
-            return f"the inputs are on {device}"
+        if device.type != "cuda":
+            return f"the inputs are on {device.type}"
         if reason := _registry.old_driver():
             return reason
-        if _registry.lacks_binary(torch.cuda.current_device()):
+        if _registry.lacks_binary(torch.cuda.current_device() if device.index is None else device.index):
             return f"this build is for {_registry.build_info()['cuda_architectures']}, which this GPU cannot run"
         return None
     if name == "triton":
-        return _triton.unavailable(device)
+        return _triton.unavailable(device.type)
     return None
 
 
@@ -101,11 +102,11 @@ def served_by(op: str, tensor: Tensor) -> str:
     name = _requested.name or _from_environment
     if name != "auto":
         return name
-    return automatic(op, tensor.device.type)
+    return automatic(op, tensor.device)
 
 
-def automatic(op: str, device: str) -> str:
-    """The backend that `auto` means for this op on this kind of device."""
+def automatic(op: str, device: torch.device | str) -> str:
+    """The backend that `auto` means for this op on this device."""
     for candidate in ("cpu", "cuda", "triton"):
         if lacks(candidate, op) is None and unavailable(candidate, device) is None:
             return candidate
@@ -123,7 +124,7 @@ def implementation(backend: str | None, tensor: Tensor, op: str) -> Any:
     _check_name(name, "backend")
     if name == "reference":
         return _registry.references
-    reason = lacks(name, op) or (None if name in _extra else unavailable(name, tensor.device.type))
+    reason = lacks(name, op) or (None if name in _extra else unavailable(name, tensor.device))
     if reason is not None:
         raise BackendUnavailableError(f"backend {name!r} was asked for, but {reason}")
     if name in _extra:
@@ -168,13 +169,13 @@ def _call_as_written(op: Op, backend: str | None, given: Sequence[Any]) -> Any:
             fail(
                 ValueError, op.name, "budgets", f"be None where {op.arguments[at].name} has a number per sample", "both"
             )
-        values[own] = torch.tensor(numbers, device=given[0].device)
+        values[own] = torch.tensor(numbers).to(given[0].device, non_blocking=True)
     check(op, values)
     if own is not None:
         return _serve(op, backend, values)
 
     def of_samples(k: int, samples: list[int]) -> Any:
-        part = [value[samples] if isinstance(value, Tensor) else value for value in values]
+        part = [samples_of(value, samples) if isinstance(value, Tensor) else value for value in values]
         return _serve(op, backend, [*part[:at], k, *part[at + 1 :]])
 
     return by_budget(numbers, of_samples)

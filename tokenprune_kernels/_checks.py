@@ -60,10 +60,11 @@ def check(op: Op, values: Sequence[Any]) -> Sizes:
         if isinstance(kind, TensorKind):
             if value is None and not argument.required:
                 continue
-            _tensor(op.name, argument, kind, value, sizes, first)
+            check_tensor(f"tokenprune::{op.name}", argument, kind, value, sizes, first)
             first = value if first is None else first
         elif isinstance(kind, Count):
-            _count(op.name, argument.name, value)
+            expected = "be an int, a share of the tokens (a float) or a list of one per sample"
+            check_count(f"tokenprune::{op.name}", argument.name, value, expected)
             sizes[argument.name] = value
         elif isinstance(kind, AtLeast):
             _at_least(op.name, argument.name, kind, value)
@@ -83,19 +84,20 @@ def check(op: Op, values: Sequence[Any]) -> Sizes:
     return sizes
 
 
-def _tensor(op: str, a: Argument, kind: TensorKind, t: Any, sizes: Sizes, first: Tensor | None) -> None:
+def check_tensor(who: str, a: Argument, kind: TensorKind, t: Any, sizes: Sizes, first: Tensor | None) -> None:
+    """sizes: what letters stand for so far; those of `t` are added. first: the first tensor of the call, or None."""
     if not isinstance(t, Tensor):
         expected = "be a tensor" if a.required else "be a tensor or None"
-        fail(TypeError, op, a.name, expected, _what_else(t), _advice.of_value(a.name, t))
+        complain(TypeError, who, a.name, expected, _what_else(t), _advice.of_value(a.name, t))
     if t.is_nested:  # it has no shape to look at; other layouts are left to the dispatcher and to `on_dense`
-        refuse_not_dense(op, a.name, t)
-    if t.dtype not in kind.dtypes:
+        refuse_not_dense(who, a.name, t)
+    if kind.dtypes and t.dtype not in kind.dtypes:
         wanted = None if kind.dtypes is FLOATS else kind.dtypes[0]
         expected = "float16, bfloat16, float32 or float64" if wanted is None else dtype_name(wanted)
-        fail(TypeError, op, a.name, f"be {expected}", dtype_name(t.dtype), _advice.of_dtype(a.name, wanted, t))
+        complain(TypeError, who, a.name, f"be {expected}", dtype_name(t.dtype), _advice.of_dtype(a.name, wanted, t))
     if kind.like and first is not None and t.dtype != first.dtype:
         expected = f"have the dtype of {kind.like} ({dtype_name(first.dtype)})"
-        fail(TypeError, op, a.name, expected, dtype_name(t.dtype), f"type {a.name}.to({kind.like}.dtype)")
+        complain(TypeError, who, a.name, expected, dtype_name(t.dtype), f"type {a.name}.to({kind.like}.dtype)")
     shape = t.shape
     known = [sizes.get(letter, int(letter) if letter.isdigit() else -1) for letter in kind.shape]
     fits = len(shape) == len(known)
@@ -104,19 +106,19 @@ def _tensor(op: str, a: Argument, kind: TensorKind, t: Any, sizes: Sizes, first:
     if not fits:
         numbers = ", ".join("any" if size == -1 else str(size) for size in known)
         expected = f"have shape {kind.text}" + ("" if first is None else f" = [{numbers}]")
-        fail(ValueError, op, a.name, expected, shape_text(t), _advice.of_shape(a.name, known, t, first is None))
+        complain(ValueError, who, a.name, expected, shape_text(t), _advice.of_shape(a.name, known, t, first is None))
     if first is not None and t.device != first.device:
-        fail(ValueError, op, a.name, f"be on {first.device}", t.device, f"type {a.name}.to('{first.device}')")
+        complain(ValueError, who, a.name, f"be on {first.device}", t.device, f"type {a.name}.to('{first.device}')")
     sizes.update(zip(kind.shape, shape, strict=True))
 
 
-def _count(op: str, name: str, k: int) -> None:
-    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
-        fail(
-            TypeError, op, name, "be an int, a share of the tokens (a float) or a list of one per sample", _what_else(k)
-        )
-    if k < 0:
-        fail(ValueError, op, name, "be non-negative", k)
+def check_count(who: str, name: str, value: Any, expected: str = "be an int") -> int:
+    """A number that is known to the host and not negative."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        complain(TypeError, who, name, expected, _what_else(value))
+    if value < 0:
+        complain(ValueError, who, name, "be non-negative", value)
+    return value  # type: ignore[return-value]  # a SymInt is as good
 
 
 def _at_least(op: str, name: str, kind: AtLeast, value: int) -> None:
@@ -194,14 +196,14 @@ def refuse_size(op: str, name: str, t: Tensor) -> NoReturn:
     fail(ValueError, op, name, f"have fewer than {_MOST} elements (a size of 0 counts as 1)", shape_text(t))
 
 
-def refuse_not_dense(op: str, name: str, t: Tensor) -> None:
+def refuse_not_dense(who: str, name: str, t: Tensor) -> None:
     quantized = t.dtype in QUANTIZED  # under vmap is_quantized is False, and torch ends the process
     if t.layout != torch.strided or t.is_nested or quantized:
         got = "a nested one" if t.is_nested else "a quantized one" if quantized else f"one of {t.layout}"
-        fail(TypeError, op, name, "be a dense tensor", got, _advice.of_layout(name, t))
+        complain(TypeError, who, name, "be a dense tensor", got, _advice.of_layout(name, t))
     # The dispatcher makes zeros in memory out of a tensor without any, unless the caller has turned that off.
     if t._is_zerotensor() and torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.ZeroTensor):
-        fail(TypeError, op, name, "have memory", "a tensor without")
+        complain(TypeError, who, name, "have memory", "a tensor without")
 
 
 def on_dense(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -209,18 +211,18 @@ def on_dense(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     The dispatcher sees to it for compiled kernels. What is not compiled serves everything else, and has to look.
     """
-    names = tuple(a.name for a in OPS[op].arguments)
+    who, names = f"tokenprune::{op}", tuple(a.name for a in OPS[op].arguments)
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             for name, value in (*zip(names, args, strict=False), *kwargs.items()):
                 if isinstance(value, Tensor):
-                    refuse_not_dense(op, name, value)
+                    refuse_not_dense(who, name, value)
                 elif isinstance(value, (list, tuple)):
                     for i, t in enumerate(value):
                         if isinstance(t, Tensor):
-                            refuse_not_dense(op, f"{name}[{i}]", t)
+                            refuse_not_dense(who, f"{name}[{i}]", t)
         return function(*args, **kwargs)
 
     return run

@@ -24,7 +24,7 @@ def converted(op: Op, values: Sequence[Any]) -> list[Any]:
     for i, (a, value) in enumerate(zip(op.arguments, values, strict=True)):
         if isinstance(a.kind, TensorKind):
             if isinstance(value, Tensor) and not value.is_nested:
-                made[i] = _tensor(a.kind, value, batch)
+                made[i] = as_kind(a.kind, value, batch)
         elif isinstance(a.kind, Count):
             made[i] = budget(f"tokenprune::{op.name}", a.name, value, _tokens(op, values), batch)
         elif isinstance(a.kind, AtLeast):
@@ -36,8 +36,9 @@ def converted(op: Op, values: Sequence[Any]) -> list[Any]:
     return made
 
 
-def _tensor(kind: TensorKind, t: Tensor, batch: int | None) -> Tensor:
-    if kind.dtypes[0] is torch.int64 and t.dtype in INDEX_DTYPES:
+def as_kind(kind: TensorKind, t: Tensor, batch: int | None) -> Tensor:
+    """Narrow integers as int64, and positions as floats, of every sample where they are of all alike."""
+    if torch.int64 in kind.dtypes and t.dtype in INDEX_DTYPES:
         return t.long()
     if kind.coordinates:
         if t.dtype in INTEGERS:
@@ -108,6 +109,11 @@ def _number(who: str, name: str, number: Any, tokens: int | None) -> Any:
     return share_of(number, tokens) + 0  # a sum, because torch.compile cannot look into a constant any more
 
 
+def samples_of(t: Tensor, samples: Sequence[int]) -> Tensor:
+    """These samples of a tensor; an index list in brackets would wait for its device."""
+    return t.index_select(0, torch.tensor(samples).to(t.device, non_blocking=True))
+
+
 def by_budget(numbers: Sequence[int], run: Callable[[int, list[int]], Any]) -> Any:
     """run(k, samples) for the samples of every k, put together in the order of the batch.
 
@@ -127,7 +133,7 @@ def _joined(parts: Sequence[Any], order: list[int]) -> Any:
         return None
     if isinstance(first, Tensor):
         shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
-        return torch.cat([_padded(part, shape) for part in parts])[order]
+        return samples_of(torch.cat([_padded(part, shape) for part in parts]), order)
     if isinstance(first, dict):
         return {name: _joined([part[name] for part in parts], order) for name in first}
     values = [_joined(each, order) for each in zip(*parts, strict=True)]

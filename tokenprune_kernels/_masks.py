@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ._advice import of_value
+from ._checks import check_count
 from ._convert import as_integer
 from ._op import INDEX_DTYPES
 
@@ -36,11 +37,7 @@ def indices_to_mask(indices: Tensor, size: int) -> Tensor:
         raise TypeError(f"indices_to_mask: indices must be an int64 tensor, got {got}; {instead}")
     if indices.dim() != 2:
         raise ValueError(f"indices_to_mask: indices must have shape [B, K], got {list(indices.shape)}")
-    size = as_integer(size)
-    if isinstance(size, bool) or not isinstance(size, int | torch.SymInt):
-        raise TypeError(f"indices_to_mask: size must be an integer, got {size!r}")
-    if size < 0:
-        raise ValueError(f"indices_to_mask: size must be >= 0, got {size}")
+    size = check_count("indices_to_mask", "size", as_integer(size))
     indices = indices.long()
     named = (indices >= 0) & (indices < size)
     # The last column takes what names no token.

@@ -50,7 +50,8 @@ PYTHON_ONLY = ("layout", "backend")
 
 
 class TensorKind(NamedTuple):
-    """A tensor of one of `dtypes`; `shape` names its sizes by letters, which agree over all arguments, or by digits."""
+    """A tensor of one of `dtypes`, of any where that is empty; `shape` names its sizes by letters, which agree over all
+    arguments, or by digits."""
 
     shape: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]

@@ -1,7 +1,7 @@
 """What the functions of `varlen` share: where a packed batch is cut, checked, and the way to padded tensors and back.
 
 No value of cu_seqlens reaches the host but on the CPU, to be checked. Elsewhere bad ones give wrong results without
-reading memory out of bounds: places outside the batch are no entries to gather_compact.
+reading memory out of bounds: tokens outside the batch are no entries to gather_compact.
 """
 
 import itertools
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import ops
 from ._backend import served_by
-from ._checks import dtype_name, fail, shape_text
+from ._checks import check_count, dtype_name, fail, shape_text
 
 
 class Cut(NamedTuple):
@@ -45,13 +45,6 @@ def check_beside(op: str, name: str, t: Tensor, dtype: torch.dtype, size: int, l
         fail(ValueError, op, name, f"have shape [{size}]", shape_text(t))
     if t.device != like.device:
         fail(ValueError, op, name, f"be on {like.device}", t.device)
-
-
-def check_count(op: str, name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        fail(TypeError, op, name, "be an int", type(value).__name__)
-    if value < 0:
-        fail(ValueError, op, name, "be non-negative", value)
 
 
 def cut(op: str, name: str, cu_seqlens: Tensor, packed: Tensor, longest: int | None = None) -> Cut:
@@ -89,14 +82,14 @@ def sequences(c: Cut) -> Tensor:
     return torch.searchsorted(c.bounds[1:], tokens, right=True)
 
 
-def places(c: Cut) -> Tensor:
-    """[B, longest] int64: the token at each place of the padded batch, -1 where there is none."""
+def slots(c: Cut) -> Tensor:
+    """[B, longest] int64: the token in each slot of the padded batch, -1 where there is none."""
     token = c.bounds[:-1, None] + torch.arange(c.longest, device=c.bounds.device)
     return torch.where((token < c.bounds[1:, None]) & (token < c.tokens), token, -1)
 
 
 def pad(c: Cut, tensors: Sequence[Tensor], dims: Sequence[int], at: Tensor, backend: str | None) -> list[Tensor]:
-    """[..., T, ...] -> [B, ..., longest, ...] for each tensor, in one launch; `at` are the places."""
+    """[..., T, ...] -> [B, ..., longest, ...] for each tensor, in one launch; `at` are the slots' tokens."""
     each = [t.detach().expand(c.batch, *t.shape) for t in tensors]
     return ops.gather_compact(each, at, dims=[d + 1 for d in dims], backend=backend)
 
@@ -104,9 +97,9 @@ def pad(c: Cut, tensors: Sequence[Tensor], dims: Sequence[int], at: Tensor, back
 def pack(c: Cut, padded: Sequence[Tensor], backend: str | None) -> list[Tensor]:
     """[B, ..., longest] -> [..., T] for each tensor, in one launch; tokens of no sequence get 0."""
     sequence = sequences(c)
-    place = torch.arange(c.tokens, device=c.bounds.device) - c.bounds[sequence]
-    inside = (sequence < c.batch) & (place >= 0) & (place < c.longest)
-    at = torch.where(inside, sequence * c.longest + place, -1)
+    index = torch.arange(c.tokens, device=c.bounds.device) - c.bounds[sequence]  # in its sequence
+    inside = (sequence < c.batch) & (index >= 0) & (index < c.longest)
+    at = torch.where(inside, sequence * c.longest + index, -1)
     rows = [t.movedim(0, -2).flatten(-2)[None] for t in padded]  # [1, ..., B longest]
     return [t[0] for t in ops.gather_compact(rows, at[None], dims=[-1] * len(rows), backend=backend)]
 
@@ -120,8 +113,8 @@ def attend(
     op = f"varlen.{name}"
     check_packed(op, "query", query, "Tq Hq D")
     check_packed(op, "key", key, "Tk Hkv D")
-    check_count(op, "max_seqlen_q", max_seqlen_q)
-    check_count(op, "max_seqlen_k", max_seqlen_k)
+    check_count(f"tokenprune::{op}", "max_seqlen_q", max_seqlen_q)
+    check_count(f"tokenprune::{op}", "max_seqlen_k", max_seqlen_k)
     rows = cut(op, "cu_seqlens_q", cu_seqlens_q, query, max_seqlen_q)
     keys = cut(op, "cu_seqlens_k", cu_seqlens_k, key, max_seqlen_k)
     if keys.batch != rows.batch:
@@ -185,7 +178,7 @@ def _padded(
     backend = options["backend"]
     made: dict[str, Any] = {}
     for side, named in ((rows, of_rows), (keys, of_keys)):
-        at = places(side)
+        at = slots(side)
         made["key_mask" if side is keys else "query_mask"] = at >= 0
         made.update(zip(named, pad(side, list(named.values()), [_dim(n) for n in named], at, backend), strict=True))
     made["query"], made["key"] = made["query"].transpose(1, 2), made["key"].transpose(1, 2)

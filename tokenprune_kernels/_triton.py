@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from ._op import OPS
 OLDEST = (3, 6)  # pairs with torch 2.10
 
 _LIBRARIES: list[torch.library.Library] = []  # registrations live as long as their library
+_defining = threading.Lock()
 
 
 @functools.cache
@@ -119,9 +121,14 @@ def served() -> list[str]:
     return [name for name, op in OPS.items() if "triton" in op.backends]
 
 
-@functools.cache
 def namespace() -> Any:
     """torch.ops.tokenprune_triton: the ops with a Triton kernel, on every device that it takes."""
+    with _defining:  # the first calls of two threads would define the ops twice, which torch refuses
+        return _namespace()
+
+
+@functools.cache
+def _namespace() -> Any:
     from ._registry import as_runtime_error
 
     library = torch.library.Library("tokenprune_triton", "FRAGMENT")

@@ -32,8 +32,8 @@ def _fold(op: str, value: Tensor, level: int, size: int, batch_dim: int) -> Tens
     return moved.expand(shape).flatten(batch_dim, batch_dim + 1)
 
 
-def _unfold(value: Tensor, level: int, size: int, batch_dim: int) -> Tensor:
-    split = value.unflatten(batch_dim % value.dim(), (size, value.shape[batch_dim] // size))
+def _unfold(value: Tensor, level: int, size: int, batch: int, batch_dim: int) -> Tensor:
+    split = value.unflatten(batch_dim % value.dim(), (size, batch))
     result: Tensor = torch._C._functorch._add_batch_dim(split, batch_dim % value.dim(), level)
     return result
 
@@ -49,8 +49,8 @@ def _rule(ops: Any, name: str) -> Callable[..., Any]:
         with torch._C._ExcludeDispatchKeyGuard(_KEY):
             result = op(*map(fold, args), **{key: fold(value) for key, value in kwargs.items()})
             if isinstance(result, Tensor):
-                return _unfold(result, level, size, 0)
-            return tuple(_unfold(r, level, size, 0) for r in result)
+                return _unfold(result, level, size, args[0].shape[0], 0)
+            return tuple(_unfold(r, level, size, args[0].shape[0], 0) for r in result)
 
     return rule
 
@@ -71,7 +71,7 @@ def _gather_rule(
         kept = ops.gather_compact.default(
             folded, _fold("gather_compact", indices, level, size, 0), dims=dims, batch_dims=batch_dims
         )
-        return [_unfold(k, level, size, b) for k, b in zip(kept, batch_dims, strict=True)]
+        return [_unfold(k, level, size, indices.shape[0], b) for k, b in zip(kept, batch_dims, strict=True)]
 
 
 def _refuse_nested(name: str) -> Callable[..., Any]:

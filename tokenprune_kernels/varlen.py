@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._checks import fail
-from ._packed import attend, check_beside, check_count, check_packed, cut, sequences
+from ._checks import check_count, fail
+from ._packed import attend, check_beside, check_packed, cut, sequences
 
 __all__ = ["attention_entropy", "attention_scores", "cross_attention_scores", "gather_compact", "select_topk"]
 
@@ -60,7 +60,7 @@ def select_topk(
     """
     op = "varlen.select_topk"
     check_packed(op, "scores", scores, "T")
-    check_count(op, "k", k)
+    check_count(f"tokenprune::{op}", "k", k)
     c = cut(op, "cu_seqlens", cu_seqlens, scores)
     if mask is not None:
         check_beside(op, "mask", mask, torch.bool, c.tokens, scores)
@@ -79,14 +79,14 @@ def select_topk(
 
 
 def gather_compact(
-    tensors: Sequence[Tensor], indices: Tensor, *, dims: Sequence[int] | None = None, backend: str | None = None
+    tensors: Sequence[Tensor], indices: Tensor, *, dims: int | Sequence[int] = 0, backend: str | None = None
 ) -> list[Tensor]:
     """Keep the selected tokens of packed tensors, in one launch: out[..., n, ...] = t[..., indices[n], ...].
 
     Args:
         tensors: packed tensors of any dtypes: hidden states [T, C], positions [3, T], keys and values [T, H, D].
         indices: [P] int64, positions in the packed batch, as `select_topk` returns them; -1 gives zeros.
-        dims: for each tensor its token dimension; default 0 for all.
+        dims: for each tensor its token dimension; one integer holds for all.
         backend: which implementation serves the call; see `use_backend`.
 
     Returns:
@@ -104,10 +104,12 @@ def gather_compact(
     """
     op = "varlen.gather_compact"
     check_packed(op, "indices", indices, "P")
+    if not isinstance(tensors, (list, tuple)):
+        fail(TypeError, op, "tensors", "be a list of tensors", type(tensors).__name__)
     for i, t in enumerate(tensors):
         if not isinstance(t, Tensor):
             fail(TypeError, op, f"tensors[{i}]", "be a tensor", type(t).__name__)
-    dims = [0] * len(tensors) if dims is None else dims
+    dims = [dims] * len(tensors) if isinstance(dims, int) else dims
     kept = ops.gather_compact(
         [t[None] for t in tensors], indices[None], dims=[d if d < 0 else d + 1 for d in dims], backend=backend
     )

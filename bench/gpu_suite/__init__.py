@@ -4,31 +4,19 @@ docs/gpu.md says how to run it and how to read its results. It works from a bare
 but torch, which is why importing this package makes the references importable.
 """
 
-import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Sequence
-from types import ModuleType
 
 from testing import ROOT
 
-REFERENCES = "tokenprune_kernels.reference"
+# An installation maps this name to python_ref/; a bare checkout has nothing that does.
+REFERENCES, FOLDER = "tokenprune_kernels.reference", ROOT / "python_ref"
 
-
-class _References:
-    """An installation maps tokenprune_kernels.reference to python_ref/; this does so where there is none."""
-
-    @staticmethod
-    def find_spec(
-        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name != REFERENCES:
-            return None
-        folder = ROOT / "python_ref"
-        return importlib.util.spec_from_file_location(
-            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
-
-
-if _References not in sys.meta_path:
-    sys.meta_path.append(_References)  # last: an installation is asked first
+if REFERENCES not in sys.modules:
+    spec = importlib.util.spec_from_file_location(
+        REFERENCES, FOLDER / "__init__.py", submodule_search_locations=[str(FOLDER)]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[REFERENCES] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[REFERENCES])

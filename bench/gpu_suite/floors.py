@@ -1,83 +1,78 @@
-"""The rates of this machine that the floors of the timing table are made of.
+"""The rates that floors are made of: assumed ones for predictions, and those that the suite measures on its machine."""
 
-`python -m bench.gpu_suite.floors` prints what the formulas and the machine code predict for every row at assumed rates:
-predictions, and no measurement (predictions.py). The suite measures the rates on the machine that it runs on.
-"""
-
-from collections.abc import Callable
-from statistics import median
-from typing import Any
+from functools import partial
 
 import torch
 
+from bench.gpu_timer import device_microseconds, measure
+from testing.gpu_checks import Function
 from testing.gpu_device import Device
 
-from . import predictions
-from .costs import FLOATS
+from .work import Item, Items
+
+FLOATS = ("bfloat16", "float16", "float32")
+Rates = dict[str, float]
+# Assumed for predictions only. Rates are what one H200 gave to large torch operations, per second; the rest, which
+# model.py alone uses, are published figures and microbenchmarks of Hopper, per cycle and multiprocessor.
+ASSUMED = {
+    "bandwidth": 4.3e12,
+    "L2": 5.5e12,
+    "bfloat16": 790e12,
+    "float16": 790e12,
+    "float32": 50e12,
+    "launch": 2.5e-6,
+    "next launch": 1.2e-6,  # behind another one in the same stream or graph
+    "multiprocessors": 132,
+    "clock": 1.75e9,
+    "slots": 4,  # instructions
+    "special": 16,  # MUFU of a thread
+    "cycles of a matrix instruction": 6.5,  # mma.sync m16n8k16 on one of four sub-partitions: 62% of what wgmma reaches
+    "cycles of a lone warp": 2,  # from one instruction to the next
+    "cycles of a barrier": 30,
+    "cycles of a fence": 700,  # GPU-wide, with the cluster barrier behind it
+}
+SECONDS = 0.05
 
 
-def copy_rate(device: Device) -> dict[str, Any]:
+def floor_seconds(size: float, flops: float, dtype: str, rates: Rates) -> float:
+    """Moving so many bytes or doing the products of that dtype, whatever takes longer, and one launch."""
+    return max(size / rates["bandwidth"], flops / rates[dtype if dtype in FLOATS else "float32"]) + rates["launch"]
+
+
+def measured_rates(found: list[Item]) -> Rates | None:
+    """Named as the assumed ones, from the items of the stage; None when one is missing."""
+    rates = {item["name"]: item["rate"] for item in found if item["status"] == "passed"}
+    return rates if rates.keys() >= {"bandwidth", "launch", *FLOATS} else None
+
+
+def copy_rate(device: Device) -> Item:
     """Bytes read plus bytes written per second of a large copy on the device."""
-    count = (1 << 30) if device.real else (1 << 22)
-    source = torch.randint(0, 256, (count,), dtype=torch.uint8, device=device.torch_device)
-    target = torch.empty_like(source)
-    target.copy_(source)
-    seconds = median(device.times(lambda: target.copy_(source), 20))
-    return {"bytes_per_second": 2 * count / seconds, "bytes": count, "seconds": seconds}
+    size = (1 << 30) if device.real else (1 << 22)
+    source, target = torch.randint(0, 256, (2, size), dtype=torch.uint8, device=device.torch_device)
+    return rate(device, lambda _: target.copy_(source), 2 * size)
 
 
-def small_copy_rate(device: Device) -> dict[str, Any]:
-    """The same for 32 MiB, through buffers that together exceed the L2: what a medium-sized op can hope for."""
-    count = (32 << 20) if device.real else (1 << 20)
-    number = max(2, 4 * device.l2_bytes() // count)
-    buffers = [torch.randint(0, 256, (count,), dtype=torch.uint8, device=device.torch_device) for _ in range(number)]
-
-    def rotate() -> None:
-        for a, b in zip(buffers[0::2], buffers[1::2], strict=False):
-            b.copy_(a)
-
-    rotate()
-    seconds = median(device.times(rotate, 20)) / (number // 2)
-    return {"bytes_per_second": 2 * count / seconds, "bytes": count, "seconds": seconds}
-
-
-def product_rate(device: Device, dtype: torch.dtype) -> dict[str, Any]:
+def product_rate(device: Device, dtype: torch.dtype) -> Item:
     """FLOPs per second of a large square product of random matrices; float32 without TF32."""
     n = (4096 if dtype == torch.float32 else 8192) if device.real else 96
-    a, b = (torch.randn(n, n, device=device.torch_device).to(dtype) for _ in range(2))
-    for _ in range(3):
-        a @ b
-    seconds = median(device.times(lambda: a @ b, 10))
-    return {"flops_per_second": 2 * n**3 / seconds, "size": n, "seconds": seconds}
+    a, b = torch.randn(2, n, n, device=device.torch_device).to(dtype)
+    return rate(device, lambda _: a @ b, 2 * n**3)
 
 
-def launch_seconds(device: Device) -> dict[str, Any]:
-    """An empty kernel: one of many in a graph, and one of many launched by the host."""
-    count = 200
+def rate(device: Device, f: Function, work: int) -> Item:
+    measured = measure(device, f, [{}], SECONDS)
+    return {"rate": work / device_microseconds(measured) * 1e6, "measured": measured}
 
-    def many() -> None:
-        for _ in range(count):
-            device.empty_launch()
 
-    many()
-    device.synchronize()
-    captured = device.capture(many)
-    captured.replay()
-    device.synchronize()
+def launch_seconds(device: Device) -> Item:
+    """An empty kernel, one of many in a graph."""
+    measured = measure(device, lambda _: device.empty_launch(), [{}] * 200, SECONDS)
+    return {"rate": device_microseconds(measured) / 1e6, "measured": measured}
+
+
+def items(device: Device) -> Items:
     return {
-        "in_a_graph": median(device.times(captured.replay, 10)) / count,
-        "from_the_host": median(device.times(many, 10)) / count,
+        "bandwidth": partial(copy_rate, device),
+        **{name: partial(product_rate, device, getattr(torch, name)) for name in FLOATS},
+        "launch": partial(launch_seconds, device),
     }
-
-
-def items(device: Device) -> dict[str, Callable[[], dict[str, Any]]]:
-    return {
-        "copy": lambda: copy_rate(device),
-        "copy of 32 MiB": lambda: small_copy_rate(device),
-        **{f"product {name}": lambda name=name: product_rate(device, getattr(torch, name)) for name in FLOATS},
-        "empty launch": lambda: launch_seconds(device),
-    }
-
-
-if __name__ == "__main__":
-    predictions.main()

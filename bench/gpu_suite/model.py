@@ -22,9 +22,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.op_calls import OpCall, OpCalls
+from bench.rows import Row
 from testing.cuda_costs import TABLE, Cost, read_table
 
-from .costs import ASSUMED
+from .floors import ASSUMED
 
 CPP = {torch.bfloat16: "__nv_bfloat16", torch.float16: "__half", torch.float32: "float"}
 
@@ -60,10 +61,12 @@ def products(a: int, b: int, dim: int) -> float:
 def attention(rows: bool, columns: bool, query: Any, key: Any, *_: Any, **options: Any) -> Iterator[Launch]:
     batch, heads, m, dim = query.shape
     n, group, kind, size = key.shape[2], heads // key.shape[1], CPP[query.dtype], query.element_size()
-    if rows and columns and options.get("query_reduction") == "last":
+    reduction = options.get("query_reduction")
+    if rows and columns and reduction == "last":
         m = 1
+    kept = m if reduction == "none" else 1  # rows of the scores
     trips, pieces = -(-dim // 64), batch * heads * -(-m // 64) * -(-n // 64)
-    floats = batch * heads * m * (1 + rows) + batch * n * columns  # lse and entropy, scores
+    floats = batch * heads * m * (1 + rows) + batch * kept * n * columns  # lse and entropy, scores
     unique = float(size * batch * dim * (heads * m + key.shape[1] * n) + 4 * floats)
     read = float(size * 64 * dim * (pieces + batch * heads * -(-m // 64)))  # every tile of keys for every tile of rows
     exps = float(batch * heads * m * n)
@@ -81,10 +84,11 @@ def attention(rows: bool, columns: bool, query: Any, key: Any, *_: Any, **option
             yield Launch("attention_rows_combine_kernel<")
         seen = {"l2": read}
     if columns:
-        op = {"sum": 0, "mean": 0, "max": 1, "none": 2}[options.get("head_reduction", "mean")]
+        heads_op = {"sum": 0, "mean": 0, "max": 1, "none": 2}[options.get("head_reduction", "mean")]
+        op = 3 if reduction == "none" else heads_op
         name = f"attention_columns_kernel<{kind}, (HeadOp){op}"
         yield Launch(name, batch * heads * products(m, n, dim), trips, pieces, exponentials=exps, **seen)
-        if m > 64:
+        if m > 64 and reduction != "none":
             yield Launch("attention_columns_combine_kernel<")
 
 
@@ -132,29 +136,20 @@ def repulsion(features: Any, k: int, positions: Any = None, *_: Any, **options: 
         yield Launch("gram_greedy_kernel", steps=steps, pieces=batch)
         return
     yield Launch(f"prepare_kernel<{kind}", moved / 512, pieces=batch * n / 8, dram=moved)
-    if first == "outlier":
-        yield Launch(f"outlier_keys_kernel<{kind}", moved / 512, pieces=264, l2=moved)
-    elif first == "isolated":
-        yield Launch(f"isolated_keys_kernel<{kind}", batch * products(n, n, dim) / 2, pieces=(n / 128) ** 2 / 2)
-    if dim < 64:
-        number = {"": 0, "Max": 1, "Sum": 2}[objective]  # of ObjectiveKind
-        yield Launch(f"points_kernel<(ObjectiveKind){number}", steps=steps, pieces=8 * batch, cluster=True)
-    else:
-        yield Launch(f"rounds_kernel<{kind}", steps=steps / 4, pieces=264, cluster=True)  # some picks a round
+    assert dim < 64, "of the kernels for more channels there is no row"
+    assert first == "index", "of the kernels for another first pick there is no row"
+    number = {"": 0, "Max": 1, "Sum": 2}[objective]  # of ObjectiveKind
+    yield Launch(f"points_kernel<(ObjectiveKind){number}", steps=steps, pieces=8 * batch, cluster=True)
 
 
 def dpp(features: Any, k: int, *_: Any, **options: Any) -> Iterator[Launch]:
-    batch, n, dim = features.shape
-    kind, size, steps = CPP[features.dtype], features.element_size(), min(k, n)
-    if n <= 3072:
-        yield from itertools.islice(repulsion(features, k, first="index"), 1)
-        # A warp takes 8 tokens of a block at once, and 4 of the terms of their sums.
-        trips = -(-n // (64 * 24)) * steps // 8
-        yield Launch("dpp_matrix_kernel", steps=steps, step_trips=trips, pieces=8 * batch, cluster=True)
-        return
-    moved = float(batch * n * dim * size)
-    yield Launch(f"dpp_prepare_kernel<{kind}", moved / 512, pieces=batch * n / 8, dram=moved)
-    yield Launch(f"dpp_rows_kernel<{kind}", steps=steps, pieces=264, l2=moved * steps, cluster=True)
+    batch, n, _ = features.shape
+    steps = min(k, n)
+    assert n <= 3072, "of the kernels for more tokens there is no row"
+    yield from itertools.islice(repulsion(features, k, first="index"), 1)
+    # A warp takes 8 tokens of a block at once, and 4 of the terms of their sums.
+    trips = -(-n // (64 * 24)) * steps // 8
+    yield Launch("dpp_matrix_kernel", steps=steps, step_trips=trips, pieces=8 * batch, cluster=True)
 
 
 def coverage(similarity: Any, k: int, *_: Any, **options: Any) -> Iterator[Launch]:
@@ -302,7 +297,7 @@ def predicted(calls: list[OpCall], least: bool = False) -> dict[str, float]:
     return parts
 
 
-def calls_of(row: Any) -> list[OpCall]:
+def calls_of(row: Row) -> list[OpCall]:
     """The ops that a row calls, with their arguments as tensors without data."""
     with FakeTensorMode():
         inputs = row.make(torch.device("cpu"), 0)

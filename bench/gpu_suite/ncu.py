@@ -1,13 +1,10 @@
 """Nsight Compute on six kernels: what limits them, in the tool's own words, with the clocks left alone."""
 
 import csv
-import io
 import sys
-from typing import Any
 
-from . import work
 from .environment import find_program
-from .run import Run, summarize
+from .work import Item, Run, Stage, summarize
 
 # Row (a pattern of its name) and kernel: the one that decides the row's time.
 KERNELS = (
@@ -28,40 +25,32 @@ def metrics(output: str) -> dict[str, str]:
     begin = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     return {
         f"{row['Section Name']}: {row['Metric Name']} [{row['Metric Unit']}]": row["Metric Value"]
-        for row in csv.DictReader(io.StringIO("\n".join(lines[begin:])))
+        for row in csv.DictReader(lines[begin:])
         if row.get("Metric Name")
     }
 
 
-def command(program: str, row: str, kernel: str) -> list[str]:
+def command(program: str, kernel: str) -> list[str]:
+    """What stands before the program that launches the kernel."""
     sections = [word for section in SECTIONS for word in ("--section", section)]
     return [
         program, "--clock-control", "none", "--csv", "--page", "details", *sections, "--target-processes", "all",
         "--kernel-name", f"regex:{kernel}", "--launch-skip", "1", "--launch-count", "1",
-        *once(row),
     ]  # fmt: skip
 
 
-def once(row: str) -> list[str]:
-    """A process that calls the row a few times."""
-    return [sys.executable, "-m", "bench.gpu_suite.worker", "once", "-", "--rows", row]
-
-
-def run(run: Run) -> dict[str, Any]:
+def run(run: Run) -> Stage:
     program = find_program("ncu")
     if program is None and not run.dry:
         return {"status": "skipped", "reason": "ncu was not found", "summary": {}, "items": []}
-    items: list[work.Item] = []
-    for row, kernel in KERNELS[:1] if run.dry else KERNELS:
-        words = once("score_entropy") if run.dry else command(str(program), row, kernel)
-        if run.left() < 5:
-            items.append({"name": f"{kernel}, {row}", "status": "skipped", "reason": "out of time"})
-            continue
-        code, output = run.command(words, SECONDS)
+    items: list[Item] = []
+    for row, kernel in (("score_entropy", "no tool"),) if run.dry else KERNELS:
+        words = [] if run.dry else command(str(program), kernel)
+        once = [sys.executable, "-m", "bench.gpu_suite.worker", "once", "-", "--rows", row]
+        code, output = run.command([*words, *once], SECONDS)
         (run.work / f"ncu-{kernel}.log").write_text(output)
-        found = metrics(output)
-        item: work.Item = {"name": f"{kernel}, {row}", "status": "passed", "metrics": found}
-        if code != 0 or not (found or run.dry):  # a machine may forbid the hardware counters
+        item: Item = {"name": f"{kernel}, {row}", "status": "passed", "metrics": metrics(output)}
+        if code != 0 or not (item["metrics"] or run.dry):  # out of time, or a machine that forbids the counters
             item.update(status="skipped", reason=f"exit code {code}: {output.strip()[-300:]}")
         items.append(item)
     return summarize(items)

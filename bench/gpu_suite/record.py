@@ -7,7 +7,6 @@ that leaves the device unusable ends the process: the driver goes on in a fresh 
 
 import inspect
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ from testing.gpu_device import dry
 
 from . import work
 
-_record = work.Record(Path(os.environ["TOKENPRUNE_RECORD"]))
+_RECORD = Path(os.environ["TOKENPRUNE_RECORD"])
 _BACKEND = os.environ.get("TOKENPRUNE_TEST_BACKENDS", "gpu")
-_began: dict[str, float] = {}
 
 
 def concerns_the_gpu(item: Any) -> bool:
@@ -35,34 +33,30 @@ def concerns_the_gpu(item: Any) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    mine, shards = map(int, os.environ.get("TOKENPRUNE_SHARD", "0/1").split("/"))
-    concerned = [item for item in items if concerns_the_gpu(item)]
-    kept = [item for item in concerned[mine::shards] if item.nodeid not in _record.seen]
-    if gone := [item for item in items if item not in set(kept)]:
-        config.hook.pytest_deselected(items=gone)
-        items[:] = kept
+    share, shares = map(int, os.environ.get("TOKENPRUNE_SHARD", "0/1").split("/"))
+    seen = work.read(_RECORD)
+    mine = [item for item in items if concerns_the_gpu(item)][share::shares]
+    kept = [item for item in mine if item.nodeid not in seen]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
-    _record.start(nodeid)
-    _began[nodeid] = time.monotonic()
+    work.write(_RECORD, nodeid, work.STARTED)
 
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
-    outcome = yield
-    report = outcome.get_result()
-    if report.when == "call" or (report.when == "setup" and report.outcome != "passed"):
-        status, reason = report.outcome, ""
-        if status == "skipped":
-            reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)[:300]
-            status = "missing" if "no CUDA kernel of" in reason else "skipped"
-        elif status == "failed":
-            reason = str(report.longrepr)[-1500:]
-        took = round(time.monotonic() - _began.get(item.nodeid, time.monotonic()), 3)
-        _record.finish(item.nodeid, status, took=took, **({"reason": reason} if reason else {}))
-        if status == "failed" and torch.cuda.is_available() and not dry():
-            try:
-                torch.cuda.synchronize()
-            except Exception as error:
-                pytest.exit(f"the device is unusable: {str(error)[:200]}", returncode=work.BROKEN)
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when != "call" and (report.when != "setup" or report.passed):
+        return
+    status, reason = str(report.outcome), {}
+    if report.skipped:
+        why = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)[:300]
+        status, reason = "missing" if "no CUDA kernel of" in why else "skipped", {"reason": why}
+    elif report.failed:
+        reason = {"reason": str(report.longrepr)[-1500:]}
+    work.write(_RECORD, report.nodeid, status, took=round(report.duration, 3), **reason)
+    if report.failed and not dry():
+        try:
+            torch.cuda.synchronize()
+        except Exception as error:
+            pytest.exit(f"the device is unusable: {str(error)[:200]}", returncode=work.BROKEN)

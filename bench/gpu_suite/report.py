@@ -1,63 +1,60 @@
 """Tables from results.json, and the part of it that is worth keeping.
 
 `python -m bench.gpu_suite.report DIR...` prints the report again, of several runs as one; with `--save FILE` it keeps
-the facts of the environment, the state of every stage and the rows, without logs.
+what is worth committing, without logs: a file of the same form, which it can print too.
 """
 
 import argparse
 import json
 from pathlib import Path
-from types import SimpleNamespace
+from textwrap import shorten
 from typing import Any
 
 from bench.gpu_timer import device_microseconds
 
-from . import work
-from .costs import Rates, floor_seconds, measured_rates
-from .run import Stage
+from .floors import FLOATS, Rates, floor_seconds, measured_rates
 from .tune import table as plans_table
+from .work import DONE_BADLY, Item, Stage
 
 NOT_A_MEASUREMENT = "DRY RUN on a CPU: no number below means anything."
 TIMED = ("timing", "peers", "compiled", "triton")
-# What is kept of a row beside its floor and promises.
-FIELDS = ("name", "backend", "times", "ratios", "launches", "check", "rotated_bytes", "agreement", "first_call_ms",
-          "second_call_ms", "warm_first_call_ms")  # fmt: skip
+# Whose items are worth keeping; of tests it is enough how many passed.
+KEPT = (*TIMED, "triton_warm", "contact", "floors", "tune", "ncu")
+Cells = list[list[Any]]
 
 
-def items_of(stages: dict[str, Stage], name: str) -> list[work.Item]:
+def items_of(stages: dict[str, Stage], name: str) -> list[Item]:
     return stages.get(name, {}).get("items", [])
 
 
-def timed(stages: dict[str, Stage], name: str) -> list[work.Item]:
+def timed(stages: dict[str, Stage], name: str) -> list[Item]:
     return [item for item in items_of(stages, name) if "times" in item]
 
 
-def verdicts(item: work.Item, rates: Rates | None) -> list[dict[str, Any]]:
-    """What the row promises against what came out: {"promise", "wanted", "got", "met"}."""
-    row, times = item["row"], item["times"]
-    found = []
-
-    def add(promise: str, wanted: float, got: float | None, at_least: bool) -> None:
-        met = None if got is None else got >= wanted if at_least else got <= wanted
-        found.append({"promise": promise, "wanted": wanted, "got": got, "met": met})
-
-    for name, target in row["targets"].items():
-        add(f"times faster than {name}", target, item["ratios"].get(name), True)
-    if row["max_launches"] is not None:
-        add("launches", row["max_launches"], item.get("launches", {}).get("kernels"), False)
-    if row["max_microseconds"] is not None:
-        add("microseconds", row["max_microseconds"], device_microseconds(times["ours"]), False)
-    if row["min_floor_share"] is not None:
-        add("share of the floor", row["min_floor_share"], floor_share(item, rates), True)
-    return found
-
-
-def floor_share(item: work.Item, rates: Rates | None) -> float | None:
+def floor_share(item: Item, rates: Rates | None) -> float | None:
     """Time of the floor / our time."""
-    ours = device_microseconds(item["times"]["ours"])
-    if rates is None or not ours or not item["row"]["bytes"]:
+    row, ours = item["row"], device_microseconds(item["times"]["ours"])
+    if rates is None or not ours or not row["bytes"]:
         return None
-    return floor_seconds(SimpleNamespace(**item["row"]), rates)["floor"] * 1e6 / ours
+    return floor_seconds(row["bytes"], row["flops"], row["dtype"], rates) * 1e6 / ours
+
+
+def verdicts(item: Item, rates: Rates | None) -> list[dict[str, Any]]:
+    """What the row promises against what came out: {"promise", "wanted", "got", "met"}."""
+    row = item["row"]
+    least = {f"times faster than {name}": (target, item["ratios"].get(name)) for name, target in row["targets"].items()}
+    least["share of the floor"] = row["min_floor_share"], floor_share(item, rates)
+    most = {
+        "launches": (row["max_launches"], item.get("launches", {}).get("kernels")),
+        "microseconds": (row["max_microseconds"], device_microseconds(item["times"]["ours"])),
+        "bytes held": (row["max_bytes"], item["times"]["ours"].get("peak_bytes")),
+    }
+    return [
+        {"promise": promise, "wanted": wanted, "got": got,
+         "met": None if got is None else got >= wanted if promise in least else got <= wanted}
+        for promise, (wanted, got) in {**least, **most}.items()
+        if wanted is not None
+    ]  # fmt: skip
 
 
 def cell(times: dict[str, Any], kind: str) -> str:
@@ -65,114 +62,91 @@ def cell(times: dict[str, Any], kind: str) -> str:
     return f"{found['median']:.1f} ({found['p10']:.1f}-{found['p90']:.1f})" if found else "-"
 
 
-def kernel_cell(item: work.Item) -> str:
+def kernel_cell(item: Item) -> str:
     """The microseconds of every kernel of a call, in order."""
     plan = item.get("launches", {}).get("plan") or []
     return " + ".join(f"{kernel['us']:.1f}" for kernel in plan if kernel.get("us") is not None) or "-"
 
 
-def markdown(title: str, header: str, rows: list[list[Any]]) -> list[str]:
+def notes(item: Item, rates: Rates | None, warm_ms: dict[str, float | None]) -> str:
+    """What became of the promises; how far another's picks are ours; what the first call of a Triton kernel took."""
+    known = [v for v in verdicts(item, rates) if v["met"] is not None]
+    told = [f"missed: {v['promise']} {v['got']:.3g}, wanted {v['wanted']:.3g}" for v in known if not v["met"]]
+    if known and not told:
+        told.append(f"promises met: {len(known)}")
+    if (equal := item.get("agreement", {}).get("equal_integers")) is not None:
+        told.append(f"{equal:.1%} of the picks equal")
+    if "first_call_ms" in item:
+        told.append(f"first call {item['first_call_ms']} ms, with a warm cache {warm_ms.get(item['name'])} ms")
+    return "; ".join(told)
+
+
+def markdown(title: str, header: str, rows: Cells) -> list[str]:
     """A table, or nothing without rows."""
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
     columns = header.count("|") + 1
     return ["", f"## {title}", "", f"| {header} |", "|" + "---|" * columns, *lines] if rows else []
 
 
-def timing_table(name: str, items: list[work.Item], rates: Rates | None) -> list[str]:
-    rows: list[list[Any]] = []
-    for item in items:
+def timing_table(name: str, stages: dict[str, Stage], rates: Rates | None) -> list[str]:
+    warm_ms = {item["name"]: item.get("first_call_ms") for item in items_of(stages, "triton_warm")}
+    rows: Cells = []
+    for item in timed(stages, name):
         ours, share = item["times"]["ours"], floor_share(item, rates)
-        kept = [v for v in verdicts(item, rates) if v["met"] is not None]
-        missed = [f"{v['promise']} {v['got']:.3g}, wanted {v['wanted']:.3g}" for v in kept if not v["met"]]
         rows.append([
-            item["name"], cell(ours, "events"), cell(ours, "graph"), f"{ours.get('host', 0):.1f}",
+            item["name"], cell(ours, "events"), cell(ours, "graph"), f"{ours['host']:.1f}",
             item.get("launches", {}).get("kernels"), kernel_cell(item),
-            ", ".join(f"{other} {ratio:.1f}x" for other, ratio in item["ratios"].items()),
-            "" if share is None else f"{share:.0%}",
-            "missed: " + "; ".join(missed) if missed else f"{len(kept)} met" if kept else "",
+            ", ".join(f"{other} {ratio:.3g}x" for other, ratio in item["ratios"].items()),
+            "" if share is None else f"{share:.0%}", notes(item, rates, warm_ms),
         ])  # fmt: skip
     return markdown(name, "row | events, us | graph, us | host, us | launches | kernels, us | slower than ours | "
-                    "of the floor | promises", rows)  # fmt: skip
-
-
-def triton_table(items: list[work.Item], warm: list[work.Item]) -> list[str]:
-    """The Triton kernels beside the CUDA kernels."""
-    warm_ms = {item["name"]: item.get("first_call_ms") for item in warm}
-    rows: list[list[Any]] = []
-    for item in items:
-        ours, ratio = item["times"]["ours"], item["ratios"].get("cuda")
-        equal = item.get("agreement", {}).get("equal_integers")
-        rows.append([
-            item["name"], cell(ours, "events"), cell(ours, "graph"), item.get("launches", {}).get("kernels"),
-            "-" if ratio is None else f"{1 / ratio:.2f}x", "-" if equal is None else f"{equal:.1%}",
-            item.get("first_call_ms"), warm_ms.get(item["name"]),
-        ])  # fmt: skip
-    return markdown("triton", "row | events, us | graph, us | launches | CUDA: times faster | picks equal to CUDA's | "
-                    "first call, ms | first call, warm cache, ms", rows)  # fmt: skip
-
-
-def tune_table(items: list[work.Item]) -> list[str]:
-    rows = [
-        [i["name"], f"{i['own_us']:.2f}", f"{i['best_us']:.2f}", i["best"] or "its own"] for i in items if "best" in i
-    ]
-    return markdown("tune", "row | planner's own, us | best, us | plan", rows)
+                    "of the floor | notes", rows)  # fmt: skip
 
 
 def header(results: dict[str, Any]) -> list[str]:
     facts = results["stages"].get("environment", {}).get("facts", {})
-    torch = facts.get("torch", {})
     return [
         "# GPU suite",
         "",
         *([f"**{NOT_A_MEASUREMENT}**", ""] if results["dry_run"] else []),
-        f"- GPU: {torch.get('gpu', 'none')}; {facts.get('smi')}",
-        f"- torch {torch.get('torch')}, CUDA {torch.get('torch_cuda')}, Python {facts.get('python')}",
+        f"- GPU: {facts.get('gpu') or 'none'}; {facts.get('smi')}",
+        f"- torch {facts.get('torch')}, Python {facts.get('python')}",
         f"- commit: {facts.get('commit')}",
         f"- library: {results['stages'].get('build', {}).get('summary', {}).get('library')}",
         f"- {results['seconds']:.0f} s in all",
     ]
 
 
-def one_line(text: Any, size: int = 300) -> str:
-    return " ".join(str(text).split())[:size]
-
-
 def remarks(stages: dict[str, Stage]) -> list[str]:
     """What does not fit into a table, and what went wrong."""
     lines: list[str] = []
-    for item in items_of(stages, "timing"):
-        if item.get("share") is not None:
-            lines += ["", f"{item['name']}: {item['share']:.3%} of the logits (promised: under {item['max']:.0%})."]
-    if missing := [item["name"] for item in items_of(stages, "contact") if item["status"] == "missing"]:
-        lines += ["", f"No CUDA kernel in this build: {', '.join(missing)}."]
     every = [(name, item) for name in stages for item in items_of(stages, name)]
     if stand_ins := sorted({op for _, item in every for op in item.get("stand_in", [])}):
         lines += ["", f"The CPU kernel stood in, because the emulator has no CUDA kernel: {', '.join(stand_ins)}."]
-    bad = [(name, item) for name, item in every if item["status"] in work.DONE_BADLY]
-    told = [f"- {n}: {item['name']}: {item['status']}: {one_line(item.get('reason', ''))}" for n, item in bad[:60]]
+    bad = [(name, item) for name, item in every if item["status"] in (*DONE_BADLY, "missing")]
+    told = [f"- {n}: {item['name']}: {item['status']}: {shorten(item.get('reason', ''), 300)}" for n, item in bad[:60]]
     more = [f"- and {len(bad) - 60} more, see results.json"] if len(bad) > 60 else []
     return [*lines, *(["", "## What went wrong", "", *told, *more] if bad else [])]
 
 
 def render(results: dict[str, Any]) -> str:
     stages = results["stages"]
-    lines = [*header(results), "", "| stage | status | seconds | items | reason |", "|---|---|---|---|---|"]
+    rows: Cells = []
     for name, stage in stages.items():
-        counts = ", ".join(f"{k}: {v}" for k, v in stage.get("summary", {}).items())
-        why = one_line(stage.get("reason") or "", 160)
-        lines.append(f"| {name} | {stage['status']} | {stage.get('seconds', 0):.0f} | {counts} | {why} |")
+        counts = ", ".join(f"{status}: {count}" for status, count in stage["summary"].items())
+        reason = shorten(stage.get("reason") or "", 160)
+        rows.append([name, stage["status"], f"{stage['seconds']:.0f}", counts, reason])
+    lines = [*header(results), *markdown("stages", "stage | status | seconds | items | reason", rows)]
     rates = measured_rates(items_of(stages, "floors"))
     if rates is not None:
-        flops = ", ".join(f"{name} {rate / 1e12:.0f} TFLOP/s" for name, rate in rates.flops.items())
-        lines += ["", f"Floors: copy {rates.bandwidth / 1e12:.2f} TB/s; {flops}; launch {rates.launch * 1e6:.2f} us."]
-    for name in ("timing", "peers", "compiled"):
-        lines += timing_table(name, timed(stages, name), rates)
-    lines += triton_table(timed(stages, "triton"), items_of(stages, "triton_warm"))
-    lines += tune_table(items_of(stages, "tune"))
+        copy, launch = f"{rates['bandwidth'] / 1e12:.2f} TB/s", f"{rates['launch'] * 1e6:.2f} us"
+        flops = ", ".join(f"{name} {rates[name] / 1e12:.0f} TFLOP/s" for name in FLOATS)
+        lines += ["", f"Floors: copy {copy}; {flops}; launch {launch}."]
+    for name in TIMED:
+        lines += timing_table(name, stages, rates)
     for item in items_of(stages, "ncu"):
-        lines += markdown(
-            f"ncu: {item['name']}", "metric | value", [[*pair] for pair in item.get("metrics", {}).items()]
-        )
+        metrics: Cells = [[*pair] for pair in item.get("metrics", {}).items()]
+        lines += markdown(f"ncu: {item['name']}", "metric | value", metrics)
     return "\n".join([*lines, *remarks(stages)]) + "\n"
 
 
@@ -188,30 +162,18 @@ def write(results: dict[str, Any], folder: Path) -> None:
 
 
 def kept(results: dict[str, Any]) -> dict[str, Any]:
-    """What is worth committing of a run."""
-    stages = results["stages"]
-    rates = measured_rates(items_of(stages, "floors"))
-    warm = {item["name"]: item.get("first_call_ms") for item in items_of(stages, "triton_warm")}
-    rows = [
-        {"stage": name, **{f: item[f] for f in FIELDS if f in item}, "floor_share": floor_share(item, rates),
-         "promises": verdicts(item, rates),
-         **({"warm_first_call_ms": warm.get(item["name"])} if name == "triton" else {})}
-        for name in TIMED for item in timed(stages, name)
-    ]  # fmt: skip
-    states = ("status", "seconds", "summary", "reason")
-    return {
-        **{name: results[name] for name in ("schema", "dry_run", "command")},
-        "environment": stages.get("environment", {}).get("facts", {}),
-        "device": next((item for item in items_of(stages, "contact") if item["name"] == "device limits"), None),
-        "stages": {name: {k: s.get(k) for k in states} for name, s in stages.items()},
-        **{name: items_of(stages, name) for name in ("floors", "tune", "ncu")},
-        "rows": rows,
-    }
+    """What is worth committing of a run, in the same form: no logs, steps and traces, and items only of some stages."""
+    stages = {}
+    for name, stage in results["stages"].items():
+        items = [{k: v for k, v in item.items() if k != "trace"} for item in stage.get("items", []) if name in KEPT]
+        stages[name] = {k: stage.get(k) for k in ("status", "seconds", "summary", "reason", "facts")} | {"items": items}
+    return {**results, "stages": stages}
 
 
-def merged(folders: list[Path]) -> dict[str, Any]:
-    """Several runs as one: stages of the first folder that has them."""
-    runs = [json.loads((folder / "results.json").read_text()) for folder in folders]
+def merged(paths: list[Path]) -> dict[str, Any]:
+    """Several runs as one: stages of the first that has them."""
+    files = [path / "results.json" if path.is_dir() else path for path in paths]
+    runs = [json.loads(file.read_text()) for file in files]
     stages: dict[str, Stage] = {}
     for run in reversed(runs):
         stages |= run["stages"]
@@ -226,10 +188,10 @@ def merged(folders: list[Path]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="the --out of a run")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="the --out of a run, or a saved file")
     parser.add_argument("--save", type=Path, help="write what is worth keeping to this file")
     arguments = parser.parse_args()
-    results = merged(arguments.folders)
+    results = merged(arguments.runs)
     print(render(results))
     if arguments.save:
         if results["dry_run"]:

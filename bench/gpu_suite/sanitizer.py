@@ -5,34 +5,28 @@ Before that each tool has to find a fault that was planted for it (controls.cu).
 """
 
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-from testing import ROOT
+from testing import ROOT, op_samples
 
-from . import work
 from .environment import find_program
-from .run import Run, summarize
+from .work import Item, Run, Stage, summarize
 
-TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+# With options of each alone: padding makes an overflow by a little leave its tensor.
+TOOLS: dict[str, tuple[str, ...]] = {
+    "memcheck": ("--padding", "256"), "racecheck": (), "initcheck": (), "synccheck": (),
+}  # fmt: skip
 FOUND = 86  # exit code of the tool when it has found something
 SECONDS = 150.0
 MEMORY = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TOKENPRUNE_POISON": "0"}  # poison would count as initialised
 REFUSALS = ("Device not supported", "Failed to initialize", "Unable to find injection", "not supported on this")
-# Taken where this version of the tool has them. Padding makes an overflow by a little leave its tensor.
-OPTIONAL = {"memcheck": ("--padding", "256"), "initcheck": (), "racecheck": (), "synccheck": ()}
 DRY_OPS = ("score_entropy", "gather_compact")
 
 
-def tool_command(program: str, tool: str, usage: str) -> list[str]:
-    words = [program, "--tool", tool, "--error-exitcode", str(FOUND)]
-    optional = OPTIONAL[tool]
-    if optional and optional[0] in usage:
-        words += optional
-    for option, value in (("--print-limit", "10"), ("--target-processes", "all")):
-        if option in usage:
-            words += [option, value]
-    return words
+def tool_command(program: str, tool: str) -> list[str]:
+    common = ("--error-exitcode", str(FOUND), "--print-limit", "10", "--target-processes", "all")
+    return [program, "--tool", tool, *common, *TOOLS[tool]]
 
 
 def reports(output: str) -> list[str]:
@@ -46,85 +40,66 @@ def reports(output: str) -> list[str]:
     return found
 
 
-def verdict(name: str, code: int | None, output: str, seconds: float) -> work.Item:
-    """A run under a tool that should find nothing."""
-    item: work.Item = {"name": name, "took": round(seconds, 1)}
-    lines = reports(output)
+def verdict(code: int | None, output: str, planted: bool = False) -> Item:
+    """Of a run under a tool that should find nothing, or the planted fault."""
+    lines, tail = reports(output), output.strip()[-300:]
     if code is None:
-        return {**item, "status": "skipped", "reason": f"out of time; last lines: {output[-200:]}"}
-    if any(refusal in output for refusal in REFUSALS):
-        return {**item, "status": "skipped", "reason": f"the tool does not run here: {output.strip()[-300:]}"}
+        return {"status": "skipped", "reason": f"out of time; last lines: {tail}"}
+    if any(refusal in output for refusal in REFUSALS) and code != FOUND:
+        return {"status": "skipped", "reason": f"the tool does not run here: {tail}"}
+    if planted:
+        reason = f"the tool found nothing (exit code {code}): {tail}"
+        return {"status": "passed"} if code == FOUND else {"status": "failed", "reason": reason}
     if code == FOUND:
-        return {**item, "status": "failed", "reason": f"{len(lines)} lines of reports", "reports": lines[:60]}
+        return {"status": "failed", "reason": f"{len(lines)} lines of reports", "reports": lines[:60]}
     if code != 0 or "ALL SAMPLES DONE" not in output:
-        return {**item, "status": "failed", "reason": f"exit code {code}: {output.strip()[-600:]}"}
+        return {"status": "failed", "reason": f"exit code {code}: {tail}"}
     warnings = [line for line in lines if "warning" in line.lower() and " 0 warnings" not in line]
-    return {**item, "status": "passed", **({"warnings": warnings[:20]} if warnings else {})}
+    return {"status": "passed", **({"warnings": warnings[:20]} if warnings else {})}
 
 
-def control_verdict(tool: str, code: int | None, output: str) -> work.Item:
-    """A run under the tool that has to find the planted fault."""
-    item: work.Item = {"name": f"planted fault, {tool}"}
-    if code == FOUND:
-        return {**item, "status": "passed"}
-    if code is None or any(refusal in output for refusal in REFUSALS):
-        return {**item, "status": "skipped", "reason": f"the tool does not run here: {output.strip()[-300:]}"}
-    return {**item, "status": "failed", "reason": f"the tool found nothing (exit code {code}): {output.strip()[-300:]}"}
-
-
-def controls(run: Run, program: str, usage: str) -> list[work.Item]:
+def controls(run: Run, program: str) -> dict[str, Item]:
+    """By tool; all skipped where they cannot be compiled, which is no word against the tools."""
     nvcc, binary = find_program("nvcc"), run.work / "controls"
-    if nvcc is None:
-        return [{"name": "planted faults", "status": "skipped", "reason": "no nvcc to compile them"}]
     source = ROOT / "bench" / "gpu_suite" / "controls.cu"
-    code, output = run.command([nvcc, "-O1", "-arch=native", str(source), "-o", str(binary)], seconds=60)
+    words = [str(nvcc), "-O1", "-arch=native", str(source), "-o", str(binary)]
+    code, output = run.command(words, seconds=60) if nvcc else (127, "no nvcc")
     if code != 0:
-        return [{"name": "planted faults", "status": "skipped", "reason": f"nvcc failed: {output[-300:]}"}]
-    found = []
-    for tool in TOOLS:
-        code, output = run.command([*tool_command(program, tool, usage), str(binary), tool], seconds=30)
-        found.append(control_verdict(tool, code, output))
-    return found
+        return {"all tools": {"status": "skipped", "reason": f"not compiled: {output[-300:]}"}}
+    return {
+        tool: verdict(*run.command([*tool_command(program, tool), str(binary), tool], seconds=30), planted=True)
+        for tool in TOOLS
+    }
 
 
 def ported(run: Run) -> list[str]:
     """The ops that passed the first contact; all of them when that stage did not run."""
-    from testing import op_samples
-
-    contact = run.results.get("contact", {}).get("items", [])
-    known = {item["name"]: item["status"] for item in contact}
-    return [op for op in op_samples.OPS if known.get(op, "passed") not in ("missing", "crashed", "hung")]
+    contact = {item["name"]: item["status"] for item in run.results.get("contact", {}).get("items", [])}
+    return [op for op in op_samples.OPS if contact.get(op, "passed") not in ("missing", "crashed", "hung")]
 
 
-def run(run: Run) -> dict[str, Any]:
-    import time
-
-    program = find_program("compute-sanitizer")
-    driver = [sys.executable, "-m", "bench.gpu_suite.worker", "sanitize", "-", "--rows"]
-    items: list[work.Item] = []
+def run(run: Run) -> Stage:
+    program, found = find_program("compute-sanitizer"), {}
     if run.dry:
-        tasks = [("no tool", [], op) for op in DRY_OPS]
+        tasks = [("no tool", op) for op in DRY_OPS]
     elif program is None:
         return {"status": "skipped", "reason": "compute-sanitizer was not found", "summary": {}, "items": []}
     else:
-        _, usage = run.command([program, "--help"], seconds=20)
-        items = controls(run, program, usage)
-        refused = {item["name"].split(", ")[-1] for item in items if item["status"] == "skipped"}
-        usable = [tool for tool in TOOLS if tool not in refused]
-        tasks = [(tool, tool_command(program, tool, usage), op) for tool in usable for op in ported(run)]
+        found = controls(run, program)
+        usable = [tool for tool in TOOLS if found.get(tool, {}).get("status") != "skipped"]
+        tasks = [(tool, op) for tool in usable for op in ported(run)]
 
-    def one(task: tuple[str, list[str], str]) -> work.Item:
-        tool, words, op = task
-        if run.left() < 5:
-            return {"name": f"{tool} {op}", "status": "skipped", "reason": "out of time"}
+    def one(task: tuple[str, str]) -> Item:
+        tool, op = task
         began = time.monotonic()
-        code, output = run.command([*words, *driver, op], SECONDS, **MEMORY)
-        log = run.work / "sanitizer" / f"{tool}-{op}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text(output[-200_000:])
-        return verdict(f"{tool} {op}", code, output, time.monotonic() - began)
+        words = tool_command(str(program), tool) if tool in TOOLS else []
+        driver = [sys.executable, "-m", "bench.gpu_suite.worker", "sanitize", "-", "--rows", op]
+        code, output = run.command([*words, *driver], SECONDS, **MEMORY)
+        (run.work / f"sanitizer-{tool}-{op}.log").write_text(output[-200_000:])
+        return {"name": f"{tool} {op}", "took": round(time.monotonic() - began, 1), **verdict(code, output)}
 
     with ThreadPoolExecutor(max_workers=run.processes) as pool:
-        items += pool.map(one, tasks)
+        items = [*pool.map(one, tasks)]
+    planted = [{"name": f"planted fault, {tool}", **item} for tool, item in found.items()]
     cut = sum(item.get("reason", "").startswith("out of time") for item in items)
-    return summarize(items, f"{cut} of {len(tasks)} runs had no time" if cut else None)
+    return summarize([*planted, *items], f"{cut} of {len(tasks)} runs had no time" if cut else None)

@@ -5,7 +5,7 @@ that no plan wins by being wrong. The table plans.csv is what a planner's rule h
 it need not be.
 """
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -15,7 +15,7 @@ from testing.gpu_device import Device
 from testing.gpu_samples import require
 
 from .timing import checked
-from .work import Item
+from .work import Item, Items
 
 POWERS = (1, 2, 4, 8)
 THREADS = (64, 128, 256, 512, 1024)
@@ -57,39 +57,37 @@ SWEEPS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
 MARGIN = 0.98  # of the best time so far: a smaller gain is noise
 
 
+@torch.inference_mode()
 def tune(device: Device, row: Row, seconds: float) -> Item:
     found, ours = require(device, *row.ops), device.serve(row.ours, *row.ops)
-    tried: dict[str, float | None] = {}
-    with torch.inference_mode():
-        inputs = row.make(device.torch_device, 0)
-        sets = input_sets(device, row, inputs)
+    tried: dict[str, float] = {}
+    inputs = row.make(device.torch_device, 0)
+    sets = input_sets(device, row, inputs)
 
-        def microseconds(plan: str) -> float:
-            device.set_plan(plan)
-            checked(row, inputs, ours(inputs))
-            tried[plan] = device_microseconds(measure(device, ours, sets, seconds))
-            return tried[plan] or float("inf")
+    def microseconds(plan: str) -> float:
+        device.set_plan(plan)
+        checked(row, inputs, ours(inputs))
+        tried[plan] = device_microseconds(measure(device, ours, sets, seconds))
+        return tried[plan]
 
-        try:
-            own = least = microseconds("")
-            best = ""
-            for name, (ops, values) in SWEEPS.items():
-                base = best
-                for value in values if set(ops) & set(row.ops) else ():
-                    plan = ",".join(filter(None, [base, f"{name}={value}"]))
-                    if (taken := microseconds(plan)) < MARGIN * least:
-                        best, least = plan, taken
-        finally:
-            device.set_plan("")
+    try:
+        own = least = microseconds("")
+        best = ""
+        for name, (ops, values) in SWEEPS.items():
+            base = best
+            for value in values if set(ops) & set(row.ops) else ():
+                plan = ",".join(filter(None, [base, f"{name}={value}"]))
+                if (taken := microseconds(plan)) < MARGIN * least:
+                    best, least = plan, taken
+    finally:
+        device.set_plan("")
     return {**found, "own_us": own, "best_us": least, "best": best, "tried": tried}
 
 
-def items(device: Device, rows: list[Row], toy: bool, quick: bool) -> dict[str, Callable[[], Item]]:
+def items(device: Device, rows: list[Row]) -> Items:
     swept = {op for ops, _ in SWEEPS.values() for op in ops}
     tuned = [row for row in rows if len(row.ops) == 1 and row.ops[0] in swept]
-    if toy:
-        tuned = list({row.ops: row for row in tuned}.values())
-    return {row.name: lambda row=row: tune(device, row, 0.0 if toy else 0.02) for row in tuned}
+    return {row.name: partial(tune, device, row, 0.02 if device.real else 0.0) for row in tuned}
 
 
 def table(items: list[Item]) -> str:

@@ -6,6 +6,7 @@ backend. Bytes and FLOPs are the least that any implementation has to move and d
 """
 
 import functools
+import importlib
 import importlib.util
 import re
 from collections.abc import Callable
@@ -64,6 +65,7 @@ class Row:
     max_launches: int | None = None
     max_microseconds: float | None = None
     min_floor_share: float | None = None  # floor / ours
+    max_bytes: float | None = None  # that a call holds beyond its inputs
     # Of a CPU:
     agree: Callable[[Any, Any], None] | None = None  # another's result and ours
     seconds: float = 1.0
@@ -131,12 +133,11 @@ def matching(rows: list[Row], pattern: str) -> list[Row]:
 
 
 def gpu_rows(scale: Scale) -> list[Row]:
-    from . import attention, compaction, density, greedy, merging, methods, nms, repulsion, selection, similarity
-
     families = (
-        attention, similarity, repulsion, greedy, nms, selection, merging, density, compaction, methods,
+        "attention", "similarity", "repulsion", "greedy", "nms", "selection", "merging", "density", "compaction",
+        "packed", "methods",
     )  # fmt: skip
-    return [row for family in families for row in family.gpu_rows(scale)]
+    return [row for name in families for row in importlib.import_module(f".{name}", __name__).gpu_rows(scale)]
 
 
 def cpu_rows() -> list[Row]:

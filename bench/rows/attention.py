@@ -8,9 +8,9 @@ from torch import Tensor
 
 import tokenprune_kernels as tp
 from bench import baselines_attention as baselines
-from bench.gpu_suite.costs import attention_bytes, attention_flops
 from bench.shapes import MODELS, Model
 from testing.gpu_checks import Function, Inputs
+from testing.gpu_device import on_backend
 
 from . import Make, Row, Scale, against, normal, on, short, within
 
@@ -69,6 +69,14 @@ def half_logits(x: Inputs) -> Tensor:
     return logits.softmax(-1, dtype=torch.float32).mean(1).mean(1)
 
 
+def ours_every_row(x: Inputs) -> Any:
+    return tp.cross_attention_scores(x["query"], x["key"], query_reduction="none")
+
+
+def ours_every_row_from_lse(x: Inputs) -> Any:
+    return tp.attention_scores(x["query"], x["key"], x["lse"], query_reduction="none")
+
+
 TEXT: dict[str, Any] = {"cosine": True, "scale": 100.0, "query_reduction": "max"}
 
 
@@ -92,13 +100,12 @@ def published_text(x: Inputs) -> Any:
 # --- on a GPU --------------------------------------------------------------------------------------------------------
 
 
-def costs(model: Model, rows: int, dtype: torch.dtype, products: int = 1) -> dict[str, Any]:
-    heads, dim = model.query_heads, model.head_dim
-    return {
-        "bytes": attention_bytes(1, heads, model.key_heads, rows, model.tokens, dim, dtype.itemsize),
-        "flops": products * attention_flops(1, heads, rows, model.tokens, dim),
-        "dtype": dtype,
-    }
+def costs(model: Model, rows: int, dtype: torch.dtype, products: int = 1, kept: int = 1) -> dict[str, Any]:
+    """Queries and keys read once, scores of `kept` rows and two numbers per row written; all queries times all keys."""
+    heads, keys, dim = model.query_heads, model.tokens, model.head_dim
+    read = dtype.itemsize * dim * (heads * rows + model.key_heads * keys)
+    return {"bytes": read + 4.0 * kept * keys + 8 * heads * rows, "flops": 2.0 * products * heads * rows * keys * dim,
+            "dtype": dtype}  # fmt: skip
 
 
 def scores_row(name: str, model: Model, rows: int, dtype: torch.dtype, targets: dict[str, float]) -> Row:
@@ -115,6 +122,7 @@ def scores_row(name: str, model: Model, rows: int, dtype: torch.dtype, targets: 
         targets=targets,
         max_launches=3 if question else None,
         min_floor_share=0.4 if question else 0.55,
+        max_bytes=None if question else 0.01 * 4 * model.query_heads * rows * model.tokens,  # of all logits
         **costs(model, rows, dtype, products),
     )
 
@@ -127,14 +135,19 @@ def gpu_rows(scale: Scale) -> list[Row]:
     def sizes(model: Model) -> str:
         return f"{model.name} M{model.question} N{model.tokens}"
 
-    def plain(name: str, op: str, model: Model, dtype: torch.dtype, f: Function, want: Function, **more: Any) -> Row:
+    def plain(
+        name: str, op: str, model: Model, dtype: torch.dtype, f: Function, want: Function, kept: int = 1, **more: Any
+    ) -> Row:
         make = inputs(model, model.question, dtype, lse=op == "attention_scores")
         return Row(f"{name} {sizes(model)}", (op,), make, f, against(want, 2e-3), {"reference": want},
-                   **costs(model, model.question, dtype), **more)  # fmt: skip
+                   **costs(model, model.question, dtype, kept=kept), **more)  # fmt: skip
 
     def from_lse(model: Model, dtype: torch.dtype) -> Row:
         name, op = "scores from lse", "attention_scores"
         return plain(name, op, model, dtype, ours_from_lse, reference_from_lse, max_launches=2)
+
+    def every_row(name: str, op: str, f: Function, launches: int) -> Row:
+        return plain(name, op, llava, HALF, f, on_backend(f, "reference"), kept=llava.question, max_launches=launches)
 
     return [
         scores_row("LLaVA-1.5", llava, llava.question, HALF, {"reference": 5.0}),
@@ -145,6 +158,8 @@ def gpu_rows(scale: Scale) -> list[Row]:
         from_lse(llava, HALF),
         from_lse(qwen, BRAIN),
         plain("attention entropy", "attention_entropy", llava, HALF, ours_entropy, reference_entropy),
+        every_row("scores of every row", "cross_attention_scores", ours_every_row, 2),
+        every_row("scores of every row from lse", "attention_scores", ours_every_row_from_lse, 1),
         Row(
             f"text-to-image cosine scores {sizes(llava)} D{llava.hidden}",
             ("cross_attention_scores",),

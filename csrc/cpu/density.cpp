@@ -22,8 +22,8 @@ namespace tokenprune {
 
 namespace {
 
-constexpr int64_t kStoredTokens = 4096;  // 64 MiB of float32
-constexpr int64_t kTile = 96;            // tokens of a tile, whole panels: two tiles compare in the second-level cache
+constexpr int64_t kTile = 96;  // tokens of a tile, whole panels: two tiles compare in the second-level cache
+constexpr int64_t kStoredTokens = 60 * kTile;  // 64 MiB of float32, each pair once
 
 // Does nothing overflow that is made of two such squares?
 template <class A>
@@ -122,43 +122,51 @@ void compare_tiles(const Points<T>& points, int64_t tile, int64_t other, bool on
   }
 }
 
-// All squared distances, each pair once, written to both of its places.
+// Where the distances of a pair of tiles are, tile <= other, in memory that has every pair once.
+int64_t block_of(int64_t tile, int64_t other) { return (other * (other + 1) / 2 + tile) * kTile * kTile; }
+
+// The squared distances of every pair of tiles, in rows of kTile. In that of a tile and itself the panels below the
+// diagonal are left out.
 template <class T>
-void fill_square(const Points<T>& points, Wide<T>* square) {
-  using A = Wide<T>;
-  const int64_t n = points.size(), tiles = points.tiles();
+void fill_blocks(const Points<T>& points, Wide<T>* blocks) {
+  const int64_t tiles = points.tiles();
   std::vector<std::pair<int64_t, int64_t>> pairs;  // those of a tile and itself first, which are half the work
   for (int64_t apart = 0; apart < tiles; ++apart)
     for (int64_t t = 0; t + apart < tiles; ++t) pairs.emplace_back(t, t + apart);
   parallel_for(pairs.size(), 1 + 65536 / (kTile * kTile * (points.dim + 1)), [&](int64_t begin, int64_t end) {
-    std::vector<A> rows(kTile * kTile);
     for (int64_t item = begin; item < end; ++item) {
       const auto [tile, other] = pairs[item];
-      const int64_t start = tile * kTile, stop = std::min(n, start + kTile);
-      const int64_t first = other * kTile, last = std::min(n, first + kTile);
-      compare_tiles(points, tile, other, true, rows.data(), kTile);
-      const auto at = [&](int64_t i, int64_t j) { return rows.data() + (i - start) * kTile + j - first; };
-      for (int64_t i = start; i < stop; ++i) {
-        const int64_t from = std::max(first, i);
-        std::copy(at(i, from), at(i, last), square + i * n + from);
-      }
-      for (int64_t j = first; j < last; ++j)
-        for (int64_t i = start; i < std::min(stop, j); ++i) square[j * n + i] = *at(i, j);
+      compare_tiles(points, tile, other, true, blocks + block_of(tile, other), kTile);
     }
   });
 }
 
-// f(i, the squared distances of token i to all) for every token; `square` has them, or they are computed now.
+// What compare_tiles writes of two tiles, from the block of the pair: mirrored where `other` is the earlier one.
+template <class A>
+void read_block(const A* blocks, int64_t tile, int64_t other, A* rows, int64_t stride) {
+  const A* const block = blocks + block_of(std::min(tile, other), std::max(tile, other));
+  for (int64_t i = 0; i < kTile; ++i, rows += stride) {
+    const int64_t mirrored = tile < other ? 0 : tile > other ? kTile : i;
+    for (int64_t j = 0; j < mirrored; ++j) rows[j] = block[j * kTile + i];
+    std::copy(block + i * kTile + mirrored, block + (i + 1) * kTile, rows + mirrored);
+  }
+}
+
+// f(i, the squared distances of token i to all) for every token; `blocks` have them, or they are computed now.
 template <class T, class F>
-void over_rows(const Points<T>& points, const Wide<T>* square, const F& f) {
-  const int64_t n = points.size(), tiles = points.tiles(), width = points.panels() * points.lanes;
+void over_rows(const Points<T>& points, const Wide<T>* blocks, const F& f) {
+  const int64_t n = points.size(), tiles = points.tiles(), width = tiles * kTile;
   parallel_for(tiles, 1 + 65536 / (kTile * n * (points.dim + 1) + 1), [&](int64_t begin, int64_t end) {
-    std::vector<Wide<T>> computed(square == nullptr ? kTile * width : 0);
+    std::vector<Wide<T>> rows(kTile * width);
     for (int64_t t = begin; t < end; ++t) {
-      for (int64_t other = 0; square == nullptr && other < tiles; ++other)
-        compare_tiles(points, t, other, false, computed.data() + other * kTile, width);
-      for (int64_t i = t * kTile; i < std::min(n, (t + 1) * kTile); ++i)
-        f(i, square == nullptr ? computed.data() + (i - t * kTile) * width : square + i * n);
+      for (int64_t other = 0; other < tiles; ++other) {
+        Wide<T>* const at = rows.data() + other * kTile;
+        if (blocks == nullptr)
+          compare_tiles(points, t, other, false, at, width);
+        else
+          read_block(blocks, t, other, at, width);
+      }
+      for (int64_t i = t * kTile; i < std::min(n, (t + 1) * kTile); ++i) f(i, rows.data() + (i - t * kTile) * width);
     }
   });
 }
@@ -194,17 +202,17 @@ void find_peaks(const Points<T>& points, const Tensor& like, int64_t neighbors, 
   const int64_t n = points.size();
   const int64_t channels = std::max<int64_t>(points.dim, 1);
   const bool stored = n <= kStoredTokens;
-  const Tensor memory = new_empty(like, {stored ? n : 0, n}, wide_type(like));
-  A* const square = stored ? static_cast<A*>(memory.mutable_data_ptr()) : nullptr;
-  if (stored) fill_square(points, square);
+  const Tensor memory = new_empty(like, {stored ? block_of(0, points.tiles()) : 0}, wide_type(like));
+  A* const blocks = stored ? static_cast<A*>(memory.mutable_data_ptr()) : nullptr;
+  if (stored) fill_blocks(points, blocks);
   std::vector<A> widest(n, A(0));
-  over_rows(points, square, [&](int64_t i, const A* row) {
+  over_rows(points, blocks, [&](int64_t i, const A* row) {
     mean[i] = mean_of_smallest(row, n, std::min(neighbors, n), channels);
     widest[i] = density_kernels<A>().largest(row, n);
   });
   A most = 0;
   for (const A wide : widest) most = std::max(most, wide);
-  over_rows(points, square, [&](int64_t i, const A* row) {
+  over_rows(points, blocks, [&](int64_t i, const A* row) {
     const A closest = density_kernels<A>().nearest_denser(row, mean.data(), n, i);
     distance[i] = std::sqrt((closest == closest ? closest : most) / static_cast<A>(channels));
   });

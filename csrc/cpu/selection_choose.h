@@ -20,8 +20,8 @@ struct Workspace {
   std::unique_ptr<uint8_t[]> chosen;
 };
 
-// f(sample, workspace) for every sample. Workspaces, made from n and `sizes`, are made here, because f runs where nothing
-// may throw: one for each piece of the batch that can run at the same time.
+// f(sample, workspace) for every sample. Workspaces, made from n and `sizes`, are made here: one for each piece of the batch
+// that can run at the same time, and not one for each sample.
 template <class Space, class F, class... Sizes>
 void over_samples(int64_t batch, int64_t n, const F& f, Sizes... sizes) {
   constexpr int64_t kWorthAThread = 32768;  // elements; below this, waking a thread costs more than it saves
@@ -62,6 +62,8 @@ Threshold<Key> threshold_of_best(const Key* keys, int64_t size, int64_t count, K
     for (int64_t i = 0; i < size; ++i) ++bins[(keys[i] - low) >> shift];
     Key bin = (high - low) >> shift;
     for (; count > bins[bin]; --bin) count -= bins[bin];
+    // The whole bin: no further round, and no ties to search for.
+    if (count == bins[bin]) return {static_cast<Key>(low + (bin << shift) - 1), 0};
     if (shift == 0) return {static_cast<Key>(low + bin), count};
     int64_t kept = 0;
     for (int64_t i = 0; i < size; ++i) {

@@ -11,7 +11,9 @@
 
 namespace tokenprune {
 
-cudaError_t compiled_architecture(int* architecture);  // device.cu
+// device.cu
+cudaError_t compiled_architecture(int* architecture);
+cudaError_t largest_cluster(int* blocks);
 
 namespace {
 
@@ -53,6 +55,11 @@ DeviceLimits query_limits(int device) {
   check_query(compiled_architecture(&compiled));
   limits.architecture = std::min(compiled, 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
                                                attribute(cudaDevAttrComputeCapabilityMinor, device));
+  // Where it cannot be asked, a launch that has no room says so itself.
+  int cluster = 0;
+  if (limits.architecture >= 90 && largest_cluster(&cluster) == cudaSuccess)
+    limits.clusters = cluster >= static_cast<int>(kMaxCluster);
+  (void)cudaGetLastError();
   return limits;
 }
 
@@ -121,6 +128,10 @@ void check_not_float64(const char* op, std::initializer_list<NamedTensor> inputs
   for (const NamedTensor& input : inputs)
     if (is_float64(input.tensor))
       fail(op, input.name, "be float16, bfloat16 or float32 on a GPU (backend reference takes float64)", "float64");
+}
+
+void check_greedy_tokens(const char* op, const char* name, int64_t tokens) {
+  if (tokens > kGreedyMostTokens) fail(op, name, "have at most 2^30 tokens on a GPU", tokens);
 }
 
 OptionalTensor contiguous_floats(const char* op, const char* name, const OptionalTensor& given) {

@@ -50,6 +50,9 @@ void check_launch(const char* op, cudaError_t status, std::initializer_list<Name
 // The kernels compute in float32: float64 inputs are refused, not rounded.
 void check_not_float64(const char* op, std::initializer_list<NamedTensor> inputs);
 
+// The tokens of a greedy op's sample are counted in 32 bits.
+void check_greedy_tokens(const char* op, const char* name, int64_t tokens);
+
 // An optional tensor of numbers as float32, contiguous.
 OptionalTensor contiguous_floats(const char* op, const char* name, const OptionalTensor& given);
 

@@ -16,6 +16,7 @@ std::tuple<Tensor, Tensor, Tensor> coverage_sample(const Tensor& similarity_in, 
   const char* op = "coverage_sample";
   check_coverage_sample(similarity_in, k, row_weights_in, quality_in, row_mask_in, mask_in);
   check_not_float64(op, {{"similarity", similarity_in}});
+  check_greedy_tokens(op, "similarity", std::max(similarity_in.size(1), similarity_in.size(2)));  // rows, too
   const CudaScope cuda(similarity_in);
   const Tensor similarity = with_contiguous_rows(similarity_in);
   const int64_t batch = similarity.size(0);

@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor> spatial_semantic_nms(const Tensor& scores_in,
                         .mode == 1;
   check_not_float64(op, {{"scores", scores_in}, {"features", features_in}, {"positions", positions_in}});
   const int64_t batch = scores_in.size(0), n = scores_in.size(1), dim = features_in.size(2);
-  if (n > (int64_t(1) << 30)) fail(op, "scores", "have at most 2^30 tokens on a GPU", n);
+  check_greedy_tokens(op, "scores", n);
   const CudaScope cuda(scores_in);
   const Tensor scores = with_contiguous_rows(scores_in), features = with_contiguous_rows(features_in);
   const Tensor positions = with_contiguous_rows(positions_in);

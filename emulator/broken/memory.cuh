@@ -38,14 +38,22 @@ __global__ void read_global(const Arguments p) {
 
 __global__ void write_global(const Arguments p) { static_cast<float*>(p.out)[threadIdx.x + p.variant] = 1.0f; }
 
-// --- asynchronous copies
-// ----------------------------------------------------------------------------------------------
+// --- 16 bytes from an address that is no multiple of 16, found by UndefinedBehaviorSanitizer ---------------------------
 
-// What a thread sees of two groups of copies: before any wait, after the first, and after both; and of a copy of zeros.
+__global__ void read_vector(const Arguments p) {
+  if (threadIdx.x > 0) return;
+  *static_cast<float*>(p.out) = reinterpret_cast<const float4*>(static_cast<const float*>(p.in) + p.variant)->x;
+}
+
+// --- asynchronous copies --------------------------------------------------------------------------------------------
+
+// What a thread sees of two groups of copies, and of one of zeros, in memory that held something before: before any wait,
+// after the first, and after both.
 __global__ void copies(const Arguments p) {
   auto* shared = reinterpret_cast<uint32_t*>(dynamic_shared()) + 12 * threadIdx.x;
   const auto* in = static_cast<const uint32_t*>(p.in) + 8 * threadIdx.x;
   auto* out = static_cast<uint32_t*>(p.out) + 9 * threadIdx.x;
+  for (int i = 0; i < 12; ++i) shared[i] = 5;
   cp_async_16(shared, in, true);
   cp_async_commit();
   cp_async_16(shared + 4, in + 4, true);
@@ -82,8 +90,7 @@ __global__ void copy_without_wait(const Arguments p) {
   cp_async_wait<1>();
 }
 
-// --- clusters
-// ---------------------------------------------------------------------------------------------------------
+// --- clusters -------------------------------------------------------------------------------------------------------
 
 // Every block reads what the next one of its cluster put into its dynamic and its static shared memory.
 __global__ void cluster_neighbours(const Arguments p) {
@@ -99,11 +106,17 @@ __global__ void cluster_neighbours(const Arguments p) {
   cluster_sync();
 }
 
-// 0: the rank does not exist; 1: the block has ended; 2: not shared memory; 3: not reached by the other block yet.
+// 0: the rank does not exist; 1: the block has ended; 2: not shared memory; 3: not reached by the other block yet; 4: no
+// barrier before; 5: none after.
 __global__ void cluster_misuse(const Arguments p) {
   TOKENPRUNE_SHARED(uint32_t[kWarp], before);
   before[threadIdx.x] = 0;
+  if (p.variant == 4) (void)cluster_shared(&before[0], 1 - cluster_rank());
   cluster_sync();
+  if (p.variant == 5) {
+    if (cluster_rank() == 0) (void)cluster_shared(&before[0], 1);
+    return;
+  }
   if (p.variant == 1 && cluster_rank() == 1) return;
   if (p.variant == 1) {
     __syncthreads();  // the threads of the other block end meanwhile
@@ -120,15 +133,18 @@ __global__ void cluster_misuse(const Arguments p) {
   cluster_sync();
 }
 
-// The first block reads the other one's memory at an address from before, when that has ended.
-__global__ void cluster_read_too_late(const Arguments p) {
+// The first block reads the other one's memory at an address from before, when that has ended; variant 1: writes.
+__global__ void cluster_access_too_late(const Arguments p) {
   TOKENPRUNE_SHARED(uint32_t[kWarp], values);
   values[threadIdx.x] = threadIdx.x;
   cluster_sync();
-  const uint32_t* other = cluster_shared(&values[threadIdx.x], cluster_size() - 1);
+  uint32_t* other = cluster_shared(&values[threadIdx.x], cluster_size() - 1);
   cluster_sync();
   if (cluster_rank() != 0) return;
-  static_cast<uint32_t*>(p.out)[threadIdx.x] = *other;
+  if (p.variant == 1)
+    *other = 7;
+  else
+    static_cast<uint32_t*>(p.out)[threadIdx.x] = *other;
 }
 
 }  // namespace broken

@@ -65,6 +65,7 @@ PYBIND11_MODULE(_broken, m) {
       .def_readwrite("cooperative", &emulator::Settings::cooperative)
       .def_readwrite("shared_per_block", &emulator::Settings::shared_per_block)
       .def_readwrite("architecture", &emulator::Settings::architecture)
+      .def_readwrite("largest_cluster", &emulator::Settings::largest_cluster)
       .def_readwrite("mma_rounding", &emulator::Settings::mma_rounding)
       .def_readwrite("mma_extra_bits", &emulator::Settings::mma_extra_bits)
       .def_readwrite("mma_group", &emulator::Settings::mma_group)

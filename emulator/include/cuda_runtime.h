@@ -93,6 +93,7 @@ inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c);
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+// Of what was there before the first launch of a call: the compiler may move it in front of wait_for_launch_before.
 template <class T>
 T __ldg(const T* p) {
   return *p;
@@ -340,6 +341,13 @@ template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
   ++::tokenprune::emulator::query_count();
   *attributes = {0, ::tokenprune::emulator::settings().architecture};
+  return cudaSuccess;
+}
+
+template <class Kernel>
+cudaError_t cudaOccupancyMaxPotentialClusterSize(int* blocks, Kernel*, const cudaLaunchConfig_t*) {
+  ++::tokenprune::emulator::query_count();
+  *blocks = ::tokenprune::emulator::settings().largest_cluster;
   return cudaSuccess;
 }
 

@@ -25,7 +25,8 @@ void bind_planners(py::module_& m) {
       .def_readwrite("sm_count", &tokenprune::DeviceLimits::sm_count)
       .def_readwrite("shared_per_block", &tokenprune::DeviceLimits::shared_per_block)
       .def_readwrite("architecture", &tokenprune::DeviceLimits::architecture)
-      .def_readwrite("cooperative", &tokenprune::DeviceLimits::cooperative);
+      .def_readwrite("cooperative", &tokenprune::DeviceLimits::cooperative)
+      .def_readwrite("clusters", &tokenprune::DeviceLimits::clusters);
   bind_attention_rows_planner(m);
   bind_compaction_planner(m);
   bind_selection_planner(m);

@@ -52,8 +52,21 @@ void reorder(std::vector<size_t>& order, size_t n, std::mt19937_64& random) {
 
 // The shared memory of a block that has ended belongs to no block: a thread that still reads it reads poison.
 void forget(Block& block) {
+  if (block.mapped_after > 0 && block.mapped_after == running.blocks[block.cluster]->cluster_barriers)
+    throw KernelError("kernel " + running.launch->kernel + ", block " + describe(block.index) +
+                      ": ends while another block may still use its shared memory");
   std::memset(block.dynamic.get(), kPoison, block.dynamic_bytes);
   for (Block::Static& s : block.statics) std::memset(s.memory.get(), kPoison, s.bytes);
+}
+
+// Did a block write to this one's shared memory after that one had ended?
+bool was_disturbed(const Block& block) {
+  const auto other_than_poison = [](const unsigned char* memory, size_t bytes) {
+    return bytes > 0 && (memory[0] != kPoison || std::memcmp(memory, memory + 1, bytes - 1) != 0);
+  };
+  for (const Block::Static& s : block.statics)
+    if (other_than_poison(s.memory.get(), s.bytes)) return true;
+  return other_than_poison(block.dynamic.get(), block.dynamic_bytes);
 }
 
 // Gives a thread its turn. True once it has ended.
@@ -126,6 +139,11 @@ void run_blocks(const std::function<void()>& guarded, std::mt19937_64& random) {
     }
     if (!moved && !run_launches_before()) throw KernelError(deadlock());
   }
+  if (running.launch->cluster == 1) return;
+  for (const auto& block : running.blocks)
+    if (was_disturbed(*block))
+      throw KernelError("kernel " + running.launch->kernel + ", block " + describe(block->index) +
+                        ": its shared memory was written to after it had ended");
 }
 
 std::unique_ptr<Block> make_block(const LaunchRecord& launch, uint3 index, unsigned rank) {

@@ -61,8 +61,11 @@ struct Block {
   };
   std::vector<Static> statics;
   std::vector<Thread> threads;
-  std::vector<std::vector<Collective>> collectives;          // by warp
-  size_t at_barrier = 0, ended = 0, at_cluster_barrier = 0;  // the last one counts in the first block of a cluster
+  std::vector<std::vector<Collective>> collectives;  // by warp
+  size_t at_barrier = 0, ended = 0;
+  // In the first block of a cluster: threads at its barrier, and the barriers that it has passed.
+  size_t at_cluster_barrier = 0, cluster_barriers = 0;
+  size_t mapped_after = 0;  // how many barriers it had passed when another block last asked for an address in this one
   int contributions = 0;
 };
 

@@ -66,7 +66,8 @@ cudaError_t check_configuration(const LaunchRecord& launch, const void* kernel) 
   if (g.x > 2147483647u || g.y > 65535 || g.z > 65535) return cudaErrorInvalidConfiguration;
   if (threads > 1024 || b.z > 64) return cudaErrorInvalidConfiguration;
   const bool clusters = now.architecture >= 90;
-  if (launch.cluster == 0 || launch.cluster > (clusters ? 8 : 1) || g.x % launch.cluster != 0)
+  if (launch.cluster == 0 || launch.cluster > (clusters ? unsigned(now.largest_cluster) : 1) ||
+      g.x % launch.cluster != 0)
     return cudaErrorInvalidConfiguration;
   if (launch.dependent && !clusters) return cudaErrorInvalidConfiguration;
   const auto limit = shared_limits.find(on_this_device(kernel));
@@ -86,11 +87,12 @@ cudaError_t check_configuration(const LaunchRecord& launch, const void* kernel) 
 }  // namespace tokenprune::emulator
 
 cudaError_t cudaGetDevice(int* device) {
-  using Properties = std::array<int, 4>;
+  using Properties = std::array<int, 5>;
   static std::mutex mutex;
   static std::vector<Properties> known;
   const tokenprune::emulator::Settings& now = tokenprune::emulator::settings();
-  const Properties properties{now.sm_count, now.shared_per_block, now.architecture, now.cooperative};
+  const Properties properties{now.sm_count, now.shared_per_block, now.architecture, now.cooperative,
+                              now.largest_cluster};
   const std::lock_guard<std::mutex> lock(mutex);
   auto found = std::find(known.begin(), known.end(), properties);
   if (found == known.end()) found = known.insert(known.end(), properties);

@@ -108,6 +108,7 @@ void enqueue_copy(void* to, const void* from, size_t bytes, bool valid) {
   if (reinterpret_cast<uintptr_t>(from) < kLowest) fail(t, "asynchronous copy from a null pointer");
   const auto misaligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 != 0; };
   if (misaligned(to) || misaligned(from)) fail(t, "asynchronous copy at an address that is not 16-byte aligned");
+  std::memset(to, kPoison, bytes);  // the hardware may write from now on: what was there is gone
   t.copies.push_back({to, valid ? from : nullptr, bytes, t.copy_group});
 }
 
@@ -135,6 +136,7 @@ void cluster_barrier() {
     return;
   }
   first.at_cluster_barrier = 0;
+  ++first.cluster_barriers;
   for (unsigned rank = 0; rank < cluster_size(); ++rank)
     release(*running.blocks[first.cluster + rank], State::kClusterBarrier);
   wait(State::kReady);
@@ -157,8 +159,12 @@ void* cluster_address(void* pointer, unsigned rank) {
   const Block& mine = *t.block;
   if (rank >= cluster_size()) fail(t, "asks for a block that its cluster does not have");
   Block& other = *running.blocks[mine.cluster + rank];
+  // Blocks of a cluster need not start together: before their first barrier, an address may be nobody's yet.
+  const size_t behind = running.blocks[mine.cluster]->cluster_barriers;
+  if (&other != &mine && behind == 0) fail(t, "asks for the shared memory of a block that may not have started");
   for (const Thread& theirs : other.threads)
     if (theirs.state != State::kDone) {
+      if (&other != &mine) other.mapped_after = behind;
       const auto offset_in = [&](const unsigned char* memory, size_t bytes) {
         const ptrdiff_t offset = static_cast<unsigned char*>(pointer) - memory;
         return offset >= 0 && offset < static_cast<ptrdiff_t>(bytes) ? offset : -1;

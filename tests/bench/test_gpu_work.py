@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 
-from bench.gpu_suite import work
-from bench.gpu_suite.run import summarize
+from bench.gpu_suite import correctness, work
 
 WORKER = """
 import bench.gpu_suite, os, sys, time
 from pathlib import Path
-from bench.gpu_suite import work
+from bench.gpu_suite import correctness, work
 def wrong(): raise ValueError("wrong")
 items = {
     "good": lambda: {"value": 1},
@@ -46,15 +45,14 @@ def test_a_crash_or_a_hang_costs_one_item(tmp_path: Path, health: str) -> None:
     assert items["good"]["value"] == 1
     assert "ValueError: wrong" in items["wrong"]["reason"]
     assert str(-signal.SIGABRT) in items["crash"]["reason"]
-    assert summarize(list(items.values()))["status"] == "failed"
+    assert work.summarize(list(items.values()))["status"] == "failed"
 
 
 def test_what_was_done_before_time_ran_out_is_kept(tmp_path: Path) -> None:
     record = tmp_path / "record.jsonl"
-    work.Record(record).write(name="crash", event="start")  # already tried: not again
-    work.Record(record).finish("crash", "crashed", reason="earlier")
-    work.Record(record).start("hang")
-    work.Record(record).finish("hang", "hung", reason="earlier")
+    for name, status in (("crash", "crashed"), ("hang", "hung")):
+        work.write(record, name, work.STARTED)
+        work.write(record, name, status, reason="earlier")  # already tried: not again
     items, problem = drive(record, "healthy")
     assert problem is None
     assert items["crash"]["reason"] == "earlier"
@@ -74,5 +72,45 @@ def test_a_worker_that_cannot_start_says_why(tmp_path: Path) -> None:
 
 def test_a_cut_off_line_of_a_record_is_ignored(tmp_path: Path) -> None:
     record = tmp_path / "r.jsonl"
-    record.write_text('{"name": "a", "event": "start"}\n{"name": "a", "event": "end", "status": "passed"}\n{"name": "b')
-    assert [item["name"] for item in work.finished(record)] == ["a"]
+    work.write(record, "a", work.STARTED)
+    work.write(record, "a", "passed")
+    with record.open("a") as file:
+        file.write('\n{"name": "b')
+    assert [(name, item["status"]) for name, item in work.read(record).items()] == [("a", "passed")]
+    work.write(record, "c", "passed")  # the line behind it is whole
+    assert list(work.read(record)) == ["a", "c"]
+
+
+TESTS = """
+import pytest, torch
+
+def lost():
+    raise RuntimeError("the device is lost")
+
+torch.cuda.synchronize = lost
+over_backends = pytest.mark.parametrize("backend", ["cpu", "gpu"])
+
+@over_backends
+def test_that_fails(backend): assert backend == "cpu"
+
+@over_backends
+def test_behind_it(backend): pass
+
+def test_of_no_backend(): raise AssertionError("it is not run")
+"""
+
+
+def test_a_failure_that_loses_the_device_costs_one_test(tmp_path: Path) -> None:
+    file, record = tmp_path / "test_two.py", tmp_path / "two.jsonl"
+    file.write_text(TESTS)
+    items, problem = work.drive(
+        [sys.executable, *correctness.PYTEST, str(file)], record, deadline=time.monotonic() + 120,
+        good_codes=correctness.PYTEST_RAN,
+        environment={"TOKENPRUNE_RECORD": str(record), "TOKENPRUNE_TEST_BACKENDS": "gpu", "TOKENPRUNE_TEST_GPU": "0",
+                     "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+    )  # fmt: skip
+    assert problem is None
+    assert [(item["name"].partition("::")[2], item["status"]) for item in items] == [
+        ("test_that_fails[gpu]", "failed"), ("test_behind_it[gpu]", "passed"),
+    ]  # fmt: skip
+    assert "the device is unusable: the device is lost" in record.with_suffix(".log").read_text()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.gpu_suite import model, predictions
-from bench.gpu_suite.costs import ASSUMED
+from bench.gpu_suite.floors import ASSUMED
 from testing.cuda_costs import Cost
 
 
@@ -17,7 +17,7 @@ def figures() -> dict[str, predictions.Figures]:
 
 def test_the_page_has_the_figures_of_the_tables() -> None:
     page = predictions.PAGE.read_text()
-    assert predictions.refreshed(page, figures()) == page, "run python -m bench.gpu_suite.floors --write"
+    assert predictions.refreshed(page, figures()) == page, "run python -m bench.gpu_suite.predictions --write"
 
 
 def test_no_prediction_is_below_its_floor() -> None:
@@ -27,7 +27,7 @@ def test_no_prediction_is_below_its_floor() -> None:
 
 def test_a_row_without_a_line_on_the_page_is_reported() -> None:
     page = predictions.PAGE.read_text()
-    more = figures() | {"another row": predictions.Figures(0.0, 0.0, 1.0, 1.0, 2.0, "issue")}
+    more = figures() | {"another row": predictions.Figures(1.0, 1.0, 2.0, "issue")}
     with pytest.raises(SystemExit, match="another row"):
         predictions.refreshed(page, more)
 

@@ -331,3 +331,18 @@ def test_plans_of_models() -> None:
     assert splits > 1
     assert 0.8 * 4 * 132 <= blocks <= 4 * 132
     assert plan(32, 4096, 4096) == (1, 2048)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_row_does_not_depend_on_the_rows_beside_it(dtype: torch.dtype) -> None:
+    """A warp takes all its rows at once while their maxima stay; where one moves, the others keep their bits."""
+    query, key = randn(1, 1, 32, 16, dtype=dtype), randn(1, 1, 256, 16, dtype=dtype)
+    key[0, 0, 200] = 4 * query[0, 0, 5]  # row 5's maximum moves by far in the last tile
+    calm = query.clone()
+    calm[0, 0, 5] = 0
+    moved, stays = (tp.attention_entropy(rows, key, scale=1.0, backend="emulator") for rows in (query, calm))
+    others = [row for row in range(32) if row != 5]
+    for mine, other in zip(moved, stays, strict=True):
+        assert torch.equal(mine[..., others], other[..., others])
+        assert not torch.equal(mine, other)
+    check(query, key, scale=1.0)

@@ -192,6 +192,15 @@ def code() -> dict[str, str]:
     return found
 
 
+def test_kernels_that_wait_for_a_launch_read_nothing_of_it_early() -> None:
+    """Read-only loads may be made before the wait; only masks, which are bytes, are arguments in every call."""
+    waiting = {kernel: text for kernel, text in code().items() if "ACQBULK" in text}
+    if not waiting:
+        pytest.skip("built for architectures without dependent launches")
+    early = [kernel for kernel, text in waiting.items() if re.search(r"\bLDG\.E(?!\.U8)\S*\.CONSTANT\b", text)]
+    assert not early, "\n".join(early)
+
+
 @pytest.mark.parametrize("name", INSTRUCTIONS)
 def test_kernels_contain_the_instructions_they_were_written_for(name: str) -> None:
     matching = [kernel for kernel in code() if kernel.startswith(name)]

@@ -81,6 +81,14 @@ def test_one_element_too_far_is_found(program, access, memory):
     assert "0 bytes to the right of 128-byte region" in bad.stderr or "0 bytes after 128-byte region" in bad.stderr
 
 
+def test_a_misaligned_vector_is_found(program):
+    good, bad = run_program(program, "read_vector", "0"), run_program(program, "read_vector", "1")
+    assert (good.returncode, good.stdout, good.stderr) == (0, "cudaSuccess\n", "")
+    assert bad.returncode != 0
+    assert "misaligned address" in bad.stderr
+    assert "which requires 16 byte alignment" in bad.stderr
+
+
 def test_stacks_that_an_error_leaves_behind_are_clean_again(program):
     done = run_program(program, *["one_thread_throws", "7", "one_thread_throws", "-1"] * 3, "read_static", "0")
     assert (done.returncode, done.stderr) == (0, "")
@@ -112,9 +120,11 @@ def test_stacks_that_an_error_leaves_behind_are_clean_again(program):
         ("copy_without_wait", {"shared": 64}, "ends with asynchronous copies that were not waited for"),
         ("load_matrices", {"shared": 2048, "variant": 1}, "ldmatrix: misaligned row"),
         ("cluster_misuse", {"grid": (2, 1, 1), "cluster": 2}, "a block that its cluster does not have"),
-        ("cluster_misuse", {"grid": (2, 1, 1), "cluster": 2, "variant": 1}, "a block that has ended|32 have ended"),
+        ("cluster_misuse", {"grid": (2, 1, 1), "cluster": 2, "variant": 1}, "a block that has ended|may still use its"),
         ("cluster_misuse", {"grid": (2, 1, 1), "cluster": 2, "variant": 2}, "address that is not in its shared memory"),
         ("cluster_misuse", {"grid": (2, 1, 1), "cluster": 2, "variant": 3}, "the other block has not reached yet"),
+        ("cluster_misuse", {"grid": (2, 1, 1), "cluster": 2, "variant": 4}, "a block that may not have started"),
+        ("cluster_misuse", {"grid": (2, 1, 1), "cluster": 2, "variant": 5}, "a block that has ended|may still use its"),
     ],
 )  # fmt: skip
 def test_mistakes_are_errors_in_every_schedule(broken, name, arguments, message):
@@ -138,8 +148,11 @@ def test_the_memory_of_an_ended_block_is_out_of_reach(broken):
             run(broken, "cluster_misuse", variant=1, **pair)
         found.append("asks for the shared memory of a block that has ended" in str(caught.value))
     assert any(found)
-    results = in_all_schedules(broken, "cluster_read_too_late", out=torch.zeros(32, dtype=torch.int32), **pair)
+    results = in_all_schedules(broken, "cluster_access_too_late", out=torch.zeros(32, dtype=torch.int32), **pair)
     assert any(bool((got == -1).all()) for got in results)
+    broken.settings().schedule = broken.Schedule.reversed
+    with pytest.raises(RuntimeError, match=r"too_late, block \(1, 0, 0\): its shared memory was written to"):
+        run(broken, "cluster_access_too_late", variant=1, **pair)
 
 
 def test_device_code_outside_a_kernel_is_an_error(broken):
@@ -183,8 +196,11 @@ def test_launches_are_refused_as_a_gpu_refuses_them(broken, grid, block, shared,
     assert broken.launch_raw(grid, block, shared, cluster, False) == status
 
 
-def test_clusters_need_an_architecture_that_has_them(broken):
+def test_clusters_need_an_architecture_that_has_them_and_room(broken):
     assert broken.launch_raw((2, 1, 1), (32, 1, 1), 0, 2, False) == "cudaSuccess"
+    broken.settings().largest_cluster = 4
+    assert broken.launch_raw((8, 1, 1), (32, 1, 1), 0, 4, False) == "cudaSuccess"
+    assert broken.launch_raw((8, 1, 1), (32, 1, 1), 0, 8, False) == "cudaErrorInvalidConfiguration"
     broken.settings().architecture = 80
     assert broken.launch_raw((2, 1, 1), (32, 1, 1), 0, 2, False) == "cudaErrorInvalidConfiguration"
     assert broken.launch_raw((2, 1, 1), (32, 1, 1), 0, 1, False) == "cudaSuccess"
@@ -253,6 +269,7 @@ def test_ldmatrix_hands_out_four_matrices(broken):
 
 
 def test_copies_arrive_when_they_are_waited_for(broken):
+    """Until then their destination has neither what was there nor what comes: hardware may be as early, or as late."""
     source = torch.arange(32 * 8 + 3, dtype=torch.int32)
     source = source[-source.data_ptr() % 16 // 4 :][: 32 * 8].view(32, 8)
     out = run(broken, "copies", source, torch.zeros(32, 3, 3, dtype=torch.int32), shared=32 * 48)

@@ -157,7 +157,7 @@ WRONG = [
     (methods.fastv, (torch.rand(2, 6, 4), torch.rand(2, 6, 4)), {},
      r"query must have shape \[B, Hq, T, D\], got \[2, 6, 4\]"),
     (methods.dart, (torch.rand(1, 2, 6, 4), *[torch.rand(1, 6, 4)] * 2), {"key_indices": None, "query_positions": None},
-     "key_indices must be a tensor, got NoneType"),
+     "key_indices must be a tensor, got None"),
     (methods.evs, (torch.rand(1, 6, 4), torch.zeros(1, 6, dtype=torch.int64)), {"grid": 6},
      r"grid must be \(height, width\)"),
     (methods.visionzip, (torch.rand(1, 6, 4), torch.rand(1, 6)), {"contextual_ratio": "a"},

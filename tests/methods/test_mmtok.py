@@ -55,6 +55,15 @@ def test_ties_go_to_the_lower_index_and_runs_are_equal(backend):
     assert torch.equal(kept.details["gains"], again.details["gains"])
 
 
+@over_backends
+def test_a_token_with_nan_covers_nothing_and_spoils_no_other(backend):
+    p = prompt(0, torch.float32)
+    p.features[4, 0] = torch.nan
+    kept = mmtok(p.features[None], p.text[None], 6, backend=backend)
+    assert 4 not in kept.indices
+    assert bool((kept.details["gains"] > 0).all())
+
+
 def test_rejects_what_does_not_fit():
     p = prompt(0, torch.float32)
     with pytest.raises(ValueError, match=r"mmtok: image_embeddings must have shape \[B, V, \.\.\.\] = \[1, 30"):

@@ -291,6 +291,21 @@ def test_zero_vectors_have_cosine_zero(backend: str) -> None:
 
 
 @over_backends
+@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.parametrize("special", [1e20, -1e30, INF, math.nan])
+def test_cosines_of_vectors_whose_squares_overflow(backend: str, rows: int, special: float) -> None:
+    """Of finite elements the unit vector is 0, wherever the others point; of infinite ones it has a NaN."""
+    query, key = inputs(1, 2, 1, rows, 20, 24)
+    for turn in (lambda: key[..., 3, :], lambda: query[:, 0, 1], lambda: key[..., 5, ::2]):
+        turn().fill_(special)
+        for reduction in ("mean", "max"):
+            options = {"cosine": True, "scale": 10.0, "head_reduction": reduction}
+            got = tp.cross_attention_scores(query, key, backend=backend, **options)
+            expected = tp.reference.cross_attention_scores(query, key, **options)
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@over_backends
 def test_strides(backend: str) -> None:
     """Heads cut out of a fused projection, keys of a longer cache, masks and heads that are expanded."""
     fused = torch.randn(2, 40, 3, 4, 80)  # keys lie 960 elements apart

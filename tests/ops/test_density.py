@@ -182,18 +182,21 @@ def test_samples_of_different_length(backend: str) -> None:
 
 @compiled
 def test_more_tokens_than_distances_are_stored_for() -> None:
-    """Beyond 4096 the distances are computed twice instead, to the same bits."""
-    few, n = torch.randint(0, 5, (1, 4096, 4)).float(), 4200
-    far = torch.full((1, n - 4096, 4), 1e4)
-    mask = torch.arange(n).unsqueeze(0) < 4096
+    """Beyond these the distances are computed twice instead, to the same bits."""
+    stored_for, n = 5760, 5800
+    few = torch.randint(0, 5, (1, stored_for, 4)).float()
+    far = torch.full((1, n - stored_for, 4), 1e4)
+    mask = torch.arange(n).unsqueeze(0) < stored_for
     stored = tp.density_peaks(few, 40, backend="cpu")
     same = tp.density_peaks(torch.cat([few, far], 1), 40, mask=mask, backend="cpu")  # the masked ones do not count
-    assert all(torch.equal(g, w) for g, w in zip((same[0], same[2][:, :4096]), (stored[0], stored[2]), strict=True))
+    assert all(
+        torch.equal(g, w) for g, w in zip((same[0], same[2][:, :stored_for]), (stored[0], stored[2]), strict=True)
+    )
     computed = tp.density_peaks(torch.cat([few, far], 1), 40, backend="cpu")
-    assert torch.equal(computed[2][:, :4096], stored[2])
+    assert torch.equal(computed[2][:, :stored_for], stored[2])
     densest = stored[3].argmax()  # whose distance is the largest of all pairs, which the far ones change
-    rest = torch.arange(4096) != densest
-    assert torch.equal(computed[3][:, :4096][:, rest], stored[3][:, rest])
+    rest = torch.arange(stored_for) != densest
+    assert torch.equal(computed[3][:, :stored_for][:, rest], stored[3][:, rest])
 
 
 @settings(deadline=None, max_examples=60, print_blob=True)

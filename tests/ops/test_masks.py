@@ -63,7 +63,7 @@ def test_wrong_arguments_are_named() -> None:
         with pytest.raises(ValueError, match=r"indices_to_mask: indices must have shape \[B, K\], got"):
             tp.indices_to_mask(wrong, 3)
     for size in (1.5, None, True):
-        with pytest.raises(TypeError, match="indices_to_mask: size must be an integer, got"):
+        with pytest.raises(TypeError, match="indices_to_mask: size must be an int, got"):
             tp.indices_to_mask(good, size)
-    with pytest.raises(ValueError, match="indices_to_mask: size must be >= 0, got -1"):
+    with pytest.raises(ValueError, match="indices_to_mask: size must be non-negative, got -1"):
         tp.indices_to_mask(good, -1)

@@ -157,7 +157,7 @@ def test_selection_and_compaction_are_one_call_each_on_the_tensors_themselves() 
     scores, hidden = torch.rand(9), torch.randn(9, 4)
     with _Calls() as calls:
         indices, _ = tp.varlen.select_topk(scores, 2, cu(4, 5))
-        tp.varlen.gather_compact([hidden, scores], indices)
+        tp.varlen.gather_compact([hidden, scores], indices, dims=0)
     (selecting, selected), (gathering, gathered) = calls.made
     assert (selecting, gathering) == ("select_grouped_topk", "gather_compact")
     assert selected.data_ptr() == scores.data_ptr()
@@ -281,3 +281,5 @@ def test_bad_packed_attention_is_refused_by_name() -> None:
         tp.varlen.attention_scores(query, key, torch.zeros(4, 4), cu_q, cu_k, most_q, most_k)
     with pytest.raises(TypeError, match=r"tensors\[1\] must be a tensor, got int"):
         tp.varlen.gather_compact([query, 3], torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"varlen.gather_compact: tensors must be a list of tensors, got Tensor"):
+        tp.varlen.gather_compact(torch.rand(5, 8), torch.zeros(1, dtype=torch.int64))  # its rows would be five tensors

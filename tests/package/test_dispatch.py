@@ -120,6 +120,19 @@ def test_vmap_equals_a_loop(op: str, name: str, depth: int) -> None:
 
 
 @over_ops
+def test_vmap_over_nothing(op: str) -> None:
+    call = make(op, sizes=Sizes(tokens=11, channels=8, k=4))
+    names = [name for name, _, _ in samples.tensors(call)]
+
+    def apply(*given: Tensor) -> tuple[Tensor, ...]:
+        by_name = dict(zip(names, given, strict=True))
+        return tuple(run_op(map_tensors(call, lambda n, _: by_name[n])))
+
+    together = torch.vmap(apply)(*(t.new_empty((0, *t.shape)) for _, t, _ in samples.tensors(call)))
+    assert [t.shape for t in together] == [(0, *t.shape) for t in run_op(call)]
+
+
+@over_ops
 def test_vmap_over_one_argument_at_another_dimension(op: str) -> None:
     """The others are shared by all mapped calls."""
     call = make(op, list(samples.FACTORIES[op])[-1], Sizes(tokens=11, channels=8, k=4))

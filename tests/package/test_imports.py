@@ -106,7 +106,7 @@ def test_all_kinds_of_imports_are_seen() -> None:
     """Imports of a module, of a name in it, relative ones, and those inside functions."""
     assert "testing.op_samples" in imported("tests.ops.test_contract")
     assert "tests.ops.test_contract" in imported("tests.ops.test_boundary")
-    assert "bench.gpu_suite.work" in imported("bench.gpu_suite.run")
+    assert "bench.gpu_suite.work" in imported("bench.gpu_suite.build")
     assert EMULATOR in imported("tests.cuda.conftest")
     assert EMULATOR not in imported("testing.cases")
     assert EMULATOR in imported("testing.cases", late=True)

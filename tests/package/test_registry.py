@@ -176,6 +176,23 @@ def test_an_older_driver_leaves_the_gpu_to_triton_and_says_so_once(
     assert f"  cuda: unavailable, {reason}" in capsys.readouterr().out
 
 
+def test_a_backend_asked_for_by_name_looks_at_the_gpu_of_the_inputs(
+    gpu_scores: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The current GPU, number 1, is none that the build fits; the inputs are on number 0."""
+    from tokenprune_kernels import _backend
+
+    monkeypatch.setattr(_registry, "driver_version", lambda: 13000)
+    monkeypatch.setattr(_registry, "_binary", object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((9, 0), (8, 6))[index])
+    assert gpu_scores.device.index == 0
+    assert _backend.implementation("cuda", gpu_scores, "select_topk") is torch.ops.tokenprune
+    assert _backend.served_by("select_topk", gpu_scores) == "cuda"
+    assert _backend.unavailable("cuda", "cuda:1") == _backend.unavailable("cuda", "cuda") is not None
+
+
 def test_the_driver_is_asked_for_its_version() -> None:
     """An integer wherever it runs: 0 without a driver."""
     version = _registry.driver_version()

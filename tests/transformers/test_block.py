@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from tests.transformers.vlm.checks import LAYER, assert_decoded_like_the_oracle, drops_of, generate, options_of
 from tests.transformers.vlm.models import TEXT, Prompts, llava
 from tokenprune_kernels.integrations.transformers import METHODS, prefill, prune_visual_tokens
+from tokenprune_kernels.integrations.transformers.report import Clock
 
 over_methods = pytest.mark.parametrize("method", METHODS)
 
@@ -316,6 +317,32 @@ def test_stats_and_kept_before_and_after_a_prefill() -> None:
     with prune_visual_tokens(prompts.model, "sts", 1.0, layer=LAYER) as pruning:
         logits_of(prompts)
     assert pruning.stats["backend"] is None
+
+
+def test_times_are_those_of_the_gpu_that_works_not_of_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded, waited_for = [], []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
+
+        def record(self, stream: Any = "of the current GPU") -> None:
+            recorded.append(stream)
+
+        def elapsed_time(self, later: Any) -> float:
+            return 2.0
+
+    gpu = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"of {device}")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: waited_for.append(device))
+    clock = Clock(gpu)
+    for _ in range(2):
+        with clock:
+            pass
+    assert recorded == ["of cuda:1"] * 4
+    assert waited_for == []
+    assert clock.milliseconds() == 4.0
+    assert waited_for == [gpu]
 
 
 def test_overlay_darkens_what_no_kept_token_sees(tmp_path: Any) -> None:

@@ -25,16 +25,6 @@ def check(prompts: Prompts, method: str, steps: int, keep: Any = KEEP, **more: A
     return pruning
 
 
-@pytest.mark.parametrize("name", omni.NAMES)
-def test_tokens_of_sound_stay(name: str) -> None:
-    prompts = omni.batch(name)
-    with torch.no_grad(), prune_visual_tokens(prompts.model, "divprune", 1):
-        logits = prompts.model(**prompts.inputs).logits
-    ids = prompts.inputs["input_ids"]
-    assert (ids[0] == omni.AUDIO).sum() == omni.TOKENS[name][omni.LONG]
-    assert logits.shape[1] == ids.shape[1] - 44 + 1
-
-
 @pytest.mark.parametrize("method", ["sts", "evs"])
 @pytest.mark.parametrize("name", omni.NAMES)
 def test_a_video_with_its_sound_between_its_frames(name: str, method: str) -> None:

@@ -29,6 +29,10 @@ BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 VOID = {"meta", "input", "img", "br", "hr", "link"}
 
 
+def refused(constant: str) -> None:
+    raise ValueError(f"no browser reads {constant}")
+
+
 class Page(HTMLParser):
     """Elements in order, as (name, attributes, text); every one must be ended, the last begun first."""
 
@@ -71,7 +75,7 @@ class Page(HTMLParser):
 
     def data(self) -> Any:
         ((_, text),) = self.all("script", type="application/json")
-        return json.loads(text)
+        return json.loads(text, parse_constant=refused)
 
     def cells(self) -> list[dict[str, str]]:
         return [attributes for attributes, _ in self.all("rect") if "data-token" in attributes]
@@ -245,6 +249,18 @@ def test_names_of_methods_are_text(tmp_path: Path) -> None:
     assert page.data()["methods"][0]["title"] == name
     assert page.data()["methods"][0]["orders"][0]["name"] == "</script><b>, high to low"
     assert page.all("b") == []
+
+
+def test_numbers_that_are_not_finite_leave_the_page_readable(tmp_path: Path) -> None:
+    def method(features: Any, k: int) -> Selection:
+        score = torch.arange(features.shape[1]).float().expand(len(features), -1).clone()
+        score[:, :3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+        indices = torch.arange(k).expand(len(features), -1)
+        return Selection(indices, torch.full((len(features),), k), {"score": score})
+
+    (told,) = written(tmp_path, blocks_of(llava(1), method)).data()["methods"]
+    assert told["scores"]["score"][:4] == ["inf", "-inf", None, 3.0]
+    assert told["orders"][0]["steps"] == [[t] for t in (0, 8, 7, 6, 5, 4, 3, 1)] + [[2]]
 
 
 def test_blocks_of_other_prompts_are_refused(tmp_path: Path) -> None:

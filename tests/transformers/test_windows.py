@@ -16,15 +16,17 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sliding_window_causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tests.transformers.vlm import models_window, oracle
+from tests.transformers.vlm import models_timm, models_window, oracle
 from tests.transformers.vlm.checks import LAYER, drops_of
+from tests.transformers.vlm.layouts import assert_salient, seen_by_methods
 from tests.transformers.vlm.models import Prompts
-from tests.transformers.vlm.models_window import FAMILIES, SIZES, WINDOW
-from tests.transformers.vlm.runs_crops import banned, generate, layout_in, pruned, vision_weights
-from tokenprune_kernels.integrations.transformers import prune_visual_tokens, registry
+from tests.transformers.vlm.models_window import SIZES, WINDOW
+from tests.transformers.vlm.runs_crops import banned, generate, pruned, vision_weights
+from tokenprune_kernels.integrations.transformers import prune_visual_tokens
 from tokenprune_kernels.integrations.transformers.kinds import kind_of
 from tokenprune_kernels.integrations.transformers.masks import at_columns, sees_by
 
+FAMILIES = {**models_window.FAMILIES, "gemma3n": models_timm.gemma3n_shared}
 over_families = pytest.mark.parametrize("family", FAMILIES)
 WINDOWED = [name for name in FAMILIES if name != "paligemma"]
 
@@ -208,19 +210,6 @@ def test_methods_are_told_whether_a_prompt_sees_all_of_itself(family: str) -> No
     assert given == [not family.startswith("paligemma")]
 
 
-def seen_by_methods(prompts: Prompts) -> tuple[Tensor, Any]:
-    """The saliency that a method in front of the language model gets, and the layout."""
-    given: list[Tensor] = []
-
-    def spied(saliency: Tensor, positions: Tensor, k: int) -> Tensor:
-        given.append(saliency)
-        return torch.arange(k).expand(len(saliency), -1)
-
-    with torch.no_grad(), prune_visual_tokens(prompts.model, spied, 5) as pruning:
-        prompts.model(**prompts.inputs)
-    return given[0], layout_in(pruning)
-
-
 def test_saliency_and_layout_of_mistral3() -> None:
     prompts = prompts_of("mistral3")
     salient, layout = seen_by_methods(prompts)
@@ -246,7 +235,7 @@ def test_saliency_and_layout_of_mistral3() -> None:
     assert layout.grids[1, 8].tolist() == [3, 3]
 
 
-@pytest.mark.parametrize("family", ["paligemma", "gemma3", "llama4"])
+@pytest.mark.parametrize("family", ["paligemma", "gemma3", "llama4", "aya_vision"])
 def test_saliency_and_layout_of_squares(family: str) -> None:
     prompts = prompts_of(family)
     salient, layout = seen_by_methods(prompts)
@@ -295,12 +284,6 @@ def tower_weights(prompts: Prompts) -> list[Tensor]:
     with torch.no_grad():
         exact.model(**exact.inputs)
     return seen
-
-
-def assert_salient(row: Tensor, exact: Tensor) -> None:
-    torch.testing.assert_close(row[: len(exact)].double(), exact.double(), rtol=1e-4, atol=1e-7)
-    assert (row[len(exact) :] == 0).all()
-    assert exact.max() > 1.02 * exact.min()
 
 
 def test_lse_of_a_window_is_not_given_to_methods_that_see_all_keys() -> None:
@@ -386,10 +369,3 @@ def test_a_decoder_that_embeds_is_refused() -> None:
     decoder_of(prompts).config.use_bidirectional_attention = True
     with pytest.raises(NotImplementedError, match="use_bidirectional_attention for all tokens"):
         prune_visual_tokens(prompts.model, "divprune", 5).__enter__()
-
-
-def test_gemma3n_is_refused_by_what_is_missing() -> None:
-    with pytest.raises(
-        NotImplementedError, match=r"model_type 'gemma3n'\) is not supported: .*\(AltUp.*; supported are"
-    ):
-        registry.family_of_type("gemma3n", "Gemma3nForConditionalGeneration")

@@ -266,6 +266,25 @@ def test_without_triton_the_reason_is_that(monkeypatch: pytest.MonkeyPatch) -> N
         assert _triton.absent() == _triton.unavailable("cuda") == "triton is not installed"
 
 
+def test_first_calls_in_several_threads_define_the_ops_once() -> None:
+    script = """
+import sys, threading
+from concurrent.futures import ThreadPoolExecutor
+from tokenprune_kernels import _triton
+
+sys.setswitchinterval(1e-6)
+together = threading.Barrier(4)
+
+def first_call(_):
+    together.wait()
+    return _triton.namespace()
+
+with ThreadPoolExecutor(4) as pool:
+    print(len(set(map(id, pool.map(first_call, range(4))))))
+"""
+    assert printed("-c", script) == "1\n"
+
+
 def test_devices_without_triton_are_named() -> None:
     assert _triton.unavailable("mps") == "the inputs are on mps"
     assert _triton.unavailable("cuda") is None

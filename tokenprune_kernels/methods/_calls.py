@@ -8,10 +8,9 @@ from typing import Any, ParamSpec
 import torch
 from torch import Tensor
 
-from .. import _advice
-from .._checks import complain, dtype_name, shape_text
-from .._convert import budget, by_budget
-from .._op import INDEX_DTYPES
+from .._checks import check_tensor, complain, shape_text
+from .._convert import as_kind, budget, by_budget, samples_of
+from .._op import Argument, TensorKind
 from ._common import Selection
 from ._method import ARGUMENTS
 
@@ -21,6 +20,20 @@ P = ParamSpec("P")
 _OWN = {"image_embeddings": "[B, V, E]", "importance": "[B, V]", "keys": "[B, V, E]"}
 # Whose size says how many visual tokens there are: the first that is given.
 _OVER_TOKENS = ("features", "visual_embeddings", "key_indices")
+
+
+def _kind(said: str) -> TensorKind:
+    """Of "[B, V] int64: ..." in `ARGUMENTS`. Other dtypes, and how sizes agree, are left to the ops."""
+    shape, _, dtype = said.partition(":")[0].partition("]")
+    letters = ("P" if letter.isdigit() else letter for letter in shape.removeprefix("[").split(", "))
+    return TensorKind(tuple(letters), {" int64": (torch.int64,), " bool": (torch.bool,)}.get(dtype, ()))
+
+
+_KINDS = {
+    name: _kind(said)._replace(coordinates=name == "positions")
+    for name, said in (ARGUMENTS | _OWN).items()
+    if said.startswith("[") and name != "grid"
+}
 
 
 def called_like_ops(function: Callable[P, Selection]) -> Callable[P, Selection]:
@@ -40,44 +53,31 @@ def called_like_ops(function: Callable[P, Selection]) -> Callable[P, Selection]:
         for mask in masks:
             given = kwargs.get(mask)
             if isinstance(given, Tensor) and given.dtype is not torch.bool:
-                instead = _advice.of_dtype(mask, torch.bool, given)
-                complain(TypeError, name, mask, "be bool", dtype_name(given.dtype), instead)
+                _check_tensors(signature, name, {mask: given})
         k = kwargs["k"] if "k" in kwargs else args[at] if at < len(args) else 0
         if not isinstance(k, (int, torch.SymInt)):
             arguments = signature.bind(*args, **kwargs).arguments
-            _check_shapes(signature, name, arguments)
+            _check_tensors(signature, name, arguments)
             return _with_budget(function, arguments)
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
         try:
             return function(*args, **kwargs)
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-            _check_shapes(signature, name, signature.bind_partial(*args, **kwargs).arguments)
+            _check_tensors(signature, name, signature.bind_partial(*args, **kwargs).arguments)
             raise
 
     return run
 
 
-def _check_shapes(signature: inspect.Signature, method: str, arguments: dict[str, Any]) -> None:
-    """Tensors are tensors with as many dimensions as `ARGUMENTS` says; positions [V, P] are those of every sample."""
+def _check_tensors(signature: inspect.Signature, method: str, arguments: dict[str, Any]) -> None:
+    """Each by itself: that it is a tensor, its dtype, and how many dimensions it has."""
     for name, value in arguments.items():
-        said = (_OWN.get(name) or ARGUMENTS.get(name, "")).partition(":")[0]
-        if name == "grid" or not said.startswith("["):
+        kind, default = _KINDS.get(name), signature.parameters[name].default
+        if kind is None or (value is None and default is None):
             continue
-        required = signature.parameters[name].default is inspect.Parameter.empty
-        if value is None and not required:
-            continue
-        if not isinstance(value, Tensor):
-            expected = "be a tensor" if required else "be a tensor or None"
-            complain(TypeError, method, name, expected, type(value).__name__, _advice.of_value(name, value))
-        if said.endswith(" int64") and value.dtype not in INDEX_DTYPES:
-            instead = _advice.of_dtype(name, torch.int64, value)
-            complain(TypeError, method, name, "be int64", dtype_name(value.dtype), instead)
-        shape = said[: said.index("]") + 1]
-        rank = shape.count(",") + 1
-        if value.dim() != rank and not (name == "positions" and value.dim() == 2):
-            instead = _advice.of_shape(name, [-1] * rank, value, True)
-            complain(ValueError, method, name, f"have shape {shape}", shape_text(value), instead)
+        given = as_kind(kind, value, 1) if isinstance(value, Tensor) else value
+        check_tensor(method, Argument(name, "Tensor", default, True, kind), kind, given, {}, None)
 
 
 def _with_budget(function: Callable[..., Selection], arguments: dict[str, Any]) -> Selection:
@@ -96,7 +96,7 @@ def _with_budget(function: Callable[..., Selection], arguments: dict[str, Any]) 
             complain(ValueError, name, n, f"have one entry per sample (B = {batch})", shape_text(t))
 
     def of_samples(k: int, samples: list[int]) -> Selection:
-        return function(**{**arguments, **{n: t[samples] for n, t in tensors.items()}, "k": k})
+        return function(**{**arguments, **{n: samples_of(t, samples) for n, t in tensors.items()}, "k": k})
 
     selection: Selection = by_budget(k, of_samples)
     return selection

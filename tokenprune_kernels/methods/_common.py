@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _checks
 from .._masks import indices_to_mask
 from .._op import Budget
 from ..ops import attention_entropy, attention_scores, cross_attention_scores, gather_compact, mask_to_indices
@@ -164,12 +165,7 @@ def merge_into(
 
 
 def check_count(method: str, k: Budget, name: str = "k") -> int:
-    """A number that is known to the host and not negative."""
-    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
-        raise TypeError(f"{method}: {name} must be an int, got {type(k).__name__}")
-    if k < 0:
-        raise ValueError(f"{method}: {name} must be non-negative, got {k}")
-    return k
+    return _checks.check_count(method, name, k)
 
 
 def check_ratio(method: str, name: str, value: Any) -> None:

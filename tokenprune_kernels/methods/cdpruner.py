@@ -43,6 +43,8 @@ def cdpruner(
     are all equal give the quality 1 (there, a division by zero), and picks beyond the rank of the kernel change
     nothing (there, they divide by rounding errors, and tokens are picked twice, so that fewer than K are kept).
 
+    Samples that keep different numbers are calls of their own, which share a range among themselves only.
+
     details: relevance and quality [B, V], order [B, K] in order of selection, gains [B, K].
 
     >>> import torch

@@ -38,7 +38,8 @@ def mmtok(
     Where it comes from. The steps and constants are the authors' code's; its text_temperature is 0.01 for Qwen2.5-VL.
     There, the text is the question without stop words and the instructions of two benchmarks, and y always the tower's.
     Ours: the integration gives all text behind the images and compares the projector's outputs; the weights 1 / T and
-    alpha / V multiply sums instead of the matrix, which differs by rounding; the softmax is float32.
+    alpha / V multiply sums instead of the matrix, which differs by rounding; the softmax is float32; a token with NaN
+    covers nothing.
 
     details: order [B, K] in order of selection, gains [B, K].
 
@@ -77,8 +78,8 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _shares(logits: Tensor, real: Tensor) -> Tensor:
-    """The softmax over the real tokens."""
-    real = real.unsqueeze(1)
+    """The softmax over the real tokens; one whose likeness is NaN takes no part."""
+    real = real.unsqueeze(1) & ~logits.isnan()
     return torch.where(real, torch.softmax(torch.where(real, logits, -torch.inf), -1), 0)
 
 

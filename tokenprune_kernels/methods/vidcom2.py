@@ -11,7 +11,7 @@ from ._common import Selection, check_count, check_ratio, check_visual
 from ._method import Method, Stage
 
 TEMPERATURE = 0.01  # of the softmax over frames
-WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)  # of the Gaussians
+WIDTHS = (-3, 1)  # of the Gaussians, from 1/8 to 2, as powers of 2
 
 
 @called_like_ops
@@ -98,7 +98,9 @@ def vidcom2(
 def _likeness(difference: Tensor) -> Tensor:
     """G [B, V] of the differences [B, V, C], which are overwritten."""
     square = difference.square_().sum(-1, keepdim=True)
-    return torch.exp(square / square.new_tensor([-2 * a for a in WIDTHS])).sum(-1)
+    # Made on the device, which would be waited for if they came from the host.
+    width = torch.arange(WIDTHS[0], WIDTHS[1] + 1, dtype=square.dtype, device=square.device).exp2()
+    return torch.exp(square / (-2 * width)).sum(-1)
 
 
 def _budgets(likeness: Tensor, size: Tensor, rate: Tensor | float) -> Tensor:

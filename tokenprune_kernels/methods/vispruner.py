@@ -7,12 +7,13 @@ from torch import Tensor
 
 from .._masks import indices_to_mask
 from .._op import Budget
-from ..ops import mask_to_indices, select_topk
+from ..ops import gather_compact, mask_to_indices, select_topk
 from ._calls import called_like_ops
 from ._common import Selection, check_count, check_ratio, check_visual
 from ._method import Method, Stage
 
 AT_ONCE = 8  # tokens that a round removes at most
+RENUMBERED = 64  # rounds after which the products of what was removed are left behind
 
 
 @called_like_ops
@@ -42,8 +43,8 @@ def vispruner(
     more entry at an even place (there, an error); equal saliencies and equal cosines keep their order (there, any); a
     zero vector is like nothing.
 
-    There are about (V - K) / 8 rounds, one after the other, in plain PyTorch: no op of ours expresses them, and under
-    torch.compile each number of rounds is a graph.
+    There are about (V - K) / 8 rounds, one after the other, which no op of ours expresses. All cosines are computed
+    once, and a round reads those of the odd places. Under torch.compile each number of rounds is a graph.
 
     details: important [B, floor(important_ratio * K)] and diverse [B, the rest of K], ascending, -1 after the last.
 
@@ -65,16 +66,30 @@ def vispruner(
     rest = ~indices_to_mask(important, tokens)
     if mask is not None:
         rest = rest & mask
-    order = torch.where(rest, saliency, -torch.inf).sort(dim=1, descending=True, stable=True).indices
     length = rest.sum(1, keepdim=True)
-    wide = features.to(torch.promote_types(features.dtype, torch.float32))
-    unit = torch.nn.functional.normalize(wide, dim=-1)
+    most = max(tokens - num_important, 0)
+    # The list is of places in the order of saliency, and two more, so that there always is an odd one: what is behind
+    # the last token names the last place, which no token has, and which is like nothing.
+    waiting = torch.cat([torch.where(rest, saliency, -torch.inf), saliency.new_full((batch, 2), -torch.inf)], 1)
+    width = most + 2
+    place = torch.arange(width, device=length.device)
+    order = torch.where(place < length, waiting.sort(dim=1, descending=True, stable=True).indices[:, :width], -1)
+    listed = torch.where(place < length, place, width - 1)
+    (compared,) = gather_compact([features], order, dims=[1], backend=backend)
+    unit = torch.nn.functional.normalize(compared.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
     likeness = unit @ unit.mT
-    listed = order[:, : max(tokens - num_important, 0)]
-    for _ in range(_rounds(listed.shape[1], target)):
-        listed, length = _thinned(listed, length, target, likeness)
-    there = torch.arange(listed.shape[1], device=length.device) < length
-    stays = indices_to_mask(torch.where(there, listed, -1), tokens)
+    likeness[:, -1] = -torch.inf
+    likeness[:, :, -1] = -torch.inf
+    for done in range(_rounds(most, target)):
+        if done and done % RENUMBERED == 0:  # every round reads half of the products: those of what is left alone
+            for dim in (1, 2):
+                (likeness,) = gather_compact([likeness], listed, dims=[dim], backend=backend)
+            order = order.gather(1, listed)
+            listed = torch.where(place[:width] < length, place[:width], width - 1)
+        # The longest list loses AT_ONCE tokens, or is left with fewer than that.
+        width = min(most, max(most - AT_ONCE * (done + 1), target, AT_ONCE - 1)) + 2
+        listed, length = _thinned(listed, length, target, width, likeness, backend)
+    stays = indices_to_mask(order.gather(1, listed), tokens)
     diverse, _ = mask_to_indices(stays, target, backend=backend)
     indices, counts = mask_to_indices(stays | indices_to_mask(important, tokens), k, backend=backend)
     return Selection(indices, counts, {"important": important, "diverse": diverse})
@@ -89,26 +104,25 @@ def _rounds(length: int, target: int) -> int:
     return rounds
 
 
-def _thinned(listed: Tensor, length: Tensor, target: int, likeness: Tensor) -> tuple[Tensor, Tensor]:
-    """One round on lists [B, R], of which the first `length` [B, 1] entries are there; short enough: as they were.
+def _thinned(
+    listed: Tensor, length: Tensor, target: int, width: int, likeness: Tensor, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """One round on lists [B, R] of places, of which the first `length` [B, 1] are tokens; short enough: as they were.
 
-    likeness [B, V, V]: of the tokens that the entries name.
+    likeness [B, P, P] of all places; `width` is what the longest list needs afterwards.
     """
     even, odd = listed[:, ::2], listed[:, 1::2]
-    num_even, num_odd = (length + 1) // 2, length // 2
-    of_even = likeness.gather(1, even.unsqueeze(2).expand(-1, -1, likeness.shape[2]))
-    alike = of_even.gather(2, odd.unsqueeze(1).expand(-1, even.shape[1], -1))
-    slot = torch.arange(listed.shape[1], device=listed.device)
-    alike = alike.masked_fill((slot[: odd.shape[1]] >= num_odd).unsqueeze(1), -torch.inf)
-    alike = torch.nn.functional.pad(alike, (0, 1), value=-torch.inf)  # because there is no maximum of nothing
-    best = alike.amax(2).masked_fill(slot[: even.shape[1]] >= num_even, -torch.inf)  # what is not there comes last
+    (of_odd,) = gather_compact([likeness], odd, dims=[1], backend=backend)
+    best = of_odd.amax(1).gather(1, even)
     even = even.gather(1, best.sort(dim=1, descending=True, stable=True).indices)
-    removed = (length - target).clamp_max(AT_ONCE).minimum(num_even).clamp_min(0)
+    num_even = (length + 1) // 2
+    removed = (length - target).clamp(0, AT_ONCE).minimum(num_even)
     stay = num_even - removed
-    # Behind the evens that stay come the odds, whatever their width.
-    at = torch.where(slot < stay, slot + removed, even.shape[1] + slot - stay)
-    thinned = torch.cat([even, odd], 1).gather(1, at.clamp(0, listed.shape[1] - 1))
-    return torch.where(removed > 0, thinned, listed), length - removed
+    # Behind the evens that stay come the odds, of which the last is no token.
+    slot = torch.arange(width, device=listed.device)
+    at = torch.where(slot < stay, slot + removed, even.shape[1] + slot - stay).clamp_max(listed.shape[1] - 1)
+    thinned = torch.cat([even, odd], 1).gather(1, at)
+    return torch.where(removed > 0, thinned, listed[:, :width]), length - removed
 
 
 VISPRUNER = Method(

@@ -36,7 +36,7 @@ def _check_sources(
             name = f"tensors[{i}]"
             fail(TypeError, op, name, "be a tensor", type(t).__name__, of_value(name, t))
         if t.is_nested:
-            refuse_not_dense(op, f"tensors[{i}]", t)
+            refuse_not_dense(f"tokenprune::{op}", f"tensors[{i}]", t)
         rank, dim, batch_dim = t.dim(), dims[i], 0 if batch_dims is None else batch_dims[i]
         if not -rank <= dim < rank:
             fail(ValueError, op, f"dims[{i}]", f"lie in [{-rank}, {rank})", dim)

@@ -13,7 +13,18 @@ from .attention_columns import (
 )
 from .attention_rows import attention_combine_kernel, attention_rows_kernel, combine_config, key_splits, rows_config
 from .attention_tile import strides, unit_of
-from .runtime import cdiv, check_indices, check_not_float64, fresh, launch, mask_rows, rows, target, workspace
+from .runtime import (
+    batch_stride,
+    cdiv,
+    check_indices,
+    check_not_float64,
+    fresh,
+    launch,
+    mask_rows,
+    rows,
+    target,
+    workspace,
+)
 
 
 def _scale(scale: float | None, cosine: bool, dim: int) -> float:
@@ -21,11 +32,7 @@ def _scale(scale: float | None, cosine: bool, dim: int) -> float:
 
 
 def _positions(query_positions: Tensor | None, causal: bool) -> Tensor | None:
-    return rows(query_positions) if causal and query_positions is not None else None
-
-
-def _stride(t: Tensor | None) -> int:
-    return 0 if t is None else t.stride(0)
+    return rows(query_positions) if causal else None
 
 
 def _splits(query: Tensor, key: Tensor, block_m: int, block_n: int) -> int:
@@ -56,7 +63,7 @@ def _row_pass(
         attention_rows_kernel, (batch * key_heads * splits * tiles,), query,
         query, key, key_mask, positions, lse, entropy, partial,
         key_heads, group, m, n, dim // unit, _scale(scale, cosine, dim), splits,
-        *vectors, _stride(key_mask), _stride(positions),
+        *vectors, batch_stride(key_mask), batch_stride(positions),
         config=config, CAUSAL=causal, COSINE=cosine, UNIT=unit,
     )  # fmt: skip
     if partial is not None:
@@ -78,7 +85,7 @@ def _column_pass(
     if scores.numel() == 0:
         return
     query, key, key_mask, query_mask = rows(query), rows(key), mask_rows(key_mask), mask_rows(query_mask)
-    key_indices = None if key_indices is None else rows(key_indices)
+    key_indices = rows(key_indices)
     positions = _positions(query_positions, causal)
     where, unit = target(query.device), unit_of(query, key)
     vectors = (s // unit for s in (*strides(query), *strides(key)))
@@ -99,13 +106,13 @@ def _column_pass(
         query, key, lse, key_indices, query_mask, key_mask, positions, scores, partial,
         key_heads, group, m, n, v, dim // unit, _scale(scale, cosine, dim), parts,
         *vectors, *lse.stride(),
-        _stride(key_indices), _stride(query_mask), _stride(key_mask), _stride(positions),
+        batch_stride(key_indices), batch_stride(query_mask), batch_stride(key_mask), batch_stride(positions),
         config=config, CAUSAL=causal, COSINE=cosine, UNIT=unit, EACH=each, **wanted,
     )  # fmt: skip
     if partial is not None:
         launch(
             attention_parts_kernel, (batch * cdiv(out_heads * v, PARTS_CONFIG.blocks["BLOCK"]),), query,
-            partial, query_mask, scores, heads, out_heads, m, v, parts, _stride(query_mask),
+            partial, query_mask, scores, heads, out_heads, m, v, parts, batch_stride(query_mask),
             config=PARTS_CONFIG, **wanted,
         )  # fmt: skip
 

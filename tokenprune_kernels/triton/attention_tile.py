@@ -72,15 +72,18 @@ def load_piece(ptr, offsets, valid, start, dim, BLOCK: tl.constexpr):
 
 @triton.jit
 def _squares(x):
+    """Infinite when only the squares overflow, NaN for vectors with NaN or infinity."""
     x = x.to(tl.float32)
-    return tl.sum(x * x, 1)
+    return tl.sum(x * x + 0.0 * x, 1)
 
 
 @triton.jit
 def _scaled(dots, q_squares, k_squares, scale, COSINE: tl.constexpr):
+    """Of cosines: where squares overflow, so may the dot product, and 0 is right, or the other vector's NaN."""
     if COSINE:
-        of_q, of_k = 1.0 / norm_of_squares(q_squares), 1.0 / norm_of_squares(k_squares)
-        return dots * (scale * of_q)[:, None] * of_k[None, :]
+        of_q, of_k = 1.0 / norm_of_squares(q_squares)[:, None], 1.0 / norm_of_squares(k_squares)[None, :]
+        dots = tl.where((of_q == 0) | (of_k == 0), of_q * of_k, dots)
+        return dots * (scale * of_q) * of_k
     return dots * scale
 
 

@@ -198,7 +198,7 @@ def coverage_sample(
     batch, covered, n = similarity.shape
     check_tokens("coverage_sample", "similarity", n)
     similarity = rows(similarity)
-    weights, own = (None if t is None else rows(t) for t in (row_weights, quality))
+    weights, own = rows(row_weights), rows(quality)
     row_flags, flags = mask_rows(row_mask), mask_rows(mask)
     groups = cdiv(n, GROUP.value)
     bound = workspace(similarity, (batch, n))

@@ -2,8 +2,8 @@
 
 A panel holds some rows' distances to all tokens of their sample, at most PANEL_BYTES: several samples where they are
 short, a part of one where it is long. The second walk needs all means of the first, so that the distances of a sample
-of more than one panel (4096 tokens) are computed twice. Stored are order keys (order.py), the larger the closer, 0
-where there is no distance: masked tokens and NaN then need no code afterwards.
+of more than one panel (4096 tokens) are computed twice. They are stored as order keys (order.py), the larger the
+closer, 0 where there is no distance: masked tokens and NaN then need no code afterwards.
 
 launch           grid                  reads                             writes
 distance_kernel  tiles of the panel    2 * BLOCK rows of features        BLOCK^2 keys

@@ -149,7 +149,7 @@ def dpp_sample(
     check_not_float64("dpp_sample", features=features, quality=quality)
     batch, n, _ = features.shape
     check_tokens("dpp_sample", "features", n)
-    features, quality, flags = rows(features), None if quality is None else rows(quality), mask_rows(mask)
+    features, quality, flags = rows(features), rows(quality), mask_rows(mask)
     begin, group = 0, samples_at_once(n)
     if batch <= group:
         _sample(features, quality, flags, float32(epsilon), indices, gains, counts)

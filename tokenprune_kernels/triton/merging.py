@@ -181,8 +181,7 @@ def merge_tokens(
     if assignment is not None:
         check_indices("merge_tokens", "assignment", assignment, slots)
     values, compared, targets = rows(values), rows(values if keys is None else keys), rows(targets)
-    given = None if assignment is None else rows(assignment)
-    flags, weights = mask_rows(mask), None if weights is None else rows(weights)
+    given, flags, weights = rows(assignment), mask_rows(mask), rows(weights)
     least = None if threshold is None else float32(threshold if metric == "cosine" else -threshold)
     config = assign_config(compared.dtype, n, slots, compared.shape[2], metric)
     blocks = cdiv(n, config.blocks["BLOCK_N"])

@@ -30,7 +30,7 @@ from torch import Tensor
 from .. import _fakes
 from .order import TOP_64, is_better, nonnegative_key, nonnegative_value, order_key
 from .radix import LARGEST_BLOCK, best_of, check_tokens, load_keys, pack, select_config, write_selection
-from .runtime import Config, check_not_float64, fresh, launch, mask_rows, power_of_two, rows, workspace
+from .runtime import Config, batch_stride, check_not_float64, fresh, launch, mask_rows, power_of_two, rows, workspace
 
 LARGEST_SORT = 2048  # keys sorted in registers; more of them in memory
 SORT_BLOCK = tl.constexpr(1024)  # there, pairs at a time
@@ -270,7 +270,7 @@ def select_mixture(
         list_kernel, (2 * batch,), text,
         text, visual, mask, keys, workspace(text, (batch, 2, sorted_room), torch.int32), sums,
         n, k - reserved, reserved, sorted_room, sums_room,
-        text.stride(0), visual.stride(0), 0 if mask is None else mask.stride(0),
+        text.stride(0), visual.stride(0), batch_stride(mask),
         config=lists, ONE_BLOCK=one_block,
     )  # fmt: skip
     launch(

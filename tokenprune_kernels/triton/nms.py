@@ -272,7 +272,7 @@ def spatial_semantic_nms(
         float32(threshold),
     )  # fmt: skip
     scores, features, positions = rows(scores), rows(features), rows(positions)
-    groups, mask = None if groups is None else rows(groups), mask_rows(mask)
+    groups, mask = rows(groups), mask_rows(mask)
     batch, n = scores.shape
     if not stores_gram(n):
         _in_steps(scores, features, positions, groups, mask, indices, selected, counts, numbers, mode == "hard")

@@ -206,10 +206,8 @@ def repulsion_sample(
     batch, n, _ = features.shape
     if seed_indices is not None:
         check_indices("repulsion_sample", "seed_indices", seed_indices, n)
-    coordinates = None if positions is None or potential == "cosine" else rows(positions)
-    seeds = None if seed_indices is None else rows(seed_indices)
-    own = None if energy is None else rows(energy)
-    call = Call(rows(features), coordinates, seeds, own, mask_rows(mask), indices, counts, first)
+    coordinates = None if potential == "cosine" else rows(positions)
+    call = Call(rows(features), coordinates, rows(seed_indices), rows(energy), mask_rows(mask), indices, counts, first)
     options = (
         u.weights(feature_weight, position_weight, exponent, epsilon, sigma), u.KINDS[potential], aggregate == "sum",
         u.power_of(exponent),

@@ -8,7 +8,7 @@ launch                 grid                 reads                           writ
 inverse_norms_kernel   see gram.py
 direction_kernel       B * parts * columns  1/PARTS of the tokens           1/PARTS of the sum of unit vectors (outlier)
 outlier_kernel         B * token blocks     its tokens, all parts           their products with the sum
-isolated_kernel        B * token blocks     all tokens of the sample        the largest cosine of its tokens (isolated)
+isolated_kernel        B * splits * blocks  1/SPLITS of the tokens          the largest cosines with these (isolated)
 begin_kernel           B * token blocks     its tokens once per seed        states, candidates of the blocks, padding
 step_kernel, k times   B * token blocks     candidates, its tokens          states, candidates, the pick
 """

@@ -6,7 +6,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 import triton
@@ -103,9 +103,17 @@ def workspace(like: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.flo
     return made
 
 
-def rows(t: Tensor) -> Tensor:
+@overload
+def rows(t: Tensor) -> Tensor: ...
+
+
+@overload
+def rows(t: None) -> None: ...
+
+
+def rows(t: Tensor | None) -> Tensor | None:
     """`t`, copied only when its last dimension is not contiguous: kernels take every other stride as it is."""
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+    return t if t is None or t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
 def batch_stride(t: Tensor | None) -> int:

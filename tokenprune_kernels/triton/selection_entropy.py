@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _fakes
-from .runtime import Config, check_not_float64, fresh, launch, mask_rows, power_of_two, rows
+from .runtime import Config, batch_stride, check_not_float64, fresh, launch, mask_rows, power_of_two, rows
 
 
 def score_config(n: int) -> Config:
@@ -63,7 +63,7 @@ def score_entropy(scores: Tensor, *, mask: Tensor | None = None, normalized: boo
     batch, n = scores.shape
     launch(
         score_entropy_kernel, (batch,), scores,
-        scores, mask, entropy, n, scores.stride(0), 0 if mask is None else mask.stride(0),
+        scores, mask, entropy, n, scores.stride(0), batch_stride(mask),
         config=score_config(n), NORMALIZED=normalized,
     )  # fmt: skip
     return entropy

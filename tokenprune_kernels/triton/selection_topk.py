@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import _fakes
 from .order import TOP_32, is_better, order_key, reversed_key
 from .radix import LARGEST_BLOCK, best_of, check_tokens, load_keys, select_config, write_selection
-from .runtime import check_not_float64, fresh, launch, mask_rows, rows, workspace
+from .runtime import batch_stride, check_not_float64, fresh, launch, mask_rows, rows, workspace
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def _select(scores: Tensor, num_low: Tensor | None, budgets: Tensor | None, k: i
     launch(
         select_kernel, (batch,), scores,
         scores, mask, num_low, budgets, keys, indices, counts,
-        n, k, *(0 if t is None else t.stride(0) for t in (scores, mask, num_low, budgets)),
+        n, k, *map(batch_stride, (scores, mask, num_low, budgets)),
         config=select_config(n), LARGEST=largest,
     )  # fmt: skip
 

@@ -25,7 +25,18 @@ from torch import Tensor
 
 from .. import _fakes
 from .product import add_product, norm_of_squares
-from .runtime import Config, cdiv, check_indices, check_not_float64, fresh, launch, mask_rows, power_of_two, rows
+from .runtime import (
+    Config,
+    batch_stride,
+    cdiv,
+    check_indices,
+    check_not_float64,
+    fresh,
+    launch,
+    mask_rows,
+    power_of_two,
+    rows,
+)
 
 
 def similarity_config(dtype: torch.dtype, n: int, listed: int, channels: int) -> Config:
@@ -161,7 +172,7 @@ def cosine_scores(
         similarity_kernel, (batch * cdiv(n, config.blocks["BLOCK_N"]),), features,
         features, queries, None, None, mask, scores,
         n, channels, m if reduction == "max" else 0, m if reduction == "mean" else 0,
-        *features.stride()[:2], *queries.stride()[:2], 0, 0, 0 if mask is None else mask.stride(0),
+        *features.stride()[:2], *queries.stride()[:2], 0, 0, batch_stride(mask),
         config=config,
     )  # fmt: skip
     return scores

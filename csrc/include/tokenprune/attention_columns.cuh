@@ -158,7 +158,7 @@ struct ColumnPass : ColumnScores<T, op> {
         if (key < 0) continue;
         const float by = key_factor(p, item().sample, head / plan.group, key);
 #pragma unroll
-        for (int j = 0; j < kB; ++j) dots.at(i, j) *= by;
+        for (int j = 0; j < kB; ++j) dots.at(i, j) = by_key_norm(dots.at(i, j), by);
       }
     }
     uint32_t seen = head < head_end() ? visible : 0;

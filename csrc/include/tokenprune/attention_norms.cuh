@@ -1,10 +1,11 @@
-// 1 / max(||x||, kNormFloor) of all query and key vectors: one launch, a warp per vector, 8 warps per block. Every
+// Inverse norms (row_inverse_norm) of all query and key vectors: one launch, a warp per vector, 8 warps per block. Every
 // vector is summed in the same order, so that equal vectors get equal norms. Reads both operands once.
 #pragma once
 
 #include "tokenprune/attention.h"
 #include "tokenprune/math.h"
 #include "tokenprune/ptx.cuh"
+#include "tokenprune/row_reads.cuh"
 #include "tokenprune/warp.cuh"
 
 namespace tokenprune {
@@ -35,8 +36,8 @@ __global__ void __launch_bounds__(kNormThreads) attention_norms_kernel(const Att
   } else {
     for (int64_t d = lane_id(); d < p.dim; d += kWarp) sum = __fmaf_rn(to_float(x[d]), to_float(x[d]), sum);
   }
-  sum = warp_reduce(sum, Sum());
-  if (lane_id() == 0) (is_key ? p.key_inverse_norms : p.query_inverse_norms)[index] = 1 / norm_from_squares(sum);
+  const float inverse = row_inverse_norm(warp_reduce(sum, Sum()), x, p.dim, true);
+  if (lane_id() == 0) (is_key ? p.key_inverse_norms : p.query_inverse_norms)[index] = inverse;
 }
 
 template <class T>

@@ -51,8 +51,7 @@ struct RowBlock {
 
   __device__ __forceinline__ HeadVectors<T> key_tile(const AttentionProblem& p, int t) const {
     const int first = t * kTileVectors, left = range - first;
-    return {keys + first * p.key_strides.row, p.key_strides.row, left < kTileVectors ? left : kTileVectors,
-            p.key_aligned};
+    return {keys, p.key_strides.row, first, range - 1, left < kTileVectors ? left : kTileVectors, p.key_aligned};
   }
 
   // Of row r of the tile: how many keys of the range it sees, none if it does not exist.
@@ -69,10 +68,11 @@ struct RowBlock {
     return p.scale * row_factor(p, sample, key_head * p.group() + index / p.rows, index % p.rows);
   }
 
-  // The tiles of keys that any row sees; `most` is the largest sees() of the thread's rows. All threads call it.
+  // The tiles of keys that any row sees; `most` is the largest sees() of the thread's rows. All threads call it. After a
+  // reduction in one instruction the compiler knows that loops over tiles keep a warp together.
   __device__ __forceinline__ int tiles(const AttentionProblem& p, int most) const {
     if (p.causal) most = block_reduce(most, Max(), 0);
-    return ((p.causal ? most : range) + kTileVectors - 1) / kTileVectors;
+    return __reduce_max_sync(kAllLanes, ((p.causal ? most : range) + kTileVectors - 1) / kTileVectors);
   }
 
   __device__ __forceinline__ int64_t row(const AttentionProblem& p, int r) const {
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks_per_sm(sizeof(T)))
   constexpr int kRows = Tile::kThreadA, kKeys = Tile::kThreadB;
   const RowBlock<T> block(p, plan);
   const bool active = 16 * warp_id() < block.rows.present;
-  int sees[kRows], most = 0;
+  int sees[kRows], most = 0, least = block.range;
   float factor[kRows];
   RowState state[kRows];
 #pragma unroll
@@ -125,22 +125,41 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks_per_sm(sizeof(T)))
     sees[i] = block.sees(p, Tile::a(i));
     factor[i] = block.factor(p, Tile::a(i));
     state[i] = RowState::empty();
-    most = sees[i] > most ? sees[i] : most;
+    most = max(most, sees[i]);
+    least = min(least, sees[i]);
   }
+  const bool by_key = p.key_mask != nullptr || p.cosine;
 
   const auto add_tile = [&](int t, Tile& logits) {
-    if (!active) return;
     const int first = t * kTileVectors;
+    if (!__any_sync(kAllLanes, first < most)) return;
     uint32_t unmasked = 0xFFFFFFFFu;
-    if (p.key_mask != nullptr || p.cosine) {
+    if (by_key) {
 #pragma unroll
       for (int j = 0; j < kKeys; ++j) {
         if (first + Tile::b(j) >= block.range) continue;
         const int64_t key = block.begin + first + Tile::b(j);
         if (!key_is_unmasked(p, block.sample, key)) unmasked &= ~(1u << j);
+        if (!p.cosine) continue;
         const float by = key_factor(p, block.sample, block.key_head, key);
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) logits.at(i, j) *= by;
+        for (int i = 0; i < kRows; ++i) logits.at(i, j) = by_key_norm(logits.at(i, j), by);
+      }
+    }
+    // All rows at once, where nothing is hidden and their sums do not grow much. In float32 products take the time, and
+    // registers are short.
+    if (Tile::kMma && __all_sync(kAllLanes, least - first >= kTileVectors && unmasked == 0xFFFFFFFFu)) {
+      RowState part[kRows];
+      bool little = true;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        part[i] = dots_from<kKeys>(state[i].max, factor[i], [&](int j) { return logits.at(i, j); });
+        little = little && part[i].is_little();
+      }
+      if (__all_sync(kAllLanes, little)) {
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) state[i] = added(state[i], part[i]);
+        return;
       }
     }
 #pragma unroll
@@ -202,9 +221,10 @@ __global__ void __launch_bounds__(kTileThreads, tile_blocks_per_sm(sizeof(T)))
       if (!unmasked[i]) continue;
       const int64_t key = block.begin + first + Tile::a(i);
       unmasked[i] = key_is_unmasked(p, block.sample, key);
+      if (!p.cosine) continue;
       const float by = key_factor(p, block.sample, block.key_head, key);
 #pragma unroll
-      for (int j = 0; j < kRows; ++j) logits.at(i, j) *= by;
+      for (int j = 0; j < kRows; ++j) logits.at(i, j) = by_key_norm(logits.at(i, j), by);
     }
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {

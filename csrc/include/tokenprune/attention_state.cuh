@@ -21,7 +21,19 @@ struct RowState {
   float max, sum, weighted;
 
   __device__ __forceinline__ static RowState empty() { return {-INFINITY, 0.0f, 0.0f}; }
+
+  // Whether the terms of a few logits, measured from a `max` that need not be theirs, are good as they are: t <= 8, and H
+  // cancels no more than that. Of +inf and NaN the sum is no small number, -inf makes `weighted` NaN: 0 t.
+  __device__ __forceinline__ bool is_little() const {
+    constexpr float kMostSum = 256;
+    return sum <= kMostSum && weighted == weighted;
+  }
 };
+
+// Of parts measured from the same maximum.
+__device__ __forceinline__ RowState added(const RowState& a, const RowState& b) {
+  return {a.max, a.sum + b.sum, a.weighted + b.weighted};
+}
 
 // What logits are measured from: their maximum, unless it is infinite. With no visible logit every term is 0 then, and
 // with one of +inf the sum becomes +inf (NaN beside a NaN), which is what log-sum-exp is.
@@ -62,33 +74,37 @@ __device__ __forceinline__ void add_logits(RowState& state, Logit&& logit) {
   state = {max, before.sum + sum, before.weighted + weighted};
 }
 
-// The same for logits dot(j) * factor in four instructions each. What they are measured from need not be their maximum:
-// the state's stays as long as their terms add up to little (so t <= 8, and H cancels no more than that), and else
-// becomes that of the logits as well. False, and nothing added, where that does not do: infinite or NaN logits.
+// The terms of `count` logits dot(j) * factor, measured from `max`, in four instructions each.
+template <int count, class Dot>
+__device__ __forceinline__ RowState dots_from(float max, float factor, Dot&& dot) {
+  const float scale = factor * kLog2e, origin = max * kLog2e;
+  float sum = 0, weighted = 0;
+#pragma unroll
+  for (int j = 0; j < count; ++j) {
+    const float t = __fmaf_rn(dot(j), scale, -origin), e = exp2_approx(t);
+    sum = j == 0 ? e : sum + e;
+    weighted = __fmaf_rn(e, t, weighted);
+  }
+  return {max, sum, weighted};
+}
+
+// Adds logits dot(j) * factor as add_logits does. What they are measured from need not be their maximum: the state's
+// stays as long as they add little to it, and else becomes that of the logits as well. False, and nothing added, where
+// that does not do: infinite or NaN logits.
 template <int count, class Dot>
 __device__ __forceinline__ bool add_dots(RowState& state, float factor, Dot&& dot) {
-  constexpr float kMostSum = 256;
-  const float scale = factor * kLog2e;
-  RowState from = state;
 #pragma unroll 1
   for (bool raise = state.max == -INFINITY;; raise = true) {
+    RowState from = state;
     if (raise) {
       float most = dot(0);
 #pragma unroll
       for (int j = 1; j < count; ++j) most = fmaxf(most, dot(j));
       from = raised(state, fmaxf(state.max, most * factor));
     }
-    const float origin = from.max * kLog2e;
-    float sum = 0, weighted = 0;
-#pragma unroll
-    for (int j = 0; j < count; ++j) {
-      const float t = __fmaf_rn(dot(j), scale, -origin), e = exp2_approx(t);
-      sum += e;
-      weighted = __fmaf_rn(e, t, weighted);
-    }
-    // Of +inf and NaN the sum is no small number, -inf makes `weighted` NaN: 0 t.
-    if (sum <= kMostSum && weighted == weighted) {
-      state = {from.max, from.sum + sum, from.weighted + weighted};
+    const RowState part = dots_from<count>(from.max, factor, dot);
+    if (part.is_little()) {
+      state = added(from, part);
       return true;
     }
     if (raise) return false;

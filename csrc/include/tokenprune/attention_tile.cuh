@@ -15,6 +15,8 @@
 // 50 KiB with both operands streamed, 26 KiB + 8 KiB per chunk with one resident.
 #pragma once
 
+#include <cfloat>
+
 #include "tokenprune/attention.h"
 #include "tokenprune/ptx.cuh"
 #include "tokenprune/warp.cuh"
@@ -26,16 +28,18 @@ __device__ __forceinline__ int tile_present(int64_t left) {
   return left < 0 ? 0 : left < kTileVectors ? static_cast<int>(left) : kTileVectors;
 }
 
-// Vectors of one head that follow each other.
+// Vectors of one head that follow each other. The product of an unsigned number and the stride costs half as much.
 template <class T>
 struct HeadVectors {
-  const T* data;  // the first of the tile
+  const T* data;  // the first of the list
   int64_t row_stride;
+  int first, last;  // of the tile, of the list
   int present;
   bool aligned;
 
   __device__ __forceinline__ const T* vector(int v) const {
-    return data + (v < present ? v : present - 1) * row_stride;
+    const int at = first + v;
+    return data + static_cast<uint32_t>(at < last ? at : last) * row_stride;
   }
 };
 
@@ -73,8 +77,13 @@ template <class T>
 __device__ __forceinline__ HeadVectors<T> query_rows_of_head(const AttentionProblem& p, int64_t sample, int64_t head,
                                                              int64_t first, int64_t end) {
   const VectorStrides& s = p.query_strides;
-  return {static_cast<const T*>(p.query) + sample * s.batch + head * s.head + first * s.row, s.row,
-          tile_present(end - first), p.query_aligned};
+  const int present = tile_present(end - first);
+  return {static_cast<const T*>(p.query) + sample * s.batch + head * s.head + first * s.row,
+          s.row,
+          0,
+          present - 1,
+          present,
+          p.query_aligned};
 }
 
 // The first key of a head.
@@ -99,8 +108,14 @@ __device__ __forceinline__ bool key_is_unmasked(const AttentionProblem& p, int64
 __device__ __forceinline__ float row_factor(const AttentionProblem& p, int64_t sample, int64_t head, int64_t row) {
   return p.cosine ? p.query_inverse_norms[(sample * p.query_heads + head) * p.rows + row] : 1.0f;
 }
+// Of cosines alone; by_key_norm applies it.
 __device__ __forceinline__ float key_factor(const AttentionProblem& p, int64_t sample, int64_t key_head, int64_t key) {
-  return p.cosine ? p.key_inverse_norms[(sample * p.key_heads + key_head) * p.keys + key] : 1.0f;
+  return p.key_inverse_norms[(sample * p.key_heads + key_head) * p.keys + key];
+}
+// Where the squares of finite elements overflow, a factor is 0, and the dot product may be infinite or inf - inf: a
+// finite one instead makes 0 of it, or the other vector's NaN.
+__device__ __forceinline__ float by_key_norm(float dot, float factor) {
+  return fminf(fmaxf(dot, -FLT_MAX), FLT_MAX) * factor;
 }
 
 // A block may be several teams of kTileThreads threads, with a tile each, that pass the same barriers.
@@ -135,21 +150,41 @@ struct DotTile {
       for (int j = 0; j < 4; ++j) sums[i][j] = 0;
   }
 
-  // Adds the products of a chunk, of which `left` elements exist (the others are zeros), for the first b_left vectors of
-  // B, at most 16 kBlocks. All lanes of a warp call it. Tensor cores truncate what they add: while no more than
-  // kFirstRun products are `done`, they are added up there; later 32 products at a time start at zero in them, and the
-  // ordinary units add those to the sums (docs/kernels.md has the bound).
-  static constexpr int kFirstRun = 128;
+  // Where a lane reads 16 elements of a chunk from, of the warp's A vectors and of 16 B vectors: units 2 k and 2 k + 1.
+  struct Fragments {
+    int a[4], b[4];
+
+    __device__ __forceinline__ Fragments() {
+      const int lane = lane_id(), a_row = 16 * tile_warp() + lane % 16, b_row = lane / 16 * 8 + lane % 8;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        a[k] = in_register(a_row * kChunkBytes + (((2 * k + lane / 16) ^ lane % 8) << 4));
+        b[k] = b_row * kChunkBytes + (((2 * k + lane / 8 % 2) ^ lane % 8) << 4);
+      }
+    }
+  };
+
+  // Tensor cores truncate what they add. The products of whole chunks are added up there as far as the first 128; later
+  // 32 products at a time start at zero in them, and the ordinary units add those to the sums (docs/kernels.md has the
+  // bound). So many elements of a vector are in the first run:
   template <int kBlocks>
-  __device__ __forceinline__ void multiply(const unsigned char* a_chunk, const unsigned char* b_chunk, int left,
-                                           int b_left, int done = kFirstRun) {
+  __device__ __forceinline__ static int first_run(int dim, int b_left) {
+    return b_left <= 16 * (kBlocks - 1) ? 0 : min(dim / kChunk * kChunk, 128);
+  }
+
+  // Adds the products of a chunk, of which `left` elements exist (the others are zeros), for the first b_left vectors of
+  // B, at most 16 kBlocks. All lanes of a warp call it.
+  template <int kBlocks>
+  __device__ __forceinline__ void multiply(const Fragments& at, const unsigned char* a_chunk,
+                                           const unsigned char* b_chunk, int left, int b_left,
+                                           bool in_first_run = false) {
     if constexpr (kMma) {
-      if (left < kChunk)
-        multiply_steps<kBlocks, false, true>(a_chunk, b_chunk, left, b_left);
-      else if (done >= kFirstRun || b_left <= 16 * (kBlocks - 1))
-        multiply_steps<kBlocks, true, true>(a_chunk, b_chunk, left, b_left);
+      if (in_first_run)
+        multiply_steps<kBlocks, true, false>(at, a_chunk, b_chunk, left, b_left);
+      else if (left >= kChunk)
+        multiply_steps<kBlocks, true, true>(at, a_chunk, b_chunk, left, b_left);
       else
-        multiply_steps<kBlocks, true, false>(a_chunk, b_chunk, left, b_left);
+        multiply_steps<kBlocks, false, true>(at, a_chunk, b_chunk, left, b_left);
     } else {
 #pragma unroll 1  // unrolled, the reads of several units would spill
       for (int u = 0; u < 8; ++u) {
@@ -173,22 +208,17 @@ struct DotTile {
     }
   }
 
-  // Of a whole chunk with kWhole; of all vectors of B and without kRestart. A lane reads unit 2 k + h of vector r at
-  // ((2 k + h) ^ r % 8) << 4 = (h ^ r % 8) << 4 ^ k << 5: what depends on the lane is made once. With restarts, the
-  // branches between blocks of B vectors keep the compiler from loading more than the registers hold.
+  // Of a whole chunk with kWhole; of all vectors of B and without kRestart. With restarts, the branches between blocks of
+  // B vectors keep the compiler from loading more than the registers hold.
   template <int kBlocks, bool kWhole, bool kRestart>
-  __device__ __forceinline__ void multiply_steps(const unsigned char* a_chunk, const unsigned char* b_chunk, int left,
-                                                 int b_left) {
+  __device__ __forceinline__ void multiply_steps(const Fragments& at, const unsigned char* a_chunk,
+                                                 const unsigned char* b_chunk, int left, int b_left) {
     constexpr int kSteps = kChunk / 16, kRun = kRestart ? 2 : 1;
-    const int lane = lane_id(), a_row = 16 * tile_warp() + lane % 16, b_row = lane / 16 * 8 + lane % 8;
-    const unsigned char* const a_at = a_chunk + a_row * kChunkBytes;
-    const unsigned char* const b_at = b_chunk + b_row * kChunkBytes;
-    const int a_unit = (lane / 16 ^ lane % 8) << 4, b_unit = (lane / 8 % 2 ^ lane % 8) << 4;
 #pragma unroll
     for (int first = 0; first < kSteps; first += kRun) {
       uint32_t x[kRun][4];
 #pragma unroll
-      for (int k = 0; k < kRun; ++k) ldmatrix_x4(x[k], a_at + (a_unit ^ (first + k) << 5));
+      for (int k = 0; k < kRun; ++k) ldmatrix_x4(x[k], a_chunk + at.a[first + k]);
 #pragma unroll
       for (int n = 0; n < kBlocks; ++n) {
         if (kRestart && 16 * n >= b_left) break;
@@ -197,7 +227,7 @@ struct DotTile {
         for (int k = 0; k < kRun; ++k) {
           if (!kWhole && 16 * (first + k) >= left) break;
           uint32_t y[4];
-          ldmatrix_x4(y, b_at + 16 * n * kChunkBytes + (b_unit ^ (first + k) << 5));
+          ldmatrix_x4(y, b_chunk + 16 * n * kChunkBytes + at.b[first + k]);
           const uint32_t low[2] = {y[0], y[1]}, high[2] = {y[2], y[3]};
           mma_m16n8k16<T>(kRestart ? part[0] : sums[2 * n], x[k], low);
           mma_m16n8k16<T>(kRestart ? part[1] : sums[2 * n + 1], x[k], high);
@@ -234,23 +264,28 @@ struct TileCopy {
     for (int i = 0; i < 2; ++i) vectors[i] = list.vector(row() + 32 * i) + first_unit() * Tile::kUnit;
   }
 
-  // Starts (or, unaligned, makes) the copy of the next chunk, of which `left` elements exist; zeros follow.
-  __device__ __forceinline__ void chunk(unsigned char* to, int left, bool aligned) {
-    const int at = row() * kChunkBytes + ((first_unit() ^ row() % 8) << 4);
+  // Where the thread's first unit of a chunk goes.
+  __device__ __forceinline__ static int place() { return row() * kChunkBytes + ((first_unit() ^ row() % 8) << 4); }
+
+  // Starts (or, unaligned, makes) the copy of the next chunk, of which `left` elements exist, if any; zeros follow. It
+  // goes to `shared`, with the thread's place at `at`.
+  __device__ __forceinline__ void chunk(unsigned char* shared, int at, int left, bool aligned) {
     if (aligned && left >= Tile::kChunk) {
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        cp_async_16(to + (at ^ e / 2 << 6) + e % 2 * 32 * kChunkBytes, vectors[e % 2] + e / 2 * 4 * Tile::kUnit, true);
-    } else {
+        cp_async_16(shared + (at ^ e / 2 << 6) + e % 2 * 32 * kChunkBytes, vectors[e % 2] + e / 2 * 4 * Tile::kUnit,
+                    true);
+    } else if (left > 0) {
+      const int64_t apart = vectors[1] - vectors[0];
 #pragma unroll 1
       for (int e = 0; e < 4; ++e) {
-        unsigned char* const place = to + (at ^ e / 2 << 6) + e % 2 * 32 * kChunkBytes;
-        const T* const source = (e % 2 ? vectors[1] : vectors[0]) + e / 2 * 4 * Tile::kUnit;
+        unsigned char* const to = shared + (at ^ e / 2 << 6) + e % 2 * 32 * kChunkBytes;
+        const T* const source = vectors[0] + e % 2 * apart + e / 2 * 4 * Tile::kUnit;
         const int exist = left - (first_unit() + e / 2 * 4) * Tile::kUnit;  // from there on
         if (aligned)
-          cp_async_16(place, source, exist > 0);
+          cp_async_16(to, source, exist > 0);
         else
-          copy_elements(reinterpret_cast<T*>(place), source, exist);
+          copy_elements(reinterpret_cast<T*>(to), source, exist);
       }
     }
     vectors[0] += Tile::kChunk;
@@ -278,45 +313,52 @@ __device__ __forceinline__ void for_each_tile(unsigned char* shared, int dim, bo
   constexpr int kChunk = DotTile<T>::kChunk;
   unsigned char* const ring = shared;
   unsigned char* const kept_ring = shared + kTileStages * kChunkTileBytes;  // resident: all chunks
+  const typename DotTile<T>::Fragments fragments;
+  const int place = in_register(TileCopy<T>::place());
   TileCopy<T> streamed_copy;
   // Of the thread alone, in shared memory: no registers.
   TileCopy<T>& kept_copy = reinterpret_cast<TileCopy<T>*>(kept_ring + kTileStages * kChunkTileBytes)[tile_thread()];
-  int next_tile = 0, next_left = dim;  // of what is loaded next
+  const auto aim = [&](int t) {
+    streamed_copy.aim(streamed_of(t));
+    if (resident) return;
+    TileCopy<T> copy;
+    copy.aim(kept_of(t));
+    kept_copy = copy;
+  };
+  int next_tile = 0, next_left = tiles > 0 ? dim : 0;  // of what is loaded next, if anything is left
   const auto load = [&](int stage) {
-    if (next_tile < tiles) {
-      const auto streamed = streamed_of(next_tile);
-      if (next_left == dim) streamed_copy.aim(streamed);
-      streamed_copy.chunk(ring + stage, next_left, streamed.aligned);
-      if (!resident) {
-        const auto kept = kept_of(next_tile);
-        TileCopy<T> copy = kept_copy;
-        if (next_left == dim) copy.aim(kept);
-        copy.chunk(kept_ring + stage, next_left, kept.aligned);
-        kept_copy = copy;
-      }
-      next_left -= kChunk;
-      if (next_left <= 0) {
-        next_left = dim;
-        ++next_tile;
-      }
+    streamed_copy.chunk(ring, stage + place, next_left, streamed_of(next_tile).aligned);
+    if (!resident) {
+      TileCopy<T> copy = kept_copy;
+      copy.chunk(kept_ring, stage + place, next_left, kept_of(next_tile).aligned);
+      kept_copy = copy;
     }
     cp_async_commit();
+    next_left -= kChunk;
+    if (next_left <= 0 && ++next_tile < tiles) {
+      next_left = dim;
+      aim(next_tile);
+    }
   };
   __syncthreads();  // an earlier call's last reads
+  if (tiles > 0) aim(0);
   if (resident && tiles > 0) {
     const auto kept = kept_of(0);
     TileCopy<T> copy;
     copy.aim(kept);
-    unsigned char* to = kept_ring;
+    int at = place;
 #pragma unroll 1
-    for (int left = dim; left > 0; left -= kChunk, to += kChunkTileBytes) copy.chunk(to, left, kept.aligned);
+    for (int left = dim; left > 0; left -= kChunk, at += kChunkTileBytes) copy.chunk(kept_ring, at, left, kept.aligned);
   }
   int stage = 0, freed = (kTileStages - 1) * kChunkTileBytes;
 #pragma unroll 1
   for (int ahead = 0; ahead < freed; ahead += kChunkTileBytes) load(ahead);
   for (int t = 0; t < tiles; ++t) {
     const int kept = kept_of(resident ? 0 : t).present, streamed = streamed_of(t).present;
-    const bool active = 16 * tile_warp() < (kKeptIsB ? streamed : kept);
+    // The same for all lanes, which the compiler knows of a vote.
+    const bool active = __any_sync(kAllLanes, 16 * tile_warp() < (kKeptIsB ? streamed : kept));
+    const int b_left = kKeptIsB ? kept : streamed;
+    int run = DotTile<T>::template first_run<kBlocks>(dim, b_left);
     DotTile<T> tile;
     tile.clear();
     const unsigned char* x = kept_ring;
@@ -327,13 +369,14 @@ __device__ __forceinline__ void for_each_tile(unsigned char* shared, int dim, bo
       load(freed);
       const unsigned char* y = ring + stage;
       if (!resident) x = kept_ring + stage;
-      if (active)
-        tile.template multiply<kBlocks>(kKeptIsB ? y : x, kKeptIsB ? x : y, left, kKeptIsB ? kept : streamed,
-                                        dim - left);
+      if (active) tile.template multiply<kBlocks>(fragments, kKeptIsB ? y : x, kKeptIsB ? x : y, left, b_left, run > 0);
       if (resident) x += kChunkTileBytes;
+      static_assert(kTileStages == 3);
+      const int next = 3 * kChunkTileBytes - stage - freed;  // the third of 0, 1 and 2 chunks
       freed = stage;
-      stage = stage == (kTileStages - 1) * kChunkTileBytes ? 0 : stage + kChunkTileBytes;
+      stage = next;
       left -= kChunk;
+      run -= kChunk;
     } while (left > 0);
     visit(t, tile);
   }

@@ -14,8 +14,9 @@ struct DeviceLimits {
   int shared_per_block = 227 * 1024;  // bytes of dynamic shared memory a block may opt in to
   int architecture = 90;              // compute capability, 10 * major + minor
   bool cooperative = true;            // can blocks of one launch wait for each other?
+  bool clusters = true;               // has it room for kMaxCluster blocks as one? The smallest MIG instances do not
   const PlanOverrides* overrides = nullptr;
-  bool has_clusters() const { return architecture >= 90; }
+  bool has_clusters() const { return architecture >= 90 && clusters; }
 
   // `own`, the planner's choice, unless a debug run asks for another value; of that, what lies in [low, high].
   int64_t planned(Planned what, int64_t own, int64_t low, int64_t high) const {
@@ -33,7 +34,9 @@ struct DeviceLimits {
 
 // Grids are limited to 2^31 - 1 blocks in x and to 65535 in y and z.
 constexpr int64_t kMaxGridX = 2147483647, kMaxGridYZ = 65535;
-// Blocks of a cluster, on every device that has clusters.
+// Tokens of a sample in the greedy ops: positions, and what a loop adds to the last one, have 31 bits.
+constexpr int64_t kGreedyMostTokens = int64_t(1) << 30;
+// Blocks of a cluster, on every device that has clusters (DeviceLimits::has_clusters).
 constexpr unsigned kMaxCluster = 8;
 
 template <class Int>

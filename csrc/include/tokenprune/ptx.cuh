@@ -14,6 +14,12 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// x, in a register from here on: what is cheap to work out is otherwise worked out again by every iteration of a loop.
+__device__ __forceinline__ int in_register(int x) {
+  asm("" : "+r"(x));
+  return x;
+}
+
 // --- tensor cores ----------------------------------------------------------------------------------------------------
 
 // d += a * b for one m16n8k16 tile; T is __half or __nv_bfloat16, two of them per register. With group = lane / 4 and
@@ -41,8 +47,7 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
-// --- arithmetic
-// -------------------------------------------------------------------------------------------------------
+// --- arithmetic -----------------------------------------------------------------------------------------------------
 
 // 2^x within a relative error of 2^-22; below 2^-126 it is 0.
 __device__ __forceinline__ float exp2_approx(float x) {

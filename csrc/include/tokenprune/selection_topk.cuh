@@ -22,7 +22,8 @@ namespace tokenprune {
 static_assert(sizeof(RadixScratch<uint32_t>) <= kSelectStaticShared);
 
 // keys(i) from the tensors. They have the width of the storage type: a pass of the selection less for every 8 bits that
-// it does not have.
+// it does not have. The mask is an argument of the call, but the scores may be what a launch in front has written: a
+// read-only load of theirs could be made before that.
 template <class T>
 struct RowKeys {
   const T* scores;
@@ -31,7 +32,7 @@ struct RowKeys {
 
   __device__ __forceinline__ uint32_t operator()(uint32_t i) const {
     const bool visible = mask == nullptr || __ldg(mask + i) != 0;
-    const T score = __ldg(scores + i);
+    const T score = scores[i];
     const uint32_t key = order_key_of<uint32_t>(score, to_float(score));
     return !visible ? kNoKey : (largest ? key : reversed_key<T>(key));
   }

@@ -111,6 +111,7 @@ __device__ __forceinline__ void multiply_tile(const SimilarityProblem& p, const 
                                               int columns, bool first_rows, unsigned char* ring,
                                               SimilarityTileShared& s, TileSums<T>& mine) {
   constexpr int kChunk = DotTile<T>::kChunk;
+  const typename DotTile<T>::Fragments fragments;
   const int dim = static_cast<int>(p.dim), chunks = ceil_div(dim, kChunk);
   const int team = threadIdx.x / kTileThreads, teams = blockDim.x / kTileThreads;
   const int rank = cluster_rank(), size = cluster_size();
@@ -156,11 +157,11 @@ __device__ __forceinline__ void multiply_tile(const SimilarityProblem& p, const 
     if (c < end) {
       const unsigned char *a = ring + stage * 2 * kChunkTileBytes, *b = a + kChunkTileBytes;
       if constexpr (DotTile<T>::kMma) {
-        mine.products.template multiply<kSimilarityTile / 16>(a, b, dim - c * kChunk, columns);
+        mine.products.template multiply<kSimilarityTile / 16>(fragments, a, b, dim - c * kChunk, columns);
       } else {
         DotTile<T> part;
         part.clear();
-        part.template multiply<kSimilarityTile / 16>(a, b, dim - c * kChunk, columns);
+        part.template multiply<kSimilarityTile / 16>(fragments, a, b, dim - c * kChunk, columns);
 #pragma unroll
         for (int i = 0; i < 8; ++i)
 #pragma unroll

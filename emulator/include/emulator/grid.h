@@ -36,6 +36,7 @@ struct Settings {
   int sm_count = 132;
   int shared_per_block = 227 * 1024;
   int architecture = 90;
+  int largest_cluster = 8;  // blocks; fewer where a device is cut into small instances
   bool cooperative = true;  // does the device run grids whose blocks wait for each other?
   // The worst tensor core there is: it adds four products at a time to the accumulator, in as many bits as the largest
   // of the five has in float32. Others keep up to three more and add 8 or 16 products at a time.

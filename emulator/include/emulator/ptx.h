@@ -15,6 +15,8 @@ void multiply_accumulate(const float (&left)[16][16], const float (&right)[16][8
 
 }  // namespace emulator
 
+inline int in_register(int x) { return x; }
+
 // See ptx.cuh for which lane holds which element.
 template <class T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

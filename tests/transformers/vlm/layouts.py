@@ -3,6 +3,9 @@
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from tokenprune_kernels.integrations.transformers import prune_visual_tokens
 
 from .models import Prompts
 from .runs_crops import generate, layout_in, pruned
@@ -59,3 +62,23 @@ def wide_crops(group: int, image: int) -> list[Token]:
             tokens.append((r, x % 5, (5, 5), group + 1 + x // 5, image, box))
         tokens.append((r, 3, (5, 5), group + 3, image, (1.0, r / 5, 1.0, (r + 1) / 5)))
     return tokens
+
+
+def seen_by_methods(prompts: Prompts) -> tuple[Tensor, Any]:
+    """The saliency that a method in front of the language model gets, and the layout."""
+    given: list[Tensor] = []
+
+    def spied(saliency: Tensor, positions: Tensor, k: int) -> Tensor:
+        given.append(saliency)
+        return torch.arange(k).expand(len(saliency), -1)
+
+    with torch.no_grad(), prune_visual_tokens(prompts.model, spied, 5) as pruning:
+        prompts.model(**prompts.inputs)
+    return given[0], layout_in(pruning)
+
+
+def assert_salient(row: Tensor, exact: Tensor) -> None:
+    """A sample's: not the same for all tokens, and 0 in the padding."""
+    torch.testing.assert_close(row[: len(exact)].double(), exact.double(), rtol=1e-4, atol=1e-7)
+    assert (row[len(exact) :] == 0).all()
+    assert exact.max() > 1.02 * exact.min()

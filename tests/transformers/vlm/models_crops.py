@@ -191,6 +191,22 @@ def internvl(images: Images = SINGLE, *, attention: str = "sdpa") -> Prompts:
     return Prompts(model, {**ids, "pixel_values": torch.cat(tiles)}, IMAGE)
 
 
+def qianfan_ocr(images: Images = SINGLE) -> Prompts:
+    """An InternVL under another name."""
+    import transformers as tf
+
+    if not hasattr(tf, "QianfanOCRConfig"):
+        raise ImportError("which has no Qianfan-OCR")
+    vision = tf.QianfanOCRVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=16, patch_size=2,
+    )  # fmt: skip
+    config = tf.QianfanOCRConfig(
+        vision_config=vision, text_config=tf.Qwen3Config(**TEXT, head_dim=16), image_token_id=IMAGE
+    )
+    prompts = internvl(images)
+    return Prompts(random_model(tf.QianfanOCRForConditionalGeneration, config, "sdpa"), prompts.inputs, IMAGE)
+
+
 def internvl_video(*, attention: str = "sdpa") -> Prompts:
     """Frames are tiles with text between them; here an image of 2 x 1 tiles in front of them, in the second sample."""
     model = _internvl(attention)

@@ -1,4 +1,5 @@
-"""Small random Qwen3.5 models, dense and mixed: linear attention in most decoder layers, full attention in some."""
+"""Small random models with linear attention in most decoder layers, full attention in some: Qwen3.5, dense and mixed,
+and MiniCPM-V 4.6."""
 
 import functools
 from typing import Any
@@ -7,7 +8,8 @@ import pytest
 import torch
 
 from . import models_qwen as qwen
-from .models import TEXT, Prompts
+from .models import TEXT, Prompts, left_padded, text
+from .models_crops import random_model
 from .models_mrope import EXPERTS, TEXT_CONFIG
 from .runs_qwen import RAGGED
 
@@ -68,3 +70,40 @@ def batch(name: str) -> Prompts:
     if not served():
         pytest.skip("caches of this version of transformers have no layers for linear attention: refused")
     return qwen.prompts(model(name), RAGGED)
+
+
+# Images in rows and columns of patches, of which 4 x 4 make a token, and a frame of a video of each sample.
+SLICES = [[(8, 12), (4, 8)], [(8, 8)]]
+FRAMES = [[(4, 8), (4, 8)], [(8, 4)]]
+
+
+def minicpmv() -> Prompts:
+    """A tower that merges 2 x 2 patches behind its second layer, and a merger behind it."""
+    if not served():
+        raise ImportError("whose caches have no layers for linear attention: refused")
+    from transformers import MiniCPMV4_6Config, MiniCPMV4_6ForConditionalGeneration
+
+    config = MiniCPMV4_6Config(
+        text_config={**HYBRID, "layer_types": [L, F, L, F], "model_type": "qwen3_5_text"},
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "image_size": 32, "patch_size": qwen.PATCH,
+        },
+        insert_layer_id=1, image_token_id=qwen.IMAGE, video_token_id=qwen.VIDEO,
+    )  # fmt: skip
+    made = random_model(MiniCPMV4_6ForConditionalGeneration, config, "sdpa")
+    draw = torch.Generator().manual_seed(3)
+    samples = []
+    for b, (images, frames) in enumerate(zip(SLICES, FRAMES, strict=True)):
+        ids = text(3, draw)
+        for token, grids in ((qwen.IMAGE, images), (qwen.VIDEO, frames)):
+            for rows, columns in grids:
+                ids += [102, *[token] * (rows * columns // 16), 103, *text(1, draw)]
+        samples.append(ids + text(4 + 2 * b, draw))
+    inputs = left_padded(samples)
+    for name, sizes in (("", SLICES), ("_videos", FRAMES)):
+        grids = [grid for sample in sizes for grid in sample]
+        patches = sum(rows * columns for rows, columns in grids)
+        inputs[f"target_sizes{name}"] = torch.tensor(grids, dtype=torch.int32)
+        inputs[f"pixel_values{name}"] = torch.randn(1, 3, qwen.PATCH, patches * qwen.PATCH, generator=draw)
+    return Prompts(made, inputs, (qwen.IMAGE, qwen.VIDEO), (102, 103))

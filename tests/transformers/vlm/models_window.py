@@ -3,6 +3,7 @@
 Every window is shorter than the prompts, and than the stretch of visual tokens in them.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -104,11 +105,14 @@ def gemma3(counts: Sequence[int] = (1, 2), *, attention: str = "sdpa") -> Prompt
     return Prompts(model, {**inputs, "pixel_values": pixels}, IMAGE)
 
 
-def gemma4(images: Images = FLAT, *, attention: str = "sdpa", shared: bool = False) -> Prompts:
+def gemma4(
+    images: Images = FLAT, *, attention: str = "sdpa", shared: bool = False, videos: Images | None = None
+) -> Prompts:
     """2 x 2 patches averaged to a token. Full layers have heads of another size, whose values are their keys.
 
     shared: as the small models. Tokens of an image see each other in layers with windows alone, or not at all; there
-    are inputs for each layer, and the last two reuse the keys and values of those before.
+    are inputs for each layer, and the last two reuse the keys and values of those before. videos: the frames of one
+    behind the images of each sample, with text between them.
     """
     from transformers import Gemma4Config, Gemma4ForConditionalGeneration, Gemma4TextConfig, Gemma4VisionConfig
 
@@ -130,27 +134,102 @@ def gemma4(images: Images = FLAT, *, attention: str = "sdpa", shared: bool = Fal
         boi_token_id=104, eoi_token_id=105, boa_token_id=106, eoa_token_index=107,
     )  # fmt: skip
     model = random_model(Gemma4ForConditionalGeneration, config, attention)
+    return _of_gemma4(model, VISION["patch_size"], images, videos)
+
+
+def _of_gemma4(model: Any, side: int, images: Images, videos: Images | None = None) -> Prompts:
+    """Prompts with a token for each 8 x 8 pixels, in patches of side x side pixels."""
     draw = torch.Generator().manual_seed(3)
-    grids = [[(height // 4, width // 4) for height, width in sample] for sample in images]
-    most = max(rows * columns for sample in grids for rows, columns in sample)
-    places, samples = [], []
-    for b, sample in enumerate(grids):
+    samples = []
+    for b, sample in enumerate(images):
         ids = text(3, draw)
-        for i, (rows, columns) in enumerate(sample):
-            x, y = torch.meshgrid(torch.arange(columns), torch.arange(rows), indexing="xy")
-            patches = torch.stack([x.flatten(), y.flatten()], 1)
-            places.append(torch.nn.functional.pad(patches, (0, 0, 0, most - len(patches)), value=-1))
-            ids += [*[IMAGE] * (rows * columns // 4), *text(2 + i, draw)]
+        for kind, sizes in ((IMAGE, sample), (VIDEO, videos[b] if videos else [])):
+            for i, (height, width) in enumerate(sizes):
+                ids += [*[kind] * (height * width // 64), *text(2 + i, draw)]
         samples.append(ids + text(4 + 2 * b, draw))
     inputs = left_padded(samples)
-    inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
-    inputs["image_position_ids"] = torch.stack(places)
-    inputs["pixel_values"] = torch.rand(len(places), most, 3 * VISION["patch_size"] ** 2, generator=draw)
-    return Prompts(model, inputs, IMAGE, special=(VIDEO, 103))
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).long() + 2 * (inputs["input_ids"] == VIDEO).long()
+    sizes = [size for sample in images for size in sample]
+    inputs["pixel_values"], inputs["image_position_ids"] = _patches(sizes, side, draw)
+    if videos:
+        frames = [size for sample in videos for size in sample]
+        inputs["pixel_values_videos"], inputs["video_position_ids"] = _patches(frames, side, draw)
+        inputs["num_frames_per_video"] = torch.tensor([len(sample) for sample in videos])
+    return Prompts(model, inputs, (IMAGE, VIDEO) if videos else IMAGE, special=(VIDEO, 103))
+
+
+def _patches(sizes: Sequence[tuple[int, int]], side: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The pixels of the patches of images, and their columns and rows, -1 behind the last."""
+    most = max(height * width // side**2 for height, width in sizes)
+    places = []
+    for height, width in sizes:
+        x, y = torch.meshgrid(torch.arange(width // side), torch.arange(height // side), indexing="xy")
+        patches = torch.stack([x.flatten(), y.flatten()], 1)
+        places.append(torch.nn.functional.pad(patches, (0, 0, 0, most - len(patches)), value=-1))
+    return torch.rand(len(places), most, 3 * side**2, generator=draw), torch.stack(places)
 
 
 def gemma4_shared(images: Images = FLAT, *, attention: str = "sdpa") -> Prompts:
     return gemma4(images, attention=attention, shared=True)
+
+
+# Two frames behind an image, and three of another size behind another.
+BEFORE_VIDEO: Images = [[(16, 24)], [(16, 16)]]
+FRAMES: Images = [[(16, 32)] * 2, [(24, 16)] * 3]
+
+
+def _takes_videos(kind: type) -> bool:
+    """Of several lengths; older versions take them all of one."""
+    return "num_frames_per_video" in inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
+
+
+def gemma4_video() -> Prompts:
+    from transformers import Gemma4ForConditionalGeneration
+
+    if not _takes_videos(Gemma4ForConditionalGeneration):
+        raise ImportError("whose Gemma 4 takes videos of one length")
+    return gemma4(BEFORE_VIDEO, videos=FRAMES)
+
+
+def gemma4_unified() -> Prompts:
+    """The Gemma 4 without a tower: pixels are projected to tokens."""
+    from transformers import (
+        Gemma4UnifiedConfig,
+        Gemma4UnifiedForConditionalGeneration,
+        Gemma4UnifiedTextConfig,
+        Gemma4UnifiedVisionConfig,
+    )
+
+    width = TEXT["hidden_size"]
+    config = Gemma4UnifiedConfig(
+        vision_config=Gemma4UnifiedVisionConfig(
+            patch_size=4, pooling_kernel_size=2, mm_embed_dim=width, mm_posemb_size=16, output_proj_dims=width
+        ),
+        text_config=Gemma4UnifiedTextConfig(**TEXT, layer_types=BOTH, head_dim=16, sliding_window=WINDOW),
+        image_token_id=IMAGE, video_token_id=VIDEO, audio_token_id=103, boi_token_id=104, eoi_token_id=105,
+        boa_token_id=106, eoa_token_index=107,
+    )  # fmt: skip
+    model = random_model(Gemma4UnifiedForConditionalGeneration, config, "sdpa")
+    return _of_gemma4(model, 8, BEFORE_VIDEO, FRAMES if _takes_videos(type(model)) else None)
+
+
+def cohere2_vision(tiles: Sequence[int] = (1, 2), *, attention: str = "sdpa", aya: bool = False) -> Prompts:
+    """10 x 10 patches of a tile make 5 x 5 tokens, side by side; layers with windows rotate, the others do not."""
+    import transformers as tf
+
+    ids = {"pad_token_id": PAD, "bos_token_id": 2, "eos_token_id": 1}
+    language = tf.Cohere2Config(**TEXT, **ids, sliding_window=WINDOW, layer_types=BOTH)
+    name, more = ("AyaVision", {"image_token_index": IMAGE}) if aya else ("Cohere2Vision", {"image_token_id": IMAGE})
+    config = getattr(tf, f"{name}Config")(
+        vision_config=_siglip(10), text_config=language, alignment_intermediate_size=48, **more
+    )
+    model = random_model(getattr(tf, f"{name}ForConditionalGeneration"), config, attention)
+    inputs, pixels = _squares(tiles, 10, 25)
+    return Prompts(model, {**inputs, "pixel_values": pixels}, IMAGE)
+
+
+def aya_vision(tiles: Sequence[int] = (1, 2), *, attention: str = "sdpa") -> Prompts:
+    return cohere2_vision(tiles, attention=attention, aya=True)
 
 
 def llama4(tiles: Sequence[int] = (1, 2), *, attention: str = "sdpa") -> Prompts:
@@ -176,6 +255,6 @@ def llama4(tiles: Sequence[int] = (1, 2), *, attention: str = "sdpa") -> Prompts
 
 FAMILIES: dict[str, Callable[..., Prompts]] = {
     "mistral3": mistral3, "paligemma": paligemma, "paligemma2": paligemma2, "gemma3": gemma3,
-    "gemma4": gemma4, "gemma4_shared": gemma4_shared,
+    "gemma4": gemma4, "gemma4_shared": gemma4_shared, "aya_vision": aya_vision,
     "llama4": llama4,
 }  # fmt: skip

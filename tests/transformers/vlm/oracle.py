@@ -92,11 +92,12 @@ def _renumbering(decoder: Any, drops: Sequence[Drop], real: Tensor) -> Iterator[
         if not any(drop.layer <= index for drop in drops):
             continue
 
-        def rotated(module: Any, args: Any, kwargs: Any, stays: Tensor = stays) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
+        def rotated(module: Any, args: Any, kwargs: Any, stays: Tensor = stays, index: int = index) -> Any:
+            given = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
             number = (stays.cumsum(1) - 1).clamp_min(0)
             kind = {"layer_type": module.self_attn.layer_type} if by_kind else {}
-            return args, {**kwargs, "position_embeddings": decoder.rotary_emb(hidden, position_ids=number, **kind)}
+            rotary = rotary_of(decoder, index)
+            return (), {**given, "position_embeddings": rotary(given["hidden_states"], position_ids=number, **kind)}
 
         handles.append(layer.register_forward_pre_hook(rotated, with_kwargs=True))
     try:
@@ -110,6 +111,12 @@ def decoder_of(model: Any) -> Any:
     core = getattr(model, "model", model)
     decoder = core.language_model if hasattr(core, "language_model") else core.text_model  # Idefics3, SmolVLM
     return getattr(decoder, "model", decoder)  # Llama 4 has its head there
+
+
+def rotary_of(decoder: Any, layer: int) -> Any:
+    """Molmo 2 with OLMo rotates some layers by other frequencies."""
+    unscaled = getattr(decoder, "rope_types", {layer: None})[layer] == "unscaled"
+    return decoder.rotary_emb_unscaled if unscaled else decoder.rotary_emb
 
 
 def in_float64(prompts: Prompts) -> Prompts:
@@ -144,13 +151,20 @@ def extended(exact: Prompts, new: Tensor | None) -> dict[str, Tensor]:
 
 
 def logits(
-    prompts: Prompts, drops: Sequence[Drop], new: Tensor | None = None, *, renumber: bool = False, **more: Any
+    prompts: Prompts,
+    drops: Sequence[Drop],
+    new: Tensor | None = None,
+    *,
+    renumber: bool = False,
+    exact: Prompts | None = None,
+    **more: Any,
 ) -> Tensor:
     """[B, L + new, vocabulary] in float64 of the prompt and of tokens decoded after it, every step from scratch.
 
-    renumber: in the layers behind a drop, positions count what is left there.
+    renumber: in the layers behind a drop, positions count what is left there. exact: the prompts `in_float64`, for who
+    asks several times.
     """
-    exact = in_float64(prompts)
+    exact = exact or in_float64(prompts)
     inputs, length = extended(exact, new), exact.inputs["input_ids"].shape[1]
     decoder, real = decoder_of(exact.model), inputs["attention_mask"].bool()
     numbering = _renumbering(decoder, drops, real) if renumber else nullcontext()

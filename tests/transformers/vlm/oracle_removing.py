@@ -1,7 +1,8 @@
-"""The slow, independent path of models with linear attention: dropped tokens are taken out of what a layer is given.
+"""The slow, independent path of models with linear attention or convolutions: dropped tokens are taken out of what a
+layer is given.
 
-A mask hides a token from an attention, but a recurrent state has seen it all the same. Each sample runs by itself in
-float64, without padding and without a cache, and linear attention is its recurrence, one token after the other.
+A mask hides a token from an attention, but a state has seen it all the same. Each sample runs by itself in float64,
+without padding and without a cache, and linear attention is its recurrence, one token after the other.
 """
 
 import functools
@@ -52,12 +53,21 @@ def gated_delta_net(module: Any, hidden_states: Tensor, **_: Any) -> Tensor:
     return result
 
 
+def short_convolution(module: Any, hidden_states: Tensor, **_: Any) -> Tensor:
+    """LFM2's: y_t = W_out (c_t * sum over i of w_i b_{t-i} * x_{t-i}), of three projections b, c and x of [1, L, C]."""
+    b, c, x = module.in_proj(hidden_states).mT.chunk(3, 1)
+    width = module.conv.weight.shape[-1]
+    mixed = conv1d(pad(b * x, (width - 1, 0)), module.conv.weight, module.conv.bias, groups=b.shape[1])
+    result: Tensor = module.out_proj((c * mixed).mT)
+    return result
+
+
 class _ReachedError(Exception):
     pass
 
 
 def _given_to_decoder(exact: Prompts, inputs: Any, more: Any) -> tuple[Tensor, Tensor]:
-    """Embeddings [B, L, C] and positions [3, B, L] of the whole sequence."""
+    """Embeddings [B, L, C] and positions [1 or 3, B, L] of the whole sequence."""
     found: dict[str, Any] = {}
 
     def take(module: Any, args: Any, kwargs: Any) -> None:
@@ -71,15 +81,23 @@ def _given_to_decoder(exact: Prompts, inputs: Any, more: Any) -> tuple[Tensor, T
         pass
     finally:
         handle.remove()
-    return found["inputs_embeds"], found["position_ids"][-3:]
+    embeddings, positions = found["inputs_embeds"], found["position_ids"]
+    if positions is None:
+        positions = torch.arange(embeddings.shape[1]).expand(1, *embeddings.shape[:2])
+    return embeddings, positions[-3:]
 
 
 def logits(
-    prompts: Prompts, drops: Sequence[Drop], new: Tensor | None = None, *, renumber: bool = False, **more: Any
+    prompts: Prompts,
+    drops: Sequence[Drop],
+    new: Tensor | None = None,
+    *,
+    renumber: bool = False,
+    exact: Prompts | None = None,
+    **more: Any,
 ) -> Tensor:
     """As `oracle.logits`: [B, L + new, vocabulary] in float64, 0 where a column is dropped or padding."""
-    assert not renumber  # no such model has positions that can be
-    exact = in_float64(prompts)
+    exact = exact or in_float64(prompts)
     inputs, length = extended(exact, new), exact.inputs["input_ids"].shape[1]
     decoder = exact.model.model.language_model
     here: dict[str, Any] = {}
@@ -96,8 +114,9 @@ def logits(
     ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
     decoder.config._attn_implementation = NAME
     for layer in decoder.layers:
-        if hasattr(layer, "linear_attn"):
-            layer.linear_attn.forward = functools.partial(gated_delta_net, layer.linear_attn)
+        for name, state in (("linear_attn", gated_delta_net), ("conv", short_convolution)):
+            if hasattr(layer, name):
+                getattr(layer, name).forward = functools.partial(state, getattr(layer, name))
     with torch.no_grad(), clear_routing():
         embeddings, positions = _given_to_decoder(exact, inputs, more)
         rows = []
@@ -106,15 +125,20 @@ def logits(
             lost = [g for g, drop in zip(gone, drops, strict=True) if drop.everywhere_for_new_rows]
             here["lost"] = torch.stack([torch.zeros_like(real), *lost]).any(0)
             columns = real.nonzero().squeeze(1)
-            hidden = embeddings[b : b + 1, columns]
+            hidden, numbered = embeddings[b : b + 1, columns], positions[:, b : b + 1]
             for index, layer in enumerate(decoder.layers):
                 for g, drop in zip(gone, drops, strict=True):
                     if drop.layer == index:
                         stays = ~g[columns]
                         columns, hidden = columns[stays], hidden[:, stays]
+                        if renumber:
+                            numbered = numbered.clone()
+                            numbered[..., columns] = torch.arange(len(columns))
                 here["columns"] = columns
-                rotary = decoder.rotary_emb(hidden, positions[:, b : b + 1, columns])
+                at = numbered[..., columns]
+                rotary = decoder.rotary_emb(hidden, at if len(at) == 3 else at[0])
                 hidden = layer(hidden, position_embeddings=rotary, attention_mask=None)
-            last = exact.model.lm_head(decoder.norm(hidden))
+            norm = decoder.norm if hasattr(decoder, "norm") else decoder.embedding_norm
+            last = exact.model.lm_head(norm(hidden))
             rows.append(last.new_zeros(len(real), last.shape[-1]).index_copy(0, columns, last[0]))
     return torch.stack(rows)

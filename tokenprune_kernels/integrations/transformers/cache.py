@@ -132,7 +132,10 @@ class _OfConversation:
 
 
 class PrunedCache(_OfConversation, DynamicCache):
-    pass
+    def get_mask_sizes(self: Any, query: Any, layer_idx: int = 0) -> tuple[int, int]:
+        """A mask that the model makes with the length of the conversation has a column for each of its tokens."""
+        length, offset = super().get_mask_sizes(query, layer_idx)
+        return length + (0 if layer_idx else int(self.get_seq_length() - layer_length(self, 0))), offset
 
 
 class PrunedStaticCache(_OfConversation, StaticCache):

@@ -29,6 +29,11 @@ class Calls(threading.local):
         return self.encodings[-1] if self.encodings else None
 
     @property
+    def encoding_inside(self) -> bool:
+        """Whether images are being encoded now, by a method of the model that was called for itself or by a forward."""
+        return bool(self.encodings) and all(call.encoding is not self.encodings[-1] for call in self.models)
+
+    @property
     def decoder(self) -> Prefill | Decode | None:
         return self.decoders[-1] if self.decoders else None
 

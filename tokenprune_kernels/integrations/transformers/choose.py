@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ... import gather_compact, indices_to_mask, mask_to_indices
+from ..._convert import samples_of
 from ...methods import Selection, Stage
 from .cache import Before
+from .families import Family, input_norm
 from .layout import Layout
 from .parallel import all_features
 from .saved import Told, told_by
@@ -193,14 +195,14 @@ SOURCES = OF_SAMPLES | OF_TOKENS
 ON_GRID = frozenset({"positions", "grid", "stacked_positions"})
 
 
-def check_stage(method: str, stage: Stage, layer: Any) -> None:
+def check_stage(method: str, stage: Stage, layer: Any, family: Family) -> None:
     """Whether a decoder layer has what a function asks of it."""
     if "unrotated_key" in stage.uses and not hasattr(layer.self_attn, "k_proj"):
         raise NotImplementedError(
             f"prune_visual_tokens: {method} compares keys before RoPE, and {type(layer.self_attn).__name__} has no "
             "k_proj that makes them alone"
         )
-    if stage.projects and not hasattr(layer, "input_layernorm"):
+    if stage.projects and family.normed is input_norm and not hasattr(layer, "input_layernorm"):
         raise NotImplementedError(
             f"prune_visual_tokens: {method} reads queries and keys of the layer that comes, and {type(layer).__name__} "
             "has no input_layernorm in front of its attention"
@@ -253,9 +255,10 @@ def choose(
         if len(at) == len(left) and not by_image:
             return found[-1][1]
     batch, most = context.tokens.visual.shape
-    first = torch.tensor([b * most + s for b, s in zip(sample, start, strict=True)], device=present.device)
+    first = torch.tensor([b * most + s for b, s in zip(sample, start, strict=True)])
+    first = first.to(present.device, non_blocking=True)
     # Tokens are counted through all samples, and a row behind the last takes what has no place.
-    token = torch.cat([at_rows(chosen.indices, first[at]).flatten() for at, chosen in found])
+    token = torch.cat([at_rows(chosen.indices, samples_of(first, at)).flatten() for at, chosen in found])
     stays = indices_to_mask(token.unsqueeze(0), batch * most).view(batch, most)
     indices, _ = mask_to_indices(stays, max(map(sum, budgets)))
 
@@ -280,7 +283,7 @@ def at_rows(index: Tensor, start: Tensor) -> Tensor:
 def of_images(context: LayerContext, sample: list[int], start: list[int], counts: list[int]) -> LayerContext:
     """The context with a row for each image: of which sample, which of its visual tokens is the first, and how many."""
     tokens = context.tokens
-    of_sample, first, count = torch.tensor([sample, start, counts], device=context.hidden.device)
+    of_sample, first, count = torch.tensor([sample, start, counts]).to(context.hidden.device, non_blocking=True)
     slot = torch.arange(max(counts), device=count.device)
     index = torch.where(slot < count.unsqueeze(1), first.unsqueeze(1) + slot, -1)
     rows = replace(context, sample=of_sample)
@@ -294,7 +297,7 @@ def _rows(value: Any, rows: list[int]) -> Any:
         return value
     if len(set(rows)) == 1:
         return value[rows[0]].expand(len(rows), *value.shape[1:])
-    return value[rows]
+    return samples_of(value, rows)
 
 
 def _merged(

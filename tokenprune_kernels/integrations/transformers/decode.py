@@ -9,7 +9,7 @@ from torch import Tensor
 from .cache import Pruned, Segment, layer_length, over_free_places
 from .families import Family, Inputs, Model
 from .interface import Arguments, all_rows
-from .kinds import FULL, LINEAR, check_attention, check_counts, kind_of, rotary_of, sees_of
+from .kinds import FULL, STATES, alike, check_attention, check_counts, kind_of, rotary_of, sees_of
 from .masks import at_columns, decoder_mask
 from .tokens import joined
 
@@ -21,7 +21,8 @@ class Decode:
     given_mask: Tensor | None  # [B, L], at least as long as what came after the prompt
     rows: int  # in front of the decoder's norm, the last of them; 0: all
     # What layers get, by the first layer of their segment and their kind.
-    replaced: dict[tuple[int, str], Inputs] = field(default_factory=dict)
+    # What layers get, by the first of their segment and what they have in common (`alike`).
+    replaced: dict[tuple[int, str, Model], Inputs] = field(default_factory=dict)
 
 
 def begin_decode(pruned: Pruned, inputs: Inputs, cache: Any, mask: Any) -> tuple[Decode, Inputs]:
@@ -51,26 +52,27 @@ def decode_layer(family: Family, decoder: Model, now: Decode, index: int, takes:
     """The arguments that a decoder layer gets."""
     segment = now.pruned.segment_of(index)
     kind = kind_of(decoder.config, index)
-    if segment is None or kind == LINEAR:  # the model looks at the mask of the new tokens alone
+    if segment is None or kind in STATES:  # the model looks at the mask of the new tokens alone
         return inputs
-    if (segment.first, kind) not in now.replaced:
+    key = segment.first, *alike(family, decoder, index)
+    if key not in now.replaced:
         takes.given(inputs, "hidden_states", "attention_mask", "position_embeddings", "cache")
         cache, hidden = takes.cache(inputs), inputs["hidden_states"]
         # Of this layer: those in front of it may have cached their new tokens already.
         keys = layer_length(cache, index) + len(now.step)
         mask = _mask(family, decoder.config, kind, now, segment, keys, hidden)
         mask = over_free_places(mask, cache, index, len(now.step), keys, hidden.device)
-        replaced = now.replaced[segment.first, kind] = {"attention_mask": mask, "position_ids": None}
+        replaced = now.replaced[key] = {"attention_mask": mask, "position_ids": None}
         if segment.next_position is not None:
             position = segment.next_position.unsqueeze(1) + now.step
-            replaced["position_embeddings"] = rotary_of(decoder, kind, hidden, position)
-    return {**inputs, **now.replaced[segment.first, kind]}
+            replaced["position_embeddings"] = rotary_of(family, decoder, index, hidden, position)
+    return {**inputs, **now.replaced[key]}
 
 
 def _mask(family: Family, config: Any, kind: str, now: Decode, segment: Segment, keys: int, hidden: Tensor) -> Any:
     check_attention(config, kind)
     tokens, before, given, queries = segment.tokens, now.pruned.before, now.given_mask, len(now.step)
-    batch, new = hidden.shape[0], keys - before.length - tokens.length
+    batch, new = hidden.shape[-3], keys - before.length - tokens.length
     check_counts(family, config, now.pruned.length + new)
     bias = segment.bias_of_columns()
     bias = None if bias is None else torch.nn.functional.pad(bias, (before.length, new))

@@ -32,7 +32,7 @@ def take_deepstack(inputs: Inputs, tokens: Tokens) -> tuple[DeepStack | None, In
     if given is None:
         return None, inputs
     # The rows are all visual tokens of the batch, one sample after the other.
-    counts = torch.tensor(tokens.counts, device=tokens.slot.device)
+    counts = (tokens.origin >= 0).sum(1)
     row = torch.where(tokens.origin >= 0, tokens.origin + (counts.cumsum(0) - counts).unsqueeze(1), -1)
     features = [t.unsqueeze(0).expand(len(tokens.counts), -1, -1) for t in given]
     taken = DeepStack(gather_compact(features, row, dims=[1] * len(features)))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import causal_mask_function
 
@@ -16,6 +17,21 @@ Inputs = dict[str, Any]  # the keyword arguments of the multimodal model's forwa
 # Of decoders with windows in some layers or in all: `Family.layer_types` and `Family.cache_layers`.
 WINDOWS = frozenset({"full_attention", "sliding_attention"})
 WINDOW_LAYERS: tuple[type, ...] = (DynamicLayer, DynamicSlidingWindowLayer)
+# Layers that reuse keys and values of others have none of their own.
+SHARING_LAYERS: tuple[type, ...] = (*WINDOW_LAYERS, getattr(cache_utils, "DummyLayer", DynamicLayer))
+# Of decoder layers with a state in place of keys. Caches of older versions of transformers have no such layers, and
+# full attention is all that is served there.
+STATE_LAYERS: tuple[type, ...] = (
+    (cache_utils.LinearAttentionLayer,) if hasattr(cache_utils, "LinearAttentionLayer") else ()
+)
+
+
+def with_states(kind: str) -> dict[str, Any]:
+    """What a family says of its decoder, some of whose layers have such a state: they are of this kind."""
+    return {
+        "layer_types": frozenset({"full_attention", *([kind] if STATE_LAYERS else [])}),
+        "cache_layers": (DynamicLayer, *STATE_LAYERS),
+    }
 
 
 def core_of(model: Model) -> Model:
@@ -26,6 +42,12 @@ def core_of(model: Model) -> Model:
 def decoder_of(core: Model) -> Model:
     decoder = core.language_model
     return decoder.model if hasattr(decoder, "lm_head") else decoder
+
+
+def input_norm(layer: Model, hidden: Tensor) -> Tensor:
+    """What most decoder layers give their attention to work on."""
+    normed: Tensor = layer.input_layernorm(hidden)
+    return normed
 
 
 @dataclass(frozen=True)
@@ -96,6 +118,13 @@ class Family:
     counted_to: Callable[[Any], int | None] = lambda config: None
     # Arguments of a decoder layer besides those of all layers, of its own, with a row for each token: [B, L, ...].
     layer_inputs: tuple[str, ...] = ()
+    # (decoder layer, its hidden states) -> what its attention works on, of which methods read the projections.
+    normed: Callable[[Model, Tensor], Tensor] = input_norm
+    # (decoder, index of a layer) -> the module that makes its rotary embeddings.
+    rotary: Callable[[Model, int], Model] = lambda decoder, layer: decoder.rotary_emb
+    # Layers are given several hidden states of each token, [S, B, L, C]: the entry of the decoder's config that says
+    # which of them methods read.
+    stack: str | None = None
     # The kinds of decoder layers that are served (kinds.py), as in config.layer_types.
     layer_types: frozenset[str] = frozenset({"full_attention"})
     # Which keys a query sees in a layer with full attention, where the model made no mask that shows it: a new token of

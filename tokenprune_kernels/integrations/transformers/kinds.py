@@ -15,7 +15,8 @@ from .attention import base_of
 from .families import Family, Model
 
 FULL = "full_attention"
-LINEAR = "linear_attention"  # a state in place of keys: its mask is of the padding alone, [B, L] or None
+# A state in place of keys: the mask of such a layer is of the padding alone, [B, L] or None.
+STATES = frozenset({"linear_attention", "conv"})
 
 # sees(sample, head, query, key): which keys a query sees, as transformers' mask functions take it.
 Sees = Callable[..., Any]
@@ -77,7 +78,7 @@ def check_counts(family: Family, config: Any, tokens: int) -> None:
 def check_attention(config: Any, kind: str) -> None:
     """A window that the attention function counts by itself is one of tokens, and some of them are gone."""
     name = base_of(config._attn_implementation)
-    if kind not in (FULL, LINEAR) and ("flash" in name or name not in ALL_MASK_ATTENTION_FUNCTIONS):
+    if kind not in {FULL, *STATES} and ("flash" in name or name not in ALL_MASK_ATTENTION_FUNCTIONS):
         raise NotImplementedError(
             f"prune_visual_tokens: layers with {kind} need an attention function that takes any mask (sdpa, eager or "
             f"flex_attention), got {name!r}, which counts a window by tokens"
@@ -93,8 +94,14 @@ def sees_of(family: Family, config: Any, kind: str, padded: Tensor) -> Sees:
     return family.mask_function
 
 
-def rotary_of(decoder: Model, kind: str, hidden: Tensor, positions: Tensor) -> Any:
-    """The rotary embeddings of a kind of layers at these positions [B, L]."""
-    rotary: nn.Module = decoder.rotary_emb
+def alike(family: Family, decoder: Model, layer: int) -> tuple[str, Model]:
+    """What the layers have in common that get the same mask and rotary embeddings."""
+    return kind_of(decoder.config, layer), family.rotary(decoder, layer)
+
+
+def rotary_of(family: Family, decoder: Model, layer: int, hidden: Tensor, positions: Tensor) -> Any:
+    """The rotary embeddings of a layer at these positions [B, L]."""
+    rotary: nn.Module = family.rotary(decoder, layer)
     by_kind = "layer_type" in inspect.signature(rotary.forward).parameters
-    return rotary(hidden, position_ids=positions, **({"layer_type": kind} if by_kind else {}))
+    kind = {"layer_type": kind_of(decoder.config, layer)} if by_kind else {}
+    return rotary(hidden, position_ids=positions, **kind)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from .attention import base_of
-from .kinds import LINEAR, Sees
+from .kinds import STATES, Sees
 
 
 def check_one_sequence(positions: Any, mask: Any) -> None:
@@ -106,9 +106,9 @@ def decoder_mask(
 def check_takes_bias(config: Any) -> None:
     """Whether the attention adds its mask to the logits."""
     name = base_of(config._attn_implementation)
-    if LINEAR in (getattr(config, "layer_types", None) or ()):
+    if STATES.intersection(getattr(config, "layer_types", None) or ()):
         raise NotImplementedError(
-            "prune_visual_tokens: calibrate=True adds to logits, and linear attention has no logits"
+            "prune_visual_tokens: calibrate=True adds to logits, and linear attention or convolutions have none"
         )
     if name not in ("sdpa", "eager"):
         raise NotImplementedError(

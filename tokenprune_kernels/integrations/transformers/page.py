@@ -3,6 +3,7 @@
 import base64
 import importlib.resources
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,19 +64,18 @@ def _details(choice: Choice) -> Iterator[tuple[str, str, list[float]]]:
             yield (f" in front of layer {layer}" if several else ""), name, values.tolist()
 
 
-def _scores(choice: Choice) -> dict[str, list[float | None]]:
+def _scores(choice: Choice) -> dict[str, list[float | str | None]]:
     """What the page says of a token that is pointed at; ranks count from 1."""
-    return {
-        name + at: [
-            _place(value) if name == RANK else float(f"{value:.{DIGITS}g}") if value == value else None
-            for value in values
-        ]
-        for at, name, values in _details(choice)
-    }  # fmt: skip
+    return {name + at: [_said(name, value) for value in values] for at, name, values in _details(choice)}
 
 
-def _place(rank: float) -> float | None:
-    return rank + 1 if rank >= 0 else None
+def _said(name: str, value: float) -> float | str | None:
+    """None where a token has no number; JSON has none for infinity."""
+    if name == RANK:
+        return value + 1 if value >= 0 else None
+    if math.isnan(value):
+        return None
+    return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else str(value)
 
 
 def _panel(panel: Panel, kept: set[int]) -> dict[str, Any]:

@@ -34,9 +34,10 @@ from .deepstack import DeepStack, take_deepstack
 from .encoding import Asked, ModelCall, Prompt, check_asked
 from .families import Family, Inputs, Model, Saliency
 from .interface import Arguments, all_rows
-from .kinds import FULL, check_counts, kind_of
+from .kinds import FULL, alike, check_counts, kind_of
 from .layout import Layout, check_on_grid, images_of
 from .masks import check_one_sequence
+from .merged import bias_of, with_rows
 from .parallel import same_generator
 from .report import Report
 from .shortened import composed, padded, shortened
@@ -115,8 +116,8 @@ class Prefill:
     attention: AttentionInputs | None = None  # of the layer before a pruning layer
     projecting: list[AttentionInputs] | None = None  # while a pruning layer's attention is called for these alone
     columns: list[Tensor] = field(default_factory=list)  # of each segment, into the sequence before it
-    # What the layers of each kind get instead of the model's, since the last pruning.
-    replaced: dict[str, Inputs] = field(default_factory=dict)
+    # What layers that are alike (`alike`) get instead of the model's, since the last pruning.
+    replaced: dict[tuple[str, Model], Inputs] = field(default_factory=dict)
 
 
 def begin_prefill(
@@ -148,7 +149,7 @@ def begin_prefill(
     read = {name: prompt.inputs.get(name) for name in (*family.layout_inputs, *family.watched)}
     layout = functools.cache(lambda: family.layout(plan.core, read, tokens.counts))
     counted = prompt.inputs.get("position_ids") is not None
-    report = Report(tokens.slot.device, tokens.counts, layout)
+    report = Report(tokens.counts, layout)
     position = _next_position(inputs, tokens, counted, before)
     deepstack = None
     if family.deepstack:
@@ -177,7 +178,7 @@ def prefill_layer(plan: Plan, now: Prefill, index: int, takes: Arguments, inputs
     if now.deepstack is not None:
         inputs = {**inputs, "hidden_states": now.deepstack.added(index - 1, inputs["hidden_states"], now.tokens)}
     if index == 0 and any(planned.stage.uses & {"input_features", "input_text"} for planned in plan.stages.values()):
-        now.embedded = inputs["hidden_states"].detach()
+        now.embedded = _read(plan, inputs["hidden_states"])
     if index in plan.stages:
         inputs = _prune(plan, now, plan.stages[index], inputs)
     return {**inputs, **_of_what_is_left(plan, now, index, inputs)}
@@ -194,7 +195,7 @@ def end_prefill(plan: Plan, now: Prefill) -> None:
     if not layer_length(now.cache, 0):  # none, or gradient checkpointing has kept it from the layers
         return
     if plan.compact_cache and last.first > 0:
-        with now.report.clock("compact_ms"):
+        with now.report.clock("compact_ms", now.original.slot.device):
             _compact_caches(now)
         own = [s for s in now.segments if s.next_position is not None or s.bias is not None]
         everywhere = Segment(0, last.tokens, last.columns)
@@ -224,22 +225,25 @@ def _prune(plan: Plan, now: Prefill, planned: PlannedStage, inputs: Inputs) -> I
     if planned.stage.uses & ON_GRID:
         assert now.report.layout is not None
         check_on_grid(now.report.layout(), planned.stage.name)
-    with torch.no_grad(), now.report.clock("select_ms"):
+    with torch.no_grad(), now.report.clock("select_ms", hidden.device):
         with plan.draws.lock if "generator" in planned.stage.uses else nullcontext():
             chosen = choose(planned.stage, _context(plan, now, planned.layer, inputs), now.left, budgets, plan.options)
         after, columns = keep(tokens, chosen.indices, [sum(parts) for parts in budgets])
     now.attention = None
-    with now.report.clock("compact_ms"):
-        bias = _bias(planned.stage, now, after, chosen.sizes) if plan.calibrate else None
+    with now.report.clock("compact_ms", hidden.device):
+        held = now.segments[-1].bias if now.segments else None
+        name, sizes = planned.stage.name, chosen.sizes
+        bias = bias_of(name, now.original, after, sizes, held) if plan.calibrate else None
         next_position = (after.numbered() + now.first_number)[:, -1] + 1 if plan.renumber else None
         if next_position is not None and planned.layer == 0:  # the model counts on from there in all of its layers
             now.next_position, next_position = next_position, None
         now.columns.append(columns)
         now.segments.append(Segment(planned.layer, after, composed(now.columns), next_position, bias))
         now.replaced = {}
-        (hidden,) = gather_compact([hidden], columns, dims=[1])
+        at = hidden.dim() - 3  # [B, L, C], or stacks of them
+        (hidden,) = gather_compact([hidden], columns, dims=[at + 1], batch_dims=[at])
         if chosen.merged is not None:
-            hidden = _replace(hidden, after.visual, chosen.merged)
+            hidden = with_rows(name, hidden, after.visual, chosen.merged)
         if now.cache is not None:
             free_windows(now.cache, range(planned.layer, len(plan.decoder.layers)))
     now.tokens, now.left = after, budgets
@@ -258,9 +262,15 @@ def _budgets(budget: Budget, now: Prefill) -> list[list[int]]:
     return [[min(pair) for pair in zip(*pairs, strict=True)] for pairs in zip(repeated, now.left, strict=True)]
 
 
+def _read(plan: Plan, hidden: Tensor) -> Tensor:
+    """[B, L, C]: the hidden states that methods read; all of them, but for a decoder with several of each token."""
+    name = plan.family.stack
+    return (hidden if name is None else hidden[getattr(plan.decoder.config, name)]).detach()
+
+
 def _context(plan: Plan, now: Prefill, index: int, inputs: Inputs) -> LayerContext:
     layer = plan.decoder.layers[index]
-    hidden: Tensor = inputs["hidden_states"].detach()
+    hidden = _read(plan, inputs["hidden_states"])
 
     @functools.cache
     def projected() -> AttentionInputs:
@@ -272,8 +282,8 @@ def _context(plan: Plan, now: Prefill, index: int, inputs: Inputs) -> LayerConte
         now.projecting = found
         try:
             layer.self_attn(
-                hidden_states=layer.input_layernorm(hidden), position_embeddings=embeddings, attention_mask=None,
-                **shared,
+                hidden_states=plan.family.normed(layer, inputs["hidden_states"].detach()), attention_mask=None,
+                position_embeddings=embeddings, **shared,
             )  # fmt: skip
         finally:
             now.projecting = None
@@ -323,47 +333,18 @@ def columns_left(now: Prefill) -> Tensor:
     return composed([column, *now.columns])
 
 
-def _replace(hidden: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
-    """The hidden states with `rows` [B, K, C] in `columns` [B, K]; -1: nowhere."""
-    length = hidden.shape[1]
-    at = torch.where(columns >= 0, columns, length)  # a column more takes what has no place
-    wider = torch.nn.functional.pad(hidden, (0, 0, 0, 1))
-    return wider.scatter(1, at.unsqueeze(-1).expand_as(rows), rows.to(hidden.dtype))[:, :length]
-
-
-def _bias(stage: Stage, now: Prefill, after: Tokens, sizes: Tensor | None) -> Tensor | None:
-    """[B, V]: log s of every visual token of the prompt that is one of s merged ones, 0 for the others.
-
-    A key that stands for s tokens then weighs as much in a softmax as s of its kind would.
-    """
-    before = now.segments[-1].bias if now.segments else None
-    if sizes is None and before is None:
-        raise ValueError(
-            f"prune_visual_tokens: calibrate=True needs the sizes of merged tokens in a Selection, and {stage.name} "
-            "returned none"
-        )
-    if sizes is None:
-        return before
-    if before is not None:
-        raise NotImplementedError(f"prune_visual_tokens: calibrate=True, and {stage.name} merges a second time")
-    batch, most = now.original.visual.shape
-    at = torch.where(after.origin >= 0, after.origin, most)  # a token more takes what has no place
-    ones = sizes.new_ones((batch, most + 1))
-    return ones.scatter(1, at, sizes.clamp_min(1))[:, :most].log()
-
-
 def _of_what_is_left(plan: Plan, now: Prefill, index: int, inputs: Inputs) -> Inputs:
-    """What a layer gets besides its hidden states, of the tokens that are left; most of it is that of its kind."""
+    """What a layer gets besides its hidden states, of the tokens that are left; most of it is that of all alike."""
     if not now.segments:
         return {}
     segment = now.segments[-1]
     own = {name: inputs[name] for name in plan.family.layer_inputs if inputs.get(name) is not None}
     rows = gather_compact(list(own.values()), segment.columns, dims=[1] * len(own)) if own else []
-    kind = kind_of(plan.decoder.config, index)
+    kind = alike(plan.family, plan.decoder, index)
     if kind not in now.replaced:
-        with now.report.clock("compact_ms"):
+        with now.report.clock("compact_ms", inputs["hidden_states"].device):
             now.replaced[kind] = shortened(
-                plan.family, plan.decoder, kind, segment, inputs, before=now.before, cache=now.cache,
+                plan.family, plan.decoder, index, segment, inputs, before=now.before, cache=now.cache,
                 number=segment.tokens.numbered() + now.first_number if plan.renumber else None,
             )  # fmt: skip
     return now.replaced[kind] | dict(zip(own, rows, strict=True))

@@ -155,7 +155,7 @@ class Pruning:
             raise TypeError(f"prune_visual_tokens: seed must be an int or None, got {seed!r}")
         for planned in stages:
             check_where(method.name, planned.stage, decoder.layers, planned.layer)
-            check_stage(method.name, planned.stage, decoder.layers[planned.layer])
+            check_stage(method.name, planned.stage, decoder.layers[planned.layer], family)
             check_shared(decoder.config, decoder.layers, planned.layer)
         self.method, self.model = method.name, model
         self.title = method.title or method.name
@@ -276,7 +276,7 @@ def prune_visual_tokens(
         min_keep: what a share keeps at least of a sample or image. Default: 1.
         layer: for methods that work inside the model: the decoder layer in front of which tokens are dropped, by the
             attention of the layer before it. Default: the paper's, or 2, or the next one where there is the attention
-            that is read (behind linear attention there is none). A function that asks for no attention works in front
+            that is read (linear attention and convolutions have none). A function that asks for none works in front
             of the language model unless a layer is given.
         positions: `original` keeps the rotary positions of what stays, `renumber` numbers it anew wherever tokens are
             dropped: the layers from there on see consecutive positions, those before them the prompt's, while decoding

@@ -3,21 +3,31 @@
 from torch import nn
 
 from .adapters import (
+    cohere_vision,
+    deepseek_vl,
     gemma,
+    gemma3n,
     gemma4,
     glm_vl,
+    got_ocr2,
     idefics3,
     internvl,
+    lfm2_vl,
     llama4,
     llava,
     llava_next,
     llava_next_video,
     llava_onevision,
+    minicpmv,
     mistral3,
+    molmo2,
     ovis2,
+    paddleocr_vl,
+    perception_lm,
     qwen3_5,
     qwen_omni,
     qwen_vl,
+    video_llama_3,
     video_llava,
 )
 from .families import Family
@@ -38,8 +48,10 @@ _ADAPTERS = (
     idefics3,
     ovis2,
     mistral3,
-    gemma, gemma4,
+    gemma, gemma3n, gemma4,
     llama4,
+    cohere_vision, deepseek_vl, got_ocr2, lfm2_vl, minicpmv, molmo2, paddleocr_vl, perception_lm,
+    video_llama_3,
 )  # fmt: skip
 
 for _adapter in _ADAPTERS:
@@ -48,18 +60,22 @@ for _adapter in _ADAPTERS:
 
 # Of types that are not served: what to load instead, or what is missing.
 UNSERVED = {
-    "aya_vision": "its decoder, Cohere2, has layers with windows, which are not proven",
-    "cohere2_vision": "its decoder, Cohere2, has layers with windows, which are not proven",
-    "gemma3n": "its hidden states are stacks of several a token (AltUp), and its vision tower is one of timm",
+    "aria": "learned queries make the tokens of an image, which lie on no grid: not proven",
+    "blip-2": "learned queries make 32 tokens of an image: little is left to drop",
+    "chameleon": "its images are codes of the vocabulary, in place of features",
+    "emu3": "its images are codes of the vocabulary, in place of features",
+    "ernie4_5_vl_moe": "its experts are chosen by mm_token_type_ids of the whole prompt: not proven",
+    "fast_vlm": "its vision tower is one of timm that tells no grid",
+    "florence2": "its images go to an encoder, which its decoder attends to: its prompt has no visual tokens to drop",
+    "idefics2": "learned queries make 64 tokens of an image, which lie on no grid: not proven",
+    "instructblip": "learned queries make 32 tokens of an image: little is left to drop",
     "internvl_chat": "load the checkpoint of the same name that ends in -hf (model_type internvl)",
     "llava_llama": "load the checkpoint of llava-hf (model_type llava, or llava_next for 1.6)",
     "llava_mistral": "load the checkpoint of llava-hf (model_type llava_next)",
     "llava_qwen": "load the checkpoint of llava-hf (model_type llava_onevision)",
-    "minicpmv": "its code comes with the checkpoint, and transformers has no form of it that is served",
-    "minicpmv4_6": "its decoder has layers without attention, which have no cache of keys to prune",
+    "minicpmv": "its code comes with the checkpoint; of MiniCPM-V, transformers has model_type minicpmv4_6",
     "mllama": "its images are seen through cross-attention: the prompt has no visual tokens to drop",
-    "molmo": "its code comes with the checkpoint, and molmo2 is not served",
-    "molmo2": "its visual tokens see each other both ways, by a mask that the model makes from mm_token_type_ids",
+    "molmo": "its code comes with the checkpoint; of Molmo, transformers has model_type molmo2",
     "ovis": "load the checkpoint that ends in -hf (model_type ovis2)",
     "qwen2_5_omni": "pass model.thinker, and generate without speech, whose talker reads all hidden states",
     "qwen3_omni_moe": "pass model.thinker, and generate without speech, whose talker reads all hidden states",

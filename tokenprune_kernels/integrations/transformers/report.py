@@ -12,18 +12,18 @@ from .saved import Told
 
 
 class Clock:
-    """The time between `start` and `stop` on the device of the work; reading it waits for a GPU, starting does not."""
+    """The time that blocks take on a device; reading it waits for a GPU, a block does not."""
 
     def __init__(self, device: torch.device) -> None:
-        self._gpu = torch.cuda if device.type == "cuda" else None
+        self._gpu = device if device.type == "cuda" else None
         self._spans: list[tuple[Any, Any]] = []
         self._began: Any = None
 
     def _now(self) -> Any:
         if self._gpu is None:
             return time.perf_counter()
-        event = self._gpu.Event(enable_timing=True)
-        event.record()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._gpu))  # the current GPU may be another one
         return event
 
     def __enter__(self) -> None:
@@ -35,19 +35,14 @@ class Clock:
     def milliseconds(self) -> float:
         if self._gpu is None:
             return float(sum(end - began for began, end in self._spans) * 1e3)
-        self._gpu.synchronize()
+        torch.cuda.synchronize(self._gpu)
         return float(sum(began.elapsed_time(end) for began, end in self._spans))
 
 
 class Report:
     """What is reported of one prefill; without arguments, of none yet."""
 
-    def __init__(
-        self,
-        device: torch.device | None = None,
-        tokens: list[int] | None = None,
-        layout: Callable[[], Layout] | None = None,
-    ) -> None:
+    def __init__(self, tokens: list[int] | None = None, layout: Callable[[], Layout] | None = None) -> None:
         self.kept: Tensor | None = None
         self.kept_at: dict[int, Tensor] = {}
         self.told_at: dict[int, list[Told]] = {}
@@ -55,10 +50,10 @@ class Report:
         self.layout = layout  # made when it is asked for
         self.prefills = 0  # of the block, with this one
         self._facts: dict[str, Any] = {}
-        self._clocks: dict[str, Clock] = {}
-        if device is not None:
+        self._clocks: dict[str, list[Clock]] = {}
+        if tokens is not None:
             self._facts = {"before": tokens, "after": tokens, "layers": [], "backend": None}
-            self._clocks = {"select_ms": Clock(device), "compact_ms": Clock(device)}
+            self._clocks = {"select_ms": [], "compact_ms": []}
 
     def pruned(self, layer: int, after: list[int], kept: Tensor, backend: str, told: list[Told]) -> None:
         self.kept = self.kept_at[layer] = kept
@@ -76,9 +71,11 @@ class Report:
     def untouched(self, kept: Tensor) -> None:
         self.kept = kept
 
-    def clock(self, name: str) -> Clock:
-        return self._clocks[name]
+    def clock(self, name: str, device: torch.device) -> Clock:
+        """For one part of the time of this name, on the device that does the work."""
+        self._clocks[name].append(made := Clock(device))
+        return made
 
     def stats(self) -> dict[str, Any]:
-        times = {name: clock.milliseconds() for name, clock in self._clocks.items()}
+        times = {name: float(sum(part.milliseconds() for part in parts)) for name, parts in self._clocks.items()}
         return {"prefills": self.prefills, **self._facts, **times}

@@ -31,9 +31,9 @@ Planned = Callable[[Budget], list[PlannedStage]]
 class Flops:
     """`keep=Flops(0.5)`: as many visual tokens as half of the decoder's FLOPs on the unpruned prompt allow.
 
-    Counted are the products of the decoder's layers, two FLOPs for each multiplication with its addition: those of
+    The products of the decoder's layers are counted, two FLOPs for each multiplication with its addition: those of
     linear layers, and attention over all pairs of tokens, as torch.utils.flop_counter has it, although kernels skip
-    half of them. Not counted are vision tower, embeddings, the vocabulary head, the selection itself and padding.
+    half of them. Vision tower, embeddings, the vocabulary head, the selection itself and padding are not counted.
 
     >>> Flops(0.5)
     Flops(share=0.5)

@@ -61,6 +61,8 @@ def watch(
 
     def encode(name: str, method: Callable[..., Any], args: tuple[Any, ...], kwargs: Inputs) -> Any:
         before()
+        if calls.encoding_inside:  # get_video_features may call get_image_features
+            return method(*args, **kwargs)
         with calls.encode() as encoding:
             features = note(name, method, args, kwargs)
         encoding.left_on(features)

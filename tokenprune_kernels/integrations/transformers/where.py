@@ -1,6 +1,6 @@
 """In front of which decoder layers a stage can choose: where there is the attention that it reads.
 
-Layers with linear attention have a state, and no queries and keys that could be compared.
+Layers with linear attention or a convolution have a state, and no queries and keys that could be compared.
 """
 
 from collections.abc import Sequence
@@ -34,6 +34,6 @@ def check_where(method: str, stage: Stage, layers: Sequence[Any], at: int) -> No
     if lacking:
         can = [str(index) for index in range(1, len(layers)) if not _lacking(stage, layers, index)]
         raise NotImplementedError(
-            f"prune_visual_tokens: {method} reads {' and '.join(lacking)}, which has linear attention; in this model "
-            f"it can choose in front of {'layer ' + ', '.join(can) if can else 'no layer'}"
+            f"prune_visual_tokens: {method} reads {' and '.join(lacking)}, which has a state in its place; in this "
+            f"model it can choose in front of {'layer ' + ', '.join(can) if can else 'no layer'}"
         )

@@ -1,29 +1,17 @@
 """PaliGemma and Gemma 3: images of one size by SigLIP; the tokens of an image, or all of a prompt, see each other."""
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from ..families import WINDOW_LAYERS, WINDOWS, Family, Inputs, Model, Saliency
-from ..layout import Layout, grid_patches
-from .images import grids_of, layout_of_images, sizes_seen, values_of_images
+from ..layout import Layout
+from .images import equal_grids, grid_layout, sizes_seen, values_of_run
 from .towers import attention_in, tower_scores, window_means
-
-
-def pali_layout(core: Model, inputs: Inputs, counts: list[int]) -> Layout:
-    images = [[grid_patches(height, width, 0)] for height, width in grids_of(core, inputs)]
-    return layout_of_images({core.config.image_token_id: images}, inputs, counts)
-
-
-def pali_saliency(core: Model, inputs: Inputs, counts: list[int], seen: list[Any]) -> Tensor:
-    return values_of_images({core.config.image_token_id: list(seen[-1])}, inputs, counts)
 
 
 def pooled_layout(core: Model, inputs: Inputs, counts: list[int]) -> Layout:
     """An image is as many tokens whatever its size, and so is each crop of pan and scan, an image of its own here."""
     side = core.multi_modal_projector.tokens_per_side
-    images = [[grid_patches(side, side, 0)] for _ in grids_of(core, inputs)]
-    return layout_of_images({core.config.image_token_id: images}, inputs, counts)
+    return equal_grids(counts, side, side)
 
 
 def pooled_scores(core: Model, query: Tensor, key: Tensor, scale: float, keywords: Inputs) -> Tensor:
@@ -40,9 +28,9 @@ FAMILIES = (
     Family(
         name="PaliGemma",
         model_types=("paligemma",),
-        layout=pali_layout,
+        layout=grid_layout,
         grid="a grid per image",
-        saliency=Saliency("mean attention received in the last layer", last_attention, tower_scores, pali_saliency),
+        saliency=Saliency("mean attention received in the last layer", last_attention, tower_scores, values_of_run),
         watched={"get_image_features": sizes_seen},
         prefix="token_type_ids",
         layer_types=WINDOWS,
@@ -55,9 +43,8 @@ FAMILIES = (
         grid="a grid per image, of `mm_tokens_per_image`; each crop of pan and scan is an image",
         saliency=Saliency(
             "mean attention received in the last layer, averaged like the features",
-            last_attention, pooled_scores, pali_saliency,
+            last_attention, pooled_scores, values_of_run,
         ),
-        watched={"get_image_features": sizes_seen},
         layer_types=WINDOWS,
         cache_layers=WINDOW_LAYERS,
     ),

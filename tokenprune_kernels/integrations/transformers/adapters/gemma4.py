@@ -1,12 +1,12 @@
 """Gemma 4: images and frames of any size, whose tokens are means of patches; layers may share keys and values."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import cache_utils
 
-from ..families import WINDOW_LAYERS, WINDOWS, Family, Inputs, Model, Saliency
+from ..families import SHARING_LAYERS, WINDOWS, Family, Inputs, Model, Saliency
 from ..layout import Layout, grid_patches
 from .images import encoded_with, layout_of_images, values_of_images
 from .towers import attended, attention_in, received_attention
@@ -17,7 +17,7 @@ IMAGES, VIDEOS = "get_image_features", "get_video_features"
 def places_seen(arguments: dict[str, Any]) -> Tensor:
     """[images or frames, patches, 2]: column and row of each patch, -1 for padding."""
     places: Tensor = arguments["image_position_ids" if "image_position_ids" in arguments else "video_position_ids"]
-    return places.detach()
+    return places.detach().flatten(0, -3)  # [videos, frames, patches, 2] until transformers 5.20 or so
 
 
 def _places(core: Model, inputs: Inputs) -> list[tuple[int, Tensor]]:
@@ -27,9 +27,14 @@ def _places(core: Model, inputs: Inputs) -> list[tuple[int, Tensor]]:
     return [(kind, seen) for kind, seen in zip(ids, (images, videos), strict=True) if seen is not None]
 
 
+def _kernel(core: Model) -> int:
+    """How many patches along a side are a token; without a tower, pixels are projected to tokens."""
+    return int(core.config.vision_config.pooling_kernel_size) if hasattr(core, "vision_tower") else 1
+
+
 def _grids(core: Model, places: Tensor) -> list[tuple[int, int]]:
     """Height and width of each image or frame, in tokens."""
-    size = (places.amax(1) + 1) // core.config.vision_config.pooling_kernel_size
+    size = (places.amax(1) + 1) // _kernel(core)
     return [(height, width) for width, height in size.tolist()]
 
 
@@ -54,7 +59,7 @@ def saliency(core: Model, inputs: Inputs, counts: list[int], seen: list[Any]) ->
 
 def _scores(core: Model, scale: float, query: Tensor, key: Tensor, places: Tensor, grid: tuple[int, int]) -> Tensor:
     """[tokens] of one image, whose queries and keys are [H, patches, D] with padding behind them."""
-    kernel = core.config.vision_config.pooling_kernel_size
+    kernel = _kernel(core)
     real = (places >= 0).all(1).nonzero().squeeze(1)
     query, key = query[:, real].unsqueeze(0), key[:, real].unsqueeze(0)
     received = received_attention(query, key, scale, [len(real)])
@@ -65,22 +70,26 @@ def _scores(core: Model, scale: float, query: Tensor, key: Tensor, places: Tenso
     return pooled
 
 
-FAMILIES = (
-    Family(
-        name="Gemma 4",
-        model_types=("gemma4",),
-        layout=layout,
-        grid="a grid per image or frame, of `image_position_ids`, `video_position_ids`, after the pooling",
-        saliency=Saliency(
-            "mean attention received in the last layer, averaged like the features",
-            lambda core: attention_in(core.vision_tower, -1), attended, saliency,
-        ),
-        visual_tokens=("image_token_id", "video_token_id"),
-        encoders=(IMAGES, VIDEOS),
-        watched={IMAGES: places_seen, VIDEOS: places_seen},
-        layer_inputs=("per_layer_input",),
-        layer_types=WINDOWS,
-        # Layers that reuse keys and values of others have none of their own.
-        cache_layers=(*WINDOW_LAYERS, getattr(cache_utils, "DummyLayer", cache_utils.DynamicLayer)),
+_GEMMA4 = Family(
+    name="Gemma 4",
+    model_types=("gemma4",),
+    layout=layout,
+    grid="a grid per image or frame, of `image_position_ids`, `video_position_ids`, after the pooling",
+    saliency=Saliency(
+        "mean attention received in the last layer, averaged like the features",
+        lambda core: attention_in(core.vision_tower, -1), attended, saliency,
     ),
+    visual_tokens=("image_token_id", "video_token_id"),
+    encoders=(IMAGES, VIDEOS),
+    watched={IMAGES: places_seen, VIDEOS: places_seen},
+    layer_inputs=("per_layer_input",),
+    layer_types=WINDOWS,
+    cache_layers=SHARING_LAYERS,
 )  # fmt: skip
+
+_UNIFIED = replace(
+    _GEMMA4, name="Gemma 4 without a tower", model_types=("gemma4_unified",), saliency=None,
+    grid="a grid per image or frame, of `image_position_ids`, `video_position_ids`",
+)  # fmt: skip
+
+FAMILIES = (_GEMMA4, _UNIFIED)

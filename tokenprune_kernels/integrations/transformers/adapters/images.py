@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..families import Inputs, Model
-from ..layout import Layout, Patches, layout_of
+from ..layout import Layout, Patches, grid_patches, layout_of
 
 
 def encoded_with(inputs: Inputs, *methods: str) -> list[Any]:
@@ -88,6 +88,23 @@ def layout_of_images(images: dict[int, list[list[Patches]]], inputs: Inputs, cou
     return layout_of(samples, max(counts, default=0))
 
 
+def grid_layout(core: Model, inputs: Inputs, counts: list[int]) -> Layout:
+    """A grid of patches per image."""
+    images = [[grid_patches(height, width, 0)] for height, width in grids_of(core, inputs)]
+    return layout_of_images({core.config.image_token_id: images}, inputs, counts)
+
+
+def equal_grids(counts: list[int], height: int, width: int) -> Layout:
+    """Images of height x width tokens each, as many as a sample has; tiles of an image are images of their own."""
+    each = height * width
+    if any(count % each for count in counts):
+        raise ValueError(
+            f"prune_visual_tokens: {', '.join(map(str, counts))} visual tokens in the samples are not images of {each}"
+        )
+    samples = [[grid_patches(height, width, image) for image in range(count // each)] for count in counts]
+    return layout_of(samples, max(counts, default=0))
+
+
 def values_of_images(values: Mapping[int, Sequence[Tensor]], inputs: Inputs, counts: list[int]) -> Tensor:
     """[B, V] float32 from a vector of one value per token for each image or video, 0 in the padding."""
     order, copies = prompt_order({kind: [len(v) for v in each] for kind, each in values.items()}, inputs, counts)
@@ -97,6 +114,11 @@ def values_of_images(values: Mapping[int, Sequence[Tensor]], inputs: Inputs, cou
         row = torch.cat([values[kind][number] for kind, number in sample] or [torch.zeros(0)]).float()
         rows += [torch.nn.functional.pad(row, (0, most - len(row)))] * copies
     return torch.stack([row.to(rows[0].device) for row in rows])
+
+
+def values_of_run(core: Model, inputs: Inputs, counts: list[int], seen: list[Any]) -> Tensor:
+    """Of the last run of a tower over all images of a prompt: [images, tokens]."""
+    return values_of_images({core.config.image_token_id: list(seen[-1])}, inputs, counts)
 
 
 def beam_copies(shown: int, counts: list[int]) -> int:

@@ -1,4 +1,5 @@
-"""InternVL3: tiles of an image and a thumbnail of all of it, each pixel-shuffled; a tower with a class token."""
+"""InternVL3 and Qianfan-OCR: tiles of an image and a thumbnail of all of it, each pixel-shuffled; a tower with a class
+token."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -106,7 +107,7 @@ def saliency(core: Model, inputs: Inputs, counts: list[int], seen: list[Any]) ->
 FAMILIES = (
     Family(
         name="InternVL3",
-        model_types=("internvl",),
+        model_types=("internvl", "qianfan_ocr"),
         layout=layout,
         grid="tiles and a thumbnail, after the pixel shuffle",
         saliency=Saliency("class token's row, mean of each 2 x 2 block", attention_of, shuffled_scores, saliency),

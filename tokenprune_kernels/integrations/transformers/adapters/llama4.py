@@ -8,8 +8,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..attention import base_of
 from ..families import Family, Inputs, Model, Saliency
-from ..layout import Layout, grid_patches
-from .images import by_sample, encoded_with, layout_of_images
+from ..layout import Layout
+from .images import by_sample, equal_grids
 from .towers import mean_attention, window_means
 
 
@@ -27,10 +27,8 @@ def _block(core: Model) -> int:
 
 def layout(core: Model, inputs: Inputs, counts: list[int]) -> Layout:
     """Each tile is a group and an image of its own: how the processor has cut an image is not told."""
-    (tiles,) = encoded_with(inputs, "get_image_features")
     side = _side(core) // _block(core)
-    images = [[grid_patches(side, side, 0)] for _ in range(tiles)]
-    return layout_of_images({core.config.image_token_id: images}, inputs, counts)
+    return equal_grids(counts, side, side)
 
 
 def attention_of(core: Model) -> nn.Module:
@@ -63,7 +61,6 @@ FAMILIES = (
         saliency=Saliency(
             "class token's row in the last layer, mean of each 2 x 2 block", attention_of, class_scores, saliency
         ),
-        watched={"get_image_features": lambda arguments: len(arguments["pixel_values"])},
         layer_types=frozenset({"full_attention", "chunked_attention"}),
         cache_layers=(DynamicLayer, DynamicSlidingWindowLayer),
         counted_to=counted_to,

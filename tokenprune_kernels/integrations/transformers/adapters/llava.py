@@ -9,15 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..families import Family, Inputs, Model, Saliency
-from ..layout import Layout, grid_patches
-from .images import grids_of, layout_of_images, sizes_seen, values_of_images
+from ..layout import Layout
+from .images import grid_layout, grids_of, sizes_seen, values_of_images
 from .towers import attended, attention_in, attention_of, check_grid, patch_scores, received_attention
 
 
 def layout(core: Model, inputs: Inputs, counts: list[int]) -> Layout:
     check_grid(core)
-    images = [[grid_patches(height, width, 0)] for height, width in grids_of(core, inputs)]
-    return layout_of_images({core.config.image_token_id: images}, inputs, counts)
+    return grid_layout(core, inputs, counts)
 
 
 def saliency(core: Model, inputs: Inputs, counts: list[int], seen: list[Any]) -> Tensor:

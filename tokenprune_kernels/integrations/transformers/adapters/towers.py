@@ -22,7 +22,7 @@ def attention_of(core: Model) -> nn.Module:
 def attention_in(tower: Model, chosen: int | Sequence[int]) -> nn.Module:
     """The attention of the layer that gives hidden_states[chosen] of a tower; of several, of the deepest."""
     body = _body(tower)
-    stack = getattr(body, "encoder", None) or getattr(body, "transformer", None)
+    stack = getattr(body, "encoder", None) or getattr(body, "transformer", None) or body
     layers: Any = getattr(stack, "layers", None) or getattr(stack, "layer", None)
     if layers is not None:
         depth = len(layers)
