@@ -40,7 +40,6 @@ Tensor run_attention_columns(const char* op, const AttentionInputs& inputs, cons
                   heads,
                   every_row,
                   last_only,
-                  !(p.cosine && p.vectors() > 0) && (rows == nullptr || rows->plan.blocks == 0),
                   0,
                   0,
                   0,
@@ -57,7 +56,6 @@ Tensor run_attention_columns(const char* op, const AttentionInputs& inputs, cons
       for (int r = 0; r < c.kind_count; ++r)
         c.kinds |= static_cast<uint64_t>(reductions.rows[c.first_kind + r]) << 2 * r;
       status = launch_attention_columns<T>(c, plan, cuda.stream());
-      c.first_launch = false;
     }
     return status;
   });

@@ -3,6 +3,6 @@
 
 namespace tokenprune {
 
-template cudaError_t launch_attention_columns<__nv_bfloat16>(const ColumnProblem&, const ColumnPlan&, cudaStream_t);
+template cudaError_t launch_attention_columns<__nv_bfloat16>(const ColumnProblem&, const ColumnPlan&, CallStream&);
 
 }  // namespace tokenprune

@@ -3,6 +3,6 @@
 
 namespace tokenprune {
 
-template cudaError_t launch_attention_columns<float>(const ColumnProblem&, const ColumnPlan&, cudaStream_t);
+template cudaError_t launch_attention_columns<float>(const ColumnProblem&, const ColumnPlan&, CallStream&);
 
 }  // namespace tokenprune

@@ -3,6 +3,6 @@
 
 namespace tokenprune {
 
-template cudaError_t launch_attention_columns<__half>(const ColumnProblem&, const ColumnPlan&, cudaStream_t);
+template cudaError_t launch_attention_columns<__half>(const ColumnProblem&, const ColumnPlan&, CallStream&);
 
 }  // namespace tokenprune

@@ -3,8 +3,8 @@
 
 namespace tokenprune {
 
-template cudaError_t launch_attention_every_row<float>(const ColumnProblem&, const ColumnPlan&, cudaStream_t);
-template cudaError_t launch_attention_every_row<__half>(const ColumnProblem&, const ColumnPlan&, cudaStream_t);
-template cudaError_t launch_attention_every_row<__nv_bfloat16>(const ColumnProblem&, const ColumnPlan&, cudaStream_t);
+template cudaError_t launch_attention_every_row<float>(const ColumnProblem&, const ColumnPlan&, CallStream&);
+template cudaError_t launch_attention_every_row<__half>(const ColumnProblem&, const ColumnPlan&, CallStream&);
+template cudaError_t launch_attention_every_row<__nv_bfloat16>(const ColumnProblem&, const ColumnPlan&, CallStream&);
 
 }  // namespace tokenprune

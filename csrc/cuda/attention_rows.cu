@@ -4,15 +4,15 @@
 
 namespace tokenprune {
 
-template cudaError_t launch_attention_norms<float>(const AttentionProblem&, cudaStream_t);
-template cudaError_t launch_attention_norms<__half>(const AttentionProblem&, cudaStream_t);
-template cudaError_t launch_attention_norms<__nv_bfloat16>(const AttentionProblem&, cudaStream_t);
+template cudaError_t launch_attention_norms<float>(const AttentionProblem&, CallStream&);
+template cudaError_t launch_attention_norms<__half>(const AttentionProblem&, CallStream&);
+template cudaError_t launch_attention_norms<__nv_bfloat16>(const AttentionProblem&, CallStream&);
 
 template cudaError_t launch_attention_rows<float>(const AttentionProblem&, const AttentionRowPlan&,
-                                                  const AttentionRowOutputs&, cudaStream_t);
+                                                  const AttentionRowOutputs&, CallStream&);
 template cudaError_t launch_attention_rows<__half>(const AttentionProblem&, const AttentionRowPlan&,
-                                                   const AttentionRowOutputs&, cudaStream_t);
+                                                   const AttentionRowOutputs&, CallStream&);
 template cudaError_t launch_attention_rows<__nv_bfloat16>(const AttentionProblem&, const AttentionRowPlan&,
-                                                          const AttentionRowOutputs&, cudaStream_t);
+                                                          const AttentionRowOutputs&, CallStream&);
 
 }  // namespace tokenprune

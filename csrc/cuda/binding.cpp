@@ -84,12 +84,12 @@ int current_device() {
 }  // namespace
 
 #if defined(TOKENPRUNE_EMULATOR)
-CudaScope::CudaScope(const Tensor&) : stream_(nullptr), limits_(limits_of(current_device())) {}
+CudaScope::CudaScope(const Tensor&) : limits_(limits_of(current_device())), stream_{nullptr, limits_.has_clusters()} {}
 #else
 CudaScope::CudaScope(const Tensor& t)
     : guard_(t.get_device_index()),
-      stream_(current_stream(t.get_device_index())),
-      limits_(limits_of(t.get_device_index())) {}
+      limits_(limits_of(t.get_device_index())),
+      stream_{current_stream(t.get_device_index()), limits_.has_clusters()} {}
 #endif
 
 #if !defined(TOKENPRUNE_EMULATOR)
@@ -97,8 +97,8 @@ namespace {
 
 void fill_bytes(const Tensor& t, int byte) {
   const CudaScope cuda(t);
-  check_launch("new_empty", cudaMemsetAsync(t.mutable_data_ptr(), byte, t.numel() * t.element_size(), cuda.stream()),
-               {});
+  check_launch("new_empty",
+               cudaMemsetAsync(t.mutable_data_ptr(), byte, t.numel() * t.element_size(), cuda.stream().handle), {});
 }
 
 [[maybe_unused]] const bool told = (fill_cuda_bytes = fill_bytes, cuda_runtime_version = CUDART_VERSION, true);

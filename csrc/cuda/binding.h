@@ -11,6 +11,7 @@
 
 #include "checks.h"
 #include "op.h"
+#include "tokenprune/call_stream.h"
 #include "tokenprune/limits.h"
 
 // The emulator (emulator/) compiles the same bindings for CPU tensors, as torch.ops.tokenprune_emulated.
@@ -22,19 +23,20 @@
 
 namespace tokenprune {
 
-// Makes the device of a tensor current for the life of this object, and knows its current stream and its limits.
+// Makes the device of a tensor current for the life of this object, which is that of one call, and knows its current
+// stream and its limits.
 class CudaScope {
  public:
   explicit CudaScope(const Tensor& t);
-  cudaStream_t stream() const { return stream_; }
+  CallStream& stream() const { return stream_; }
   const DeviceLimits& limits() const { return limits_; }
 
  private:
 #if !defined(TOKENPRUNE_EMULATOR)
   torch::stable::accelerator::DeviceGuard guard_;
 #endif
-  cudaStream_t stream_;
   DeviceLimits limits_;
+  mutable CallStream stream_;  // knows what has been launched
 };
 
 struct NamedTensor {

@@ -3,7 +3,7 @@
 
 namespace tokenprune {
 
-cudaError_t launch_gather_compact(const std::vector<CompactTable>& tables, cudaStream_t stream) {
+cudaError_t launch_gather_compact(const std::vector<CompactTable>& tables, CallStream& stream) {
   for (const CompactTable& table : tables) {
     const cudaError_t status =
         launch({dim3(table.blocks), dim3(kCompactThreads), 0, stream}, gather_compact_kernel, table);
@@ -12,7 +12,7 @@ cudaError_t launch_gather_compact(const std::vector<CompactTable>& tables, cudaS
   return cudaSuccess;
 }
 
-cudaError_t launch_invert_indices(const InvertProblem& p, const DeviceLimits& limits, cudaStream_t stream) {
+cudaError_t launch_invert_indices(const InvertProblem& p, const DeviceLimits& limits, CallStream& stream) {
   const int64_t items = p.batch * ceil_div<int64_t>(p.size, kInvertTokens);
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(items, int64_t(limits.sm_count) * 8));
   return launch({dim3(blocks), dim3(kInvertThreads), 0, stream}, invert_indices_kernel, p);

@@ -3,8 +3,8 @@
 
 namespace tokenprune {
 
-template cudaError_t launch_coverage<float>(const CoverageProblem&, const CoveragePlan&, float*, cudaStream_t);
-template cudaError_t launch_coverage<__half>(const CoverageProblem&, const CoveragePlan&, float*, cudaStream_t);
-template cudaError_t launch_coverage<__nv_bfloat16>(const CoverageProblem&, const CoveragePlan&, float*, cudaStream_t);
+template cudaError_t launch_coverage<float>(const CoverageProblem&, const CoveragePlan&, float*, CallStream&);
+template cudaError_t launch_coverage<__half>(const CoverageProblem&, const CoveragePlan&, float*, CallStream&);
+template cudaError_t launch_coverage<__nv_bfloat16>(const CoverageProblem&, const CoveragePlan&, float*, CallStream&);
 
 }  // namespace tokenprune

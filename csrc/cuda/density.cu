@@ -3,8 +3,8 @@
 
 namespace tokenprune {
 
-template cudaError_t launch_density<float>(const DensityProblem&, const DensityPlan&, float*, cudaStream_t);
-template cudaError_t launch_density<__half>(const DensityProblem&, const DensityPlan&, float*, cudaStream_t);
-template cudaError_t launch_density<__nv_bfloat16>(const DensityProblem&, const DensityPlan&, float*, cudaStream_t);
+template cudaError_t launch_density<float>(const DensityProblem&, const DensityPlan&, float*, CallStream&);
+template cudaError_t launch_density<__half>(const DensityProblem&, const DensityPlan&, float*, CallStream&);
+template cudaError_t launch_density<__nv_bfloat16>(const DensityProblem&, const DensityPlan&, float*, CallStream&);
 
 }  // namespace tokenprune

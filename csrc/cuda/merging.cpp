@@ -2,6 +2,7 @@
 #include "tokenprune/merging.h"
 
 #include <tuple>
+#include <vector>
 
 #include "cuda/binding.h"
 
@@ -11,13 +12,21 @@ namespace {
 
 constexpr const char* kOp = "merge_tokens";
 
-Tensor assign(const Tensor& keys_in, const Tensor& targets_in, const OptionalTensor& mask_in,
-              std::optional<double> threshold, bool euclidean, bool include_targets, const CudaScope& cuda) {
+// Who joins which target, launched and not checked yet: the means depend on these launches, and what they read lives until
+// the last one is checked.
+struct Assignment {
+  Tensor joined;  // [batch, n]
+  cudaError_t status;
+  std::vector<Tensor> read;
+};
+
+Assignment assign(const Tensor& keys_in, const Tensor& targets_in, const OptionalTensor& mask_in,
+                  std::optional<double> threshold, bool euclidean, bool include_targets, const CudaScope& cuda) {
   const Tensor keys = with_contiguous_rows(keys_in), targets = with_contiguous_rows(targets_in);
   const MaskArgument mask(mask_in);
   const int64_t batch = keys.size(0), n = keys.size(1), channels = keys.size(2);
   Tensor assignment = new_empty(keys, {batch, n}, ScalarType::Long);
-  if (batch * n == 0) return assignment;
+  if (batch * n == 0) return {assignment, cudaSuccess, {}};
   Tensor norms = new_empty(keys, {batch, n}, ScalarType::Float);
   const float limit = static_cast<float>(threshold.value_or(0));
   const AssignProblem problem{keys.const_data_ptr(),
@@ -41,18 +50,18 @@ Tensor assign(const Tensor& keys_in, const Tensor& targets_in, const OptionalTen
   const AssignPlan plan = plan_assign(batch, n, channels, cuda.limits());
   const cudaError_t status = dispatch_storage(
       keys, [&](auto tag) { return launch_assign<typename decltype(tag)::type>(problem, plan, cuda.stream()); });
-  check_launch(kOp, status, {{"keys", keys}, {"targets", targets}});
-  return assignment;
+  Assignment result{assignment, status, {keys, targets, norms}};
+  if (mask.tensor) result.read.push_back(*mask.tensor);
+  return result;
 }
 
-Tensor copy_assignment(const Tensor& given_in, int64_t slots, const CudaScope& cuda) {
+Assignment copy_assignment(const Tensor& given_in, int64_t slots, const CudaScope& cuda) {
   const Tensor given = with_contiguous_rows(given_in);
   const int64_t batch = given.size(0), n = given.size(1);
   Tensor assignment = new_empty(given, {batch, n}, ScalarType::Long);
   const cudaError_t status = launch_copy_assignment(given.const_data_ptr<int64_t>(), given.stride(0), batch, n, slots,
                                                     assignment.mutable_data_ptr<int64_t>(), cuda.stream());
-  check_launch(kOp, status, {{"assignment", given}});
-  return assignment;
+  return {assignment, status, {given}};
 }
 
 std::tuple<Tensor, Tensor, Tensor> merge_tokens(const Tensor& values_in, const Tensor& targets,
@@ -72,8 +81,9 @@ std::tuple<Tensor, Tensor, Tensor> merge_tokens(const Tensor& values_in, const T
   const CudaScope cuda(values_in);
   const Tensor values = with_contiguous_rows(values_in);
   const OptionalTensor weights = contiguous_floats(kOp, "weights", weights_in);
-  Tensor assignment = given ? copy_assignment(*given, slots, cuda)
-                            : assign(keys ? *keys : values, targets, mask, threshold, euclidean, include_targets, cuda);
+  const Assignment assignment =
+      given ? copy_assignment(*given, slots, cuda)
+            : assign(keys ? *keys : values, targets, mask, threshold, euclidean, include_targets, cuda);
   Tensor merged = new_empty(values, {batch, slots, values.size(2)}, values.scalar_type());
   Tensor sizes = new_empty(values, {batch, slots}, ScalarType::Float);
   const bool aligned = rows_start_aligned(values) && values.size(2) * values.element_size() % 16 == 0;
@@ -82,17 +92,19 @@ std::tuple<Tensor, Tensor, Tensor> merge_tokens(const Tensor& values_in, const T
                             values.stride(1),
                             aligned,
                             weights ? weights->const_data_ptr<float>() : nullptr,
-                            assignment.const_data_ptr<int64_t>(),
+                            assignment.joined.const_data_ptr<int64_t>(),
                             batch,
                             n,
                             values.size(2),
                             slots,
                             merged.mutable_data_ptr(),
                             sizes.mutable_data_ptr<float>()};
-  const cudaError_t status = dispatch_storage(
-      values, [&](auto tag) { return launch_means<typename decltype(tag)::type>(problem, cuda.stream()); });
+  cudaError_t status = assignment.status;
+  if (status == cudaSuccess)
+    status = dispatch_storage(
+        values, [&](auto tag) { return launch_means<typename decltype(tag)::type>(problem, cuda.stream()); });
   check_launch(kOp, status, {{"values", values}, {"targets", targets}});
-  return {merged, sizes, assignment};
+  return {merged, sizes, assignment.joined};
 }
 
 }  // namespace

@@ -3,8 +3,8 @@
 
 namespace tokenprune {
 
-template cudaError_t launch_spatial_semantic_nms<float>(const NmsProblem&, const NmsPlan&, cudaStream_t);
-template cudaError_t launch_spatial_semantic_nms<__half>(const NmsProblem&, const NmsPlan&, cudaStream_t);
-template cudaError_t launch_spatial_semantic_nms<__nv_bfloat16>(const NmsProblem&, const NmsPlan&, cudaStream_t);
+template cudaError_t launch_spatial_semantic_nms<float>(const NmsProblem&, const NmsPlan&, CallStream&);
+template cudaError_t launch_spatial_semantic_nms<__half>(const NmsProblem&, const NmsPlan&, CallStream&);
+template cudaError_t launch_spatial_semantic_nms<__nv_bfloat16>(const NmsProblem&, const NmsPlan&, CallStream&);
 
 }  // namespace tokenprune

@@ -4,15 +4,15 @@
 namespace tokenprune {
 
 template cudaError_t launch_repulsion<float>(const RepulsionProblem&, const RepulsionPlan&, float*, uint32_t*,
-                                             cudaStream_t);
+                                             CallStream&);
 template cudaError_t launch_repulsion<__half>(const RepulsionProblem&, const RepulsionPlan&, float*, uint32_t*,
-                                              cudaStream_t);
+                                              CallStream&);
 template cudaError_t launch_repulsion<__nv_bfloat16>(const RepulsionProblem&, const RepulsionPlan&, float*, uint32_t*,
-                                                     cudaStream_t);
+                                                     CallStream&);
 
-template cudaError_t launch_gram<float>(const RepulsionProblem&, const RepulsionPlan&, float*, float*, cudaStream_t);
-template cudaError_t launch_gram<__half>(const RepulsionProblem&, const RepulsionPlan&, float*, float*, cudaStream_t);
+template cudaError_t launch_gram<float>(const RepulsionProblem&, const RepulsionPlan&, float*, float*, CallStream&);
+template cudaError_t launch_gram<__half>(const RepulsionProblem&, const RepulsionPlan&, float*, float*, CallStream&);
 template cudaError_t launch_gram<__nv_bfloat16>(const RepulsionProblem&, const RepulsionPlan&, float*, float*,
-                                                cudaStream_t);
+                                                CallStream&);
 
 }  // namespace tokenprune

@@ -4,12 +4,12 @@
 
 namespace tokenprune {
 
-template cudaError_t launch_similarity<float>(const SimilarityProblem&, const SimilarityPlan&, cudaStream_t);
-template cudaError_t launch_similarity<__half>(const SimilarityProblem&, const SimilarityPlan&, cudaStream_t);
-template cudaError_t launch_similarity<__nv_bfloat16>(const SimilarityProblem&, const SimilarityPlan&, cudaStream_t);
+template cudaError_t launch_similarity<float>(const SimilarityProblem&, const SimilarityPlan&, CallStream&);
+template cudaError_t launch_similarity<__half>(const SimilarityProblem&, const SimilarityPlan&, CallStream&);
+template cudaError_t launch_similarity<__nv_bfloat16>(const SimilarityProblem&, const SimilarityPlan&, CallStream&);
 
-template cudaError_t launch_paired_cosine<float>(const PairedProblem&, const PairedPlan&, cudaStream_t);
-template cudaError_t launch_paired_cosine<__half>(const PairedProblem&, const PairedPlan&, cudaStream_t);
-template cudaError_t launch_paired_cosine<__nv_bfloat16>(const PairedProblem&, const PairedPlan&, cudaStream_t);
+template cudaError_t launch_paired_cosine<float>(const PairedProblem&, const PairedPlan&, CallStream&);
+template cudaError_t launch_paired_cosine<__half>(const PairedProblem&, const PairedPlan&, CallStream&);
+template cudaError_t launch_paired_cosine<__nv_bfloat16>(const PairedProblem&, const PairedPlan&, CallStream&);
 
 }  // namespace tokenprune

@@ -61,16 +61,17 @@ cudaError_t run_kernel(const std::string& name, dim3 grid, dim3 block, size_t sh
                        bool cooperative, const Arguments& arguments) {
   const auto found = kernels().find(name);
   if (found == kernels().end()) throw std::invalid_argument("no kernel is named " + name);
+  tokenprune::CallStream stream{nullptr, false};
   const cudaError_t status =
-      tokenprune::launch({grid, block, shared, nullptr, cluster, cooperative}, found->second, arguments);
+      tokenprune::launch({grid, block, shared, stream, cluster, cooperative}, found->second, arguments);
   tokenprune::emulator::finish_launches();
   return status;
 }
 
 cudaError_t run_dependent(unsigned followers, const Arguments& arguments) {
-  tokenprune::Launch where{1, tokenprune::kWarp, 0, nullptr};
+  tokenprune::CallStream stream{nullptr, true};
+  const tokenprune::Launch where{1, tokenprune::kWarp, 0, stream};
   cudaError_t status = tokenprune::launch(where, broken::lead, arguments);
-  where.dependent = true;
   for (unsigned i = 0; i < followers && status == cudaSuccess; ++i)
     status = tokenprune::launch(where, broken::follow, arguments);
   tokenprune::emulator::finish_launches();

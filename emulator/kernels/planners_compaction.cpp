@@ -66,8 +66,9 @@ void bind_compaction_planner(py::module_& m) {
   });
   m.def("run_compact", [](const std::vector<Input>& inputs, uintptr_t indices, const std::vector<int64_t>& strides,
                           int64_t kept, const DeviceLimits& limits, int64_t max_vectors) {
-    const cudaError_t status =
-        launch_gather_compact(plan(inputs, indices, strides, kept, limits, max_vectors), nullptr);
+    // Pieces of a few vectors are hundreds of launches: too many to wait for each other.
+    CallStream stream{nullptr, false};
+    const cudaError_t status = launch_gather_compact(plan(inputs, indices, strides, kept, limits, max_vectors), stream);
     emulator::finish_launches();
     return static_cast<int>(status);
   });

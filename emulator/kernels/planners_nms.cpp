@@ -40,13 +40,14 @@ cudaError_t run(const Inputs& in, const NmsSuppression& by, const NmsPlan& plan,
                            reinterpret_cast<int64_t*>(out.indices),
                            reinterpret_cast<float*>(out.selected),
                            reinterpret_cast<int64_t*>(out.counts)};
+  CallStream stream{nullptr, emulator::settings().architecture >= 90};
   switch (type) {
     case FloatType::kFloat16:
-      return launch_spatial_semantic_nms<__half>(problem, plan, nullptr);
+      return launch_spatial_semantic_nms<__half>(problem, plan, stream);
     case FloatType::kBfloat16:
-      return launch_spatial_semantic_nms<__nv_bfloat16>(problem, plan, nullptr);
+      return launch_spatial_semantic_nms<__nv_bfloat16>(problem, plan, stream);
     default:
-      return launch_spatial_semantic_nms<float>(problem, plan, nullptr);
+      return launch_spatial_semantic_nms<float>(problem, plan, stream);
   }
 }
 
@@ -59,7 +60,6 @@ void bind_nms_planner(py::module_& m) {
   py::class_<NmsSuppression>(m, "NmsSuppression").def(py::init(&nms_suppression));
   py::class_<NmsPlan>(m, "NmsPlan")
       .def_readwrite("steps", &NmsPlan::steps)
-      .def_readwrite("overlap", &NmsPlan::overlap)
       .def_readwrite("weight_blocks", &NmsPlan::weight_blocks)
       .def_readwrite("capacity", &NmsPlan::capacity)
       .def_readwrite("splits", &NmsPlan::splits)

@@ -13,7 +13,6 @@ void bind_similarity_planner(py::module_& m) {
       .def_readonly("tiles", &SimilarityPlan::tiles)
       .def_readonly("rows_per_warp", &SimilarityPlan::rows_per_warp)
       .def_readonly("cluster", &SimilarityPlan::cluster)
-      .def_readonly("overlap", &SimilarityPlan::overlap)
       .def_readonly("teams", &SimilarityPlan::teams)
       .def_readonly("blocks", &SimilarityPlan::blocks)
       .def_readonly("groups", &SimilarityPlan::groups)

@@ -177,7 +177,6 @@ def run_plan(given: dict[str, Tensor], k: int, changes: dict[str, Any], **option
 
 PLANS = {
     "lists": {},
-    "lists, launches that overlap": {"overlap": True},
     "no lists": {"capacity": 0},
     "nearly every list overflows": {"capacity": 1},
     "some lists overflow": {"capacity": 24},

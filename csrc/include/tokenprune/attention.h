@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "tokenprune/call_stream.h"
 #include "tokenprune/limits.h"
 #include "tokenprune/macros.h"
 
@@ -87,7 +88,6 @@ struct AttentionRowPlan {
   int splits, cluster;
   bool thin;  // at most kThinRows rows: the keys, not the rows, are spread over the warps
   bool resident;
-  bool overlap;       // a launch starts while the one in front of it ends
   int shared;         // bytes
   int64_t blocks;     // of the first launch
   int64_t workspace;  // floats
@@ -108,7 +108,6 @@ inline AttentionRowPlan plan_attention_rows(int64_t batch, int64_t key_heads, in
   plan.row_tiles = ceil_div<int64_t>(group_rows, kTileVectors);
   plan.thin = group_rows <= kThinRows;
   plan.resident = tile_resident(dim, element_size);
-  plan.overlap = limits.has_clusters();
   plan.shared = tile_shared_bytes(dim, element_size, plan.resident);
   const int64_t tiles = batch * key_heads * plan.row_tiles;
   plan.split_tiles = std::min(key_tiles, kMaxSplitTiles);
@@ -154,12 +153,12 @@ struct AttentionRowOutputs {
 // One launch, two when the plan splits the keys. Needs the inverse norms when p.cosine.
 template <class T>
 cudaError_t launch_attention_rows(const AttentionProblem& p, const AttentionRowPlan& plan,
-                                  const AttentionRowOutputs& out, cudaStream_t stream);
+                                  const AttentionRowOutputs& out, CallStream& stream);
 
 // --- inverse norms (attention_norms.cuh) ----------------------------------------------------------------------------
 
 // One launch for all vectors of both operands; none when there are none.
 template <class T>
-cudaError_t launch_attention_norms(const AttentionProblem& problem, cudaStream_t stream);
+cudaError_t launch_attention_norms(const AttentionProblem& problem, CallStream& stream);
 
 }  // namespace tokenprune

@@ -276,26 +276,24 @@ __global__ void __launch_bounds__(kTileThreads* kMaxTeams, 1)
   }
 }
 
-inline Launch column_launch(const ColumnProblem& c, const ColumnPlan& plan, cudaStream_t stream) {
-  return {dim3(static_cast<unsigned>(plan.blocks)), dim3(kTileThreads * plan.teams),
-          static_cast<size_t>(plan.shared),         stream,
-          static_cast<unsigned>(plan.cluster),      false,
-          plan.overlap && !c.first_launch};
+inline Launch column_launch(const ColumnPlan& plan, CallStream& stream) {
+  return {dim3(static_cast<unsigned>(plan.blocks)), dim3(kTileThreads * plan.teams), static_cast<size_t>(plan.shared),
+          stream, static_cast<unsigned>(plan.cluster)};
 }
 
 template <class T>
-cudaError_t launch_attention_columns(const ColumnProblem& c, const ColumnPlan& plan, cudaStream_t stream) {
+cudaError_t launch_attention_columns(const ColumnProblem& c, const ColumnPlan& plan, CallStream& stream) {
   const auto kernel = c.per_head()                   ? attention_columns_kernel<T, HeadOp::kNone>
                       : c.heads == ColumnHeads::kMax ? attention_columns_kernel<T, HeadOp::kMax>
                                                      : attention_columns_kernel<T, HeadOp::kSum>;
-  const cudaError_t status = launch(column_launch(c, plan, stream), kernel, c, plan);
+  const cudaError_t status = launch(column_launch(plan, stream), kernel, c, plan);
   if (status != cudaSuccess || plan.launches() < 2) return status;
   return launch_attention_columns_combine(c, plan, stream);
 }
 
 template <class T>
-cudaError_t launch_attention_every_row(const ColumnProblem& c, const ColumnPlan& plan, cudaStream_t stream) {
-  return launch(column_launch(c, plan, stream), attention_columns_kernel<T, HeadOp::kEveryRow>, c, plan);
+cudaError_t launch_attention_every_row(const ColumnProblem& c, const ColumnPlan& plan, CallStream& stream) {
+  return launch(column_launch(plan, stream), attention_columns_kernel<T, HeadOp::kEveryRow>, c, plan);
 }
 
 }  // namespace tokenprune

@@ -26,7 +26,6 @@ struct ColumnProblem {
   ColumnHeads heads;
   bool every_row;       // rows are not reduced: scores [batch, out_heads, rows, columns], and no kinds
   bool last_only;       // no row reduction but kLast: one row is computed
-  bool first_launch;    // of the call: lse and the inverse norms are there
   uint64_t kinds;       // kind r in bits 2 r and 2 r + 1
   int kind_count;       // of this launch,
   int64_t first_kind;   // which are kinds first_kind .. of
@@ -49,7 +48,6 @@ struct ColumnPlan {
   int group;              // query heads of a key head
   bool resident;          // the key tile of a key head stays in shared memory
   bool combine;           // a second launch combines the row parts
-  bool overlap;           // a launch starts while the one in front of it ends
   int64_t items, blocks;  // blocks is the grid; they loop over the items
   int ring, shared;       // bytes of a team's tiles and of the whole block
 
@@ -94,7 +92,6 @@ inline ColumnPlan plan_attention_columns(const ColumnShape& s, const DeviceLimit
   plan.key_tiles = ceil_div<int64_t>(s.columns, kTileVectors);
   plan.group = s.key_heads > 0 ? static_cast<int>(s.query_heads / s.key_heads) : 0;
   plan.cluster = plan.teams = 1;
-  plan.overlap = limits.has_clusters();
   plan.head_ranges = plan.row_parts = 1;
   const int64_t rows = s.last_only ? std::min<int64_t>(s.rows, 1) : s.rows;
   const int64_t tiles = s.every_row && rows == 0 ? 0 : s.batch * plan.key_tiles, wanted = 2 * int64_t(limits.sm_count);
@@ -146,13 +143,13 @@ inline ColumnPlan plan_attention_columns(const ColumnShape& s, const DeviceLimit
 
 // Launches the column pass, and the combination of row parts when there are several.
 template <class T>
-cudaError_t launch_attention_columns(const ColumnProblem& problem, const ColumnPlan& plan, cudaStream_t stream);
+cudaError_t launch_attention_columns(const ColumnProblem& problem, const ColumnPlan& plan, CallStream& stream);
 
 // The column pass of a problem with every_row: one launch.
 template <class T>
-cudaError_t launch_attention_every_row(const ColumnProblem& problem, const ColumnPlan& plan, cudaStream_t stream);
+cudaError_t launch_attention_every_row(const ColumnProblem& problem, const ColumnPlan& plan, CallStream& stream);
 
 // Its second launch.
-cudaError_t launch_attention_columns_combine(const ColumnProblem& problem, const ColumnPlan& plan, cudaStream_t stream);
+cudaError_t launch_attention_columns_combine(const ColumnProblem& problem, const ColumnPlan& plan, CallStream& stream);
 
 }  // namespace tokenprune

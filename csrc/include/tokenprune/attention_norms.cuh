@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kNormThreads) attention_norms_kernel(const Att
 }
 
 template <class T>
-cudaError_t launch_attention_norms(const AttentionProblem& p, cudaStream_t stream) {
+cudaError_t launch_attention_norms(const AttentionProblem& p, CallStream& stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(p.vectors(), kNormVectors)));
   return launch({grid, dim3(kNormThreads), 0, stream}, attention_norms_kernel<T>, p);
 }

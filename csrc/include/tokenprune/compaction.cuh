@@ -16,7 +16,7 @@
 #pragma once
 
 #include "tokenprune/compaction.h"
-#include "tokenprune/device.cuh"
+#include "tokenprune/ptx.cuh"
 
 namespace tokenprune {
 
@@ -62,6 +62,7 @@ __device__ __forceinline__ void copy_vectors(const CompactTable& table, const Co
 }
 
 __global__ void __launch_bounds__(kCompactThreads) gather_compact_kernel(const __grid_constant__ CompactTable table) {
+  let_next_launch_start();
   int low = 0;
   for (int high = table.groups; high - low > 1;) {  // the last group that begins at or before this block
     const int middle = (low + high) / 2;
@@ -75,16 +76,21 @@ __global__ void __launch_bounds__(kCompactThreads) gather_compact_kernel(const _
   const uint32_t end = min(begin + table.vectors_per_block, group.vectors);
   switch (group.width) {
     case 16:
-      return copy_vectors<uint4>(table, group, tensor, begin, end);
+      copy_vectors<uint4>(table, group, tensor, begin, end);
+      break;
     case 8:
-      return copy_vectors<uint2>(table, group, tensor, begin, end);
+      copy_vectors<uint2>(table, group, tensor, begin, end);
+      break;
     case 4:
-      return copy_vectors<uint32_t>(table, group, tensor, begin, end);
+      copy_vectors<uint32_t>(table, group, tensor, begin, end);
+      break;
     case 2:
-      return copy_vectors<uint16_t>(table, group, tensor, begin, end);
+      copy_vectors<uint16_t>(table, group, tensor, begin, end);
+      break;
     default:
-      return copy_vectors<uint8_t>(table, group, tensor, begin, end);
+      copy_vectors<uint8_t>(table, group, tensor, begin, end);
   }
+  wait_for_launch_before();  // at the end: the table before is of other tensors
 }
 
 constexpr int kInvertThreads = 256, kInvertTokens = 4096;

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "tokenprune/call_stream.h"
 #include "tokenprune/compaction_view.h"
 #include "tokenprune/limits.h"
 #include "tokenprune/macros.h"
@@ -215,7 +216,7 @@ inline void CompactPlanner::number_blocks(CompactTable& table, const DeviceLimit
   }
 }
 
-cudaError_t launch_gather_compact(const std::vector<CompactTable>& tables, cudaStream_t stream);
+cudaError_t launch_gather_compact(const std::vector<CompactTable>& tables, CallStream& stream);
 
 // slots[b, t] = the n with indices[b, n] = t, or -1: the gather with these indices is the gather's transpose.
 struct InvertProblem {
@@ -225,6 +226,6 @@ struct InvertProblem {
   int64_t batch, kept, size;
 };
 
-cudaError_t launch_invert_indices(const InvertProblem& problem, const DeviceLimits& limits, cudaStream_t stream);
+cudaError_t launch_invert_indices(const InvertProblem& problem, const DeviceLimits& limits, CallStream& stream);
 
 }  // namespace tokenprune

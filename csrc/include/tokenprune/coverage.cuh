@@ -34,6 +34,7 @@ template <class T>
 __global__ void __launch_bounds__(256) coverage_columns_kernel(const CoverageProblem p, const CoverageWorkspace w,
                                                                int64_t row_tiles, int64_t token_tiles) {
   TOKENPRUNE_SHARED(float[kCoverageTile][kCoverageTile + 1], tile);
+  let_next_launch_start();
   const int64_t block = blockIdx.x, sample = block / (row_tiles * token_tiles);
   const int64_t row0 = block / token_tiles % row_tiles * kCoverageTile, token0 = block % token_tiles * kCoverageTile;
   const T* from = static_cast<const T*>(p.similarity) + sample * p.batch_stride;
@@ -43,6 +44,7 @@ __global__ void __launch_bounds__(256) coverage_columns_kernel(const CoveragePro
     tile[q / kCoverageTile][q % kCoverageTile] =
         r < p.rows && i < p.n ? positive(to_float(from[r * p.row_stride + i])) : 0;
   }
+  wait_for_launch_before();  // which may still read the columns of other samples
   __syncthreads();
   float* to = w.columns + sample * p.n * w.width;
 #pragma unroll 4
@@ -162,6 +164,7 @@ __global__ void __launch_bounds__(kCoverageThreads, 1)
     coverage_greedy_kernel(const CoverageProblem p, const CoverageWorkspace w) {
   TOKENPRUNE_SHARED(CandidateSlots, slots);
   TOKENPRUNE_SHARED(Candidate[kWarp + 1], bounds);
+  wait_for_launch_before();
   const uint32_t rank = cluster_rank(), blocks = cluster_size();
   const int64_t sample = blockIdx.x / blocks;
   const int width = static_cast<int>(w.width), own = static_cast<int>(blockDim.x) / kWarp * w.per_warp;
@@ -212,7 +215,7 @@ inline CoverageProblem samples_of(const CoverageProblem& p, int64_t first, int64
 }
 
 template <class T>
-cudaError_t launch_coverage(const CoverageProblem& p, const CoveragePlan& plan, float* floats, cudaStream_t stream) {
+cudaError_t launch_coverage(const CoverageProblem& p, const CoveragePlan& plan, float* floats, CallStream& stream) {
   const CoverageWorkspace w{floats + plan.state_floats, plan.state_floats > 0 ? floats : nullptr, plan.width,
                             round_up<int64_t>(coverage_state(plan), 4), plan.per_warp};
   const int64_t row_tiles = ceil_div<int64_t>(plan.width, kCoverageTile),

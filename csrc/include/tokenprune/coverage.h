@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "tokenprune/call_stream.h"
 #include "tokenprune/limits.h"
 
 namespace tokenprune {
@@ -79,6 +80,6 @@ inline CoveragePlan plan_coverage(const CoverageProblem& p, const DeviceLimits& 
 // floats is the plan's workspace.
 template <class T>
 cudaError_t launch_coverage(const CoverageProblem& problem, const CoveragePlan& plan, float* floats,
-                            cudaStream_t stream);
+                            CallStream& stream);
 
 }  // namespace tokenprune

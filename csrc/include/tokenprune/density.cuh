@@ -51,6 +51,7 @@ __global__ void __launch_bounds__(kDensityThreads, DensityTile::kBlocks)
     density_products_kernel(const DensityProblem p, const DensityStrip strip, DensityTiles which, uint32_t tiles) {
   constexpr int kTile = kDensityTile;
   TOKENPRUNE_SHARED(int[2][kTile], tokens);
+  let_next_launch_start();
   const uint32_t parts = cluster_size(), part = cluster_rank(), tile = blockIdx.x / parts % tiles;
   const int64_t local = blockIdx.x / parts / tiles, n = p.n;
   const int side = static_cast<int>(ceil_div<int64_t>(n, kTile)), index = static_cast<int>(tile);
@@ -68,6 +69,7 @@ __global__ void __launch_bounds__(kDensityThreads, DensityTile::kBlocks)
   float* dots = gram_tile<T, kTile, kDensityThreads>(channels_of<T>(all, part, parts), tokens[0], tokens[1], kTile,
                                                      dynamic_shared());
   add_up_parts<kTile>(dots);
+  wait_for_launch_before();  // which may still read the products of other tokens
   const int own = kTile / parts, first = static_cast<int>(part) * own;
   float* products = strip.products + local * strip.rows * n;
   if (which != DensityTiles::kDiagonal) {
@@ -116,6 +118,8 @@ __global__ void __launch_bounds__(kDensityThreads)
     density_means_kernel(const DensityProblem p, const DensityStrip strip) {
   using Scratch = RadixScratch<uint32_t>;
   TOKENPRUNE_SHARED(Scratch, scratch);
+  let_next_launch_start();
+  wait_for_launch_before();
   const int64_t local = blockIdx.x / strip.rows, row = blockIdx.x % strip.rows;
   const DistanceRow<T> distances(p, strip, local, row);
   const int64_t at = distances.sample * p.n + distances.token;
@@ -156,6 +160,8 @@ __global__ void __launch_bounds__(kDensityThreads)
 template <class T>
 __global__ void __launch_bounds__(kDensityThreads)
     density_distances_kernel(const DensityProblem p, const DensityStrip strip, int64_t total) {
+  let_next_launch_start();
+  wait_for_launch_before();
   const int64_t item = int64_t(blockIdx.x) * (kDensityThreads / kWarp) + warp_id();
   if (item >= total) return;
   const int64_t local = item / strip.rows, row = item % strip.rows;
@@ -191,7 +197,7 @@ __global__ void __launch_bounds__(kDensityThreads)
 
 template <class T>
 cudaError_t launch_products(const DensityProblem& p, const DensityPlan& plan, const DensityStrip& strip,
-                            int64_t samples, DensityTiles which, cudaStream_t stream) {
+                            int64_t samples, DensityTiles which, CallStream& stream) {
   const int64_t side = ceil_div<int64_t>(p.n, kDensityTile);
   const int64_t tiles = which == DensityTiles::kTriangle   ? side * (side + 1) / 2
                         : which == DensityTiles::kDiagonal ? side
@@ -213,7 +219,7 @@ cudaError_t over_strips(const DensityPlan& plan, DensityStrip strip, const F& f)
 }
 
 template <class T>
-cudaError_t launch_density(const DensityProblem& p, const DensityPlan& plan, float* floats, cudaStream_t stream) {
+cudaError_t launch_density(const DensityProblem& p, const DensityPlan& plan, float* floats, CallStream& stream) {
   const int64_t tokens = plan.samples * p.n;
   float* const squares = floats + plan.product_floats();
   for (int64_t sample = 0; sample < p.batch; sample += plan.samples) {

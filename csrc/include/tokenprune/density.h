@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "tokenprune/call_stream.h"
 #include "tokenprune/limits.h"
 
 namespace tokenprune {
@@ -62,6 +63,6 @@ inline DensityPlan plan_density(int64_t batch, int64_t n, int64_t channels, cons
 
 // Everything but the selection; `floats` is the plan's workspace.
 template <class T>
-cudaError_t launch_density(const DensityProblem& problem, const DensityPlan& plan, float* floats, cudaStream_t stream);
+cudaError_t launch_density(const DensityProblem& problem, const DensityPlan& plan, float* floats, CallStream& stream);
 
 }  // namespace tokenprune

@@ -12,6 +12,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "tokenprune/call_stream.h"
 #include "tokenprune/limits.h"
 #include "tokenprune/macros.h"
 
@@ -57,16 +58,18 @@ __device__ __forceinline__ T from_float(float x) {
 }
 
 // Where and how large a launch is. `cluster` blocks along x work together (1: no cluster). The blocks of a cooperative
-// launch are all there at the same time, or it is refused: they may wait for each other (group_sync). A dependent launch
-// (compute capability 9.0) may start before the one in front of it, of the same call, has ended: its threads call
-// wait_for_launch_before (ptx.cuh) before they read what earlier launches write, or write what those read.
+// launch are all there at the same time, or it is refused: they may wait for each other (group_sync).
+//
+// A dependent launch may start before the one in front of it, of the same call, has ended: its threads call
+// wait_for_launch_before (ptx.cuh) before they read what earlier launches write, or write what those read or write.
+// Dependent is every launch but the first of its call (CallStream) and cooperative ones: no documentation says whether a
+// launch may be both, and these take far longer than a launch does to start.
 struct Launch {
   dim3 grid, block;
   size_t shared;
-  cudaStream_t stream;
+  CallStream& stream;
   unsigned cluster = 1;
   bool cooperative = false;
-  bool dependent = false;
 };
 
 // Blocks of `kernel` may have all the dynamic shared memory of the current device from now on. The limit is one per
@@ -111,7 +114,7 @@ cudaError_t launch(const Launch& where, void (*kernel)(Parameters...), Arguments
     attributes[count].id = cudaLaunchAttributeCooperative;
     attributes[count++].val.cooperative = 1;
   }
-  if (where.dependent) {
+  if (where.stream.overlap && where.stream.begun && !where.cooperative) {
     attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
   }
@@ -119,9 +122,10 @@ cudaError_t launch(const Launch& where, void (*kernel)(Parameters...), Arguments
   config.gridDim = where.grid;
   config.blockDim = where.block;
   config.dynamicSmemBytes = where.shared;
-  config.stream = where.stream;
+  config.stream = where.stream.handle;
   config.attrs = attributes;
   config.numAttrs = count;
+  where.stream.begun = true;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 

@@ -15,7 +15,7 @@ inline DppProblem samples_of(const DppProblem& p, int64_t first, int64_t count, 
 }
 
 template <class T>
-cudaError_t launch_dpp(const DppProblem& p, const DppPlan& plan, float* floats, uint32_t* words, cudaStream_t stream) {
+cudaError_t launch_dpp(const DppProblem& p, const DppPlan& plan, float* floats, uint32_t* words, CallStream& stream) {
   for (int64_t first = 0; first < p.batch; first += plan.samples) {
     const DppProblem part = samples_of(p, first, std::min(plan.samples, p.batch - first), sizeof(T));
     const cudaError_t status = plan.matrix ? launch_dpp_matrix<T>(part, plan, floats, stream)

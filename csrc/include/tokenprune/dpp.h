@@ -112,6 +112,6 @@ inline DppPlan plan_dpp(const DppProblem& p, const DeviceLimits& limits) {
 // floats and words are the plan's workspaces.
 template <class T>
 cudaError_t launch_dpp(const DppProblem& problem, const DppPlan& plan, float* floats, uint32_t* words,
-                       cudaStream_t stream);
+                       CallStream& stream);
 
 }  // namespace tokenprune

@@ -122,6 +122,7 @@ struct DppRule {
 
 __global__ void __launch_bounds__(kDppThreads, 1) dpp_matrix_kernel(const DppProblem p, const DppMatrix w) {
   TOKENPRUNE_SHARED(CandidateSlots, slots);
+  wait_for_launch_before();
   const uint32_t rank = cluster_rank(), blocks = cluster_size();
   const int64_t sample = blockIdx.x / blocks, n = p.n, at = sample * n, width = p.width();
   const int first = min(static_cast<int>(rank) * w.share, static_cast<int>(n));
@@ -168,7 +169,7 @@ __global__ void __launch_bounds__(kDppThreads, 1) dpp_matrix_kernel(const DppPro
 }
 
 template <class T>
-cudaError_t launch_dpp_matrix(const DppProblem& p, const DppPlan& plan, float* floats, cudaStream_t stream) {
+cudaError_t launch_dpp_matrix(const DppProblem& p, const DppPlan& plan, float* floats, CallStream& stream) {
   float *gram = floats, *inverse = gram + plan.gram_floats;
   if (p.k > 0 && p.n > 0) {
     const cudaError_t status = launch_gram<T>(pairs_of(p), plan.pairs, gram, inverse, stream);

@@ -43,6 +43,7 @@ __device__ __forceinline__ float squared_quality(const DppProblem& p, int64_t at
 template <class T>
 __global__ void __launch_bounds__(kDppRowThreads)
     dpp_prepare_kernel(const DppProblem p, const DppRows w, int64_t blocks) {
+  wait_for_launch_before();
   const int64_t sample = blockIdx.x / blocks, block = blockIdx.x % blocks;
   const int64_t i = block * (kDppRowThreads / kWarp) + warp_id(), at = sample * p.n + i;
   for (int64_t slot = block * kDppRowThreads + threadIdx.x; slot < p.k; slot += blocks * kDppRowThreads) {
@@ -80,6 +81,7 @@ template <class T>
 __global__ void __launch_bounds__(kDppRowThreads, kDppRowBlocks) dpp_rows_kernel(const DppProblem p, const DppRows w) {
   TOKENPRUNE_SHARED(BlockGroup, group);
   TOKENPRUNE_SHARED(CandidateSlots, slots);
+  wait_for_launch_before();
   group.form(w.counters, w.groups);
   constexpr int kWarps = kDppRowThreads / kWarp;
   const int64_t n = p.n, width = p.width();
@@ -140,7 +142,7 @@ __global__ void __launch_bounds__(kDppRowThreads, kDppRowBlocks) dpp_rows_kernel
 
 template <class T>
 cudaError_t launch_dpp_rows(const DppProblem& p, const DppPlan& plan, float* floats, uint32_t* words,
-                            cudaStream_t stream) {
+                            CallStream& stream) {
   const DppRows w(plan, floats, words, p.n);
   const int64_t blocks = ceil_div<int64_t>(p.n, kDppRowThreads / kWarp);
   const cudaError_t status =

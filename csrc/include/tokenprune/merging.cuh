@@ -36,6 +36,7 @@ __device__ __forceinline__ const T* key_of(const AssignProblem& p, int64_t sampl
 
 template <class T>
 __global__ void __launch_bounds__(kMergeThreads) merge_norms_kernel(const AssignProblem p) {
+  let_next_launch_start();
   const int64_t token = int64_t(blockIdx.x) * (kMergeThreads / kWarp) + warp_id();
   if (token >= p.batch * p.n) return;
   const T* row = key_of<T>(p, token / p.n, token % p.n);
@@ -62,13 +63,13 @@ __device__ __forceinline__ float likeness(const AssignProblem& p, float dot, flo
 
 struct AssignShared {
   int tokens[kMergeTile], targets[kMergeTile], own_slot[kMergeTile];
-  float of_target[kMergeTile];
   uint64_t best[kMergeTile];  // pack_ranked of likeness and slot
 };
 
 template <class T>
 __global__ void __launch_bounds__(kMergeThreads, MergeTile::kBlocks) merge_assign_kernel(const AssignProblem p) {
   TOKENPRUNE_SHARED(AssignShared, s);
+  let_next_launch_start();
   const int parts = cluster_size(), part = cluster_rank(), thread = threadIdx.x;
   const int64_t tiles = ceil_div<int64_t>(p.n, kMergeTile), tile = blockIdx.x / parts;
   const int64_t sample = tile / tiles;
@@ -90,21 +91,29 @@ __global__ void __launch_bounds__(kMergeThreads, MergeTile::kBlocks) merge_assig
       const int64_t target = thread < columns ? targets[at + thread] : -1;
       const bool exists = target >= 0 && target < n;
       s.targets[thread] = exists ? static_cast<int>(target) : kNoRow;
-      s.of_target[thread] = exists ? norms[target] : 0;
       if (exists && target >= first && target < first + kMergeTile)
         atomicMax(&s.own_slot[target - first], static_cast<int>(at) + thread);
     }
     __syncthreads();
     float* dots = gram_tile<T, kMergeTile, kMergeThreads>(rows, s.tokens, s.targets, columns, dynamic_shared());
     add_up_parts<kMergeTile>(dots);
+    wait_for_launch_before();                     // for the norms: keys and targets are there before the first launch
+    constexpr int kTargets = kMergeTile / kWarp;  // of a lane
+    float of_target[kTargets];
+#pragma unroll
+    for (int e = 0; e < kTargets; ++e) {
+      const int target = s.targets[lane_id() + e * kWarp];
+      of_target[e] = target == kNoRow ? 0 : norms[target];
+    }
     for (int r = part * own + warp_id(); r < (part + 1) * own && first + r < n; r += kMergeThreads / kWarp) {
       const T* token = key_of<T>(p, sample, first + r);
       const float of_token = norms[first + r];
       uint64_t best = 0;
 #pragma unroll
-      for (int c = lane_id(); c < kMergeTile; c += kWarp) {
+      for (int e = 0; e < kTargets; ++e) {
+        const int c = lane_id() + e * kWarp;
         if (s.targets[c] == kNoRow) continue;
-        const float value = likeness(p, dots[r * MergeTile::kOutPitch + c], of_token, s.of_target[c], token,
+        const float value = likeness(p, dots[r * MergeTile::kOutPitch + c], of_token, of_target[e], token,
                                      key_of<T>(p, sample, s.targets[c]));
         if (value == value) best = Max()(best, pack_ranked(order_key(value), static_cast<uint32_t>(at) + c));
       }
@@ -112,6 +121,7 @@ __global__ void __launch_bounds__(kMergeThreads, MergeTile::kBlocks) merge_assig
       if (lane_id() == 0) s.best[r] = Max()(s.best[r], best);
     }
   }
+  wait_for_launch_before();  // without targets too
   __syncthreads();
   const int r = part * own + thread;
   if (thread >= own || first + r >= n) return;
@@ -131,6 +141,7 @@ __global__ void __launch_bounds__(kMergeThreads, MergeTile::kBlocks) merge_assig
 __global__ void __launch_bounds__(kMergeThreads)
     copy_assignment_kernel(const int64_t* given, int64_t stride, int64_t n, int64_t total, int64_t slots,
                            int64_t* assignment) {
+  let_next_launch_start();
   const int64_t i = int64_t(blockIdx.x) * kMergeThreads + threadIdx.x;
   if (i >= total) return;
   const int64_t slot = given[i / n * stride + i % n];
@@ -145,6 +156,7 @@ struct MeanShared {
 template <class T>
 __global__ void __launch_bounds__(kMergeThreads, 6) merge_means_kernel(const MeanProblem p, int64_t slices) {
   TOKENPRUNE_SHARED(MeanShared, s);
+  wait_for_launch_before();
   constexpr int kUnit = kReadUnit<T>;
   const int64_t at = blockIdx.x / slices, sample = at / p.slots, slot = at % p.slots;
   const int64_t channel = (blockIdx.x % slices * kMergeThreads + threadIdx.x) * kUnit;
@@ -197,7 +209,7 @@ __global__ void __launch_bounds__(kMergeThreads, 6) merge_means_kernel(const Mea
 }
 
 template <class T>
-cudaError_t launch_assign(const AssignProblem& p, const AssignPlan& plan, cudaStream_t stream) {
+cudaError_t launch_assign(const AssignProblem& p, const AssignPlan& plan, CallStream& stream) {
   const cudaError_t status = launch({dim3(plan.norm_blocks), dim3(kMergeThreads), 0, stream}, merge_norms_kernel<T>, p);
   if (status != cudaSuccess) return status;
   return launch({dim3(plan.tiles * plan.parts), dim3(kMergeThreads), MergeTile::kShared, stream,
@@ -206,7 +218,7 @@ cudaError_t launch_assign(const AssignProblem& p, const AssignPlan& plan, cudaSt
 }
 
 template <class T>
-cudaError_t launch_means(const MeanProblem& p, cudaStream_t stream) {
+cudaError_t launch_means(const MeanProblem& p, CallStream& stream) {
   // One slice at least, which writes the sizes.
   const int64_t slices = std::max<int64_t>(1, mean_slices(p.channels, sizeof(T)));
   return launch({dim3(p.batch * p.slots * slices), dim3(kMergeThreads), 0, stream}, merge_means_kernel<T>, p, slices);

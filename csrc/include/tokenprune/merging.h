@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "tokenprune/call_stream.h"
 #include "tokenprune/limits.h"
 
 namespace tokenprune {
@@ -66,13 +67,13 @@ inline int64_t mean_slices(int64_t channels, int64_t element_size) {
 }
 
 template <class T>
-cudaError_t launch_assign(const AssignProblem& problem, const AssignPlan& plan, cudaStream_t stream);
+cudaError_t launch_assign(const AssignProblem& problem, const AssignPlan& plan, CallStream& stream);
 
 // A given assignment, in which what names no slot becomes -1.
 cudaError_t launch_copy_assignment(const int64_t* given, int64_t stride, int64_t batch, int64_t n, int64_t slots,
-                                   int64_t* assignment, cudaStream_t stream);
+                                   int64_t* assignment, CallStream& stream);
 
 template <class T>
-cudaError_t launch_means(const MeanProblem& problem, cudaStream_t stream);
+cudaError_t launch_means(const MeanProblem& problem, CallStream& stream);
 
 }  // namespace tokenprune

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "tokenprune/call_stream.h"
 #include "tokenprune/limits.h"
 #include "tokenprune/macros.h"
 
@@ -74,6 +75,6 @@ inline MixturePlan plan_mixture(int64_t n, int64_t k, int64_t reserved, const De
   return plan;
 }
 
-cudaError_t launch_mixture(const MixtureProblem& problem, const MixturePlan& plan, cudaStream_t stream);
+cudaError_t launch_mixture(const MixtureProblem& problem, const MixturePlan& plan, CallStream& stream);
 
 }  // namespace tokenprune

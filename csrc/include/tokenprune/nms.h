@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "tokenprune/call_stream.h"
 #include "tokenprune/limits.h"
 
 namespace tokenprune {
@@ -75,7 +76,6 @@ constexpr int64_t kNmsFewestEntries = 32;          // shorter lists than this wo
 constexpr int64_t kNmsSelectStatic = 9 * 1024;     // bytes of static shared memory of the selection kernel
 
 struct NmsPlan {
-  bool overlap;                   // a launch starts while the one in front of it ends
   int64_t steps;                  // picks that can be made at most
   int64_t weight_blocks;          // that make the table of the weights of all pairs; 0: no table
   int64_t capacity;               // entries of a token's list; 0: no lists, weights are computed when a pick is made
@@ -97,7 +97,6 @@ inline NmsPlan plan_nms(int64_t batch, int64_t n, int64_t dim, int64_t element_s
   plan.owned = n;
   plan.select_threads = 128;
   if (batch == 0 || plan.steps == 0) return plan;
-  plan.overlap = limits.has_clusters();
   const int64_t tokens = batch * n;
   // Weights in advance pay off when they are used a few times: those of a token cost about what the update after one
   // pick costs. A table of all of them is made faster than lists, and a step that reads it has one barrier less.
@@ -142,6 +141,6 @@ inline NmsPlan plan_nms(int64_t batch, int64_t n, int64_t dim, int64_t element_s
 }
 
 template <class T>
-cudaError_t launch_spatial_semantic_nms(const NmsProblem& problem, const NmsPlan& plan, cudaStream_t stream);
+cudaError_t launch_spatial_semantic_nms(const NmsProblem& problem, const NmsPlan& plan, CallStream& stream);
 
 }  // namespace tokenprune

@@ -90,7 +90,7 @@ __device__ __forceinline__ void group_sync(uint32_t* counter, uint32_t& target, 
   __syncthreads();
 }
 
-// --- dependent launches (Launch::dependent; compute capability 9.0) --------------------------------------------------
+// --- dependent launches (Launch; compute capability 9.0) -------------------------------------------------------------
 
 // Lets a dependent launch behind this one start, once all blocks of this one have called it or ended. It may be called
 // at once: the other launch still waits.

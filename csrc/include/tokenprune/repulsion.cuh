@@ -16,7 +16,7 @@ inline RepulsionProblem samples_of(const RepulsionProblem& p, int64_t first, int
 
 template <class T>
 cudaError_t launch_repulsion_picks(const RepulsionProblem& p, const RepulsionPlan& plan, float* floats, uint32_t* words,
-                                   cudaStream_t stream) {
+                                   CallStream& stream) {
   const RepulsionWorkspace w(plan, floats, words, p.n);
   const cudaError_t status = launch_start<T>(p, plan, w, stream);
   if (status != cudaSuccess) return status;
@@ -26,7 +26,7 @@ cudaError_t launch_repulsion_picks(const RepulsionProblem& p, const RepulsionPla
 
 template <class T>
 cudaError_t launch_repulsion(const RepulsionProblem& p, const RepulsionPlan& plan, float* floats, uint32_t* words,
-                             cudaStream_t stream) {
+                             CallStream& stream) {
   for (int64_t first = 0; first < p.batch; first += plan.samples) {
     const RepulsionProblem part = samples_of(p, first, std::min(plan.samples, p.batch - first), sizeof(T));
     const cudaError_t status = plan.algorithm == RepulsionAlgorithm::kMatrix

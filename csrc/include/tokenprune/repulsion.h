@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "tokenprune/call_stream.h"
 #include "tokenprune/limits.h"
 #include "tokenprune/math.h"
 
@@ -195,11 +196,11 @@ inline RepulsionPlan plan_repulsion(const RepulsionProblem& p, const DeviceLimit
 // parts. Of the problem it looks at the features and sizes alone.
 template <class T>
 cudaError_t launch_gram(const RepulsionProblem& problem, const RepulsionPlan& plan, float* gram, float* inverse,
-                        cudaStream_t stream);
+                        CallStream& stream);
 
 // floats and words are the plan's workspaces.
 template <class T>
 cudaError_t launch_repulsion(const RepulsionProblem& problem, const RepulsionPlan& plan, float* floats, uint32_t* words,
-                             cudaStream_t stream);
+                             CallStream& stream);
 
 }  // namespace tokenprune

@@ -37,11 +37,13 @@ __global__ void __launch_bounds__(GramTile<kTile>::kThreads, GramTile<kTile>::kB
   const uint32_t parts = cluster_size(), part = cluster_rank(), tile = blockIdx.x / parts, sample = tile / tiles;
   const int64_t n = p.n;
   TOKENPRUNE_SHARED(int[2][kTile], tokens);
+  let_next_launch_start();
   const TokenRows rows = channels_of<T>(rows_of(p, sample, sizeof(T)), part, parts);
   float* dots = pair_tile<T>(rows, n, tile_of(tile % tiles), tokens);
   const int row0 = tokens[0][0], column0 = tokens[1][0];  // kept in registers meanwhile, they would spill
   const int own_shift = __ffs(kTile / parts) - 1, own = 1 << own_shift, first = static_cast<int>(part) * own;
   add_up_parts<kTile>(dots);
+  wait_for_launch_before();  // which may still read the products of other samples
   gram += sample * n * n;
   for (int q = threadIdx.x; q < own * kTile; q += Tile::kThreads) {
     const int r = first + q / kTile, c = q % kTile;
@@ -62,6 +64,8 @@ constexpr int kStartThreads = 256, kStartTokens = kStartThreads / kWarp;  // tok
 // valid one. phi(i, j) and phi(j, i) are the same bits: nothing in them tells i from j.
 __global__ void __launch_bounds__(kStartThreads)
     gram_rows_kernel(const RepulsionProblem p, int64_t blocks, float* gram, const float* inverse, float* start) {
+  let_next_launch_start();
+  wait_for_launch_before();
   const int64_t sample = blockIdx.x / blocks, n = p.n, i = blockIdx.x % blocks * kStartTokens + warp_id();
   if (i >= n) return;
   float* row = gram + (sample * n + i) * n;
@@ -140,6 +144,7 @@ __global__ void __launch_bounds__(kGreedyThreads)
     gram_greedy_kernel(const RepulsionProblem p, const float* gram, const float* inverse, const float* start) {
   TOKENPRUNE_SHARED(CandidateSlots, slots);
   TOKENPRUNE_SHARED(uint32_t[kOwnTokens * kGreedyThreads / 32], seeds);
+  wait_for_launch_before();
   const int64_t sample = blockIdx.x, at = sample * p.n;
   int64_t* indices = p.indices + sample * p.k;
   GramRule rule{gram, inverse, indices, static_cast<uint32_t>(at), static_cast<int>(p.n), p.sum};
@@ -162,7 +167,7 @@ __global__ void __launch_bounds__(kGreedyThreads)
 
 template <class T, int kTile>
 cudaError_t launch_gram_tiles(const RepulsionProblem& p, const RepulsionPlan& plan, float* gram, float* inverse,
-                              cudaStream_t stream) {
+                              CallStream& stream) {
   using Tile = GramTile<kTile>;
   const int64_t side = ceil_div<int64_t>(p.n, kTile), tiles = side * (side + 1) / 2;
   return launch({dim3(p.batch * tiles * plan.parts), dim3(Tile::kThreads), Tile::kShared, stream,
@@ -172,7 +177,7 @@ cudaError_t launch_gram_tiles(const RepulsionProblem& p, const RepulsionPlan& pl
 
 template <class T>
 cudaError_t launch_gram(const RepulsionProblem& p, const RepulsionPlan& plan, float* gram, float* inverse,
-                        cudaStream_t stream) {
+                        CallStream& stream) {
   return plan.tile == 128 ? launch_gram_tiles<T, 128>(p, plan, gram, inverse, stream)
                           : launch_gram_tiles<T, 64>(p, plan, gram, inverse, stream);
 }
@@ -180,7 +185,7 @@ cudaError_t launch_gram(const RepulsionProblem& p, const RepulsionPlan& plan, fl
 // All picks of a group of samples.
 template <class T>
 cudaError_t launch_repulsion_gram(const RepulsionProblem& p, const RepulsionPlan& plan, float* floats,
-                                  cudaStream_t stream) {
+                                  CallStream& stream) {
   float *gram = floats, *inverse = gram + plan.gram_floats, *start = inverse + plan.samples * p.n;
   if (p.k > 0 && p.n > 0) {
     const cudaError_t status = launch_gram<T>(p, plan, gram, inverse, stream);

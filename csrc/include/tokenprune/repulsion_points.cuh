@@ -88,6 +88,7 @@ __global__ void __launch_bounds__(1024, 1)
     points_kernel(const RepulsionProblem p, const RepulsionWorkspace w, int share) {
   TOKENPRUNE_SHARED(CandidateSlots, slots);
   TOKENPRUNE_SHARED(uint32_t[kPointMostTokens / 32], seeds);
+  wait_for_launch_before();
   const int64_t sample = blockIdx.x / cluster_size();
   const int n = static_cast<int>(p.n), fields = w.fields;
   const int first = min(static_cast<int>(cluster_rank()) * share, n), end = min(first + share, n);
@@ -124,7 +125,7 @@ __global__ void __launch_bounds__(1024, 1)
 }
 
 inline cudaError_t launch_points(const RepulsionProblem& p, const RepulsionPlan& plan, const RepulsionWorkspace& w,
-                                 cudaStream_t stream) {
+                                 CallStream& stream) {
   return dispatch_objective(p, [&](auto kind) {
     return launch({dim3(p.batch * plan.cluster), dim3(plan.greedy_block), static_cast<size_t>(plan.greedy_shared),
                    stream, static_cast<unsigned>(plan.cluster)},

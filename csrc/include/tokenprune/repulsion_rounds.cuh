@@ -318,6 +318,7 @@ template <class T>
 __global__ void __launch_bounds__(kRoundThreads, kRoundBlocks)
     rounds_kernel(const RepulsionProblem p, const RepulsionWorkspace w, uint32_t rounds) {
   TOKENPRUNE_SHARED(BlockGroup, group);
+  wait_for_launch_before();
   group.form(w.counters + w.groups, w.groups);
   for (uint32_t sample = group.index; sample < p.batch; sample += w.groups) {
     if (group.rank == 0) mark_stored_seeds(p, w, sample);
@@ -336,7 +337,7 @@ __global__ void __launch_bounds__(kRoundThreads, kRoundBlocks)
 
 template <class T>
 cudaError_t launch_rounds(const RepulsionProblem& p, const RepulsionPlan& plan, const RepulsionWorkspace& w,
-                          cudaStream_t stream) {
+                          CallStream& stream) {
   static_assert(GramTile<64>::kShared + 9 * 1024 <= kRoundShared, "the planner reserves this much");
   return launch(in_groups(plan, kRoundThreads, GramTile<64>::kShared, stream), rounds_kernel<T>, p, w, plan.rounds);
 }

@@ -58,6 +58,8 @@ struct RepulsionWorkspace {
 template <class T>
 __global__ void __launch_bounds__(kStartThreads)
     prepare_kernel(const RepulsionProblem p, const RepulsionWorkspace w, int64_t blocks) {
+  let_next_launch_start();
+  wait_for_launch_before();
   const int64_t sample = blockIdx.x / blocks, block = blockIdx.x % blocks, i = block * kStartTokens + warp_id();
   for (int64_t slot = block * kStartThreads + threadIdx.x; slot < p.k; slot += blocks * kStartThreads)
     p.indices[sample * p.k + slot] = -1;
@@ -105,6 +107,8 @@ template <class T>
 __global__ void __launch_bounds__(kStartThreads, kRoundBlocks)
     outlier_keys_kernel(const RepulsionProblem p, const RepulsionWorkspace w) {
   TOKENPRUNE_SHARED(BlockGroup, group);
+  let_next_launch_start();
+  wait_for_launch_before();
   group.form(w.counters, w.groups);
   const int64_t threads = int64_t(group.size) * kStartThreads,
                 thread = int64_t(group.rank) * kStartThreads + threadIdx.x;
@@ -137,7 +141,9 @@ __global__ void __launch_bounds__(GramTile<128>::kThreads, GramTile<128>::kBlock
   const int64_t sample = blockIdx.x / tiles, n = p.n;
   const int2 at = tile_of(blockIdx.x % tiles);
   TOKENPRUNE_SHARED(int[2][128], tokens);
+  let_next_launch_start();
   const float* dots = pair_tile<T>(rows_of(p, sample, sizeof(T)), n, at, tokens);
+  wait_for_launch_before();  // for norms and keys: features are there before the first launch
   // The first half of the threads own a row each, the second half a column.
   const bool row = threadIdx.x < 128;
   const int mine = threadIdx.x % 128, step = row ? 1 : Tile::kOutPitch;
@@ -153,13 +159,13 @@ __global__ void __launch_bounds__(GramTile<128>::kThreads, GramTile<128>::kBlock
 }
 
 // A launch of the plan's groups of blocks.
-inline Launch in_groups(const RepulsionPlan& plan, int threads, size_t shared, cudaStream_t stream) {
+inline Launch in_groups(const RepulsionPlan& plan, int threads, size_t shared, CallStream& stream) {
   return {dim3(plan.groups * plan.group_blocks), dim3(threads), shared, stream, 1, plan.group_blocks > 1};
 }
 
 template <class T>
 cudaError_t launch_start(const RepulsionProblem& p, const RepulsionPlan& plan, const RepulsionWorkspace& w,
-                         cudaStream_t stream) {
+                         CallStream& stream) {
   const int64_t blocks = ceil_div<int64_t>(p.n, kStartTokens);
   const cudaError_t status =
       launch({dim3(p.batch * blocks), dim3(kStartThreads), 0, stream}, prepare_kernel<T>, p, w, blocks);

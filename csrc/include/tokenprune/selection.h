@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "tokenprune/call_stream.h"
 #include "tokenprune/limits.h"
 
 namespace tokenprune {
@@ -95,11 +96,11 @@ inline unsigned plan_entropy_threads(int64_t n) {
 }
 
 template <class T>
-cudaError_t launch_score_entropy(const EntropyProblem& problem, cudaStream_t stream);
+cudaError_t launch_score_entropy(const EntropyProblem& problem, CallStream& stream);
 
 template <class T>
-cudaError_t launch_select(const SelectProblem& problem, const SelectPlan& plan, cudaStream_t stream);
+cudaError_t launch_select(const SelectProblem& problem, const SelectPlan& plan, CallStream& stream);
 
-cudaError_t launch_mask_to_indices(const MaskProblem& problem, const SelectPlan& plan, cudaStream_t stream);
+cudaError_t launch_mask_to_indices(const MaskProblem& problem, const SelectPlan& plan, CallStream& stream);
 
 }  // namespace tokenprune

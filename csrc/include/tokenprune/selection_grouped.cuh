@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kSelectMaxThreads, 1) select_grouped_kernel(co
 }
 
 template <class T>
-cudaError_t launch_select_grouped(const GroupedProblem& p, const GroupedPlan& plan, cudaStream_t stream) {
+cudaError_t launch_select_grouped(const GroupedProblem& p, const GroupedPlan& plan, CallStream& stream) {
   const Launch where = {dim3(static_cast<unsigned>(p.batch * plan.cluster)), dim3(plan.threads), plan.shared, stream,
                         plan.cluster};
   const auto kernel = plan.memory == GroupedMemory::kAll      ? select_grouped_kernel<T, GroupedMemory::kAll>

@@ -69,6 +69,6 @@ inline GroupedPlan plan_grouped(int64_t batch, int64_t n, int64_t group_count, c
 }
 
 template <class T>
-cudaError_t launch_select_grouped(const GroupedProblem& problem, const GroupedPlan& plan, cudaStream_t stream);
+cudaError_t launch_select_grouped(const GroupedProblem& problem, const GroupedPlan& plan, CallStream& stream);
 
 }  // namespace tokenprune

@@ -98,6 +98,7 @@ template <class T, bool kept>
 __global__ void __launch_bounds__(kSelectMaxThreads) select_kernel(const SelectProblem p) {
   using Scratch = RadixScratch<uint32_t>;
   TOKENPRUNE_SHARED(Scratch, scratch);
+  wait_for_launch_before();  // for the scores of density_peaks; select_topk is one launch
   const int64_t sample = blockIdx.x / cluster_size();
   const Stretch of_block = stretch_of_block(static_cast<uint32_t>(p.n)), of_warp = stretch_of_warp(of_block);
   const RowKeys<T> row = {static_cast<const T*>(p.scores) + sample * p.score_stride,
@@ -128,12 +129,12 @@ __global__ void __launch_bounds__(kSelectMaxThreads) mask_kernel(const MaskProbl
   finish_list(out, p.capacity, p.counts + sample, min(static_cast<int64_t>(found.of[0]), p.capacity));
 }
 
-inline Launch select_launch(int64_t batch, const SelectPlan& plan, cudaStream_t stream) {
+inline Launch select_launch(int64_t batch, const SelectPlan& plan, CallStream& stream) {
   return {dim3(static_cast<unsigned>(batch * plan.cluster)), dim3(plan.threads), plan.shared, stream, plan.cluster};
 }
 
 template <class T>
-cudaError_t launch_select(const SelectProblem& p, const SelectPlan& plan, cudaStream_t stream) {
+cudaError_t launch_select(const SelectProblem& p, const SelectPlan& plan, CallStream& stream) {
   const auto kernel = plan.keys_in_shared ? select_kernel<T, true> : select_kernel<T, false>;
   return launch(select_launch(p.batch, plan, stream), kernel, p);
 }

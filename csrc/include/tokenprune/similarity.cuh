@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kSimilarityThreads)
 
 template <class T>
 cudaError_t launch_unit_sums(const SimilarityProblem& p, const SimilarityPlan& plan, UnitSums& sums,
-                             cudaStream_t stream) {
+                             CallStream& stream) {
   sums = {};
   if (plan.groups == 0) return cudaSuccess;
   float *parts = p.workspace, *total = parts + plan.group_floats(), *listed = total + plan.sum_floats();
@@ -215,9 +215,8 @@ cudaError_t launch_unit_sums(const SimilarityProblem& p, const SimilarityPlan& p
                                     p.mean_of, p.dim, plan.groups, plan.rows_per_group, p.aligned, parts, listed);
   sums = {plan.combine ? total : parts, listed, plan.combine ? 1 : plan.groups};
   if (status != cudaSuccess || !plan.combine) return status;
-  Launch where{dim3(ceil_div<int64_t>(p.dim, kUnitSumThreads) * p.batch), dim3(kUnitSumThreads), 0, stream};
-  where.dependent = plan.overlap;
-  return launch(where, combine_sums_kernel, parts, plan.groups, p.dim, total);
+  return launch({dim3(ceil_div<int64_t>(p.dim, kUnitSumThreads) * p.batch), dim3(kUnitSumThreads), 0, stream},
+                combine_sums_kernel, parts, plan.groups, p.dim, total);
 }
 
 }  // namespace tokenprune

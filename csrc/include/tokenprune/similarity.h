@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "tokenprune/call_stream.h"
 #include "tokenprune/limits.h"
 
 namespace tokenprune {
@@ -59,7 +60,6 @@ struct SimilarityPlan {
   int64_t groups;     // per sample, of the launch that sums unit rows; 0: no such launch
   int64_t rows_per_group;
   bool combine;
-  bool overlap;  // a launch starts while the one in front of it ends
   int64_t batch, dim;
 
   int64_t group_floats() const { return batch * groups * dim; }
@@ -76,7 +76,6 @@ inline SimilarityPlan plan_similarity(int64_t batch, int64_t n, int64_t dim, int
     plan.rows_per_group = std::clamp<int64_t>(ceil_div(mean, kUnitSumParts), 8, kUnitSumRows);
     plan.groups = ceil_div(mean, plan.rows_per_group);
     plan.combine = plan.groups > kUnitSumParts;
-    plan.overlap = limits.has_clusters();
   }
   plan.tiles = best > kDirectRows;
   plan.cluster = 1;
@@ -112,6 +111,6 @@ inline SimilarityPlan plan_similarity(int64_t batch, int64_t n, int64_t dim, int
 }
 
 template <class T>
-cudaError_t launch_similarity(const SimilarityProblem& problem, const SimilarityPlan& plan, cudaStream_t stream);
+cudaError_t launch_similarity(const SimilarityProblem& problem, const SimilarityPlan& plan, CallStream& stream);
 
 }  // namespace tokenprune

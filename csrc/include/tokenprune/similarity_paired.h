@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "tokenprune/call_stream.h"
 #include "tokenprune/limits.h"
 
 namespace tokenprune {
@@ -47,6 +48,6 @@ inline PairedPlan plan_paired(int64_t batch, int64_t n, int64_t dim, int element
 }
 
 template <class T>
-cudaError_t launch_paired_cosine(const PairedProblem& problem, const PairedPlan& plan, cudaStream_t stream);
+cudaError_t launch_paired_cosine(const PairedProblem& problem, const PairedPlan& plan, CallStream& stream);
 
 }  // namespace tokenprune

@@ -280,12 +280,11 @@ __global__ void __launch_bounds__(kSimilarityMaxTeams* kTileThreads, 1)
 }
 
 template <class T>
-cudaError_t launch_similarity(const SimilarityProblem& p, const SimilarityPlan& plan, cudaStream_t stream) {
+cudaError_t launch_similarity(const SimilarityProblem& p, const SimilarityPlan& plan, CallStream& stream) {
   UnitSums sums;
   const cudaError_t status = launch_unit_sums<T>(p, plan, sums, stream);
   if (status != cudaSuccess) return status;
   Launch where{dim3(plan.blocks), dim3(kSimilarityThreads), 0, stream, plan.cluster};
-  where.dependent = plan.overlap;
   if (!plan.tiles)
     return launch(where, plan.rows_per_warp == 1 ? warp_similarity_kernel<T, 1> : warp_similarity_kernel<T, 4>, p,
                   sums);
