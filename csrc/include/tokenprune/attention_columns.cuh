@@ -211,7 +211,9 @@ struct ColumnPass : ColumnScores<T, op> {
       }
       if (!kReduced && per_head()) write_rows(mass, head_of(t), row_of(t));
     };
-    for_each_tile<T>(ring_of(team()), static_cast<int>(p.dim), plan.resident, tiles, keys_of, queries_of, visit);
+    constexpr bool kVote = false;  // sm_100 would spill
+    for_each_tile<T, false, 4, kVote>(ring_of(team()), static_cast<int>(p.dim), plan.resident, tiles, keys_of,
+                                      queries_of, visit);
   }
 
   __device__ __forceinline__ int64_t rows_after(int row_tile) const {

@@ -301,13 +301,15 @@ struct TileCopy {
 // visit(t, tile) with the finished sums of tile t = 0 .. tiles - 1, those of the vectors kept_of(t) and streamed_of(t).
 // Both are functions from t to 64 vectors of a list, called again whenever needed. With `resident` the first operand is
 // kept_of(0) for all tiles and is read once. It is operand A of the tile, or with kKeptIsB operand B. Of B only the
-// first 16 kBlocks vectors are used.
+// first 16 kBlocks vectors are used. With kVote the compiler knows that a warp stays together: 8 instructions of a chunk
+// less, for a register more.
 //
 // A warp whose A vectors do not exist computes nothing, and sums of vectors that do not exist may be anything, NaN too:
 // `visit` must not use them. Every tile has at least one vector of either list. It is called by all threads, may contain
 // barriers, and must not touch `shared` (tile_shared_bytes of it). All threads call this function, which may be called
 // repeatedly.
-template <class T, bool kKeptIsB = false, int kBlocks = 4, class KeptOf, class StreamedOf, class Visit>
+template <class T, bool kKeptIsB = false, int kBlocks = 4, bool kVote = true, class KeptOf, class StreamedOf,
+          class Visit>
 __device__ __forceinline__ void for_each_tile(unsigned char* shared, int dim, bool resident, int tiles,
                                               KeptOf&& kept_of, StreamedOf&& streamed_of, Visit&& visit) {
   constexpr int kChunk = DotTile<T>::kChunk;
@@ -355,8 +357,8 @@ __device__ __forceinline__ void for_each_tile(unsigned char* shared, int dim, bo
   for (int ahead = 0; ahead < freed; ahead += kChunkTileBytes) load(ahead);
   for (int t = 0; t < tiles; ++t) {
     const int kept = kept_of(resident ? 0 : t).present, streamed = streamed_of(t).present;
-    // The same for all lanes, which the compiler knows of a vote.
-    const bool active = __any_sync(kAllLanes, 16 * tile_warp() < (kKeptIsB ? streamed : kept));
+    const bool exists = 16 * tile_warp() < (kKeptIsB ? streamed : kept);
+    const bool active = kVote ? __any_sync(kAllLanes, exists) : exists;
     const int b_left = kKeptIsB ? kept : streamed;
     int run = DotTile<T>::template first_run<kBlocks>(dim, b_left);
     DotTile<T> tile;
