@@ -210,7 +210,9 @@ def gemma4_unified() -> Prompts:
         boa_token_id=106, eoa_token_index=107,
     )  # fmt: skip
     model = random_model(Gemma4UnifiedForConditionalGeneration, config, "sdpa")
-    return _of_gemma4(model, 8, BEFORE_VIDEO, FRAMES if _takes_videos(type(model)) else None)
+    if not _takes_videos(type(model)):
+        return _of_gemma4(model, 8, FLAT)
+    return _of_gemma4(model, 8, BEFORE_VIDEO, FRAMES)
 
 
 def cohere2_vision(tiles: Sequence[int] = (1, 2), *, attention: str = "sdpa", aya: bool = False) -> Prompts:
