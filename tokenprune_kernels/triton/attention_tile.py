@@ -16,6 +16,7 @@ from .runtime import Target, power_of_two
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LARGEST = tl.constexpr(3.4028234663852886e38)  # finite float32
 
 
 # D of aligned 16-bit vectors at most -> pieces: powers of two, at least the 16 that a matrix instruction multiplies.
@@ -79,11 +80,11 @@ def _squares(x):
 
 @triton.jit
 def _scaled(dots, q_squares, k_squares, scale, COSINE: tl.constexpr):
-    """Of cosines: where squares overflow, so may the dot product, and 0 is right, or the other vector's NaN."""
+    """Of cosines: where squares overflow, so may the dot product; of a finite one 0 is left, or the other's NaN."""
     if COSINE:
-        of_q, of_k = 1.0 / norm_of_squares(q_squares)[:, None], 1.0 / norm_of_squares(k_squares)[None, :]
-        dots = tl.where((of_q == 0) | (of_k == 0), of_q * of_k, dots)
-        return dots * (scale * of_q) * of_k
+        of_q, of_k = 1.0 / norm_of_squares(q_squares), 1.0 / norm_of_squares(k_squares)
+        dots = tl.minimum(tl.maximum(dots, -LARGEST), LARGEST)
+        return dots * (scale * of_q)[:, None] * of_k[None, :]
     return dots * scale
 
 
