@@ -20,6 +20,9 @@ namespace tokenprune::emulator {
 
 namespace {
 
+// So many launches overlap at most: each has stacks of its own, and the kernel bounds how many a process may map.
+constexpr size_t kMostOverlapping = 8;
+
 // By how many dependent launches wait meanwhile. Kept from launch to launch: making a stack is slow.
 std::map<size_t, std::vector<std::unique_ptr<Fiber>>> fibers_of;
 size_t waiting_launches = 0;
@@ -223,7 +226,7 @@ static void run_submitted() {
 
 void submit(const LaunchRecord& launch, std::function<void()> thread) {
   if (launch.dependent && submitted.empty()) throw KernelError("kernel " + launch.kernel + " depends on no launch");
-  if (!launch.dependent) run_submitted();
+  if (!launch.dependent || submitted.size() == kMostOverlapping) run_submitted();
   submitted.push_back({launch, std::move(thread)});
 }
 
