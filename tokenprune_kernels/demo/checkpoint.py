@@ -36,7 +36,7 @@ def quiet() -> Iterator[None]:
 
 def one_line(error: Exception) -> str:
     """The beginning of what transformers says in paragraphs."""
-    return textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
+    return textwrap.shorten(str(error) or type(error).__name__, 800, placeholder=" ...")
 
 
 @dataclass(frozen=True)
