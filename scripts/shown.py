@@ -46,6 +46,10 @@ def measured() -> dict[str, Any]:
     return results
 
 
+def retention_command() -> str:
+    return str(json.loads(RETENTION.read_text())["command"])
+
+
 def retained(keep: int = 128) -> dict[str, float]:
     """By method: the share of the unpruned model's accuracy that is left with so many of 576 visual tokens."""
     runs = json.loads(RETENTION.read_text())["runs"]

@@ -18,7 +18,7 @@ from testing.cases import BACKENDS, dtypes_of, interpreted, lacks
 
 # isort: split
 from bench.report import HEADER, Row, cells, duration
-from scripts.shown import IN_TABLE, SHOWN_METHODS, SHOWN_OPS, measured, retained
+from scripts.shown import IN_TABLE, SHOWN_METHODS, SHOWN_OPS, measured, retained, retention_command
 from testing import ROOT, family_table, method_tables, sharding_table
 from testing.op_samples import OPS, make, run
 from testing.pages import fill
@@ -78,7 +78,8 @@ def bench_table(results: dict[str, Any]) -> str:
     notes = (
         where(results),
         "All rows: [docs/benchmarks.md](docs/benchmarks.md).",
-        "The last column: `make retention`, a small LLaVA on its test set ([docs/retention.md](docs/retention.md)).",
+        f"The last column: `{retention_command()}`, a small LLaVA on its test set "
+        "([docs/retention.md](docs/retention.md)).",
     )
     return "\n".join([*lines, "", " ".join(notes)])
 
