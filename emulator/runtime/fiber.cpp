@@ -6,7 +6,7 @@
 
 #include <cstdint>
 #include <cstdlib>
-#include <new>
+#include <stdexcept>
 
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -64,7 +64,7 @@ tokenprune_switch_stack:
 // A page below the stack faults when a kernel's locals overflow it.
 Fiber::Fiber() {
   memory_ = mmap(nullptr, kStack + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory_ == MAP_FAILED) throw std::bad_alloc();
+  if (memory_ == MAP_FAILED) throw std::runtime_error("the process may not map one more stack (vm.max_map_count)");
   mprotect(memory_, kPage, PROT_NONE);
 #if !defined(__x86_64__)
   inside_ = new ucontext_t;

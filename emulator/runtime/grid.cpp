@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstring>
 #include <exception>
-#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -22,10 +21,11 @@ namespace {
 
 // So many launches overlap at most: each has stacks of its own, and the kernel bounds how many a process may map.
 constexpr size_t kMostOverlapping = 8;
+// So many stacks wait for the next launch: making one is slow, but whatever else the process does maps memory too.
+constexpr size_t kMostIdle = 4096;
 
-// By how many dependent launches wait meanwhile. Kept from launch to launch: making a stack is slow.
-std::map<size_t, std::vector<std::unique_ptr<Fiber>>> fibers_of;
-size_t waiting_launches = 0;
+using Fibers = std::vector<std::unique_ptr<Fiber>>;
+Fibers idle_fibers;
 thread_local Chain submitted;
 
 void run_chain(Chain& chain);
@@ -97,9 +97,7 @@ uint64_t turns_of_a_warp(std::mt19937_64& random) {
 bool run_launches_before() {
   if (running.before == nullptr || running.before->empty()) return false;
   Running mine = std::exchange(running, Running());
-  ++waiting_launches;
   run_chain(*mine.before);
-  --waiting_launches;
   running = std::move(mine);
   running.before = nullptr;
   blockDim = running.launch->block;
@@ -108,22 +106,35 @@ bool run_launches_before() {
   return true;
 }
 
+// The stacks of running threads, lent from the idle ones.
+struct Lent {
+  Fibers fibers;
+  ~Lent() {
+    for (auto& fiber : fibers)
+      if (idle_fibers.size() < kMostIdle) idle_fibers.push_back(std::move(fiber));
+  }
+  Fiber* one_more() {
+    if (idle_fibers.empty()) return fibers.emplace_back(std::make_unique<Fiber>()).get();
+    fibers.push_back(std::move(idle_fibers.back()));
+    idle_fibers.pop_back();
+    return fibers.back().get();
+  }
+};
+
 // Warps run ahead of each other as far as barriers let them, so that a barrier too few shows: the first warp writes
 // what the last one has not read yet, or reads what it has not written.
 void run_blocks(const std::function<void()>& guarded, std::mt19937_64& random) {
   std::vector<std::vector<Thread*>> warps;
-  auto& fibers = fibers_of[waiting_launches];
-  size_t count = 0;
+  Lent lent;
   for (const auto& block : running.blocks)
     for (Thread& t : block->threads) {
       if (t.lane == 0) warps.emplace_back();
       warps.back().push_back(&t);
-      if (fibers.size() == count) fibers.push_back(std::make_unique<Fiber>());
-      t.fiber = fibers[count++].get();
+      t.fiber = lent.one_more();
       t.fiber->start(&guarded);
     }
   std::vector<size_t> order, lanes;
-  for (size_t done = 0; done < count;) {
+  for (size_t done = 0; done < lent.fibers.size();) {
     bool moved = false;
     reorder(order, warps.size(), random);
     for (size_t w : order) {
@@ -220,7 +231,6 @@ Settings& settings() {
 
 static void run_submitted() {
   Chain chain = std::exchange(submitted, Chain());
-  waiting_launches = 0;
   if (!chain.empty()) run_chain(chain);
 }
 

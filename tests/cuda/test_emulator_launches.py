@@ -1,5 +1,6 @@
 """Cooperative and dependent launches on the emulator: who waits for whom, and launches that are refused."""
 
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -53,6 +54,20 @@ def test_cooperative_launches_must_fit_on_the_device(broken):
     assert status(2, 32, cluster=2) == "cudaErrorNotSupported"
     settings.cooperative = False
     assert status(1, 32) == "cudaErrorNotSupported"
+
+
+def test_a_launch_of_many_threads_leaves_memory_to_map(broken):
+    """The kernel bounds how many pieces of memory a process maps, and each stack of a thread takes two."""
+
+    def mapped() -> int:
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    blocks, threads, before = 12, 1024, mapped()
+    given, out = torch.zeros(1, dtype=torch.int32), torch.zeros(1 + blocks + blocks * threads, dtype=torch.int32)
+    where = {"grid": (blocks, 1, 1), "block": (threads, 1, 1), "cooperative": True}
+    run(broken, "sum_over_grid", given, out, **where)
+    assert (out[1 + blocks :] == 2**blocks - 1).all()
+    assert mapped() < before + blocks * threads
 
 
 # --- dependent launches -----------------------------------------------------------------------------------------------
