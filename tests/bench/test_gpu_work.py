@@ -26,9 +26,9 @@ work.run_items(items, Path(sys.argv[1]), lambda: None if sys.argv[2] == "healthy
 """
 
 
-def drive(record: Path, health: str, seconds: float = 60) -> tuple[dict[str, Any], str | None]:
+def drive(record: Path, health: str, seconds: float = 600) -> tuple[dict[str, Any], str | None]:
     command = [sys.executable, "-c", WORKER, str(record), health]
-    before, work.STARTUP_SECONDS = work.STARTUP_SECONDS, 30.0
+    before, work.STARTUP_SECONDS = work.STARTUP_SECONDS, 120.0
     try:
         items, problem = work.drive(command, record, deadline=time.monotonic() + seconds, item_seconds=3)
     finally:
