@@ -67,3 +67,10 @@ def test_random_follows_its_generator():
 def test_random_rejects_a_mask_of_the_wrong_length():
     with pytest.raises(ValueError, match="random: mask must have shape"):
         random(10, 3, mask=torch.ones(2, 9, dtype=torch.bool))
+
+
+def test_random_names_a_mask_that_is_none():
+    with pytest.raises(TypeError, match=r"^random: mask must be a tensor or None, got list; type torch\.as_tensor"):
+        random(2, 1, mask=[[True, False]])
+    with pytest.raises(ValueError, match=r"^random: mask must have shape \[B, V\], got \[2\]; type mask\.unsqueeze"):
+        random(2, 1, mask=torch.ones(2, dtype=torch.bool))

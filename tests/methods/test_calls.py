@@ -111,7 +111,7 @@ MASKED = [
     (name, p)
     for name, stage in STAGES.items()
     for p in inspect.signature(stage.function).parameters
-    if p.endswith("mask") and name != "random"
+    if p.endswith("mask")
 ]
 
 
@@ -160,6 +160,8 @@ WRONG = [
      "key_indices must be a tensor, got None"),
     (methods.evs, (torch.rand(1, 6, 4), torch.zeros(1, 6, dtype=torch.int64)), {"grid": 6},
      r"grid must be \(height, width\)"),
+    (methods.evs, (torch.rand(1, 6, 4), torch.zeros(1, 6, dtype=torch.int64)), {"grid": (-1, 2)},
+     r"grid must be non-negative, got \(-1, 2\)"),
     (methods.visionzip, (torch.rand(1, 6, 4), torch.rand(1, 6)), {"contextual_ratio": "a"},
      "contextual_ratio must be a number"),
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """What every method promises: legal sizes, no gradient, no host synchronisation, one graph under torch.compile."""
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -93,6 +94,35 @@ def test_no_gradient_and_inputs_untouched(name, backend):
     made = [*kept[:2], *kept.details.values(), *_of_merging(kept)]
     assert not any(t.requires_grad and t is not b.saliency for t in made)
     assert all(torch.equal(now, then) for now, then in zip(tensors, before, strict=True))
+
+
+@over_methods
+@over_backends
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0])
+def test_no_value_spoils_a_selection_or_another_sample(name, value, backend):
+    """In a token of each input, in all of a sample, and in tokens that are none, which lie between real ones."""
+    k, clean = 7, batch([prompt(i, torch.float32, (3, 4)) for i in range(4)])
+    clean.mask[:, ::5] = False
+    clean.attention["key_indices"][~clean.mask] = -1
+    b = clean._replace(**{n: getattr(clean, n).clone() for n in ("query", "key", "features", "text", "saliency")})
+    for of_sample in (b.features[0, 1], b.saliency[0, 2:3], b.key[0, :, 6], b.query[0, :, 0], b.text[0, 0]):
+        of_sample[:] = value
+    for t in (b.features, b.saliency):
+        t[1] = value
+        t[~b.mask] = value
+    for t in (b.query, b.key, b.text, b.saliency):
+        t[2] = value
+    torch.manual_seed(0)
+    kept = METHODS[name](b, k, backend)
+    torch.manual_seed(0)
+    expected = METHODS[name](clean, k, backend)
+
+    assert kept.counts.tolist() == [k] * 4
+    for row, real in zip(kept.indices.tolist(), b.mask, strict=True):
+        assert row == sorted({*row})
+        assert {*row} <= {*real.nonzero().flatten().tolist()}
+    for got, want in zip([kept.indices, *_of_merging(kept)], [expected.indices, *_of_merging(expected)], strict=True):
+        assert torch.equal(got[3], want[3])
 
 
 class _NoSynchronisation(TorchDispatchMode):

@@ -63,3 +63,17 @@ def test_copies_of_a_pivot_go_first(backend):
     hidden[::2] = hidden[7]
     kept = _kept(p._replace(key=key, features=hidden), 15, image_pivots=1, text_pivots=0, backend=backend)
     assert kept.indices.tolist() == [[i for i in range(30) if i % 2]]
+
+
+@over_backends
+def test_a_key_with_nan_is_no_pivot_before_others(backend):
+    """Nor is it before those whose norm is 0; it is one where there are no more."""
+    p = prompt(0, torch.float32)
+    key = torch.zeros_like(p.key)
+    key[:, p.indices[1]] = 1.0
+    key[0, p.indices[0]] = torch.nan
+    p = p._replace(key=key)
+    kept = _kept(p, 4, image_pivots=4, text_pivots=0, backend=backend)
+    assert kept.indices.tolist() == [[1, 2, 3, 4]]
+    kept = _kept(p, 30, image_pivots=30, text_pivots=0, backend=backend)
+    assert kept.details["pivots"].tolist() == [[*range(1, 30), 0]]

@@ -46,6 +46,18 @@ def test_equal_importance_leaves_diversity_and_nan_comes_last(backend):
     assert kept.details["order"][0, -1] == 0
 
 
+@over_backends
+def test_infinite_importance_comes_before_and_behind_the_finite(backend):
+    """Nor does it set the range of the finite ones; alone, infinite ones are in the order of candidates too."""
+    features = torch.eye(6)[None]
+    importance = torch.tensor([[-torch.inf, 1.0, 2.0, torch.nan, torch.inf, 1.5]])
+    kept = idpruner(features, importance, 6, backend=backend)
+    assert kept.details["order"].tolist() == [[4, 2, 5, 1, 0, 3]]
+    assert kept.details["importance"][0, [1, 2, 5]].tolist() == pytest.approx([0.0, 1.0, 0.5], abs=1e-5)
+    infinite = torch.tensor([[-torch.inf, torch.inf, torch.nan, -torch.inf, torch.inf, torch.nan]])
+    assert idpruner(features, infinite, 6, backend=backend).details["order"].tolist() == [[1, 4, 0, 3, 2, 5]]
+
+
 def test_rejects_what_does_not_fit():
     p = prompt(0, torch.float32)
     with pytest.raises(ValueError, match=r"idpruner: importance must have shape \[B, V, \.\.\.\] = \[1, 30"):

@@ -195,6 +195,20 @@ def test_equal_raters_have_rank_one_and_a_full_rank_prunes_nothing(backend):
     assert sparsevlm(query, key, features, features, text, 3, **options).counts.tolist() == [3]
 
 
+@over_backends
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_attention_that_is_no_number_adds_no_rank_and_stops_no_other_sample(value, backend):
+    """The singular values of such a matrix are an error of the whole batch."""
+    b = batch([prompt(0, torch.float32)] * 2)
+    b.query[0] = value
+    kept = sparsevlm(
+        b.query, b.key, b.features, b.features, b.text, 9, recycle_ratio=None, rank_scale=1.0, rank_bias=2.0,
+        **b.attention, backend=backend,
+    )  # fmt: skip
+    rank = int(kept.details["raters"][1].sum())
+    assert kept.counts.tolist() == [2, rank + 2]
+
+
 def test_rejects_what_does_not_fit():
     p = prompt(0, torch.float32)
     with pytest.raises(ValueError, match=r"sparsevlm: rank_scale must come with recycle_ratio=None.*got 0.3"):

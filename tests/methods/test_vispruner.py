@@ -63,6 +63,30 @@ def test_equal_tokens_keep_the_order_of_the_list(backend):
     assert kept.indices.tolist() == [want["diverse"]]
 
 
+@over_backends
+@pytest.mark.parametrize("ratio", [0.5, 0.0])
+def test_saliency_without_bounds_is_in_the_order_of_candidates(ratio, backend):
+    """A masked token is not in the list, however little the others count; NaN comes behind -inf."""
+    saliency = torch.tensor([[9.0, torch.nan, -torch.inf, -torch.inf, 2.0, 0.0]])
+    real = torch.tensor([[False, True, True, True, True, True]])
+    kept = vispruner(torch.eye(6)[None], saliency, 5, mask=real, important_ratio=ratio, backend=backend)
+    assert kept.indices.tolist() == [[1, 2, 3, 4, 5]]
+    # The list is 4, 5, 2, 3, 1: alike are those at even places, of which the first goes, and nothing else.
+    kept = vispruner(torch.ones(1, 6, 2), saliency, 4, mask=real, important_ratio=0.0, backend=backend)
+    assert kept.indices.tolist() == [[1, 2, 3, 5]]
+
+
+@over_backends
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_token_with_nan_goes_first_and_drives_out_no_other(value, backend):
+    """At an even place of the list, 4, and at an odd one, 3, where only 0 and 1 are alike."""
+    features = torch.eye(6)[None, [0, 0, 2, 3, 4, 5]].clone()
+    features[0, 3:5, 0] = value
+    for k, want in ((5, [0, 1, 2, 3, 5]), (4, [1, 2, 3, 5])):
+        kept = vispruner(features, torch.arange(6.0).flip(0)[None], k, important_ratio=0.0, backend=backend)
+        assert kept.indices.tolist() == [want]
+
+
 def test_rejects_what_does_not_fit():
     p = prompt(0, torch.float32)
     with pytest.raises(ValueError, match=r"vispruner: saliency must have shape \[B, V, \.\.\.\] = \[1, 30"):

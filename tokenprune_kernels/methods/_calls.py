@@ -71,13 +71,18 @@ def called_like_ops(function: Callable[P, Selection]) -> Callable[P, Selection]:
 
 
 def _check_tensors(signature: inspect.Signature, method: str, arguments: dict[str, Any]) -> None:
-    """Each by itself: that it is a tensor, its dtype, and how many dimensions it has."""
     for name, value in arguments.items():
-        kind, default = _KINDS.get(name), signature.parameters[name].default
-        if kind is None or (value is None and default is None):
-            continue
-        given = as_kind(kind, value, 1) if isinstance(value, Tensor) else value
-        check_tensor(method, Argument(name, "Tensor", default, True, kind), kind, given, {}, None)
+        if name in _KINDS:
+            check_argument(method, name, value, signature.parameters[name].default)
+
+
+def check_argument(method: str, name: str, value: Any, default: Any) -> None:
+    """By itself: that it is a tensor, its dtype, and how many dimensions it has."""
+    if value is None and default is None:
+        return
+    kind = _KINDS[name]
+    given = as_kind(kind, value, 1) if isinstance(value, Tensor) else value
+    check_tensor(method, Argument(name, "Tensor", default, True, kind), kind, given, {}, None)
 
 
 def _with_budget(function: Callable[..., Selection], arguments: dict[str, Any]) -> Selection:

@@ -124,8 +124,8 @@ def ascending(indices: Tensor, size: int, k: int, backend: str | None) -> tuple[
 
 
 def number_range(values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest number of each sample's real tokens, both [B, 1]; inf and -inf where it has none."""
-    number = ~values.isnan() if mask is None else mask & ~values.isnan()
+    """The least and the largest finite value of each sample's real tokens, both [B, 1]; inf and -inf without any."""
+    number = values.isfinite() if mask is None else mask & values.isfinite()
     low, high = (
         # A column more, because there is no minimum of nothing.
         torch.nn.functional.pad(torch.where(number, sign * values, torch.inf), (0, 1), value=torch.inf)
@@ -198,6 +198,8 @@ def grid_sides(method: str, grid: Grid, batch: int, tokens: int) -> tuple[int | 
     if not isinstance(grid, Tensor):
         if not isinstance(grid, (tuple, list)) or len(grid) != 2:
             raise TypeError(f"{method}: grid must be (height, width) or a tensor, got {grid!r}")
+        if grid[0] < 0 or grid[1] < 0:
+            raise ValueError(f"{method}: grid must be non-negative, got {grid!r}")
         return grid
     if grid.shape not in ((batch, 2), (batch, tokens, 2)):
         expected = f"[B, 2] or [B, V, 2], B = {batch} and V = {tokens}"

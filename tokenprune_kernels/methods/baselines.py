@@ -6,7 +6,7 @@ from torch import Tensor
 from .._op import Budget
 from ..ops import repulsion_sample, select_topk
 from ..ops._attention import heads_first
-from ._calls import called_like_ops
+from ._calls import called_like_ops, check_argument
 from ._common import Selection, ascending, check_count, visual_attention, visual_mask
 from ._method import Method, Stage
 
@@ -98,7 +98,8 @@ def random(
     """
     n = check_count("random", n, "n")
     if mask is not None:
-        if mask.dim() != 2 or mask.shape[1] != n:
+        check_argument("random", "mask", mask, None)
+        if mask.shape[1] != n:
             raise ValueError(f"random: mask must have shape [B, n] with n = {n}, got {list(mask.shape)}")
         batch, device = mask.shape[0], mask.device
     elif device is None and generator is not None:

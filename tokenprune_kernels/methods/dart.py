@@ -44,8 +44,9 @@ def dart(
     Where it comes from. The public implementations of others differ from each other, and the authors' repository was
     not available: exactly K kept tokens and pivots by falling norm are AngelSlim's, text pivots only from the text
     behind the images is LightCompress's. Ours: with fewer than P_t text tokens the others share the budget; the norms
-    are float32; ties go to the lower index. The L1 norm of a rotated key depends on its position: in a padded batch,
-    position ids have to count the real tokens, as `generate` makes them. A budget below P_i keeps the first K pivots.
+    are float32; ties go to the lower index, and NaN comes last. The L1 norm of a rotated key depends on its position:
+    in a padded batch, position ids have to count the real tokens, as `generate` makes them. A budget below P_i keeps
+    the first K pivots.
 
     details: pivots [B, P_i + P_t], the index of each pivot among the visual or the text tokens, -1 where there is none.
 
@@ -95,7 +96,8 @@ def _largest(norms: Tensor, positions: Tensor, real: Tensor, count: int) -> tupl
     As (indices [B, count] into the list, True [B, count] where there is one).
     """
     listed = norms.gather(1, positions.clamp_min(0).long()) if norms.shape[1] else norms.new_zeros(positions.shape)
-    # A stable sort keeps the lower index first; no norm is negative.
+    # A stable sort keeps the lower index first; no norm is negative, and one that is no number comes behind them.
+    listed = torch.where(listed.isnan(), -0.5, listed)
     padded = torch.nn.functional.pad(torch.where(real, listed, -1.0), (0, count), value=-1.0)
     order = padded.sort(dim=1, descending=True, stable=True).indices[:, :count]
     exists = torch.nn.functional.pad(real, (0, count)).gather(1, order)

@@ -22,7 +22,8 @@ def idpruner(
 ) -> Selection:
     """IDPruner (arXiv 2602.13315), maximal marginal relevance in front of the language model.
 
-    1. w_i = (importance_i - min) / (max - min + 1e-6), over the sample's tokens.
+    1. w_i = (importance_i - min) / (max - min + 1e-6), over the finite importances of the sample; an infinite one stays
+       as it is, so that it comes before or behind every finite one.
     2. First the largest w; then K - 1 times the largest weight * w_i - (1 - weight) * max over the kept j of
        cos(f_i, f_j).
 
@@ -51,7 +52,7 @@ def idpruner(
     check_visual("idpruner", "importance", importance, batch, tokens)
     wide = importance.to(torch.promote_types(importance.dtype, torch.float32))
     low, high = number_range(wide, mask)
-    scaled = (wide - low) / (high - low + 1e-6)
+    scaled = torch.where(wide.isinf(), wide, (wide - low) / (high - low + 1e-6))
     order, _ = repulsion_sample(features, k, energy=scaled * (-weight / (1 - weight)), mask=mask, backend=backend)
     indices, counts = ascending(order, tokens, k, backend)
     return Selection(indices, counts, {"importance": scaled, "order": order})

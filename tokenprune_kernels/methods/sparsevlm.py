@@ -168,7 +168,8 @@ def _shares(k: int, tokens: int, ratio: float) -> tuple[int, int, int]:
 
 def _rank_budgets(rows: Tensor, raters: Tensor, valid: Tensor | None, scale: float, bias: float) -> Tensor:
     """[B] int64: how many tokens the rank of the raters' rows allows; of a sample with that rank, all."""
-    matrix = rows * raters.unsqueeze(-1)  # rows and columns of zeros change no singular value
+    # Rows and columns of zeros change no singular value; of what is not finite there are none, which is an error.
+    matrix = torch.where(raters.unsqueeze(-1) & rows.isfinite(), rows, 0)
     tokens = torch.full_like(raters[:, 0], rows.shape[2], dtype=torch.int64) if valid is None else valid.sum(1)
     if valid is not None:
         matrix = matrix * valid.unsqueeze(1)

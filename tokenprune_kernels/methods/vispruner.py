@@ -41,7 +41,7 @@ def vispruner(
     list in another order. There, features are the vision tower's states before the projector, compared in the model's
     dtype; the integration has the projector's outputs, and cosines are float32 here. Ours: a list of odd length has one
     more entry at an even place (there, an error); equal saliencies and equal cosines keep their order (there, any); a
-    zero vector is like nothing.
+    zero vector is like nothing; a NaN saliency comes last, and a token whose features have one goes first.
 
     There are about (V - K) / 8 rounds, one after the other, which no op of ours expresses. All cosines are computed
     once, and a round reads those of the odd places. Under torch.compile each number of rounds is a graph.
@@ -66,18 +66,19 @@ def vispruner(
     rest = ~indices_to_mask(important, tokens)
     if mask is not None:
         rest = rest & mask
-    length = rest.sum(1, keepdim=True)
     most = max(tokens - num_important, 0)
     # The list is of places in the order of saliency, and two more, so that there always is an odd one: what is behind
     # the last token names the last place, which no token has, and which is like nothing.
-    waiting = torch.cat([torch.where(rest, saliency, -torch.inf), saliency.new_full((batch, 2), -torch.inf)], 1)
     width = most + 2
-    place = torch.arange(width, device=length.device)
-    order = torch.where(place < length, waiting.sort(dim=1, descending=True, stable=True).indices[:, :width], -1)
+    ranked = torch.where(saliency.isnan(), torch.nan, -saliency).sort(dim=1, stable=True).indices  # NaN last
+    at, length = mask_to_indices(rest.gather(1, ranked), width, backend=backend)
+    (order,) = gather_compact([ranked + 1], at, dims=[1], backend=backend)  # -1 gathers 0
+    order, length, place = order - 1, length.unsqueeze(1), torch.arange(width, device=at.device)
     listed = torch.where(place < length, place, width - 1)
     (compared,) = gather_compact([features], order, dims=[1], backend=backend)
     unit = torch.nn.functional.normalize(compared.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
-    likeness = unit @ unit.mT
+    # By columns: NaN is removed first; by rows, where others are compared with it, it is like nothing.
+    likeness = torch.where(unit.isnan().any(-1, keepdim=True), 0, unit) @ unit.mT
     likeness[:, -1] = -torch.inf
     likeness[:, :, -1] = -torch.inf
     for done in range(_rounds(most, target)):
