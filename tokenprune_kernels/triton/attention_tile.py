@@ -84,7 +84,7 @@ def _scaled(dots, q_squares, k_squares, scale, COSINE: tl.constexpr):
     if COSINE:
         of_q, of_k = 1.0 / norm_of_squares(q_squares), 1.0 / norm_of_squares(k_squares)
         dots = tl.minimum(tl.maximum(dots, -LARGEST), LARGEST)
-        return dots * (scale * of_q)[:, None] * of_k[None, :]
+        return dots * of_k[None, :] * (scale * of_q)[:, None]
     return dots * scale
 
 

@@ -13,9 +13,15 @@ int64_t panel_vecs(int64_t lane, int64_t lanes) {  // panels are two vectors wid
   return lanes - lane > kWidth<A> ? 2 : 1;
 }
 
+// Infinite where squares overflow, NaN where an element is infinite.
 template <class T, class A = Wide<T>>
 void norms(const T* rows, int64_t row_stride, int64_t n, int64_t dim, A* out) {
-  for (int64_t i = 0; i < n; ++i) out[i] = norm_of(rows + i * row_stride, dim);
+  for (int64_t i = 0; i < n; ++i) {
+    const T* row = rows + i * row_stride;
+    out[i] = norm_of(row, dim);
+    for (int64_t d = 0; __builtin_isinf(out[i]) && d < dim; ++d)
+      if (const A x = to_float(row[d]); __builtin_isinf(x)) out[i] = x - x;
+  }
 }
 
 // Rows to panels, in the arithmetic type; missing lanes are zero.
@@ -74,6 +80,10 @@ void chunk_logits(const AttentionHead<T>& head, const AttentionSpace<A>& space, 
     for (int64_t i = 0; i < n * lanes; ++i) out[i] = hidden;
     return;
   }
+  // The unit vector of such a key is 0, but its dot products may be infinite or inf - inf.
+  const auto vanishes = [&](int64_t j) { return head.key_norms && __builtin_isinf(head.key_norms[begin + j]); };
+  bool any_vanishes = false;
+  for (int64_t j = 0; j < n; ++j) any_vanishes |= vanishes(j);
   for (int64_t start = 0; start < head.dim; start += kBlock) {
     const int64_t length = head.dim - start < kBlock ? head.dim - start : kBlock;
     const bool final = start + length == head.dim;
@@ -83,12 +93,15 @@ void chunk_logits(const AttentionHead<T>& head, const AttentionSpace<A>& space, 
     bool copy = true;
     if constexpr (std::is_same_v<T, A>) {
       // Rows that lie far apart, such as 4096 elements, fall into the same few sets of the first-level cache.
-      copy = head.key_stride > kBlock;
+      copy = any_vanishes || head.key_stride > kBlock;
       if (!copy) keys = head.key + begin * head.key_stride + start;
       if (!copy) stride = head.key_stride;
     }
-    for (int64_t j = 0; copy && j < n; ++j)
-      widen(head.key + (begin + j) * head.key_stride + start, length, space.key + j * length);
+    for (int64_t j = 0; copy && j < n; ++j) {
+      A* wide = space.key + j * length;
+      widen(head.key + (begin + j) * head.key_stride + start, length, wide);
+      for (int64_t d = 0; vanishes(j) && d < length; ++d) wide[d] = 0;
+    }
     for (int64_t lane = 0; lane < lanes; lane += kPanelLanes<A>) {
       const int64_t vecs = panel_vecs<A>(lane, lanes);
       const A* panel = space.query + lane * head.dim + start * vecs * kWidth<A>;

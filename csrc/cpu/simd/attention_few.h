@@ -118,10 +118,14 @@ void few_logits(const AttentionHead<T>& head, const AttentionSpace<A>& space) {
   }
   for (int64_t l = 0; l < total; ++l) {
     A* s = space.logits + l * stride;
-    if (head.key_norms)
-      for (int64_t j = 0; j < head.keys; ++j) s[j] = s[j] / head.key_norms[j] * head.scale;
-    else
+    if (head.key_norms) {
+      A nothing = 0;  // or NaN: the row's product with the unit vector of a key whose squares overflow
+      for (int64_t d = 0; d < head.dim; ++d) nothing += space.query[l * padded + d] * 0;
+      for (int64_t j = 0; j < head.keys; ++j)
+        s[j] = __builtin_isinf(head.key_norms[j]) ? nothing : s[j] / head.key_norms[j] * head.scale;
+    } else {
       for (int64_t j = 0; j < head.keys; ++j) s[j] *= head.scale;
+    }
     if (head.key_mask)
       for (int64_t j = 0; j < head.keys; ++j) s[j] = head.key_mask[j] ? s[j] : hidden;
     int64_t seen = head.keys;
