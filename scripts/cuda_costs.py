@@ -46,6 +46,8 @@ class LoopCost(NamedTuple):
     split: int = 0  # MUFU with a branch between it and the one before: they do not overlap
     fences: int = 0  # GPU-wide or wider, on all ways through the loop
     barriers: int = 0  # of the block or the cluster, on all ways through the loop
+    nest: int = 0  # slots at most, with those of the inner loops that it goes through, once each
+    nest_least: int = 0
 
 
 class Limit(NamedTuple):
@@ -94,6 +96,8 @@ def loop_cost(function: code.Function, loop: code.Loop, depth: int) -> LoopCost:
         splits(path),
         count(own, code.FENCE),
         count(own, code.BARRIER),
+        len(function.instructions(code.all_blocks(loop, 1))),
+        len(function.instructions(code.all_blocks(loop, -1))),
     )
 
 
@@ -126,10 +130,10 @@ def summed(function: code.Function, loops: list[LoopCost]) -> Cost:
         loops[hot].matrix,
         loops[hot].moved,
         round(loops[hot].loaded / loops[hot].loads) if loops[hot].loads else 0,
-        sum(loop.slots for loop in within(parent)) - loops[hot].slots,
-        sum(loop.least for loop in within(parent)) - loops[hot].least,
-        sum(loop.slots for loop in within(outer(hot, 0))),
-        sum(loop.least for loop in within(outer(hot, 0))),
+        loops[parent].nest - loops[hot].slots,
+        loops[parent].nest_least - loops[hot].least,
+        loops[outer(hot, 0)].nest,
+        loops[outer(hot, 0)].nest_least,
         sum(loop.split for loop in loops),
         sum(loop.fences for loop in loops),
         sum(loop.barriers for loop in loops),

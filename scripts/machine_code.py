@@ -3,14 +3,15 @@
 Nothing is executed, so rules say which way an iteration goes. A warp stays together: BRA.DIV, which leaves for the
 code of divergent warps, is never taken. Operands are ordinary: where there is a way around a routine of the compiler
 (a division of 64 bits, the root of a denormal number), it is taken. Of two other ways it is the one with more matrix
-instructions, then the one with more 16-byte accesses: copies of aligned memory are counted, and not the fallback. Where
-both are equal, there are two answers: an iteration takes at most the heavier one, every condition on its way met, and
-at least the lighter one, everything skipped that can be. An instruction is one issue slot of its warp, predicated off
-or not.
+instructions, then the one with more 16-byte accesses: copies of aligned memory are counted, and not the fallback; then
+one with exponentials: a way around the softmax does no work. Where all are equal, there are two answers: an iteration
+takes at most the heavier one, every condition on its way met, and at least the lighter one, everything skipped that can
+be. An instruction is one issue slot of its warp, predicated off or not.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -25,12 +26,14 @@ from testing.cuda_tools import cuobjdump, nvdisasm
 
 MATRIX = re.compile(r"[HIBDQ]G?MMA\b")
 SPECIAL = re.compile(r"MUFU\b")
+EXPONENTIAL = re.compile(r"MUFU\.EX2\b")
 GLOBAL_LOAD = re.compile(r"LDG(STS)?\b")
 GLOBAL = re.compile(r"(LDG(STS)?|STG)\b")
 FENCE = re.compile(r"MEMBAR\.\S*(GPU|SYS)")
 BARRIER = re.compile(r"(BAR\.|UCGABAR_WAIT)")
 BRANCH = re.compile(r"(BRA|BRXU?|JMP|JMXU?)\b")
 LEAVES = re.compile(r"(EXIT|RET|KILL|BRA|BRXU?|JMP|JMXU?)\b")
+START, END = -1, -2  # of an iteration, beside the numbers of blocks
 
 
 class Instruction(NamedTuple):
@@ -62,6 +65,8 @@ class Loop:
     inner: list[Loop]
     most: list[int]  # the blocks of the heaviest iteration, those of inner loops left out
     least: list[int]  # of the lightest
+    most_inner: list[Loop]  # that the heaviest iteration can go through
+    least_inner: list[Loop]
 
 
 @dataclass
@@ -134,11 +139,11 @@ def falls_through(jump: Instruction) -> bool:
     return bool(jump.predicate) or bool(re.match(r"BRA\S* !?U", jump.text)) or bool(re.match(r"BRA !?P", jump.text))
 
 
-def weight(blocks: Iterable[Block], sign: int) -> int:
+def weight(instructions: list[Instruction], sign: int) -> int:
     """Which way is taken, as a number: matrix instructions, 16-byte accesses, and many instructions, or few of them."""
-    found = [instruction for block in blocks for instruction in block.instructions]
-    matrix = sum(bool(MATRIX.match(instruction.text)) for instruction in found)
-    return (matrix << 40) + (sum(instruction.global_bytes == 16 for instruction in found) << 20) + sign * len(found)
+    matrix = sum(bool(MATRIX.match(instruction.text)) for instruction in instructions)
+    wide = sum(instruction.global_bytes == 16 for instruction in instructions)
+    return (matrix << 40) + (wide << 20) + sign * len(instructions)
 
 
 def loops_of(blocks: list[Block], graph: nx.DiGraph) -> list[Loop]:
@@ -152,28 +157,74 @@ def loops_of(blocks: list[Block], graph: nx.DiGraph) -> list[Loop]:
         body.remove_edges_from([(a, b) for a, b in body.edges if b in entered])
         inner = loops_of(blocks, body)
         ends = {a for a in members if entered & set(graph.successors(a))}
-        most, least = (way(blocks, body, inner, ends, sign) for sign in (1, -1))
-        found.append(Loop(min(entered), frozenset(members), inner, most, least))
+        (most, most_inner), (least, least_inner) = (way(blocks, body, inner, ends, sign) for sign in (1, -1))
+        found.append(Loop(min(entered), frozenset(members), inner, most, least, most_inner, least_inner))
     return sorted(found, key=lambda loop: loop.header)
 
 
-def way(blocks: list[Block], body: nx.DiGraph, inner: list[Loop], ends: set[int], sign: int) -> list[int]:
+def way(
+    blocks: list[Block], body: nx.DiGraph, inner: list[Loop], ends: set[int], sign: int
+) -> tuple[list[int], list[Loop]]:
     """The blocks of the heaviest (sign 1) or lightest (-1) iteration, from where the loop is entered to a jump back.
 
-    It goes through each inner loop on its way once, and leaves its blocks out.
+    Exponentials that it could go through as well are not skipped. Inner loops are listed, without their blocks: those
+    that it goes through, once each, and those that it could. Neither counts where other code stands in for it.
     """
     node = {block: loop.header for loop in inner for block in loop.blocks}
-    paths = {loop.header: loop.most if sign > 0 else loop.least for loop in inner}
+    loops = {loop.header: loop for loop in inner}
     steps = nx.DiGraph()
     steps.add_nodes_from(node.get(block, block) for block in body)
     steps.add_edges_from((node.get(a, a), node.get(b, b)) for a, b in body.edges if node.get(a, a) != node.get(b, b))
-    best: dict[int, tuple[int, list[int]]] = {}
+    # A block without one before it is where the loop is entered.
+    steps.add_edges_from([(START, at) for at, degree in steps.in_degree if degree == 0])
+    steps.add_edges_from((node.get(end, end), END) for end in ends)
+    code = {
+        at: [i for block in (all_blocks(loops[at], sign) if at in loops else [at]) for i in blocks[block].instructions]
+        for at in set(steps) - {START, END}
+    }
+    weights = {at: weight(found, sign) for at, found in code.items()} | {START: 0, END: 0}
+    exponentials = [at for at, found in code.items() if any(EXPONENTIAL.match(i.text) for i in found)]
+    _, path = best_path(steps, weights)
+    while more := [at for at in exponentials if at not in path and fits(steps, path, at)]:
+        # Of those that stand in for each other the one that is best.
+        steps = max((through(steps, at) for at in more), key=lambda steps: best_path(steps, weights))
+        _, path = best_path(steps, weights)
+    return (
+        [block for block in path[1:-1] if block not in loops],
+        [loop for at, loop in loops.items() if at in path or fits(steps, path, at)],
+    )
+
+
+def best_path(steps: nx.DiGraph, weights: dict[int, int]) -> tuple[int, list[int]]:
+    """From START to END: its weight and its nodes."""
+    best = {START: (0, [START])}
     for at in nx.topological_sort(steps):
-        # A block without one before it is where the loop is entered.
-        total, path = max((best[before] for before in steps.predecessors(at)), default=(0, list[int]()))
-        best[at] = total + weight((blocks[block] for block in paths.get(at, [at])), sign), [*path, at]
-    _, path = max(best[node.get(end, end)] for end in ends)
-    return [block for block in path if block not in paths]
+        if before := [best[step] for step in steps.predecessors(at) if step in best]:
+            total, path = max(before)
+            best[at] = total + weights[at], [*path, at]
+    return best[END]
+
+
+def fits(steps: nx.DiGraph, path: list[int], at: int) -> bool:
+    """Whether a path goes through all nodes of this one and `at`, which is none of them."""
+    if at not in steps:
+        return False
+    before, behind = nx.ancestors(steps, at), nx.descendants(steps, at)
+    return any(a in before and b in behind for a, b in itertools.pairwise(path))
+
+
+def through(steps: nx.DiGraph, at: int) -> nx.DiGraph:
+    """What is left without the paths that avoid `at`."""
+    before, behind = nx.ancestors(steps, at), nx.descendants(steps, at)
+    kept = steps.subgraph({at, *before, *behind}).copy()
+    kept.remove_edges_from([(a, b) for a, b in kept.edges if a in before and b in behind])
+    return kept
+
+
+def all_blocks(loop: Loop, sign: int) -> list[int]:
+    """Of one iteration, the heaviest or the lightest, with the inner loops that it goes through."""
+    own, inner = (loop.most, loop.most_inner) if sign > 0 else (loop.least, loop.least_inner)
+    return [*own, *(block for one in inner for block in all_blocks(one, sign))]
 
 
 def functions(listing: str) -> Iterator[Function]:

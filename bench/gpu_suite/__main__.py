@@ -103,8 +103,7 @@ def parse() -> tuple[argparse.Namespace, str]:
     parser.add_argument("--rows", default="", metavar="PATTERN", help="only rows whose name this expression finds")
     parser.add_argument("--part", type=int, choices=PARTS, help="1: right, and how fast; 2: plans, peers and Triton")
     parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES), metavar="STAGE")
-    parser.add_argument("--skip", nargs="+", choices=STAGES, default=[], metavar="STAGE",
-                        help=f"of {', '.join(STAGES)}")  # fmt: skip
+    parser.add_argument("--skip", nargs="+", choices=STAGES, default=[], metavar="STAGE", help=", ".join(STAGES))
     return parser.parse_args(), shlex.join(["python", "-m", "bench.gpu_suite", *out.parse_known_args()[1]])
 
 
@@ -130,7 +129,8 @@ def main() -> int:
         with tarfile.open(out / LOGS, "w:gz") as archive:
             archive.add(folder, "logs", filter=lambda info: None if info.name.endswith(NO_LOGS) else info)
     print((out / "report.md").read_text() if run.results else "no stage ran", flush=True)
-    run.say(f"results in {arguments.out}")
+    took = ", ".join(f"{name} {stage['seconds']:.0f} s" for name, stage in run.results.items())
+    run.say(f"results in {arguments.out}; {took}; {time.monotonic() - began:.0f} s in all")
     return 1 if any(s["status"] in ("failed", "error") for s in run.results.values()) else 0
 
 

@@ -5,8 +5,7 @@ namespace tokenprune {
 
 cudaError_t launch_attention_columns_combine(const ColumnProblem& c, const ColumnPlan& plan, CallStream& stream) {
   const int64_t blocks = c.attention.batch * ceil_div<int64_t>(c.out_heads() * c.columns, kCombineThreads);
-  return launch({dim3(static_cast<unsigned>(blocks)), dim3(kCombineThreads), 0, stream},
-                attention_columns_combine_kernel<kCombineThreads>, c, plan);
+  return launch({blocks, dim3(kCombineThreads), 0, stream}, attention_columns_combine_kernel<kCombineThreads>, c, plan);
 }
 
 }  // namespace tokenprune

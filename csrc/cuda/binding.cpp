@@ -116,6 +116,7 @@ void check_launch(const char* op, cudaError_t status, std::initializer_list<Name
   text << "tokenprune::" << op << ": CUDA error " << cudaGetErrorName(status) << " (" << cudaGetErrorString(status)
        << ")";
   if (status == cudaErrorNoKernelImageForDevice) text << "; backend triton has kernels for this GPU";
+  if (status == cudaErrorInvalidConfiguration) text << "; a launch has at most " << kMaxGridX << " blocks";
   const char* comma = " for ";
   for (const NamedTensor& input : inputs) {
     text << comma << input.name << ' ' << shape_text(input.tensor) << ' ' << dtype_name(input.tensor.scalar_type());

@@ -5,8 +5,8 @@ namespace tokenprune {
 
 cudaError_t launch_copy_assignment(const int64_t* given, int64_t stride, int64_t batch, int64_t n, int64_t slots,
                                    int64_t* assignment, CallStream& stream) {
-  return launch({dim3(ceil_div<int64_t>(batch * n, kMergeThreads)), dim3(kMergeThreads), 0, stream},
-                copy_assignment_kernel, given, stride, n, batch * n, slots, assignment);
+  return launch({ceil_div<int64_t>(batch * n, kMergeThreads), dim3(kMergeThreads), 0, stream}, copy_assignment_kernel,
+                given, stride, n, batch * n, slots, assignment);
 }
 
 template cudaError_t launch_assign<float>(const AssignProblem&, const AssignPlan&, CallStream&);

@@ -57,13 +57,13 @@ std::vector<std::string> kernel_names() {
   return names;
 }
 
-cudaError_t run_kernel(const std::string& name, dim3 grid, dim3 block, size_t shared, unsigned cluster,
+cudaError_t run_kernel(const std::string& name, int64_t blocks, dim3 block, size_t shared, unsigned cluster,
                        bool cooperative, const Arguments& arguments) {
   const auto found = kernels().find(name);
   if (found == kernels().end()) throw std::invalid_argument("no kernel is named " + name);
   tokenprune::CallStream stream{nullptr, false};
   const cudaError_t status =
-      tokenprune::launch({grid, block, shared, stream, cluster, cooperative}, found->second, arguments);
+      tokenprune::launch({blocks, block, shared, stream, cluster, cooperative}, found->second, arguments);
   tokenprune::emulator::finish_launches();
   return status;
 }

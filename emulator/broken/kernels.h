@@ -15,7 +15,7 @@ struct Arguments {
 
 std::vector<std::string> kernel_names();
 // Launches a kernel by name. Throws KernelError for what the emulator finds, returns the status of a refused launch.
-cudaError_t run_kernel(const std::string& name, dim3 grid, dim3 block, size_t shared, unsigned cluster,
+cudaError_t run_kernel(const std::string& name, int64_t blocks, dim3 block, size_t shared, unsigned cluster,
                        bool cooperative, const Arguments& arguments);
 // One launch of `lead` and, dependent, so many of `follow`.
 cudaError_t run_dependent(unsigned followers, const Arguments& arguments);

@@ -71,11 +71,10 @@ PYBIND11_MODULE(_broken, m) {
       .def_readwrite("mma_group", &emulator::Settings::mma_group)
       .def("reset", [](emulator::Settings& s) { s = emulator::Settings(); });
   m.def("settings", &emulator::settings, py::return_value_policy::reference);
-  m.def("run", [](const std::string& name, const Size& grid, const Size& block, size_t shared, unsigned cluster,
+  m.def("run", [](const std::string& name, int64_t blocks, const Size& block, size_t shared, unsigned cluster,
                   bool cooperative, uintptr_t in, uintptr_t out, int variant) {
     const Arguments arguments{reinterpret_cast<const void*>(in), reinterpret_cast<void*>(out), variant};
-    return std::string(
-        cudaGetErrorName(run_kernel(name, dim(grid), dim(block), shared, cluster, cooperative, arguments)));
+    return std::string(cudaGetErrorName(run_kernel(name, blocks, dim(block), shared, cluster, cooperative, arguments)));
   });
   m.def("run_dependent", [](unsigned followers, uintptr_t in, uintptr_t out, int variant) {
     const Arguments arguments{reinterpret_cast<const void*>(in), reinterpret_cast<void*>(out), variant};

@@ -9,11 +9,11 @@ from torch import Tensor
 
 def run(
     broken: ModuleType, name: str, given: Tensor | None = None, out: Tensor | None = None, variant: int = 0,
-    grid: tuple[int, int, int] = (1, 1, 1), block: tuple[int, int, int] = (32, 1, 1), shared: int = 0, cluster: int = 1,
+    blocks: int = 1, block: tuple[int, int, int] = (32, 1, 1), shared: int = 0, cluster: int = 1,
     cooperative: bool = False,
 ) -> Tensor | None:  # fmt: skip
     status = broken.run(
-        name, grid, block, shared, cluster, cooperative,
+        name, blocks, block, shared, cluster, cooperative,
         given.data_ptr() if given is not None else 0, out.data_ptr() if out is not None else 0, variant,
     )  # fmt: skip
     assert status == "cudaSuccess"

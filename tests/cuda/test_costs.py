@@ -131,10 +131,57 @@ LISTING = """\
 def test_an_iteration_takes_the_way_with_the_matrix_instruction() -> None:
     (function,) = machine_code.functions(LISTING)
     outer, inner = (costs.loop_cost(function, loop, depth) for depth, loop in machine_code.nests(function.loops))
-    assert outer == costs.LoopCost(0, "toy.cu:3", 6, 6, loads=1, loaded=16, moved=16, fences=1, barriers=1)
+    here = {"loads": 1, "loaded": 16, "moved": 16, "fences": 1, "barriers": 1, "nest": 13, "nest_least": 13}
+    assert outer == costs.LoopCost(0, "toy.cu:3", 6, 6, **here)
     # EX2, branch, HMMA, branch, RCP, the branch for divergent warps, branch back; RCP stands behind a branch.
-    assert inner == costs.LoopCost(1, "toy.cuh:5", 7, 7, matrix=1, special=2, split=1)
+    assert inner == costs.LoopCost(1, "toy.cuh:5", 7, 7, matrix=1, special=2, split=1, nest=7, nest_least=7)
     assert costs.summed(function, [outer, inner]) == Cost(21, 7, 7, 1, 0, 0, 6, 6, 13, 13, 1, 1, 1)
+
+
+SOFTMAX = """\
+	.section	.text.toy,"ax",@progbits
+.text.toy:
+        /*0000*/                   S2R R0, SR_TID.X ;
+.L_x_0:
+        /*0010*/                   HMMA.16816.F32 R8, R4, R6, R8 ;
+        /*0020*/               @P0 BRA `(.L_x_5) ;
+        /*0030*/               @P1 BRA `(.L_x_1) ;
+        /*0040*/                   MUFU.EX2 R0, R0 ;
+        /*0050*/                   FADD R1, R1, R0 ;
+        /*0060*/                   FADD R1, R1, R0 ;
+        /*0070*/                   BRA `(.L_x_3) ;
+.L_x_1:
+        /*0080*/                   FMNMX R2, R2, R0, !PT ;
+.L_x_2:
+        /*0090*/                   MUFU.EX2 R0, R0 ;
+        /*00a0*/               @P2 BRA `(.L_x_2) ;
+        /*00b0*/                   MUFU.EX2 R0, R0 ;
+        /*00c0*/                   FADD R1, R1, R0 ;
+.L_x_3:
+        /*00d0*/               @P3 BRA `(.L_x_4) ;
+        /*00e0*/                   MUFU.EX2 R3, R3 ;
+.L_x_4:
+        /*00f0*/               @P4 BRA `(.L_x_5) ;
+.L_x_6:
+        /*0100*/                   FADD R1, R1, R1 ;
+        /*0110*/               @P5 BRA `(.L_x_6) ;
+.L_x_5:
+        /*0120*/               @P6 BRA `(.L_x_0) ;
+        /*0130*/                   EXIT ;
+"""
+
+
+def test_the_lightest_iteration_takes_the_exponentials_of_one_way_and_no_other() -> None:
+    """As in the row pass: all rows at once, or each alone by a loop, or none of them."""
+    (function,) = machine_code.functions(SOFTMAX)
+    outer, alone, rest = (costs.loop_cost(function, loop, depth) for depth, loop in machine_code.nests(function.loops))
+    # HMMA, two branches; EX2 and three more at once; the second EX2 behind its branch; the branch before the last loop
+    # and the one back. That loop runs although it could be skipped, the one of rows alone does not.
+    assert (outer.least, outer.nest_least) == (3 + 4 + 2 + 2, 11 + 2)
+    # Alone: FMNMX, EX2 and FADD, and the loop between them.
+    assert (outer.slots, outer.nest) == (3 + 3 + 2 + 2, 10 + 2 + 2)
+    assert alone.slots == rest.slots == 2
+    assert costs.summed(function, [outer, alone, rest]).around_least == 2
 
 
 def test_a_loop_of_two_entries_is_a_loop() -> None:
@@ -184,7 +231,7 @@ __global__ void special(const int* choice, float* out, int n, int m) {
       if (choice[j * 32]) {
         asm volatile("bar.sync 1, 32;");
 #pragma unroll
-        for (int k = 0; k < 9; ++k) asm volatile("ex2.approx.ftz.f32 %0, %0;" : "+f"(b));
+        for (int k = 0; k < 9; ++k) asm volatile("rsqrt.approx.ftz.f32 %0, %0;" : "+f"(b));
       }
     }
     __threadfence();

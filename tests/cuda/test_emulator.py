@@ -105,7 +105,7 @@ def test_stacks_that_an_error_leaves_behind_are_clean_again(program):
     [
         ("half_at_a_barrier", {"variant": 16}, "cannot go on: .* 16 wait at a block barrier, .* 16 have ended"),
         ("half_at_a_barrier", {"variant": 33, "block": (64, 1, 1)}, "33 wait at a block barrier, .* 31 have ended"),
-        ("half_at_a_cluster_barrier", {"grid": (2, 1, 1), "cluster": 2},
+        ("half_at_a_cluster_barrier", {"blocks": 2, "cluster": 2},
          r"block \(0, 0, 0\) and its cluster .* 32 wait at a cluster barrier, .* 32 have ended"),
         ("ends_in_a_collective", {}, "31 wait in a warp collective, 1 have ended"),
         ("lanes_in_different_collectives", {}, r"block \(0, 0, 0\), thread .*: __\w+ while other lanes wait in __\w+"),
@@ -119,12 +119,12 @@ def test_stacks_that_an_error_leaves_behind_are_clean_again(program):
         ("cluster_neighbours", {"shared": 227 * 1024}, "more static and dynamic shared memory than a block has"),
         ("copy_without_wait", {"shared": 64}, "ends with asynchronous copies that were not waited for"),
         ("load_matrices", {"shared": 2048, "variant": 1}, "ldmatrix: misaligned row"),
-        ("cluster_misuse", {"grid": (2, 1, 1), "cluster": 2}, "a block that its cluster does not have"),
-        ("cluster_misuse", {"grid": (2, 1, 1), "cluster": 2, "variant": 1}, "a block that has ended|may still use its"),
-        ("cluster_misuse", {"grid": (2, 1, 1), "cluster": 2, "variant": 2}, "address that is not in its shared memory"),
-        ("cluster_misuse", {"grid": (2, 1, 1), "cluster": 2, "variant": 3}, "the other block has not reached yet"),
-        ("cluster_misuse", {"grid": (2, 1, 1), "cluster": 2, "variant": 4}, "a block that may not have started"),
-        ("cluster_misuse", {"grid": (2, 1, 1), "cluster": 2, "variant": 5}, "a block that has ended|may still use its"),
+        ("cluster_misuse", {"blocks": 2, "cluster": 2}, "a block that its cluster does not have"),
+        ("cluster_misuse", {"blocks": 2, "cluster": 2, "variant": 1}, "a block that has ended|may still use its"),
+        ("cluster_misuse", {"blocks": 2, "cluster": 2, "variant": 2}, "address that is not in its shared memory"),
+        ("cluster_misuse", {"blocks": 2, "cluster": 2, "variant": 3}, "the other block has not reached yet"),
+        ("cluster_misuse", {"blocks": 2, "cluster": 2, "variant": 4}, "a block that may not have started"),
+        ("cluster_misuse", {"blocks": 2, "cluster": 2, "variant": 5}, "a block that has ended|may still use its"),
     ],
 )  # fmt: skip
 def test_mistakes_are_errors_in_every_schedule(broken, name, arguments, message):
@@ -141,7 +141,7 @@ def test_mistakes_are_errors_in_every_schedule(broken, name, arguments, message)
 
 def test_the_memory_of_an_ended_block_is_out_of_reach(broken):
     """In the schedules where the other block ends first, its memory can neither be mapped nor still be read."""
-    pair = {"grid": (2, 1, 1), "cluster": 2}
+    pair = {"blocks": 2, "cluster": 2}
     found = []
     for _ in schedules(broken):
         with pytest.raises(RuntimeError) as caught:
@@ -210,17 +210,22 @@ def test_launches_ask_for_the_shared_memory_they_need(broken):
     """launch() opts in above 48 KB, up to what the device has; an empty grid is no launch."""
     out, given = torch.empty(512, dtype=torch.int32), torch.zeros(512, dtype=torch.int32)
 
-    def status(shared: int, grid: int = 1) -> str:
-        return broken.run(
-            "load_matrices", (grid, 1, 1), (32, 1, 1), shared, 1, False, given.data_ptr(), out.data_ptr(), 0
-        )
+    def status(shared: int, blocks: int = 1) -> str:
+        return broken.run("load_matrices", blocks, (32, 1, 1), shared, 1, False, given.data_ptr(), out.data_ptr(), 0)
 
     assert status(227 * 1024) == "cudaSuccess"
     assert status(227 * 1024 + 1) == "cudaErrorInvalidValue"
     broken.settings().shared_per_block = 99 * 1024
     assert status(99 * 1024 + 1) == "cudaErrorInvalidValue"
     assert status(99 * 1024) == "cudaSuccess"
-    assert status(0, grid=0) == "cudaSuccess"
+    assert status(0, blocks=0) == "cudaSuccess"
+
+
+@pytest.mark.parametrize("blocks", [2**31, 2**32, 2**32 + 1, -1])
+def test_launches_of_more_blocks_than_a_grid_has_are_refused(broken, blocks):
+    """By launch(), where no bit of the planners' numbers is lost: in 32 bits 2^32 + 1 is a launch of one block."""
+    status = broken.run("read_dynamic", blocks, (32, 1, 1), 0, 1, False, 0, 0, 0)
+    assert status == "cudaErrorInvalidConfiguration"
 
 
 REAL_OPS = {
@@ -250,6 +255,19 @@ def test_a_refused_launch_of_an_op_is_reported_and_the_next_call_works(op):
     again = call(*args, **kwargs)
     pairs = [(again, want)] if isinstance(want, Tensor) else zip(again, want, strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.skipif(NO_EMULATOR is not None, reason=str(NO_EMULATOR))
+def test_a_call_of_too_many_blocks_names_its_arguments_and_the_limit():
+    settings = emulator.load().settings()
+    settings.fail_launch, settings.fail_status = 1, 9  # what launch() says to them
+    try:
+        with pytest.raises(
+            RuntimeError, match=r"Configuration .*; a launch has at most 2147483647 blocks for scores \["
+        ):
+            torch.ops.tokenprune_emulated.score_entropy(torch.rand(2, 9))
+    finally:
+        settings.reset()
 
 
 # --- twins ------------------------------------------------------------------------------------------------------------
@@ -317,7 +335,7 @@ def test_votes_reductions_and_scans(broken, kind):
 def test_clusters_share_their_memory(broken, cluster):
     out = torch.empty(8, 32, 2, dtype=torch.int32)
     lanes = torch.arange(32)
-    for got in in_all_schedules(broken, "cluster_neighbours", out=out, grid=(8, 1, 1), shared=128, cluster=cluster):
+    for got in in_all_schedules(broken, "cluster_neighbours", out=out, blocks=8, shared=128, cluster=cluster):
         for block in range(8):
             rank = (block % cluster + 1) % cluster
             assert torch.equal(got[block, :, 0], (1000 * (block // cluster * cluster + rank) + lanes).int())

@@ -17,7 +17,7 @@ def test_blocks_of_a_cooperative_launch_wait_for_each_other(broken, begin):
     """Their counter is memory, and may run over; without the barrier a block sees what only some have written."""
     blocks, given = 5, torch.tensor([begin - 2**32 if begin else 0], dtype=torch.int32)
     out = torch.cat([given, torch.zeros(blocks + blocks * 64, dtype=torch.int32)])
-    where = {"grid": (blocks, 1, 1), "block": (64, 1, 1), "cooperative": True}
+    where = {"blocks": blocks, "block": (64, 1, 1), "cooperative": True}
     for got in in_all_schedules(broken, "sum_over_grid", given, out=out, **where):
         assert got[0] == given + blocks
         assert (got[1 + blocks :] == 2**blocks - 1).all()
@@ -28,7 +28,7 @@ def test_blocks_of_a_cooperative_launch_wait_for_each_other(broken, begin):
 def test_blocks_that_wait_for_each_other_in_vain_are_an_error(broken):
     """Because one of them ends, or because the launch is not cooperative and they run one after the other."""
     given, out = torch.zeros(1, dtype=torch.int32), torch.zeros(200, dtype=torch.int32)
-    pair = {"grid": (2, 1, 1)}
+    pair = {"blocks": 2}
     with pytest.raises(RuntimeError, match=r"and all others 31 wait at a block .* 1 wait for other blocks"):
         run(broken, "sum_over_grid", given, out, variant=2, cooperative=True, **pair)
     with pytest.raises(RuntimeError, match="1 wait for other blocks"):

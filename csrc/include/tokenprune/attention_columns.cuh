@@ -279,8 +279,8 @@ __global__ void __launch_bounds__(kTileThreads* kMaxTeams, 1)
 }
 
 inline Launch column_launch(const ColumnPlan& plan, CallStream& stream) {
-  return {dim3(static_cast<unsigned>(plan.blocks)), dim3(kTileThreads * plan.teams), static_cast<size_t>(plan.shared),
-          stream, static_cast<unsigned>(plan.cluster)};
+  return {plan.blocks, dim3(kTileThreads * plan.teams), static_cast<size_t>(plan.shared), stream,
+          static_cast<unsigned>(plan.cluster)};
 }
 
 template <class T>

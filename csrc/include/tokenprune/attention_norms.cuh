@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(kNormThreads) attention_norms_kernel(const Att
 
 template <class T>
 cudaError_t launch_attention_norms(const AttentionProblem& p, CallStream& stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(p.vectors(), kNormVectors)));
-  return launch({grid, dim3(kNormThreads), 0, stream}, attention_norms_kernel<T>, p);
+  return launch({ceil_div<int64_t>(p.vectors(), kNormVectors), dim3(kNormThreads), 0, stream},
+                attention_norms_kernel<T>, p);
 }
 
 }  // namespace tokenprune

@@ -279,8 +279,8 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 cudaError_t launch_attention_rows(const AttentionProblem& p, const AttentionRowPlan& plan,
                                   const AttentionRowOutputs& out, CallStream& stream) {
-  const Launch tiles{dim3(static_cast<unsigned>(plan.blocks)), dim3(kTileThreads), static_cast<size_t>(plan.shared),
-                     stream, static_cast<unsigned>(plan.cluster)};
+  const Launch tiles{plan.blocks, dim3(kTileThreads), static_cast<size_t>(plan.shared), stream,
+                     static_cast<unsigned>(plan.cluster)};
   const auto kernel = plan.thin
                           ? plan.resident ? attention_rows_thin_kernel<T, true> : attention_rows_thin_kernel<T, false>
                       : plan.resident ? attention_rows_wide_kernel<T, true>
@@ -289,9 +289,8 @@ cudaError_t launch_attention_rows(const AttentionProblem& p, const AttentionRowP
   if (status != cudaSuccess || plan.launches() == 1) return status;
   constexpr int kCombineThreads = 128;
   const int64_t rows = p.batch * p.key_heads * p.group_rows();
-  const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(rows, kCombineThreads / kWarp)));
-  return launch({grid, dim3(kCombineThreads), 0, stream}, attention_rows_combine_kernel<kCombineThreads>, rows,
-                plan.splits, out);
+  return launch({ceil_div<int64_t>(rows, kCombineThreads / kWarp), dim3(kCombineThreads), 0, stream},
+                attention_rows_combine_kernel<kCombineThreads>, rows, plan.splits, out);
 }
 
 }  // namespace tokenprune

@@ -222,10 +222,10 @@ cudaError_t launch_coverage(const CoverageProblem& p, const CoveragePlan& plan, 
                 token_tiles = ceil_div<int64_t>(p.n, kCoverageTile);
   for (int64_t first = 0; first < p.batch; first += plan.samples) {
     const CoverageProblem part = samples_of(p, first, std::min(plan.samples, p.batch - first), sizeof(T));
-    cudaError_t status = launch({dim3(part.batch * row_tiles * token_tiles), dim3(256), 0, stream},
+    cudaError_t status = launch({part.batch * row_tiles * token_tiles, dim3(256), 0, stream},
                                 coverage_columns_kernel<T>, part, w, row_tiles, token_tiles);
     if (status == cudaSuccess)
-      status = launch({dim3(part.batch * plan.cluster), dim3(plan.block), static_cast<size_t>(plan.shared), stream,
+      status = launch({part.batch * plan.cluster, dim3(plan.block), static_cast<size_t>(plan.shared), stream,
                        static_cast<unsigned>(plan.cluster)},
                       coverage_greedy_kernel, part, w);
     if (status != cudaSuccess) return status;

@@ -202,7 +202,7 @@ cudaError_t launch_products(const DensityProblem& p, const DensityPlan& plan, co
   const int64_t tiles = which == DensityTiles::kTriangle   ? side * (side + 1) / 2
                         : which == DensityTiles::kDiagonal ? side
                                                            : ceil_div<int64_t>(strip.rows, kDensityTile) * side;
-  return launch({dim3(samples * tiles * plan.parts), dim3(kDensityThreads), DensityTile::kShared, stream,
+  return launch({samples * tiles * plan.parts, dim3(kDensityThreads), DensityTile::kShared, stream,
                  static_cast<unsigned>(plan.parts)},
                 density_products_kernel<T>, p, strip, which, tiles);
 }
@@ -234,9 +234,9 @@ cudaError_t launch_density(const DensityProblem& p, const DensityPlan& plan, flo
     if (status != cudaSuccess) return status;
     status = over_strips(plan, whole, [&](const DensityStrip& strip) {
       const cudaError_t made = products(strip);
-      return made != cudaSuccess ? made
-                                 : launch({dim3(samples * strip.rows), dim3(kDensityThreads), 0, stream},
-                                          density_means_kernel<T>, p, strip);
+      return made != cudaSuccess
+                 ? made
+                 : launch({samples * strip.rows, dim3(kDensityThreads), 0, stream}, density_means_kernel<T>, p, strip);
     });
     if (status != cudaSuccess) return status;
     status = over_strips(plan, whole, [&](const DensityStrip& strip) {
@@ -244,7 +244,7 @@ cudaError_t launch_density(const DensityProblem& p, const DensityPlan& plan, flo
       const int64_t total = samples * strip.rows;
       return made != cudaSuccess
                  ? made
-                 : launch({dim3(ceil_div<int64_t>(total, kDensityThreads / kWarp)), dim3(kDensityThreads), 0, stream},
+                 : launch({ceil_div<int64_t>(total, kDensityThreads / kWarp), dim3(kDensityThreads), 0, stream},
                           density_distances_kernel<T>, p, strip, total);
     });
     if (status != cudaSuccess) return status;

@@ -57,7 +57,7 @@ __device__ __forceinline__ T from_float(float x) {
   }
 }
 
-// Where and how large a launch is. `cluster` blocks along x work together (1: no cluster). The blocks of a cooperative
+// Where and how large a launch is. `cluster` blocks of the row work together (1: no cluster). The blocks of a cooperative
 // launch are all there at the same time, or it is refused: they may wait for each other (group_sync).
 //
 // A dependent launch may start before the one in front of it, of the same call, has ended: its threads call
@@ -65,7 +65,8 @@ __device__ __forceinline__ T from_float(float x) {
 // Dependent is every launch but the first of its call (CallStream) and cooperative ones: no documentation says whether a
 // launch may be both, and these take far longer than a launch does to start.
 struct Launch {
-  dim3 grid, block;
+  int64_t blocks;  // as many as the work asks for, more than a grid has too: launch() refuses those
+  dim3 block;
   size_t shared;
   CallStream& stream;
   unsigned cluster = 1;
@@ -93,11 +94,13 @@ inline cudaError_t raise_shared_limit(const void* kernel) {
   return status;
 }
 
-// One kernel launch that reports its error; an empty grid is no launch. Arguments convert to the kernel's types.
+// One kernel launch that reports its error; an empty grid is no launch, and one too large is refused here, where the number
+// of blocks still has all its bits. Arguments convert to the kernel's types.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(const Launch& where, void (*kernel)(Parameters...), Arguments... arguments) {
   static_assert(sizeof...(Parameters) == sizeof...(Arguments), "one argument per kernel parameter");
-  if (where.grid.x == 0 || where.grid.y == 0 || where.grid.z == 0) return cudaSuccess;
+  if (where.blocks == 0) return cudaSuccess;
+  if (where.blocks < 0 || where.blocks > kMaxGridX) return cudaErrorInvalidConfiguration;
   if (where.shared > 32 * 1024) {  // a block has 48 KB unasked, for its static shared memory too
     const cudaError_t status = raise_shared_limit(reinterpret_cast<const void*>(kernel));
     if (status != cudaSuccess) return status;
@@ -119,7 +122,7 @@ cudaError_t launch(const Launch& where, void (*kernel)(Parameters...), Arguments
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
   }
   cudaLaunchConfig_t config{};
-  config.gridDim = where.grid;
+  config.gridDim = dim3(static_cast<unsigned>(where.blocks));
   config.blockDim = where.block;
   config.dynamicSmemBytes = where.shared;
   config.stream = where.stream.handle;

@@ -176,7 +176,7 @@ cudaError_t launch_dpp_matrix(const DppProblem& p, const DppPlan& plan, float* f
     if (status != cudaSuccess) return status;
   }
   const DppMatrix w{gram, inverse, inverse + plan.token_floats, plan.share, plan.pitch, plan.shared_rows};
-  return launch({dim3(p.batch * plan.cluster), dim3(plan.block), static_cast<size_t>(plan.shared), stream,
+  return launch({p.batch * plan.cluster, dim3(plan.block), static_cast<size_t>(plan.shared), stream,
                  static_cast<unsigned>(plan.cluster)},
                 dpp_matrix_kernel, p, w);
 }

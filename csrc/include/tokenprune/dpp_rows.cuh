@@ -146,9 +146,9 @@ cudaError_t launch_dpp_rows(const DppProblem& p, const DppPlan& plan, float* flo
   const DppRows w(plan, floats, words, p.n);
   const int64_t blocks = ceil_div<int64_t>(p.n, kDppRowThreads / kWarp);
   const cudaError_t status =
-      launch({dim3(p.batch * blocks), dim3(kDppRowThreads), 0, stream}, dpp_prepare_kernel<T>, p, w, blocks);
+      launch({p.batch * blocks, dim3(kDppRowThreads), 0, stream}, dpp_prepare_kernel<T>, p, w, blocks);
   if (status != cudaSuccess) return status;
-  return launch({dim3(plan.groups * plan.group_blocks), dim3(kDppRowThreads), 0, stream, 1, plan.group_blocks > 1},
+  return launch({plan.groups * plan.group_blocks, dim3(kDppRowThreads), 0, stream, 1, plan.group_blocks > 1},
                 dpp_rows_kernel<T>, p, w);
 }
 

@@ -32,8 +32,8 @@ struct DeviceLimits {
   }
 };
 
-// Grids are limited to 2^31 - 1 blocks in x and to 65535 in y and z.
-constexpr int64_t kMaxGridX = 2147483647, kMaxGridYZ = 65535;
+// Blocks of a launch. All grids are one row: in y and z they would be limited to 65535.
+constexpr int64_t kMaxGridX = 2147483647;
 // Tokens of a sample in the greedy ops: positions, and what a loop adds to the last one, have 31 bits.
 constexpr int64_t kGreedyMostTokens = int64_t(1) << 30;
 // Blocks of a cluster, on every device that has clusters (DeviceLimits::has_clusters).

@@ -210,18 +210,18 @@ __global__ void __launch_bounds__(kMergeThreads, 6) merge_means_kernel(const Mea
 
 template <class T>
 cudaError_t launch_assign(const AssignProblem& p, const AssignPlan& plan, CallStream& stream) {
-  const cudaError_t status = launch({dim3(plan.norm_blocks), dim3(kMergeThreads), 0, stream}, merge_norms_kernel<T>, p);
+  const cudaError_t status = launch({plan.norm_blocks, dim3(kMergeThreads), 0, stream}, merge_norms_kernel<T>, p);
   if (status != cudaSuccess) return status;
-  return launch({dim3(plan.tiles * plan.parts), dim3(kMergeThreads), MergeTile::kShared, stream,
-                 static_cast<unsigned>(plan.parts)},
-                merge_assign_kernel<T>, p);
+  return launch(
+      {plan.tiles * plan.parts, dim3(kMergeThreads), MergeTile::kShared, stream, static_cast<unsigned>(plan.parts)},
+      merge_assign_kernel<T>, p);
 }
 
 template <class T>
 cudaError_t launch_means(const MeanProblem& p, CallStream& stream) {
   // One slice at least, which writes the sizes.
   const int64_t slices = std::max<int64_t>(1, mean_slices(p.channels, sizeof(T)));
-  return launch({dim3(p.batch * p.slots * slices), dim3(kMergeThreads), 0, stream}, merge_means_kernel<T>, p, slices);
+  return launch({p.batch * p.slots * slices, dim3(kMergeThreads), 0, stream}, merge_means_kernel<T>, p, slices);
 }
 
 }  // namespace tokenprune

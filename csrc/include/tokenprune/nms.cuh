@@ -190,12 +190,11 @@ __global__ void __launch_bounds__(kNmsMostSelectThreads, 1)
 
 template <class T>
 cudaError_t launch_spatial_semantic_nms(const NmsProblem& p, const NmsPlan& plan, CallStream& stream) {
-  cudaError_t status =
-      launch({dim3(plan.prepare_blocks), dim3(kNmsPrepareThreads), 0, stream}, nms_prepare_kernel<T>, p);
+  cudaError_t status = launch({plan.prepare_blocks, dim3(kNmsPrepareThreads), 0, stream}, nms_prepare_kernel<T>, p);
   if (status != cudaSuccess) return status;
-  Launch second{dim3(plan.list_blocks), dim3(kNmsThreads), 0, stream};
+  Launch second{plan.list_blocks, dim3(kNmsThreads), 0, stream};
   if (plan.weight_blocks > 0) {
-    second.grid = dim3(plan.weight_blocks);
+    second.blocks = plan.weight_blocks;
     second.block = dim3(kNmsWeightThreads);
     second.shared = kNmsWeightShared;
     second.cluster = kNmsWeightCluster;
@@ -204,7 +203,7 @@ cudaError_t launch_spatial_semantic_nms(const NmsProblem& p, const NmsPlan& plan
     status = launch(second, nms_lists_kernel<T>, p, plan.capacity, plan.splits, plan.split_columns);
   }
   if (status != cudaSuccess) return status;
-  const Launch third{dim3(p.batch * plan.cluster), dim3(plan.select_threads), static_cast<size_t>(plan.shared), stream,
+  const Launch third{p.batch * plan.cluster, dim3(plan.select_threads), static_cast<size_t>(plan.shared), stream,
                      static_cast<unsigned>(plan.cluster)};
   return launch(third, nms_select_kernel<T>, p, plan.capacity, plan.steps, plan.owned, plan.keys_in_shared,
                 plan.weight_blocks > 0);

@@ -170,9 +170,9 @@ cudaError_t launch_gram_tiles(const RepulsionProblem& p, const RepulsionPlan& pl
                               CallStream& stream) {
   using Tile = GramTile<kTile>;
   const int64_t side = ceil_div<int64_t>(p.n, kTile), tiles = side * (side + 1) / 2;
-  return launch({dim3(p.batch * tiles * plan.parts), dim3(Tile::kThreads), Tile::kShared, stream,
-                 static_cast<unsigned>(plan.parts)},
-                gram_kernel<T, kTile>, p, tiles, gram, inverse);
+  return launch(
+      {p.batch * tiles * plan.parts, dim3(Tile::kThreads), Tile::kShared, stream, static_cast<unsigned>(plan.parts)},
+      gram_kernel<T, kTile>, p, tiles, gram, inverse);
 }
 
 template <class T>
@@ -194,11 +194,11 @@ cudaError_t launch_repulsion_gram(const RepulsionProblem& p, const RepulsionPlan
   const bool potentials = p.k > 0 && p.n > 0 && p.potential != Potential::kCosine;
   if (plan.start || potentials) {
     const int64_t blocks = ceil_div<int64_t>(p.n, kStartTokens);
-    const cudaError_t status = launch({dim3(p.batch * blocks), dim3(kStartThreads), 0, stream}, gram_rows_kernel, p,
-                                      blocks, gram, inverse, plan.start ? start : nullptr);
+    const cudaError_t status = launch({p.batch * blocks, dim3(kStartThreads), 0, stream}, gram_rows_kernel, p, blocks,
+                                      gram, inverse, plan.start ? start : nullptr);
     if (status != cudaSuccess) return status;
   }
-  return launch({dim3(p.batch), dim3(plan.greedy_block), 0, stream}, gram_greedy_kernel, p, gram,
+  return launch({p.batch, dim3(plan.greedy_block), 0, stream}, gram_greedy_kernel, p, gram,
                 potentials ? nullptr : inverse, plan.start ? start : nullptr);
 }
 

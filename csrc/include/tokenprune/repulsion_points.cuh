@@ -127,8 +127,8 @@ __global__ void __launch_bounds__(1024, 1)
 inline cudaError_t launch_points(const RepulsionProblem& p, const RepulsionPlan& plan, const RepulsionWorkspace& w,
                                  CallStream& stream) {
   return dispatch_objective(p, [&](auto kind) {
-    return launch({dim3(p.batch * plan.cluster), dim3(plan.greedy_block), static_cast<size_t>(plan.greedy_shared),
-                   stream, static_cast<unsigned>(plan.cluster)},
+    return launch({p.batch * plan.cluster, dim3(plan.greedy_block), static_cast<size_t>(plan.greedy_shared), stream,
+                   static_cast<unsigned>(plan.cluster)},
                   points_kernel<decltype(kind)::value>, p, w, plan.share);
   });
 }

@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(GramTile<128>::kThreads, GramTile<128>::kBlock
 
 // A launch of the plan's groups of blocks.
 inline Launch in_groups(const RepulsionPlan& plan, int threads, size_t shared, CallStream& stream) {
-  return {dim3(plan.groups * plan.group_blocks), dim3(threads), shared, stream, 1, plan.group_blocks > 1};
+  return {plan.groups * plan.group_blocks, dim3(threads), shared, stream, 1, plan.group_blocks > 1};
 }
 
 template <class T>
@@ -168,12 +168,12 @@ cudaError_t launch_start(const RepulsionProblem& p, const RepulsionPlan& plan, c
                          CallStream& stream) {
   const int64_t blocks = ceil_div<int64_t>(p.n, kStartTokens);
   const cudaError_t status =
-      launch({dim3(p.batch * blocks), dim3(kStartThreads), 0, stream}, prepare_kernel<T>, p, w, blocks);
+      launch({p.batch * blocks, dim3(kStartThreads), 0, stream}, prepare_kernel<T>, p, w, blocks);
   if (status != cudaSuccess || !plan.start) return status;
   if (p.first == FirstPick::kOutlier)
     return launch(in_groups(plan, kStartThreads, 0, stream), outlier_keys_kernel<T>, p, w);
   const int64_t side = ceil_div<int64_t>(p.n, 128), tiles = side * (side + 1) / 2;
-  return launch({dim3(p.batch * tiles), dim3(GramTile<128>::kThreads), GramTile<128>::kShared, stream},
+  return launch({p.batch * tiles, dim3(GramTile<128>::kThreads), GramTile<128>::kShared, stream},
                 isolated_keys_kernel<T>, p, w, tiles);
 }
 

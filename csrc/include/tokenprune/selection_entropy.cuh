@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kSelectMaxThreads) score_entropy_kernel(const 
 
 template <class T>
 cudaError_t launch_score_entropy(const EntropyProblem& p, CallStream& stream) {
-  const Launch where = {dim3(static_cast<unsigned>(p.batch)), dim3(plan_entropy_threads(p.n)), 0, stream};
+  const Launch where = {p.batch, dim3(plan_entropy_threads(p.n)), 0, stream};
   return launch(where, score_entropy_kernel<T>, p);
 }
 

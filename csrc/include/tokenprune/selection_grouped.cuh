@@ -231,8 +231,7 @@ __global__ void __launch_bounds__(kSelectMaxThreads, 1) select_grouped_kernel(co
 
 template <class T>
 cudaError_t launch_select_grouped(const GroupedProblem& p, const GroupedPlan& plan, CallStream& stream) {
-  const Launch where = {dim3(static_cast<unsigned>(p.batch * plan.cluster)), dim3(plan.threads), plan.shared, stream,
-                        plan.cluster};
+  const Launch where = {p.batch * plan.cluster, dim3(plan.threads), plan.shared, stream, plan.cluster};
   const auto kernel = plan.memory == GroupedMemory::kAll      ? select_grouped_kernel<T, GroupedMemory::kAll>
                       : plan.memory == GroupedMemory::kTables ? select_grouped_kernel<T, GroupedMemory::kTables>
                                                               : select_grouped_kernel<T, GroupedMemory::kNone>;

@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kSelectMaxThreads) mask_kernel(const MaskProbl
 }
 
 inline Launch select_launch(int64_t batch, const SelectPlan& plan, CallStream& stream) {
-  return {dim3(static_cast<unsigned>(batch * plan.cluster)), dim3(plan.threads), plan.shared, stream, plan.cluster};
+  return {batch * plan.cluster, dim3(plan.threads), plan.shared, stream, plan.cluster};
 }
 
 template <class T>

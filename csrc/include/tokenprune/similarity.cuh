@@ -211,11 +211,11 @@ cudaError_t launch_unit_sums(const SimilarityProblem& p, const SimilarityPlan& p
   sums = {};
   if (plan.groups == 0) return cudaSuccess;
   float *parts = p.workspace, *total = parts + plan.group_floats(), *listed = total + plan.sum_floats();
-  const cudaError_t status = launch({dim3(p.batch * plan.groups), dim3(kUnitSumThreads), 0, stream}, unit_sum_kernel<T>,
+  const cudaError_t status = launch({p.batch * plan.groups, dim3(kUnitSumThreads), 0, stream}, unit_sum_kernel<T>,
                                     p.mean_of, p.dim, plan.groups, plan.rows_per_group, p.aligned, parts, listed);
   sums = {plan.combine ? total : parts, listed, plan.combine ? 1 : plan.groups};
   if (status != cudaSuccess || !plan.combine) return status;
-  return launch({dim3(ceil_div<int64_t>(p.dim, kUnitSumThreads) * p.batch), dim3(kUnitSumThreads), 0, stream},
+  return launch({ceil_div<int64_t>(p.dim, kUnitSumThreads) * p.batch, dim3(kUnitSumThreads), 0, stream},
                 combine_sums_kernel, parts, plan.groups, p.dim, total);
 }
 

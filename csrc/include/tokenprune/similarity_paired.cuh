@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kPairedThreads) paired_cosine_kernel(const Pai
 template <class T>
 cudaError_t launch_paired_cosine(const PairedProblem& p, const PairedPlan& plan, CallStream& stream) {
   const auto kernel = p.aligned ? paired_cosine_kernel<T, true> : paired_cosine_kernel<T, false>;
-  return launch({dim3(plan.blocks), dim3(kPairedThreads), 0, stream}, kernel, p, plan.warps);
+  return launch({plan.blocks, dim3(kPairedThreads), 0, stream}, kernel, p, plan.warps);
 }
 
 }  // namespace tokenprune

@@ -284,7 +284,7 @@ cudaError_t launch_similarity(const SimilarityProblem& p, const SimilarityPlan& 
   UnitSums sums;
   const cudaError_t status = launch_unit_sums<T>(p, plan, sums, stream);
   if (status != cudaSuccess) return status;
-  Launch where{dim3(plan.blocks), dim3(kSimilarityThreads), 0, stream, plan.cluster};
+  Launch where{plan.blocks, dim3(kSimilarityThreads), 0, stream, plan.cluster};
   if (!plan.tiles)
     return launch(where, plan.rows_per_warp == 1 ? warp_similarity_kernel<T, 1> : warp_similarity_kernel<T, 4>, p,
                   sums);
