@@ -75,7 +75,7 @@ def gpu_rows(scale: Scale) -> list[Row]:
 
 
 def cpu_rows() -> list[Row]:
-    # The last is beyond the size up to which distances are stored: every product is made four times instead of once.
+    # The last is beyond the size up to which all distances are stored: the others are made twice instead of once.
     return [
         peaks(*size)
         for size in ((576, 4096, 64), (576, 1024, 64), (2880, 1024, 320), (5000, 256, 320), (6000, 256, 320))

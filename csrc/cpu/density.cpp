@@ -1,12 +1,14 @@
 // CPU kernel of density_peaks: two passes over the squared distances of all pairs of valid tokens.
 //
 // |x - y|^2 = |x|^2 + |y|^2 - 2 <x, y>, where both sides sum in the same order, so that equal tokens have a distance of
-// exactly 0, and integers an exact one. Up to kStoredTokens the distances are computed once, each pair once, and stay
-// in memory for the second pass; beyond, both passes compute the rows of a few tokens at a time. Masked tokens are left
-// out from the start: all that follows knows the valid ones only, in their order.
+// exactly 0, and integers an exact one. A tile of distances feeds the tokens of both of its sides, so that each pair is
+// compared once; kStoredTiles of them stay in memory for the second pass, which compares the others again. What a token
+// keeps of the distances that it has seen depends on no order: its smallest, the largest, the smallest to a denser one.
+// Masked tokens are left out from the start: all that follows knows the valid ones only, in their order.
 
 #include <cmath>
 #include <limits>
+#include <mutex>
 #include <tuple>
 #include <vector>
 
@@ -23,7 +25,7 @@ namespace tokenprune {
 namespace {
 
 constexpr int64_t kTile = 96;  // tokens of a tile, whole panels: two tiles compare in the second-level cache
-constexpr int64_t kStoredTokens = 60 * kTile;  // 64 MiB of float32, each pair once
+constexpr int64_t kStoredTiles = 60 * 61 / 2;  // of distances: 64 MiB of float32, all pairs of 5760 tokens
 
 // Does nothing overflow that is made of two such squares?
 template <class A>
@@ -92,11 +94,11 @@ Wide<T> squared_difference(const T* x, const T* y, int64_t dim) {
   return sum;
 }
 
-// The squared distances of the tokens of one tile to those of another, in rows `stride` apart; of a tile to itself, with
-// `once`, each pair of panels once, the panel in the row being the earlier one. Dimensions are taken block by block, so
+// The squared distances of the tokens of one tile to those of another that is not earlier, in rows of kTile; of a tile to
+// itself each pair of panels once, the panel in the row being the earlier one. Dimensions are taken block by block, so
 // that a block of both tiles stays in the second-level cache; the sums are those of panel_squares.
 template <class T>
-void compare_tiles(const Points<T>& points, int64_t tile, int64_t other, bool once, Wide<T>* rows, int64_t stride) {
+void compare_tiles(const Points<T>& points, int64_t tile, int64_t other, Wide<T>* rows) {
   using A = Wide<T>;
   const RowKernels<A>& kernels = row_kernels<A>();
   const int64_t dim = points.dim, lanes = points.lanes, first = other * kTile;
@@ -104,12 +106,11 @@ void compare_tiles(const Points<T>& points, int64_t tile, int64_t other, bool on
   for (int64_t d = 0; d < dim; d += kernels.panel_block) {
     const int64_t length = std::min(kernels.panel_block, dim - d);
     for (int64_t p = points.panel_of(tile); p < points.panel_of(tile + 1); ++p)
-      for (int64_t q = once ? std::max(p, points.panel_of(other)) : points.panel_of(other);
-           q < points.panel_of(other + 1); ++q)
+      for (int64_t q = std::max(p, points.panel_of(other)); q < points.panel_of(other + 1); ++q)
         kernels.panel_products(points.panel(p) + d * lanes, points.panel(q) + d * lanes, length, d > 0,
-                               rows + (p * lanes - tile * kTile) * stride + q * lanes - first, stride);
+                               rows + (p * lanes - tile * kTile) * kTile + q * lanes - first, kTile);
   }
-  for (int64_t i = tile * kTile; i < std::min(points.size(), (tile + 1) * kTile); ++i, rows += stride) {
+  for (int64_t i = tile * kTile; i < std::min(points.size(), (tile + 1) * kTile); ++i, rows += kTile) {
     const A own = points.square[i];
     for (int64_t j = 0; j < width; ++j) {
       const A square = (own + points.square[first + j]) - 2 * (dim > 0 ? rows[j] : A(0));
@@ -122,76 +123,99 @@ void compare_tiles(const Points<T>& points, int64_t tile, int64_t other, bool on
   }
 }
 
-// Where the distances of a pair of tiles are, tile <= other, in memory that has every pair once.
-int64_t block_of(int64_t tile, int64_t other) { return (other * (other + 1) / 2 + tile) * kTile * kTile; }
+// Distances of pairs of tiles that stay in memory.
+struct Stored {
+  Tensor memory;
+  std::vector<uint8_t> filled;
+};
 
-// The squared distances of every pair of tiles, in rows of kTile. In that of a tile and itself the panels below the
-// diagonal are left out.
 template <class T>
-void fill_blocks(const Points<T>& points, Wide<T>* blocks) {
-  const int64_t tiles = points.tiles();
-  std::vector<std::pair<int64_t, int64_t>> pairs;  // those of a tile and itself first, which are half the work
-  for (int64_t apart = 0; apart < tiles; ++apart)
-    for (int64_t t = 0; t + apart < tiles; ++t) pairs.emplace_back(t, t + apart);
-  parallel_for(pairs.size(), 1 + 65536 / (kTile * kTile * (points.dim + 1)), [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const auto [tile, other] = pairs[item];
-      compare_tiles(points, tile, other, true, blocks + block_of(tile, other), kTile);
-    }
-  });
+Stored reserve_tiles(const Points<T>& points, const Tensor& like) {
+  const int64_t count = std::min(points.tiles() * (points.tiles() + 1) / 2, kStoredTiles);
+  return {new_empty(like, {count, kTile, kTile}, wide_type(like)), std::vector<uint8_t>(count)};
 }
 
-// What compare_tiles writes of two tiles, from the block of the pair: mirrored where `other` is the earlier one.
-template <class A>
-void read_block(const A* blocks, int64_t tile, int64_t other, A* rows, int64_t stride) {
-  const A* const block = blocks + block_of(std::min(tile, other), std::max(tile, other));
-  for (int64_t i = 0; i < kTile; ++i, rows += stride) {
-    const int64_t mirrored = tile < other ? 0 : tile > other ? kTile : i;
-    for (int64_t j = 0; j < mirrored; ++j) rows[j] = block[j * kTile + i];
-    std::copy(block + i * kTile + mirrored, block + (i + 1) * kTile, rows + mirrored);
-  }
-}
-
-// f(i, the squared distances of token i to all) for every token; `blocks` have them, or they are computed now.
+// f(i, the squared distances of token i to those of a tile, the first of these, their number) for every token of tiles
+// [first, last) and every tile, in any order, but no two at once of tokens of the same tile.
 template <class T, class F>
-void over_rows(const Points<T>& points, const Wide<T>* blocks, const F& f) {
-  const int64_t n = points.size(), tiles = points.tiles(), width = tiles * kTile;
-  parallel_for(tiles, 1 + 65536 / (kTile * n * (points.dim + 1) + 1), [&](int64_t begin, int64_t end) {
-    std::vector<Wide<T>> rows(kTile * width);
-    for (int64_t t = begin; t < end; ++t) {
-      for (int64_t other = 0; other < tiles; ++other) {
-        Wide<T>* const at = rows.data() + other * kTile;
-        if (blocks == nullptr)
-          compare_tiles(points, t, other, false, at, width);
-        else
-          read_block(blocks, t, other, at, width);
-      }
-      for (int64_t i = t * kTile; i < std::min(n, (t + 1) * kTile); ++i) f(i, rows.data() + (i - t * kTile) * width);
+void over_rows(const Points<T>& points, Stored& stored, int64_t first, int64_t last, const F& f) {
+  using A = Wide<T>;
+  const int64_t n = points.size(), tiles = points.tiles(), pairs = tiles * (tiles + 1) / 2;
+  const int64_t kept = stored.filled.size();
+  A* const memory = static_cast<A*>(stored.memory.mutable_data_ptr());
+  std::vector<std::mutex> busy(tiles);
+  const auto wanted = [&](int64_t tile) { return first <= tile && tile < last; };
+  const auto feed = [&](int64_t tile, int64_t other, const A* rows) {
+    if (!wanted(tile)) return;
+    const std::lock_guard<std::mutex> alone(busy[tile]);
+    for (int64_t i = tile * kTile; i < std::min(n, (tile + 1) * kTile); ++i, rows += kTile)
+      f(i, rows, other * kTile, std::min(kTile, n - other * kTile));
+  };
+  parallel_for(pairs, 1 + 65536 / (kTile * kTile * (points.dim + 1)), [&](int64_t begin, int64_t end) {
+    std::vector<A> space(2 * kTile * kTile);
+    // Those of a tile and itself come first, which are half the work, then those of neighbours, and so on.
+    for (int64_t pair = begin, tile = begin, apart = 0; pair < end; ++pair, ++tile) {
+      for (; tile >= tiles - apart; ++apart) tile -= tiles - apart;
+      const int64_t other = tile + apart;
+      if (!wanted(tile) && !wanted(other)) continue;
+      // What stays is spread over all pairs: every thread has its share of it.
+      const int64_t slot = pair * kept / pairs;
+      const bool stays = (pair + 1) * kept / pairs > slot;
+      A* const rows = stays ? memory + slot * kTile * kTile : space.data();
+      if (!stays || !stored.filled[slot]) compare_tiles(points, tile, other, rows);
+      if (stays) stored.filled[slot] = 1;
+      A* const mirrored = apart == 0 ? rows : space.data() + kTile * kTile;
+      for (int64_t i = 0; i < kTile; ++i)
+        for (int64_t j = 0; j < (apart == 0 ? i : kTile); ++j) mirrored[i * kTile + j] = rows[j * kTile + i];
+      feed(tile, other, rows);
+      if (apart > 0) feed(other, tile, mirrored);
     }
   });
 }
 
-// m_i: the mean of the `neighbors` smallest numbers of a row (of what there is), over the channels; NaN without any.
+// Adds the numbers of a row to a heap of the `limit` smallest so far, the largest in front.
 template <class A>
-A mean_of_smallest(const A* row, int64_t n, int64_t neighbors, int64_t channels) {
-  const DensityKernels<A>& kernels = density_kernels<A>();
-  std::vector<A> nearest;  // a heap with the largest in front
+void add_smallest(const A* row, int64_t n, int64_t limit, A* heap, int64_t& held) {
   for (int64_t j = 0; j < n; ++j) {
-    if (static_cast<int64_t>(nearest.size()) == neighbors) {
-      j = kernels.next_below(row, j, n, nearest.front());
-      if (j == n) break;
-      std::pop_heap(nearest.begin(), nearest.end());
-      nearest.back() = row[j];
+    if (held == limit) {
+      j = density_kernels<A>().next_below(row, j, n, *heap);
+      if (j == n) return;
+      std::pop_heap(heap, heap + held);
+      heap[held - 1] = row[j];
     } else {
       if (row[j] != row[j]) continue;
-      nearest.push_back(row[j]);
+      heap[held++] = row[j];
     }
-    std::push_heap(nearest.begin(), nearest.end());
+    std::push_heap(heap, heap + held);
   }
-  std::sort(nearest.begin(), nearest.end());
-  double sum = 0;
-  for (const A square : nearest) sum += square;
-  return static_cast<A>(sum) / static_cast<A>(static_cast<int64_t>(nearest.size()) * channels);
+}
+
+// m_i: the mean of the `neighbors` smallest squared distances of every token (of what there is), over the channels; NaN
+// without any. Returns the largest of all. Tokens whose heaps fit into the memory of the stored tiles go together.
+template <class T>
+Wide<T> find_means(const Points<T>& points, Stored& stored, int64_t neighbors, int64_t channels, Wide<T>* mean) {
+  using A = Wide<T>;
+  const int64_t n = points.size(), tiles = points.tiles();
+  const int64_t together = std::min(tiles, std::max<int64_t>(1, kStoredTiles * kTile / neighbors));
+  std::vector<A> heaps(together * kTile * neighbors), widest(n, A(0));
+  for (int64_t first = 0; first < tiles; first += together) {
+    const int64_t begin = first * kTile, count = std::min(n - begin, together * kTile);
+    std::vector<int64_t> held(count);
+    over_rows(points, stored, first, first + together, [&](int64_t i, const A* row, int64_t, int64_t width) {
+      add_smallest(row, width, neighbors, heaps.data() + (i - begin) * neighbors, held[i - begin]);
+      widest[i] = std::max(widest[i], density_kernels<A>().largest(row, width));
+    });
+    parallel_for(count, 1 + 4096 / neighbors, [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; ++i) {
+        A* const heap = heaps.data() + i * neighbors;
+        std::sort(heap, heap + held[i]);
+        double sum = 0;
+        for (int64_t s = 0; s < held[i]; ++s) sum += heap[s];
+        mean[begin + i] = static_cast<A>(sum) / static_cast<A>(held[i] * channels);
+      }
+    });
+  }
+  return *std::max_element(widest.begin(), widest.end());
 }
 
 // Means and distances of the packed tokens of one sample.
@@ -199,23 +223,18 @@ template <class T>
 void find_peaks(const Points<T>& points, const Tensor& like, int64_t neighbors, std::vector<Wide<T>>& mean,
                 std::vector<Wide<T>>& distance) {
   using A = Wide<T>;
-  const int64_t n = points.size();
-  const int64_t channels = std::max<int64_t>(points.dim, 1);
-  const bool stored = n <= kStoredTokens;
-  const Tensor memory = new_empty(like, {stored ? block_of(0, points.tiles()) : 0}, wide_type(like));
-  A* const blocks = stored ? static_cast<A*>(memory.mutable_data_ptr()) : nullptr;
-  if (stored) fill_blocks(points, blocks);
-  std::vector<A> widest(n, A(0));
-  over_rows(points, blocks, [&](int64_t i, const A* row) {
-    mean[i] = mean_of_smallest(row, n, std::min(neighbors, n), channels);
-    widest[i] = density_kernels<A>().largest(row, n);
+  const int64_t n = points.size(), channels = std::max<int64_t>(points.dim, 1);
+  if (n == 0) return;
+  Stored stored = reserve_tiles(points, like);
+  const A most = find_means(points, stored, std::min(neighbors, n), channels, mean.data());
+  std::fill_n(distance.begin(), n, std::numeric_limits<A>::quiet_NaN());
+  over_rows(points, stored, 0, points.tiles(), [&](int64_t i, const A* row, int64_t first, int64_t width) {
+    const int64_t before = std::clamp<int64_t>(i - first, 0, width);
+    const A closest = density_kernels<A>().nearest_denser(row, mean.data() + first, width, before, mean[i]);
+    if (closest == closest && !(distance[i] <= closest)) distance[i] = closest;
   });
-  A most = 0;
-  for (const A wide : widest) most = std::max(most, wide);
-  over_rows(points, blocks, [&](int64_t i, const A* row) {
-    const A closest = density_kernels<A>().nearest_denser(row, mean.data(), n, i);
-    distance[i] = std::sqrt((closest == closest ? closest : most) / static_cast<A>(channels));
-  });
+  for (int64_t i = 0; i < n; ++i)
+    distance[i] = std::sqrt((distance[i] == distance[i] ? distance[i] : most) / static_cast<A>(channels));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> density_peaks(const Tensor& features_in, int64_t k, int64_t neighbors,

@@ -180,9 +180,34 @@ def test_samples_of_different_length(backend: str) -> None:
         assert torch.equal(got[3][b, :length], alone[3][0])
 
 
+def with_threads(features: Tensor, k: int, neighbors: int, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+    """What the CPU kernel gives, which is the same to the bit for several numbers of threads."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            results.append(tp.density_peaks(features, k, neighbors=neighbors, mask=mask, backend="cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(g, w) for g, w in zip(other, results[0], strict=True))
+    return results[0]
+
+
+def check_threads(features: Tensor, k: int, neighbors: int, mask: Tensor | None = None) -> None:
+    """On a grid the reference is exact but for divisions."""
+    got, want = (
+        with_threads(features, k, neighbors, mask),
+        tp.reference.density_peaks(features, k, neighbors=neighbors, mask=mask),
+    )
+    assert torch.equal(got[1], want[1])
+    for g, w in zip(got[2:], want[2:], strict=True):
+        torch.testing.assert_close(g, w)
+
+
 @compiled
 def test_more_tokens_than_distances_are_stored_for() -> None:
-    """Beyond these the distances are computed twice instead, to the same bits."""
+    """Beyond these some of the distances are computed twice instead, to the same bits."""
     stored_for, n = 5760, 5800
     few = torch.randint(0, 5, (1, stored_for, 4)).float()
     far = torch.full((1, n - stored_for, 4), 1e4)
@@ -192,11 +217,31 @@ def test_more_tokens_than_distances_are_stored_for() -> None:
     assert all(
         torch.equal(g, w) for g, w in zip((same[0], same[2][:, :stored_for]), (stored[0], stored[2]), strict=True)
     )
-    computed = tp.density_peaks(torch.cat([few, far], 1), 40, backend="cpu")
+    computed = with_threads(torch.cat([few, far], 1), 40, 5)
     assert torch.equal(computed[2][:, :stored_for], stored[2])
     densest = stored[3].argmax()  # whose distance is the largest of all pairs, which the far ones change
     rest = torch.arange(stored_for) != densest
     assert torch.equal(computed[3][:, :stored_for][:, rest], stored[3][:, rest])
+
+
+@compiled
+@pytest.mark.parametrize(("n", "neighbors"), [(97, 5), (4300, 4000)])
+def test_threads_change_no_bit(n: int, neighbors: int) -> None:
+    """In whatever order tiles of distances come, also where the heaps of all tokens do not fit into memory at once."""
+    check_threads(grid(1, n, 3, torch.float32, 200), 40, neighbors)
+
+
+@compiled
+@settings(deadline=None, max_examples=30, print_blob=True)
+@given(data=st.data())
+def test_random_shapes_of_several_tiles(data) -> None:
+    batch, n, channels = data.draw(st.integers(1, 2)), data.draw(st.integers(90, 420)), data.draw(st.integers(0, 40))
+    torch.manual_seed(data.draw(st.integers(0, 2**31)))
+    dtype = data.draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]))
+    keep = data.draw(st.sampled_from([0.6, 0.97, None]))
+    mask = None if keep is None else torch.rand(batch, n) < keep
+    features = grid(batch, n, channels, dtype, data.draw(st.sampled_from([2, 9, 60])))
+    check_threads(features, data.draw(st.integers(0, n)), data.draw(st.integers(1, 2 * n)), mask)
 
 
 @settings(deadline=None, max_examples=60, print_blob=True)

@@ -66,10 +66,10 @@ TOKENPRUNE_INLINE A smallest(const A* row, const A* mean, int64_t begin, int64_t
 }
 
 template <class A>
-A nearest_denser(const A* row, const A* mean, int64_t n, int64_t i) {
+A nearest_denser(const A* row, const A* mean, int64_t n, int64_t earlier, A own) {
   bool found = false;
-  const A before = smallest<true>(row, mean, 0, i, mean[i], found);
-  const A after = smallest<false>(row, mean, i + 1, n, mean[i], found);
+  const A before = smallest<true>(row, mean, 0, earlier, own, found);
+  const A after = smallest<false>(row, mean, earlier, n, own, found);
   return found ? (after < before ? after : before) : A(__builtin_nan(""));
 }
 

@@ -11,9 +11,9 @@ struct DensityKernels {
   int64_t (*next_below)(const A* row, int64_t begin, int64_t n, A limit);
   // The largest number of a row of numbers that are not negative, 0 without any. NaN is passed over.
   A (*largest)(const A* row, int64_t n);
-  // The smallest row[j] of the tokens denser than i: mean[j] < mean[i], or equal with j < i. NaN is passed over, and the
-  // result without any number.
-  A (*nearest_denser)(const A* row, const A* mean, int64_t n, int64_t i);
+  // The smallest row[j] of the tokens denser than one: mean[j] < own, or equal with j < earlier. NaN is passed over, and
+  // the result without any number.
+  A (*nearest_denser)(const A* row, const A* mean, int64_t n, int64_t earlier, A own);
 };
 
 template <class A>
