@@ -64,8 +64,7 @@ def test_a_launch_of_many_threads_leaves_memory_to_map(broken):
 
     blocks, threads, before = 12, 1024, mapped()
     given, out = torch.zeros(1, dtype=torch.int32), torch.zeros(1 + blocks + blocks * threads, dtype=torch.int32)
-    where = {"grid": (blocks, 1, 1), "block": (threads, 1, 1), "cooperative": True}
-    run(broken, "sum_over_grid", given, out, **where)
+    run(broken, "sum_over_grid", given, out, blocks=blocks, block=(threads, 1, 1), cooperative=True)
     assert (out[1 + blocks :] == 2**blocks - 1).all()
     assert mapped() < before + blocks * threads
 

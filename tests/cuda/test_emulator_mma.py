@@ -37,7 +37,7 @@ def mma(broken: ModuleType, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     operands = ((a, LANES_A), (b, LANES_B), (c, LANES_D))
     registers = torch.cat([held(m, lanes).contiguous().view(torch.int32) for m, lanes in operands], dim=1).contiguous()
     out, result = torch.empty(32, 4), torch.empty(16, 8)
-    status = broken.run(name, (1, 1, 1), (32, 1, 1), 0, 1, False, registers.data_ptr(), out.data_ptr(), 0)
+    status = broken.run(name, 1, (32, 1, 1), 0, 1, False, registers.data_ptr(), out.data_ptr(), 0)
     assert status == "cudaSuccess"
     rows, columns = torch.tensor(LANES_D).unbind(-1)
     result[rows, columns] = out
