@@ -71,6 +71,7 @@ def called_like_ops(function: Callable[P, Selection]) -> Callable[P, Selection]:
 
 
 def _check_tensors(signature: inspect.Signature, method: str, arguments: dict[str, Any]) -> None:
+    """Those that are tensors or should be."""
     for name, value in arguments.items():
         if name in _KINDS:
             check_argument(method, name, value, signature.parameters[name].default)
