@@ -15,8 +15,8 @@ from . import Row, Scale, on
 
 MIN_OVERLAP = 0.9  # of a method's tokens with the reference's: a near tie of a greedy pick changes the picks after it
 
-# Pivot by pivot; budgets and merging beside a selection; raters, clusters and merging.
-LAUNCHES = {"dart": 20, "vidcom2": 11, "visionzip": 11, "sparsevlm": 20}
+# Pivot by pivot; budgets and merging beside a selection; raters, clusters and merging; a launch in every round.
+LAUNCHES = {"dart": 20, "vidcom2": 11, "visionzip": 11, "sparsevlm": 20, "vispruner": None}
 
 
 @functools.cache
